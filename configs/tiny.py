@@ -1,0 +1,28 @@
+"""The demo: a few million tokens of the Python standard library on two cores, in minutes.
+
+    python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
+    python -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny
+"""
+
+from dualsm.config import default_config, parse_arg, set_alpha
+
+
+def get_config(arg: str = ""):
+    args = parse_arg(arg, alpha=float, repetitions=int)
+    config = default_config()
+    config.data.path = "runs/corpus"
+    config.steps = 60
+    config.batch_rows = 16
+    config.row_tokens = 256
+    config.repetitions = args.get("repetitions", 1)
+    config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 1 / 2, 1 / 4, 1 / 4
+    if "alpha" in args:
+        set_alpha(config, args["alpha"])
+    config.model.layers = 4
+    config.model.width = 128
+    config.model.heads = 2
+    config.model.mlp_width = 384
+    config.model.rope_theta = 10_000.0
+    config.checkpoint.every = 20
+    config.valid.every = 20
+    return config

@@ -1,0 +1,59 @@
+"""The edge between a command line and the code: flags in, one-line errors out.
+
+Every command is `python -m dualsm.NAME`, an absl program whose `main` is handed to `run`.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from dualsm.errors import UserError
+
+
+def fail(message: str) -> None:
+    """Prints one line to stderr and exits with status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's flag parser, with every failure (config files included) told in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, UserError) as error:
+        return fail(str(error).split("\n\nTraceback")[0])
+    except AttributeError as error:  # ml_collections' answer to an unknown config key
+        return fail(f"unknown config key {error} on the command line; see dualsm/config.py for all keys")
+    except Exception as error:  # anything a config file, which is code, may raise
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return fail(f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})")
+
+
+def config(flag: flags.FlagHolder):
+    """The value of a config flag. Raises `UserError` when its file could not be read."""
+    value = flag.value
+    try:
+        value.items  # noqa: B018 (ml_collections reports a missing file at the first access)
+    except OSError as error:
+        raise UserError(f"--{flag.name}: {error.__cause__ or error}") from error
+    return value
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs `main(argv)` as an absl program; a `UserError` ends in one line and exit status 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
+            main(argv)
+        except UserError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    app.run(guarded, flags_parser=_parse_flags)

@@ -1,0 +1,260 @@
+"""All config keys with their units and reasons, and the checks made before anything is compiled.
+
+A recipe in `configs/` starts from `default_config()` and changes what it needs. Every key can be overridden
+on the command line (`--config.model.width=512`); keys that are not listed here are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import ml_collections
+from ml_collections import ConfigDict
+
+from dualsm.errors import UserError
+
+
+def default_config() -> ConfigDict:
+    """A complete config; the values are those of the paper (arXiv 2512.14549) where it has them."""
+    config = ConfigDict()
+
+    config.seed = 0  # weights, order of documents and corruption all follow from it
+    config.steps = 1000  # optimizer steps of the run
+    config.batch_rows = 64  # rows a step, over all devices and microbatches
+    config.row_tokens = 256  # L, tokens a row
+    config.repetitions = 1  # R, how often the run sees each of its unique tokens
+    config.microbatches = 1  # parts a step's rows are worked through in; the result does not depend on it
+
+    # Share of rows by objective; must sum to 1.
+    config.mixture = ConfigDict({"causal": 1.0, "prefix": 0.0, "masked_diffusion": 0.0})
+
+    # Options of the objectives. `weight` is a factor on the loss of its rows (the paper's released models
+    # were trained with 2.0 for causal rows).
+    config.objectives = ConfigDict()
+    config.objectives.causal = ConfigDict({"weight": 1.0})
+    config.objectives.prefix = ConfigDict({"weight": 1.0})
+    config.objectives.masked_diffusion = ConfigDict({"weight": 1.0})
+
+    config.data = ConfigDict()
+    config.data.path = ""  # folder made by `python -m dualsm.prepare`
+    config.data.identity = ""  # hash of the corpus; filled in by the run, so that it resumes on the same one
+    config.data.threads = 1  # that read ahead
+    config.data.ahead = 4  # steps read ahead
+
+    config.model = ConfigDict()
+    config.model.layers = 4
+    config.model.width = 256  # D, of the residual stream
+    config.model.heads = 4  # H; must divide the width into an even head width
+    config.model.mlp_width = 704  # F, inner width of SwiGLU
+    config.model.vocabulary = 0  # ids; 0 takes the corpus's, another number must equal it
+    config.model.rope_theta = 160_000.0
+    config.model.norm_eps = 1e-7
+    config.model.dtype = "float32"  # of computation ("bfloat16" on accelerators); weights stay float32
+    config.model.remat = "none"  # what the backward pass computes anew: "none", "matmuls" (all else), "full"
+    config.model.attention = "auto"  # backend, see dualsm/model/attention.py
+
+    config.loss = ConfigDict()
+    config.loss.z = 1e-4  # weight of the squared log normaliser
+    config.loss.chunk = 128  # positions a row whose logits are held at once
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "muon"  # or "adamw"
+    config.optimizer.learning_rate = 7e-3  # peak
+    config.optimizer.weight_decay = 0.1  # times the learning rate, a step
+    config.optimizer.momentum = 0.95  # of Muon
+    config.optimizer.beta1 = 0.9  # of AdamW
+    config.optimizer.beta2 = 0.95
+    config.optimizer.epsilon = 1e-8
+    config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 does not clip
+    config.optimizer.schedule = ConfigDict()
+    config.optimizer.schedule.name = "wsd"  # or "cosine", see dualsm/training/schedules.py
+    config.optimizer.schedule.warmup = 0  # steps
+    config.optimizer.schedule.decay = 0.25  # share of the run at its end (wsd)
+    config.optimizer.schedule.final = 0.0  # learning rate at the end over the peak
+
+    config.mesh = ConfigDict()  # devices along each axis; -1 takes all that are left
+    config.mesh.replica = 1  # copies across slices
+    config.mesh.data = -1  # copies that share the rows
+    config.mesh.fsdp = 1  # share the rows, and split the parameters
+    config.mesh.tensor = 1  # split heads, MLP and vocabulary
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 100  # steps
+    config.checkpoint.keep = 2  # newest ones kept
+    config.checkpoint.keep_every = 0  # those at multiples of this many steps are kept for good; 0: none
+
+    config.valid = ConfigDict()
+    config.valid.every = 100  # steps; also before the first and after the last
+    config.valid.rows = 0  # held-out rows scored; 0: all
+    config.valid.objectives = "causal,prefix,masked_diffusion"  # scored whether trained on or not
+
+    config.log = ConfigDict()
+    config.log.every = 10  # steps a log line; losses are means over them
+    config.log.tensorboard = True
+    config.log.wandb = ""  # project to log to; empty: do not
+
+    return config
+
+
+# Keys that may change when a run is resumed: none of them changes what is learned.
+FREE_KEYS = (
+    "checkpoint", "data.path", "data.threads", "data.ahead", "log", "mesh", "microbatches", "model.attention", "model.remat", "valid.every"
+)  # fmt: skip
+
+
+def parse_arg(arg: str | None, **types: Callable) -> dict:
+    """The values in `--config=FILE:name=value,name=value`.
+
+    Args:
+      arg: what `get_config` was called with.
+      **types: name -> how to read its value.
+
+    Raises:
+      UserError: for an unknown name or an unreadable value.
+    """
+    values = {}
+    for part in filter(None, (arg or "").split(",")):
+        name, _, text = part.partition("=")
+        if name not in types:
+            raise UserError(f"--config: unknown argument {name!r}; this config takes {', '.join(types)}")
+        try:
+            values[name] = types[name](text)
+        except ValueError as error:
+            raise UserError(f"--config: {name}={text!r} is no {types[name].__name__}") from error
+    return values
+
+
+def set_alpha(config: ConfigDict, alpha: float) -> None:
+    """Sets the dual mixture: a share `alpha` of causal rows, the rest masked diffusion."""
+    config.mixture = ConfigDict({name: 0.0 for name in config.mixture})
+    config.mixture.causal, config.mixture.masked_diffusion = alpha, 1 - alpha
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises `UserError`, naming the key, for values that cannot be or do not fit together."""
+    from dualsm.model.attention import BACKENDS
+    from dualsm.model.transformer import REMAT_POLICIES
+    from dualsm.objectives.mixture import OBJECTIVES, check_shares
+    from dualsm.training.optimizer import OPTIMIZERS
+    from dualsm.training.schedules import SCHEDULES
+
+    _check_shape(config, default_config(), "config")
+    for key in (
+        "steps", "batch_rows", "row_tokens", "repetitions", "microbatches", "data.threads", "data.ahead",
+        "model.layers", "model.width", "model.heads", "model.mlp_width", "loss.chunk", "checkpoint.every",
+        "checkpoint.keep", "valid.every", "log.every",
+    ):  # fmt: skip
+        _require(config, key, lambda v: v >= 1, "must be at least 1")
+    for key in (
+        "seed", "model.vocabulary", "loss.z", "optimizer.weight_decay", "optimizer.clip_norm",
+        "optimizer.schedule.warmup", "optimizer.schedule.final", "checkpoint.keep_every", "valid.rows",
+    ):  # fmt: skip
+        _require(config, key, lambda v: v >= 0, "must not be negative")
+    for key in ("optimizer.learning_rate", "optimizer.epsilon", "model.rope_theta", "model.norm_eps"):
+        _require(config, key, lambda v: v > 0, "must be positive")
+    for key in ("optimizer.momentum", "optimizer.beta1", "optimizer.beta2"):
+        _require(config, key, lambda v: 0 <= v < 1, "must lie in [0, 1)")
+    _require(config, "optimizer.schedule.decay", lambda v: 0 <= v <= 1, "must lie in [0, 1]")
+    for key, known in (
+        ("model.dtype", ("float32", "bfloat16")),
+        ("model.remat", REMAT_POLICIES),
+        ("model.attention", BACKENDS),
+        ("optimizer.name", OPTIMIZERS),
+        ("optimizer.schedule.name", SCHEDULES),
+    ):
+        _require(config, key, lambda v, known=known: v in known, f"must be one of {', '.join(known)}")
+
+    check_shares(config.mixture)
+    for name in valid_objectives(config):
+        if name not in OBJECTIVES:
+            raise UserError(f"config.valid.objectives: {name!r} is none of {', '.join(OBJECTIVES)}")
+    model = config.model
+    if model.width % model.heads or model.width // model.heads % 2:
+        raise UserError(
+            f"config.model.heads={model.heads} must divide config.model.width={model.width} "
+            "into heads of even width"
+        )
+    if config.batch_rows % config.microbatches:
+        raise UserError(
+            f"config.microbatches={config.microbatches} does not divide config.batch_rows={config.batch_rows}"
+        )
+    schedule = config.optimizer.schedule
+    decay = round(schedule.decay * config.steps) if schedule.name == "wsd" else 0
+    if schedule.warmup + decay > config.steps:
+        raise UserError(
+            f"config.optimizer.schedule: warmup ({schedule.warmup}) and decay ({decay}) are longer than "
+            f"config.steps={config.steps}"
+        )
+
+
+def valid_objectives(config: ConfigDict) -> list[str]:
+    """The objectives that validation scores."""
+    return [name for name in config.valid.objectives.split(",") if name]
+
+
+def trained_objectives(config: ConfigDict) -> list[str]:
+    """The objectives that have a share of the rows, in the order of the config."""
+    return [name for name, share in config.mixture.items() if share > 0]
+
+
+def save_config(config: ConfigDict) -> str:
+    """The config as JSON text."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
+
+
+def load_config(text: str) -> ConfigDict:
+    """The config from its JSON text."""
+    return ConfigDict(json.loads(text))
+
+
+def difference(a: ConfigDict, b: ConfigDict) -> list[str]:
+    """What keeps a run of config `a` from going on with config `b`, one "key: old -> new" each."""
+    flat_a, flat_b = _flat(a), _flat(b)
+    return [
+        f"{key}: {flat_a.get(key)} -> {flat_b.get(key)}"
+        for key in sorted(flat_a.keys() | flat_b.keys())
+        if flat_a.get(key) != flat_b.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+    ]
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+    return flat
+
+
+def _check_shape(config: ConfigDict, default: ConfigDict, where: str) -> None:
+    """Raises `UserError` unless `config` has the keys and types of `default`."""
+    for key in default:
+        if key not in config:
+            raise UserError(f"{where}.{key} is missing; start the config from dualsm.config.default_config()")
+    for key, value in config.items():
+        if key not in default:
+            raise UserError(f"unknown config key {where}.{key}; see dualsm/config.py for all keys")
+        if isinstance(default[key], ConfigDict) and isinstance(value, ConfigDict):
+            _check_shape(value, default[key], f"{where}.{key}")
+        elif not _same_type(default[key], value):
+            wanted = type(default[key]).__name__
+            raise UserError(f"{where}.{key}={value!r} must be of type {wanted}, not {type(value).__name__}")
+
+
+def _same_type(default, value) -> bool:
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(default) is type(value)
+
+
+def _require(config: ConfigDict, key: str, holds: Callable[..., bool], rule: str) -> None:
+    value = config
+    for name in key.split("."):
+        value = value[name]
+    if not holds(value):
+        raise UserError(f"config.{key}={value} {rule}")
+
+
+def freeze(config: ConfigDict) -> ml_collections.FrozenConfigDict:
+    """An unchangeable copy, to be handed to the parts of a run."""
+    return ml_collections.FrozenConfigDict(config)

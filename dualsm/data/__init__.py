@@ -1,0 +1,1 @@
+"""Data: tokenizer, corpus, the order of rows, batches by step."""

@@ -1,0 +1,129 @@
+"""A prepared corpus on disk: the manifest and random access to the tokens of a document.
+
+A corpus is a folder with `tokenizer.model`, `manifest.json`, and per split ("train", "valid") ArrayRecord
+shards of one record a document plus one file with all document lengths. A record is `<s> text </s>` as
+little-endian uint16 (uint32 for vocabularies above 65,536). Documents lie in the order of their hash,
+so every prefix of a split is a fair sample of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from grain.sources import ArrayRecordDataSource
+
+from dualsm.data.tokenizer import Tokenizer
+from dualsm.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+
+
+def token_dtype(vocabulary: int) -> np.dtype:
+    """The type tokens are stored in."""
+    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+
+
+def sha256(path: epath.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Documents:
+    """One split of a corpus, as a random-access sequence of documents.
+
+    Attributes:
+      lengths_N: tokens of each document, `<s>` and `</s>` included, int32.
+      tokens: their sum.
+      bytes: bytes of text of the split.
+    """
+
+    def __init__(self, folder: epath.Path, split: dict, dtype: np.dtype):
+        self.tokens: int = split["tokens"]
+        self.bytes: int = split["bytes"]
+        self._dtype = dtype
+        self._source = ArrayRecordDataSource([str(folder / s["file"]) for s in split["shards"]])
+        self.lengths_N = np.frombuffer((folder / split["lengths"]).read_bytes(), "<i4")
+        if len(self.lengths_N) != len(self._source) or self.lengths_N.sum() != self.tokens:
+            raise UserError(
+                f"corpus {folder}: {split['lengths']} does not fit its shards; prepare the corpus anew"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    def read(self, documents: Sequence[int]) -> list[np.ndarray]:
+        """Tokens of the given documents, one integer array each. Thread-safe.
+
+        Raises:
+          UserError: when a shard is damaged (its own checksums tell).
+        """
+        try:
+            records = self._source.__getitems__([int(d) for d in documents])
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"corpus shard damaged or gone: {str(error).splitlines()[0]}") from error
+        return [np.frombuffer(record, self._dtype) for record in records]
+
+
+class Corpus:
+    """A folder made by `python -m dualsm.prepare`.
+
+    Attributes:
+      folder: where it is.
+      manifest: the parsed `manifest.json`.
+      vocabulary: number of token ids.
+      identity: hash of the tokenizer and of every shard; equal for equal corpora, wherever they lie.
+    """
+
+    def __init__(self, path: str):
+        """Raises `UserError` when `path` holds no whole corpus."""
+        self.folder = epath.Path(path)
+        try:
+            self.manifest = json.loads((self.folder / MANIFEST).read_text())
+        except OSError as error:
+            raise UserError(
+                f"no corpus at {path!r} ({MANIFEST} is missing); make one with "
+                "`python -m dualsm.prepare --input=... --output=...` and set config.data.path"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"{self.folder / MANIFEST} is no JSON: {error}") from error
+        try:
+            self._check()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.folder / MANIFEST} is damaged ({error!r})") from error
+
+    def _check(self) -> None:
+        if self.manifest["format"] != FORMAT:
+            raise UserError(
+                f"corpus {self.folder} has format {self.manifest['format']}, this version reads {FORMAT}"
+            )
+        self.vocabulary: int = int(self.manifest["vocabulary"])
+        self.identity: str = self.manifest["identity"]
+        for split in self.manifest["splits"].values():
+            for name in [split["lengths"], *(s["file"] for s in split["shards"])]:
+                if epath.Path(name).name != name:
+                    raise UserError(f"{self.folder / MANIFEST} names a file outside its folder: {name}")
+            for shard in split["shards"]:
+                path = self.folder / shard["file"]
+                if not path.exists() or path.stat().length != shard["size"]:
+                    raise UserError(f"corpus shard {path} is missing or cut short; prepare the corpus anew")
+
+    def documents(self, split: str) -> Documents:
+        """The documents of "train" or "valid"."""
+        return Documents(self.folder, self.manifest["splits"][split], token_dtype(self.vocabulary))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the corpus was made with."""
+        tokenizer = Tokenizer.load(str(self.folder / TOKENIZER))
+        if tokenizer.vocabulary != self.vocabulary:
+            raise UserError(f"{self.folder / TOKENIZER} is not the tokenizer this corpus was made with")
+        return tokenizer

@@ -1,0 +1,156 @@
+"""SentencePiece tokenizer: training, loading, special ids and the bytes each token stands for.
+
+The tokenizer is lossless: no normalisation, no dummy prefix, bytes as a fallback, so that
+`decode(encode(text)) == text` and bits per byte mean the same for every vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import sentencepiece as spm
+from etils import epath
+
+from dualsm.errors import UserError
+
+RESERVED_IDS = 16  # ids below this never stand for text and are never masked
+BYTE_PIECES = 256
+MINIMUM_VOCABULARY = 384  # the least multiple of 128 above RESERVED_IDS + BYTE_PIECES
+_PIECE_BYTES = 2000  # text is cut into pieces of about this size to train on
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+    """Ids with a meaning of their own; all lie below `RESERVED_IDS`."""
+
+    pad: int = 0
+    unk: int = 1
+    bos: int = 2
+    eos: int = 3
+    mask: int = 4
+
+    def as_dict(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+
+class Tokenizer:
+    """A SentencePiece model with dualsm's special ids.
+
+    Attributes:
+      model: the serialized model, as it lies in `tokenizer.model`.
+      vocabulary: number of ids.
+      special: the special ids.
+    """
+
+    def __init__(self, model: bytes):
+        """Raises `UserError` when `model` is no SentencePiece model or lacks the special pieces."""
+        self.model = model
+        self._processor = spm.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"not a SentencePiece model ({error})") from error
+        self.vocabulary = self._processor.vocab_size()
+        self.special = SpecialIds()
+        expected = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>", "mask": "<mask>"}
+        for name, piece in expected.items():
+            token = getattr(self.special, name)
+            if token >= self.vocabulary or self._processor.id_to_piece(token) != piece:
+                raise UserError(
+                    f"the tokenizer has no {piece} at id {token}; "
+                    "train one with `python -m dualsm.prepare`, without --tokenizer"
+                )
+
+    @classmethod
+    def load(cls, path: str) -> Tokenizer:
+        """Reads a model from a file. Raises `UserError` naming the file when it cannot."""
+        try:
+            return cls(epath.Path(path).read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
+        except UserError as error:
+            raise UserError(f"tokenizer {path}: {error}") from error
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without `<s>` and `</s>`."""
+        return self._processor.encode(texts)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of token ids; special ids are left out."""
+        return self._processor.decode([int(t) for t in tokens if t >= RESERVED_IDS])
+
+    def piece(self, token: int) -> str:
+        """The printable form of one token, special ids included."""
+        return self._processor.id_to_piece(int(token))
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text that each id stands for, int32 of shape [vocabulary]; 0 for special ids."""
+        sizes_V = np.zeros(self.vocabulary, np.int32)
+        for token in range(RESERVED_IDS, self.vocabulary):
+            piece = self._processor.id_to_piece(token)
+            is_byte = self._processor.is_byte(token)
+            sizes_V[token] = 1 if is_byte else len(piece.replace("\u2581", " ").encode("utf-8"))
+        return sizes_V
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int, threads: int = 2) -> Tokenizer:
+    """Trains a byte-pair encoding on `texts`, whose size the caller bounds.
+
+    Args:
+      texts: documents.
+      vocabulary: number of ids, a multiple of 128 and at least `MINIMUM_VOCABULARY`.
+      threads: threads SentencePiece may use; the result does not depend on it.
+
+    Raises:
+      UserError: when the vocabulary is impossible, or too large for the texts.
+    """
+    if vocabulary % 128 or vocabulary < MINIMUM_VOCABULARY:
+        raise UserError(
+            f"--vocab_size={vocabulary} must be a multiple of 128 and at least {MINIMUM_VOCABULARY}"
+        )
+    special = SpecialIds()
+    output = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=_pieces(texts),
+            model_writer=output,
+            model_type="bpe",
+            vocab_size=vocabulary,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 24,
+            pad_id=special.pad,
+            unk_id=special.unk,
+            bos_id=special.bos,
+            eos_id=special.eos,
+            pad_piece="<pad>",
+            control_symbols=["<mask>"] + [f"<reserved_{i}>" for i in range(5, RESERVED_IDS)],
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"SentencePiece cannot train {vocabulary} ids on this text: {reason}"
+        ) from error
+    return Tokenizer(output.getvalue())
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Cuts texts at line ends into pieces short enough for the trainer; line ends stay inside."""
+    for text in texts:
+        start = 0
+        while start < len(text):
+            end = text.find("\n", start + _PIECE_BYTES) + 1
+            if not 0 < end <= start + 2 * _PIECE_BYTES:
+                end = start + _PIECE_BYTES
+            # NUL ends a sentence inside SentencePiece; it is still encoded, as a byte.
+            yield text[start:end].replace("\0", " ")
+            start = end

@@ -1,0 +1,1 @@
+"""Evaluation: validation during training, scoring of a trained model."""

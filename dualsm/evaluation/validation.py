@@ -1,0 +1,111 @@
+"""Held-out loss of every objective, on the same rows with the same corruption in every run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dualsm.data.corpus import Documents
+from dualsm.data.pipeline import PAD_DOCUMENT, pack
+from dualsm.model import transformer
+from dualsm.objectives import mixture
+from dualsm.objectives.example import Row, SpecialIds
+from dualsm.objectives.loss import example_loss
+from dualsm.sharding import constrain, place_rows
+
+_SEED = 20251214  # of the corruption; never the run's seed, so that runs are compared on the same task
+
+
+def valid_rows(documents: Documents, row_tokens: int, rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """The held-out documents packed into rows, in their order.
+
+    Args:
+      documents: the held-out split.
+      row_tokens: L.
+      rows: at most this many rows; 0 takes all.
+      pad: fills the last row.
+
+    Returns:
+      tokens_VxL1 and documents_VxL1, int32.
+    """
+    needed = -(-(documents.tokens - 1) // row_tokens)
+    needed = min(needed, rows) if rows else needed
+    last = int(np.searchsorted(np.cumsum(documents.lengths_N), needed * row_tokens + 1)) + 1
+    numbers = np.arange(min(last, len(documents)))
+    return pack(documents.read(numbers), numbers, needed, row_tokens, pad)
+
+
+class Validation:
+    """Scores parameters on fixed held-out rows under several objectives, all by one compiled function."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        names: Sequence[str],
+        special: SpecialIds,
+        rows: tuple[np.ndarray, np.ndarray],
+        token_bytes_V: np.ndarray,
+        mesh: jax.sharding.Mesh,
+    ):
+        """
+        Args:
+          config: the run's config.
+          names: objectives to score.
+          special: the tokenizer's special ids.
+          rows: from `valid_rows`.
+          token_bytes_V: bytes of text that each token stands for.
+          mesh: whose devices share the rows, as many at once as in a microbatch of training.
+        """
+        self._names = list(names)
+        self._batches = [
+            (place_rows(mesh, tokens), place_rows(mesh, documents), first)
+            for tokens, documents, first in _batches(
+                rows, config.batch_rows // config.microbatches, special.pad
+            )
+        ]
+        self._strata = len(rows[0])
+        objectives = mixture.bind(names, config.objectives, special)
+        token_bytes_V = jnp.asarray(token_bytes_V, jnp.float32)
+
+        def score(params: dict, tokens_BxL1, documents_BxL1, first: jax.Array, objective: jax.Array):
+            """Sums over a batch: nats, counted positions, and bytes of the counted targets."""
+            size = tokens_BxL1.shape[0]
+            stratum_B = first + jnp.arange(size)
+            keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(_SEED), i))(stratum_B)
+            strata_B = jnp.full(size, self._strata)
+            row = Row(tokens_BxL1, documents_BxL1, stratum_B, strata_B, jnp.zeros(size))
+            example = mixture.rewrite(objectives, row, jnp.full(size, objective), keys_B)
+            example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
+            _, counted, stats = example_loss(
+                transformer.bind(config.model, params), example, config.loss.chunk
+            )
+            bytes_ = (example.counted_L * token_bytes_V[example.targets_L]).sum()
+            return stats.nll_B.sum(), counted, bytes_
+
+        self._score = jax.jit(score)
+
+    def __call__(self, params: dict) -> dict[str, float]:
+        """Metrics `valid/<objective>/loss` (nats a token) and `valid/<objective>/bits_per_byte`."""
+        metrics = {}
+        for index, name in enumerate(self._names):
+            parts = [self._score(params, *batch, jnp.int32(index)) for batch in self._batches]
+            nats, counted, bytes_ = np.array(jax.device_get(parts), np.float64).sum(0)
+            metrics[f"valid/{name}/loss"] = float(nats / max(counted, 1))
+            metrics[f"valid/{name}/bits_per_byte"] = float(nats / math.log(2) / max(bytes_, 1))
+        return metrics
+
+
+def _batches(rows: tuple[np.ndarray, np.ndarray], size: int, pad: int):
+    """Batches of `size` rows with the number of their first row; the last is filled up with empty rows."""
+    tokens_VxL1, documents_VxL1 = rows
+    missing = -len(tokens_VxL1) % size
+    tokens_VxL1 = np.pad(tokens_VxL1, [(0, missing), (0, 0)], constant_values=pad)
+    documents_VxL1 = np.pad(documents_VxL1, [(0, missing), (0, 0)], constant_values=PAD_DOCUMENT)
+    for first in range(0, len(tokens_VxL1), size):
+        part = slice(first, first + size)
+        yield tokens_VxL1[part], documents_VxL1[part], jnp.int32(first)

@@ -1,0 +1,1 @@
+"""The model: transformer, attention from key ranges, cross-entropy."""

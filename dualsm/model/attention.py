@@ -1,0 +1,48 @@
+"""Attention from key ranges: query i of a row sees keys [key_start[i], key_end[i]) and no others.
+
+That says all the views used here, document isolation included: causal [doc_start, i+1), bidirectional
+[doc_start, doc_end), prefix [doc_start, max(i+1, prefix_end)).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+BACKENDS = ("auto", "xla")
+
+
+def attend(
+    q_BxLxHxK: jax.Array,
+    k_BxLxHxK: jax.Array,
+    v_BxLxHxK: jax.Array,
+    key_start_BxL: jax.Array,
+    key_end_BxL: jax.Array,
+    backend: str = "auto",
+) -> jax.Array:
+    """Softmax attention, scaled by 1/sqrt(K), softmax in float32.
+
+    Args:
+      q_BxLxHxK, k_BxLxHxK, v_BxLxHxK: queries, keys, values of H heads of width K.
+      key_start_BxL, key_end_BxL: int32; the keys each query sees, at least one.
+      backend: one of `BACKENDS`; "auto" picks the fastest that honours the ranges on this platform.
+
+    Returns:
+      The attended values, shaped and typed as `q_BxLxHxK`.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
+    return _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+
+
+def range_mask(key_start_BxL: jax.Array, key_end_BxL: jax.Array, keys: int) -> jax.Array:
+    """The mask the ranges stand for, bool [B, L, keys]; only the XLA backend builds it."""
+    positions = jnp.arange(keys, dtype=jnp.int32)
+    return (positions >= key_start_BxL[..., None]) & (positions < key_end_BxL[..., None])
+
+
+def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Array:
+    mask_BxLxS = range_mask(key_start_BxL, key_end_BxL, k_BxSxHxK.shape[1])
+    return jax.nn.dot_product_attention(
+        q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, mask=mask_BxLxS[:, None], implementation="xla"
+    )

@@ -1,0 +1,200 @@
+"""The transformer: pre-norm blocks with RoPE and SwiGLU under one scan, and the paper's output head.
+
+It knows nothing of objectives: tokens and key ranges in, features for predicting the next token out.
+The residual stream is kept flat, [T, D] with T = B * L, so that every matrix product is a plain one.
+Parameter names and shapes are those of the fixture's README, with matrices stored as [inputs, outputs]
+and the blocks' parameters stacked along a leading layer axis.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from dualsm.model.attention import attend
+from dualsm.sharding import constrain
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _initializer(fan_in: int, scale: float = 1.0):
+    """Truncated normal of deviation scale * sqrt(2 / (5 * fan_in)), as in GPT-BERT."""
+    return nnx.initializers.truncated_normal(scale * (2 / (5 * fan_in)) ** 0.5)
+
+
+def _linear(config, inputs: int, outputs: int, *, scale: float = 1.0, bias: bool = False, rngs: nnx.Rngs):
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        kernel_init=_initializer(config.width, scale),
+        dtype=config.dtype,
+        rngs=rngs,
+    )
+
+
+def _norm(config, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.width, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
+
+
+def rotary_angles(positions_L: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary embedding, float32 [..., L, 1, K/2] each."""
+    frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angles = positions_L.astype(jnp.float32)[..., None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BxLxHxK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Applies the rotary embedding, rotate-half form (RoFormer, arXiv 2104.09864)."""
+    cos, sin = (a.astype(x_BxLxHxK.dtype) for a in angles)
+    first, second = jnp.split(x_BxLxHxK, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Pre-norm multi-head attention."""
+
+    def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
+        width = config.width
+        self.heads = config.heads
+        self.norm = _norm(config, rngs=rngs)
+        self.query = _linear(config, width, width, rngs=rngs)
+        self.key = _linear(config, width, width, rngs=rngs)
+        self.value = _linear(config, width, width, rngs=rngs)
+        self.output = _linear(config, width, width, scale=(2 * config.layers) ** -0.5, rngs=rngs)
+
+    def project(self, x_TxD: jax.Array, rows: int, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries and keys, and values, each [B, L, H, K] with B = `rows`."""
+        x_TxD = self.norm(x_TxD)
+        shape = (rows, x_TxD.shape[0] // rows, self.heads, x_TxD.shape[1] // self.heads)
+        q, k, v = (f(x_TxD).reshape(shape) for f in (self.query, self.key, self.value))
+        return rotate(q, angles), rotate(k, angles), v
+
+    def merge(self, heads_BxLxHxK: jax.Array) -> jax.Array:
+        """Output projection of the attended values, [T, D]."""
+        rows, length, heads, width = heads_BxLxHxK.shape
+        return self.output(heads_BxLxHxK.reshape(rows * length, heads * width))
+
+
+class MLP(nnx.Module):
+    """Pre-norm SwiGLU: down(value(x) * silu(gate(x)))."""
+
+    def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
+        width, inner = config.width, config.mlp_width
+        self.norm = _norm(config, rngs=rngs)
+        self.value = _linear(config, width, inner, rngs=rngs)
+        self.gate = _linear(config, width, inner, rngs=rngs)
+        self.down = _linear(config, inner, width, scale=(2 * config.layers) ** -0.5, rngs=rngs)
+
+    def __call__(self, x_TxD: jax.Array) -> jax.Array:
+        x_TxD = self.norm(x_TxD)
+        return self.down(self.value(x_TxD) * jax.nn.silu(self.gate(x_TxD)))
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
+        self.backend = config.attention
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x_TxD, key_start_BxL, key_end_BxL, angles) -> jax.Array:
+        q, k, v = self.attention.project(x_TxD, key_start_BxL.shape[0], angles)
+        attended = attend(q, k, v, key_start_BxL, key_end_BxL, self.backend)
+        x_TxD = constrain(x_TxD + self.attention.merge(attended), "batch", None)
+        return constrain(x_TxD + self.mlp(x_TxD), "batch", None)
+
+
+class Head(nnx.Module):
+    """RMSNorm -> Linear -> GELU -> output matrix with bias."""
+
+    def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
+        self.norm = _norm(config, rngs=rngs)
+        self.projection = _linear(config, config.width, config.width, rngs=rngs)
+        self.output = _linear(config, config.width, config.vocabulary, bias=True, rngs=rngs)
+
+    def features(self, x_TxD: jax.Array) -> jax.Array:
+        """What the output matrix is applied to, [T, D]."""
+        return jax.nn.gelu(self.projection(self.norm(x_TxD)), approximate=True)
+
+
+class Transformer(nnx.Module):
+    """The language model."""
+
+    def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
+        """`config` is `config.model`, with the vocabulary filled in."""
+        self.head_width = config.width // config.heads
+        self.theta = config.rope_theta
+        self.remat = config.remat
+        self.embedding = nnx.Embed(
+            config.vocabulary,
+            config.width,
+            embedding_init=_initializer(config.width),
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.blocks = stacked_blocks(rngs)
+        self.head = Head(config, rngs=rngs)
+
+    def features(
+        self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array
+    ) -> jax.Array:
+        """Features at each position for predicting the next token, [B, L, D].
+
+        Args:
+          tokens_BxL: int32.
+          key_start_BxL, key_end_BxL: int32; the keys each position sees (see `attend`).
+        """
+        positions_L = jnp.arange(tokens_BxL.shape[1])
+        angles = rotary_angles(positions_L, self.head_width, self.theta)
+        layer = _apply_block
+        if REMAT_POLICIES[self.remat] is not None:
+            layer = nnx.remat(layer, policy=REMAT_POLICIES[self.remat])
+        scan = nnx.scan(layer, in_axes=(0, nnx.Carry, None, None, None), out_axes=nnx.Carry)
+        x_TxD = constrain(self.embedding(tokens_BxL.reshape(-1)), "batch", None)
+        x_TxD = scan(self.blocks, x_TxD, key_start_BxL, key_end_BxL, angles)
+        return self.head.features(x_TxD).reshape(*tokens_BxL.shape, -1)
+
+    def logits(
+        self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array
+    ) -> jax.Array:
+        """Logits for the token after each position, float32 [B, L, V]; for small batches.
+
+        Training uses `features` with a loss that never holds all logits.
+        """
+        features_BxLxD = self.features(tokens_BxL, key_start_BxL, key_end_BxL)
+        return self.head.output(features_BxLxD).astype(jnp.float32)
+
+
+def _apply_block(block: Block, x_TxD, key_start_BxL, key_end_BxL, angles) -> jax.Array:
+    return block(x_TxD, key_start_BxL, key_end_BxL, angles)
+
+
+def init_params(config: ml_collections.ConfigDict, key: jax.Array) -> dict:
+    """Fresh parameters, a nested dict of float32 arrays. `config` is `config.model`."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
+
+
+@functools.cache
+def _graph(config: ml_collections.FrozenConfigDict) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+
+def bind(config: ml_collections.ConfigDict, params: dict) -> Transformer:
+    """The model with the given parameters, arrays or tracers. `config` is `config.model`."""
+    return nnx.merge(_graph(ml_collections.FrozenConfigDict(config)), nnx.State(params))

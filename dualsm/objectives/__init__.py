@@ -1,0 +1,1 @@
+"""Objectives: pure functions that turn a packed row into an example."""

@@ -1,0 +1,89 @@
+"""What every objective takes and what it makes: a packed `Row` becomes an `Example`.
+
+The shift is made here and nowhere else: position i always predicts token i + 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dualsm.data.tokenizer import RESERVED_IDS, SpecialIds
+
+
+class Row(NamedTuple):
+    """One packed row, or a batch of them with a leading axis on every field.
+
+    Attributes:
+      tokens_L1: int32 [L+1]; x_0..x_L.
+      documents_L1: int32 [L+1]; equal for tokens of one document, negative where there is no text.
+      stratum: int32 []; this row's number among the rows of its objective in the batch.
+      strata: int32 []; how many those are. An objective that draws one number a row draws it from the
+        part [stratum/strata, (stratum+1)/strata) of its distribution, so that a batch covers all of it
+        (low-discrepancy sampling, as in MDLM, arXiv 2406.07524).
+      progress: float32 []; share of the training that is done, for schedules of an objective.
+    """
+
+    tokens_L1: jax.Array
+    documents_L1: jax.Array
+    stratum: jax.Array
+    strata: jax.Array
+    progress: jax.Array
+
+    def uniform(self, key: jax.Array) -> jax.Array:
+        """The row's one stratified draw from U[0, 1)."""
+        return (self.stratum + jax.random.uniform(key)) / self.strata
+
+
+def single_row(tokens_L1: jax.Array, documents_L1: jax.Array) -> Row:
+    """A row on its own: the whole of every distribution, at the start of training."""
+    return Row(
+        jnp.asarray(tokens_L1), jnp.asarray(documents_L1), jnp.int32(0), jnp.int32(1), jnp.float32(0)
+    )
+
+
+class Example(NamedTuple):
+    """All that the model and the loss need to know, whatever the objective.
+
+    Attributes:
+      inputs_L: int32 [L]; tokens the model sees.
+      targets_L: int32 [L]; position i is to predict targets[i].
+      weights_L: float32 [L]; weight of each position's loss; 0 where it carries none.
+      counted_L: float32 [L]; what each position adds to the denominator. The loss of a set of rows is
+        sum(weights * nll) / sum(counted), divided once.
+      key_start_L, key_end_L: int32 [L]; position i attends to keys [key_start[i], key_end[i]).
+    """
+
+    inputs_L: jax.Array
+    targets_L: jax.Array
+    weights_L: jax.Array
+    counted_L: jax.Array
+    key_start_L: jax.Array
+    key_end_L: jax.Array
+
+
+def document_spans(documents_L: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First position and one past the last of the document at each position, int32 [L] each."""
+    positions_L = jnp.arange(documents_L.shape[0], dtype=jnp.int32)
+    changes_L = documents_L[1:] != documents_L[:-1]
+    border = jnp.ones(1, bool)
+    first_L = jnp.concatenate([border, changes_L])
+    last_L = jnp.concatenate([changes_L, border])
+    start_L = jax.lax.cummax(jnp.where(first_L, positions_L, 0))
+    end_L = jax.lax.cummin(jnp.where(last_L, positions_L + 1, documents_L.shape[0]), reverse=True)
+    return start_L, end_L
+
+
+def has_target(row: Row) -> jax.Array:
+    """Whether position i and token i + 1 lie in one document, bool [L]."""
+    return (row.documents_L1[1:] == row.documents_L1[:-1]) & (row.documents_L1[1:] >= 0)
+
+
+def is_text(tokens_L: jax.Array) -> jax.Array:
+    """Whether a token stands for text; special ids may not be masked."""
+    return tokens_L >= RESERVED_IDS
+
+
+__all__ = ["Example", "Row", "SpecialIds", "document_spans", "has_target", "is_text", "single_row"]

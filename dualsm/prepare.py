@@ -1,0 +1,67 @@
+"""Turns text into a corpus: tokenizer, ArrayRecord shards, manifest.
+
+    python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
+    python -m dualsm.prepare --input='data/*.jsonl.gz' --output=runs/books --tokenizer=tokenizer.model
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from absl import flags
+
+from dualsm import cli
+from dualsm.data.build import Recipe, build
+
+_INPUT = flags.DEFINE_string(
+    "input", None, "python-stdlib, or comma-separated files and globs (.jsonl[.gz|.zst] .txt .parquet)"
+)
+_OUTPUT = flags.DEFINE_string("output", None, "folder to make")
+_VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", 0, "ids of the SentencePiece tokenizer to train, a multiple of 128", lower_bound=0
+)
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "tokenizer to use instead of training one")
+_TOKENIZER_BYTES = flags.DEFINE_integer(
+    "tokenizer_bytes", Recipe.tokenizer_bytes, "bytes of text to train the tokenizer on", lower_bound=1
+)
+_VALID_INPUT = flags.DEFINE_string("valid_input", "", "files to hold out, instead of a share of --input")
+_VALID_FRACTION = flags.DEFINE_float(
+    "valid_fraction", Recipe.valid_fraction, "share of documents to hold out, chosen by content hash"
+)
+_TEXT_KEY = flags.DEFINE_string("text_key", Recipe.text_key, "field of the text in JSON lines and parquet")
+_MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
+    "max_document_bytes", Recipe.max_document_bytes, "longer documents count as faults", lower_bound=1
+)
+_MAX_BAD_FRACTION = flags.DEFINE_float(
+    "max_bad_fraction", Recipe.max_bad_fraction, "share of faulty documents that is skipped, not refused"
+)
+_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "processes", lower_bound=1)
+flags.mark_flags_as_required(["input", "output"])
+
+
+def main(_: Sequence[str]) -> None:
+    recipe = Recipe(
+        input=_INPUT.value,
+        valid_input=_VALID_INPUT.value,
+        valid_fraction=_VALID_FRACTION.value,
+        vocabulary=_VOCAB_SIZE.value,
+        tokenizer=_TOKENIZER.value,
+        tokenizer_bytes=_TOKENIZER_BYTES.value,
+        text_key=_TEXT_KEY.value,
+        max_document_bytes=_MAX_DOCUMENT_BYTES.value,
+        max_bad_fraction=_MAX_BAD_FRACTION.value,
+    )
+    manifest = build(recipe, _OUTPUT.value, _WORKERS.value)
+    for name, split in manifest["splits"].items():
+        print(
+            f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
+            f"{split['bytes']:,} bytes ({split['bytes'] / split['tokens']:.2f} bytes a token)"
+        )
+    faulty = sum(manifest["documents_faulty"].values())
+    print(f"dropped {manifest['documents_duplicate']:,} duplicates and {faulty:,} faulty documents")
+    print(f"corpus of {manifest['vocabulary']:,} ids in {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

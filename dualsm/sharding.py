@@ -1,0 +1,121 @@
+"""The device mesh, and the one table that says how every array lies on it.
+
+Arrays have logical axes (batch, embed, heads, ...); `RULES` maps those to mesh axes, `PARAMETERS` names
+the logical axes of each parameter. The optimizer's state lies as the parameters it belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dualsm.errors import UserError
+
+AXES = ("replica", "data", "fsdp", "tensor")
+
+RULES = {
+    "batch": ("replica", "data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocabulary": "tensor",
+    None: None,
+}
+
+PARAMETERS = {
+    r"embedding/embedding": ("vocabulary", "embed"),
+    r"blocks/attention/(query|key|value)/kernel": (None, "embed", "heads"),
+    r"blocks/attention/output/kernel": (None, "heads", "embed"),
+    r"blocks/mlp/(value|gate)/kernel": (None, "embed", "mlp"),
+    r"blocks/mlp/down/kernel": (None, "mlp", "embed"),
+    r"blocks/(attention|mlp)/norm/scale": (None, None),
+    r"head/norm/scale": (None,),
+    r"head/projection/kernel": ("embed", None),
+    r"head/output/kernel": ("embed", "vocabulary"),
+    r"head/output/bias": ("vocabulary",),
+}
+
+
+def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh over `devices` with the axes `AXES`.
+
+    Args:
+      config: `config.mesh`, the size of each axis; one of them may be -1, which fills.
+      devices: to be used all.
+
+    Raises:
+      UserError: when the sizes do not multiply to the number of devices.
+    """
+    sizes = [config[axis] for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or fixed <= 0 or (-1 in sizes and len(devices) % fixed):
+        raise UserError(f"{_spell(sizes)} does not fill {len(devices)} devices")
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"{_spell(sizes)} needs {math.prod(sizes)} devices, there are {len(devices)}")
+    if devices[0].platform == "cpu":
+        return Mesh(np.array(devices).reshape(sizes), AXES)
+    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+
+
+def _spell(sizes: Sequence[int]) -> str:
+    return "config.mesh " + " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """The partition of an array with the given logical axes."""
+    return PartitionSpec(*(RULES[axis] for axis in logical))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Pins the layout of an intermediate under `jax.set_mesh`; outside of a mesh it does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def place_rows(mesh: Mesh, rows_Bx: np.ndarray) -> jax.Array:
+    """Puts this process's rows of a batch on its devices, as its part of the global array."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec("batch")), rows_Bx)
+
+
+def tree_shardings(mesh: Mesh, tree):
+    """Shardings for a tree of parameters, or of anything that holds parameters under their names.
+
+    Args:
+      mesh: the mesh.
+      tree: arrays or their shapes; leaves that are no parameters are replicated.
+
+    Raises:
+      UserError: when a mesh axis does not divide the dimension it splits.
+    """
+
+    def one(path, leaf) -> NamedSharding:
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        for pattern, logical in PARAMETERS.items():
+            if re.search(f"(^|/){pattern}$", name) and len(logical) == len(leaf.shape):
+                _check_divides(mesh, name, leaf.shape, logical)
+                return NamedSharding(mesh, spec(*logical))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _check_divides(mesh: Mesh, name: str, shape: Sequence[int], logical: Sequence[str | None]) -> None:
+    for size, axis in zip(shape, logical, strict=True):
+        parts = mesh.shape[RULES[axis]] if axis else 1
+        if size % parts:
+            raise UserError(
+                f"config.mesh.{RULES[axis]}={parts} does not divide the {axis} dimension ({size}) of {name}"
+            )

@@ -1,0 +1,88 @@
+"""Orbax checkpoints of the whole training state."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from dualsm.errors import UserError
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of a run: written in the background, whole or not there at all."""
+
+    def __init__(self, workdir: str | Path, config: ml_collections.ConfigDict):
+        """`config` is `config.checkpoint`."""
+        keep = [policies.LatestN(config.keep)]
+        if config.keep_every:
+            keep.append(policies.EveryNSteps(config.keep_every))
+        self._folder = Path(workdir).absolute() / FOLDER
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                save_decision_policy=policies.FixedIntervalPolicy(1),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(self, step: int, state) -> None:
+        """Starts writing `state`; returns when the device's memory may change again."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, abstract_state):
+        """The newest whole checkpoint, laid out as `abstract_state`, or None when there is none.
+
+        A checkpoint that cannot be read is named and passed over.
+
+        Raises:
+          UserError: when there are checkpoints but none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+            except Exception as error:  # whatever a damaged file makes the readers raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                logging.warning("checkpoint %s is damaged and passed over: %s", self._folder / str(step), reason)
+        if steps:
+            raise UserError(
+                f"none of the checkpoints in {self._folder} can be read; move them away to start anew"
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def restore_params(workdir: str | Path, abstract_params: dict, step: int | None = None) -> tuple[int, dict]:
+    """Only the parameters of a run's newest checkpoint (or that of `step`), and its step."""
+    folder = Path(workdir).absolute() / FOLDER
+    if not folder.is_dir():
+        raise UserError(f"no run at {workdir}: {folder} is missing")
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        steps = manager.all_steps()
+        if not steps or (step is not None and step not in steps):
+            raise UserError(f"{folder} has no checkpoint{f' of step {step}' if step else ''}")
+        step = max(steps) if step is None else step
+        restore = ocp.args.PyTreeRestore(
+            {"params": abstract_params},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract_params}),
+            partial_restore=True,
+        )
+        return step, manager.restore(step, args=restore)["params"]
+
+
+def abstract(tree, shardings):
+    """Shapes, types and layouts of a tree, to restore into."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -1,0 +1,317 @@
+"""The one training loop: batch -> step -> maybe log, validate, save.
+
+A run is a function of its config. What the loop keeps between steps is the `TrainState` alone; batches are
+addressed by step, so a run that is resumed goes on exactly as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dualsm import config as configs
+from dualsm import sharding
+from dualsm.data.corpus import TOKENIZER, Corpus
+from dualsm.data.order import RepeatedStream
+from dualsm.data.pipeline import StepRows, read_steps
+from dualsm.data.tokenizer import RESERVED_IDS
+from dualsm.errors import UserError
+from dualsm.evaluation.validation import Validation, valid_rows
+from dualsm.hardware import peak_flops
+from dualsm.model.flops import train_flops
+from dualsm.objectives import mixture
+from dualsm.objectives.example import single_row
+from dualsm.progress import bar, say
+from dualsm.training.checkpoint import Checkpoints, abstract
+from dualsm.training.metrics import MetricsWriter
+from dualsm.training.optimizer import make_optimizer
+from dualsm.training.schedules import learning_rate
+from dualsm.training.step import Batch, Sums, init_state, make_train_step
+
+CONFIG = "config.json"
+
+
+def train(config: ConfigDict, workdir: str | Path, stop: Callable[[], bool] = lambda: False) -> bool:
+    """Trains, or resumes what is in `workdir`.
+
+    Args:
+      config: a complete config.
+      workdir: folder of the run; made when it does not exist.
+      stop: asked after every step; once it says yes the run saves and returns.
+
+    Returns:
+      Whether the run is complete (False: it was stopped).
+
+    Raises:
+      UserError: for configs, corpora and folders that do not fit together, before anything is compiled.
+    """
+    configs.check_config(config)
+    corpus = Corpus(config.data.path)
+    config = complete(config, corpus)
+    mesh = sharding.make_mesh(config.mesh, jax.devices())
+    _check_rows(config, mesh)
+    workdir = Path(workdir)
+    _claim(workdir, config, corpus)
+    with jax.set_mesh(mesh):
+        return _Run(config, workdir, corpus, mesh).go(stop)
+
+
+def complete(config: ConfigDict, corpus: Corpus) -> ConfigDict:
+    """The config with what follows from the corpus filled in: `model.vocabulary` and `data.identity`."""
+    config = config.copy_and_resolve_references()
+    if config.model.vocabulary not in (0, corpus.vocabulary):
+        raise UserError(
+            f"config.model.vocabulary={config.model.vocabulary} but the corpus {corpus.folder} was made "
+            f"with a tokenizer of {corpus.vocabulary} ids"
+        )
+    if config.data.identity not in ("", corpus.identity):
+        raise UserError(f"the corpus {corpus.folder} is not the one named by config.data.identity")
+    config.model.vocabulary = corpus.vocabulary
+    config.data.identity = corpus.identity
+    return config
+
+
+def _check_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    parts = sharding.batch_devices(mesh)
+    rows = config.batch_rows // config.microbatches
+    if rows % parts:
+        raise UserError(
+            f"{parts} devices cannot share config.batch_rows={config.batch_rows} in "
+            f"config.microbatches={config.microbatches} parts of {rows} rows each"
+        )
+
+
+def _claim(workdir: Path, config: ConfigDict, corpus: Corpus) -> None:
+    """Writes the config into a new workdir, or checks that an old one holds the same run."""
+    path = workdir / CONFIG
+    if path.exists():
+        changes = configs.difference(configs.load_config(path.read_text()), config)
+        if any(change.startswith("data.identity") for change in changes):
+            raise UserError(f"{workdir} was trained on another corpus than {corpus.folder}; choose another --workdir")
+        if changes:
+            raise UserError(
+                f"{workdir} holds a run of another config ({'; '.join(changes)}); choose another --workdir"
+            )
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty and holds no run ({CONFIG} is missing); choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / TOKENIZER).write_bytes((corpus.folder / TOKENIZER).read_bytes())
+    aside = path.with_suffix(".partial")
+    aside.write_text(configs.save_config(config))
+    aside.replace(path)
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Seconds since the last log line, and what of them was not training."""
+
+    start: float = dataclasses.field(default_factory=time.perf_counter)
+    waiting: float = 0.0  # for data
+    saving: float = 0.0  # while a checkpoint was taken
+    validating: float = 0.0
+    steps: int = 0
+
+    @contextlib.contextmanager
+    def time(self, name: str):
+        """Adds the time spent inside to the part called `name`."""
+        began = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + time.perf_counter() - began)
+
+    def training(self) -> float:
+        return max(time.perf_counter() - self.start - self.validating, 1e-9)
+
+
+class _Run:
+    """One process's part in one run."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, corpus: Corpus, mesh: jax.sharding.Mesh):
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.names = configs.trained_objectives(config)
+        tokenizer = corpus.tokenizer()
+        special = tokenizer.special
+
+        documents = corpus.documents("train")
+        budget = config.steps * config.batch_rows * config.row_tokens
+        self.stream = RepeatedStream(documents.lengths_N, budget, config.repetitions, config.seed)
+        self.rows = StepRows(
+            documents=documents,
+            stream=self.stream,
+            steps=config.steps,
+            batch_rows=config.batch_rows,
+            row_tokens=config.row_tokens,
+            pad=special.pad,
+            rows=range(config.batch_rows),
+        )
+        shares_SxJ = np.tile([config.mixture[name] for name in self.names], (config.steps, 1))
+        self.counts_SxJ = mixture.row_counts(shares_SxJ, config.batch_rows)
+
+        self.schedule = learning_rate(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer, self.schedule)
+        init = functools.partial(init_state, config, optimizer, len(self.names))
+        shapes = jax.eval_shape(init)
+        layout = sharding.tree_shardings(mesh, shapes)
+        self.abstract_state = abstract(shapes, layout)
+        self.init = jax.jit(init, out_shardings=layout)
+        step = make_train_step(config, self.names, special, optimizer)
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+        self.row_flops = train_flops(config.model, config.row_tokens, self._attended(special))
+        self.peak_flops = peak_flops(mesh.devices.flat[0]) * mesh.size
+        self.validation = Validation(
+            config,
+            configs.valid_objectives(config),
+            special,
+            valid_rows(corpus.documents("valid"), config.row_tokens, config.valid.rows, special.pad),
+            tokenizer.token_bytes(),
+            mesh,
+        )
+
+    def _attended(self, special) -> float:
+        """Share of the attention scores that a row needs on average, from the objectives' key ranges."""
+        config = self.config
+        row = single_row(jnp.full(config.row_tokens + 1, RESERVED_IDS), jnp.zeros(config.row_tokens + 1))
+        keys = jax.random.split(jax.random.key(0), 16)
+        total = 0.0
+        for name, objective in zip(
+            self.names, mixture.bind(self.names, config.objectives, special), strict=True
+        ):
+            example = jax.vmap(objective, in_axes=(None, 0))(row, keys)
+            seen = (example.key_end_L - example.key_start_L).mean() / config.row_tokens
+            total += config.mixture[name] * float(seen)
+        return total
+
+    def go(self, stop: Callable[[], bool]) -> bool:
+        """Runs from the newest checkpoint to the end, or until `stop`; returns whether it is the end."""
+        config = self.config
+        checkpoints = Checkpoints(self.workdir, config.checkpoint)
+        state = checkpoints.restore(self.abstract_state)
+        first = 0 if state is None else int(state.step)
+        self._greet(first)
+        if first == config.steps:
+            checkpoints.close()
+            return True
+        state = self.init() if state is None else state
+        writer = MetricsWriter(self.workdir, config, resumed_at=first or None)
+        if first == 0:
+            self._validate_first(state, writer)
+        batches = read_steps(self.rows, first, config.data.threads, config.data.ahead)
+
+        clock, unwritten, sums = _Clock(), None, None
+        with bar(total=config.steps, initial=first, desc="training", unit="step") as progress:
+            for done in range(first + 1, config.steps + 1):
+                with clock.time("waiting"):
+                    batch = self._batch(next(batches))
+                jax.block_until_ready(sums)  # the step before, so that the host stays one step ahead
+                state, sums = self.step(state, batch)
+                if unwritten:
+                    self._write(writer, progress, *unwritten, clock)
+                    clock, unwritten = _Clock(), None
+                clock.steps += 1
+                progress.update()
+
+                stopped, last = stop(), done == config.steps
+                log = last or done % config.log.every == 0
+                validate = last or done % config.valid.every == 0
+                save = last or stopped or done % config.checkpoint.every == 0
+                if not (validate or save):
+                    unwritten = (done, sums, {}) if log else None
+                    continue
+                scores = {}
+                if validate:
+                    jax.block_until_ready(sums)
+                    with clock.time("validating"):
+                        scores = self.validation(state.params)
+                if log or validate:
+                    self._write(writer, progress, done, sums if log else None, scores, clock)
+                    clock = _Clock()
+                if save:
+                    with clock.time("saving"):
+                        writer.sync()  # no checkpoint may be ahead of its lines
+                        checkpoints.save(done, state)
+                if stopped:
+                    break
+        checkpoints.close()
+        writer.close()
+        return done == config.steps
+
+    def _batch(self, element: dict[str, np.ndarray]) -> Batch:
+        """A step's rows and their objectives, on the devices."""
+        objective_B, stratum_B, strata_B = mixture.assign(self.counts_SxJ[element["step"]])
+        batch = Batch(element["tokens"], element["documents"], objective_B, stratum_B, strata_B)
+        return jax.tree.map(lambda rows: sharding.place_rows(self.mesh, rows), batch)
+
+    def _validate_first(self, state, writer: MetricsWriter) -> None:
+        say("compiling and validating the untrained model ...")
+        scores = self.validation(state.params)
+        writer.write(0, {"tokens": 0, "epoch": 0.0, **scores})
+        say(_valid_line(0, self.config.steps, scores))
+
+    def _write(self, writer, progress, done: int, sums: Sums | None, scores: dict, clock: _Clock) -> None:
+        """Writes the line of step `done`: `sums` when it is a log step, `scores` when it was validated."""
+        config = self.config
+        tokens = done * config.batch_rows * config.row_tokens
+        record = {"tokens": tokens, "epoch": tokens / self.stream.unique}
+        if sums is not None:
+            record |= self._train_metrics(jax.device_get(sums), done) | self._perf_metrics(clock)
+            say(_train_line(done, config.steps, record, self.names))
+            progress.set_postfix_str(f"loss {record['train/loss']:.3f}", refresh=False)
+        if scores:
+            say(_valid_line(done, config.steps, scores))
+        writer.write(done, record | scores)
+
+    def _train_metrics(self, sums: Sums, done: int) -> dict[str, float]:
+        metrics = {"train/loss": float(sums.loss / max(sums.weight, 1))}
+        for name, nll, counted in zip(self.names, sums.nll_J, sums.counted_J, strict=True):
+            if counted:
+                metrics[f"train/{name}/loss"] = float(nll / counted)
+        metrics["train/gradient_norm"] = float(sums.gradient_norm / sums.steps)
+        metrics["train/learning_rate"] = float(self.schedule(done - 1))
+        return metrics
+
+    def _perf_metrics(self, clock: _Clock) -> dict[str, float]:
+        seconds = clock.training()
+        rows = clock.steps * self.config.batch_rows
+        return {
+            "perf/tokens_per_second": rows * self.config.row_tokens / seconds,
+            "perf/mfu": rows * self.row_flops / seconds / self.peak_flops,
+            "perf/data_wait_fraction": clock.waiting / seconds,
+            "perf/checkpoint_seconds": clock.saving,
+        }
+
+    def _greet(self, first: int) -> None:
+        config, device = self.config, self.mesh.devices.flat[0]
+        parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
+        shares = ", ".join(f"{name} {config.mixture[name]:g}" for name in self.names)
+        say(
+            f"model: {parameters:,} parameters on {self.mesh.size} x {device.device_kind}\n"
+            f"data: {self.stream.budget:,} tokens = {self.stream.unique:,} unique x {config.repetitions} "
+            f"repetitions, from {config.data.path}\n"
+            f"mixture: {shares}"
+        )
+        if first:
+            say(f"resuming {self.workdir} at step {first} of {config.steps}")
+
+
+def _train_line(done: int, steps: int, record: dict, names: list[str]) -> str:
+    losses = "  ".join(f"{n} {record[f'train/{n}/loss']:.3f}" for n in names if f"train/{n}/loss" in record)
+    return (
+        f"step {done:>{len(str(steps))}}/{steps}  {losses}  lr {record['train/learning_rate']:.2g}  "
+        f"{record['perf/tokens_per_second']:,.0f} tokens/s  mfu {record['perf/mfu']:.0%}"
+    )
+
+
+def _valid_line(done: int, steps: int, scores: dict) -> str:
+    bits = "  ".join(
+        f"{name.split('/')[1]} {value:.3f}" for name, value in scores.items() if name.endswith("bits_per_byte")
+    )
+    return f"step {done:>{len(str(steps))}}/{steps}  held out, bits per byte:  {bits}"

@@ -1,0 +1,55 @@
+"""Muon for matrices inside the network, AdamW for the rest; or AdamW for everything."""
+
+from __future__ import annotations
+
+import jax
+import ml_collections
+import optax
+
+OPTIMIZERS = ("muon", "adamw")
+
+
+def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer of a run.
+
+    "muon" gives the matrices of the blocks and the head's projection to Muon (update scaled by
+    0.2 * sqrt(max(A, B)), so that one learning rate and decay suit both; arXiv 2502.16982), and
+    embeddings, output matrix and vectors to AdamW.
+
+    Args:
+      config: `config.optimizer`.
+      schedule: learning rate by step.
+    """
+    adamw = optax.adamw(
+        schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay
+    )
+    if config.name == "adamw":
+        optimizer = adamw
+    else:
+        muon = optax.contrib.muon(
+            schedule,
+            beta=config.momentum,
+            weight_decay=config.weight_decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrices,
+        )
+        optimizer = optax.partition({"muon": muon, "adamw": adamw}, _labels)
+    if config.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optimizer
+
+
+def _matrices(params):
+    """The last two axes of a stack of matrices are the matrix."""
+    return jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
+
+
+def _labels(params):
+    """ "muon" for kernels of the blocks and the head's projection, "adamw" for all else."""
+
+    def label(path, _):
+        names = [key.key for key in path]
+        inside = names[0] == "blocks" or names[:2] == ["head", "projection"]
+        return "muon" if inside and names[-1] == "kernel" else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)

@@ -1,0 +1,148 @@
+"""One training step, a pure function of the state and a batch of packed rows.
+
+    rows -> [mixture: rewrite by objective] -> examples -> [model, loss: per microbatch] -> gradients
+         -> one division by the whole batch's weight -> optimizer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from dualsm.model import transformer
+from dualsm.objectives import mixture
+from dualsm.objectives.example import Example, Row, SpecialIds
+from dualsm.objectives.loss import example_loss
+from dualsm.sharding import constrain
+
+
+class Batch(NamedTuple):
+    """The rows of a step, B of them.
+
+    Attributes:
+      tokens_BxL1, documents_BxL1: int32; see `Row`.
+      objective_B: int32; index of each row's objective among those of the run.
+      stratum_B, strata_B: int32; see `Row`.
+    """
+
+    tokens_BxL1: jax.Array
+    documents_BxL1: jax.Array
+    objective_B: jax.Array
+    stratum_B: jax.Array
+    strata_B: jax.Array
+
+
+class Sums(NamedTuple):
+    """What the log lines are made of, summed since the last one; J objectives, float32.
+
+    Kept in the state so that a resumed run logs what an uninterrupted one logs.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    nll_J: jax.Array
+    counted_J: jax.Array
+    gradient_norm: jax.Array
+    steps: jax.Array
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step. `step` counts finished steps."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    sums: Sums
+
+
+def init_state(
+    config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation, objectives: int
+) -> TrainState:
+    """The state before the first step; everything in it follows from `config.seed`."""
+    params = transformer.init_params(config.model, jax.random.key(config.seed))
+    zero, zeros_J = jnp.float32(0), jnp.zeros(objectives)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), Sums(zero, zero, zeros_J, zeros_J, zero, zero))
+
+
+def make_train_step(
+    config: ml_collections.ConfigDict,
+    names: Sequence[str],
+    special: SpecialIds,
+    optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """The step function, to be jitted with donation of the state.
+
+    It returns the new state and, apart from it so that it can be read while the next step runs, its sums.
+
+    Args:
+      config: the run's config, vocabulary filled in.
+      names: objectives that `Batch.objective_B` refers to.
+      special: the tokenizer's special ids.
+      optimizer: from `make_optimizer`.
+    """
+    objectives = mixture.bind(names, config.objectives, special)
+    weight_J = jnp.array([config.objectives[name].weight for name in names], jnp.float32)
+
+    def loss(params: dict, example: Example, objective_B: jax.Array):
+        model = transformer.bind(config.model, params)
+        weighted_sum, _, stats = example_loss(
+            model, example, config.loss.chunk, config.loss.z, weight_J[objective_B]
+        )
+        return weighted_sum, stats
+
+    def gradients(params: dict, example: Example, objective_B: jax.Array):
+        """Gradients and statistics of all rows, worked through in `config.microbatches` parts."""
+        differentiate = jax.grad(loss, has_aux=True)
+        if config.microbatches == 1:
+            return differentiate(params, example, objective_B)
+
+        def add(total, part):
+            grads, stats = differentiate(params, *part)
+            return jax.tree.map(jnp.add, total, grads), stats
+
+        parts = jax.tree.map(lambda a: _interleave(a, config.microbatches), (example, objective_B))
+        grads, stats = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+        return grads, jax.tree.map(_undo_interleave, stats)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        rows = batch.tokens_BxL1.shape[0]
+        progress_B = jnp.full(rows, state.step / config.steps, jnp.float32)
+        row = Row(batch.tokens_BxL1, batch.documents_BxL1, batch.stratum_B, batch.strata_B, progress_B)
+        example = mixture.rewrite(objectives, row, batch.objective_B, mixture.row_keys(key, rows))
+        example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
+
+        grads, stats = gradients(state.params, example, batch.objective_B)
+        weight = jnp.maximum(stats.counted_B.sum(), 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        objective_BxJ = jax.nn.one_hot(batch.objective_B, len(names))
+        new = Sums(
+            loss=(weight_J[batch.objective_B] * stats.nll_B).sum(),
+            weight=stats.counted_B.sum(),
+            nll_J=stats.nll_B @ objective_BxJ,
+            counted_J=stats.counted_B @ objective_BxJ,
+            gradient_norm=optax.global_norm(grads),
+            steps=jnp.float32(1),
+        )
+        kept = jnp.where(state.step % config.log.every == 0, 0.0, 1.0)
+        sums = jax.tree.map(lambda old, add: kept * old + add, state.sums, new)
+        return TrainState(state.step + 1, params, opt_state, sums), sums
+
+    return train_step
+
+
+def _interleave(a_Bx: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] as [parts, B/parts, ...], row b in part b % parts: every device keeps its own rows."""
+    return jnp.moveaxis(a_Bx.reshape(-1, parts, *a_Bx.shape[1:]), 1, 0)
+
+
+def _undo_interleave(a: jax.Array) -> jax.Array:
+    return jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])
