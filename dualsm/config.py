@@ -51,7 +51,7 @@ def default_config() -> ConfigDict:
     config.model.rope_theta = 160_000.0
     config.model.norm_eps = 1e-7
     config.model.dtype = "float32"  # of computation ("bfloat16" on accelerators); weights stay float32
-    config.model.remat = "none"  # what the backward pass computes anew: "none", "matmuls" (all else), "full"
+    config.model.remat = "matmuls"  # what the forward pass keeps for the backward: "matmuls" (their results), "full" remat (nothing), "none" (all)
     config.model.attention = "auto"  # backend, see dualsm/model/attention.py
 
     config.loss = ConfigDict()
@@ -194,8 +194,10 @@ def valid_objectives(config: ConfigDict) -> list[str]:
 
 
 def trained_objectives(config: ConfigDict) -> list[str]:
-    """The objectives that have a share of the rows, in the order of the config."""
-    return [name for name, share in config.mixture.items() if share > 0]
+    """The objectives that have a share of the rows, in the order of their definition."""
+    from dualsm.objectives.mixture import OBJECTIVES
+
+    return [name for name in OBJECTIVES if config.mixture[name] > 0]
 
 
 def save_config(config: ConfigDict) -> str:

@@ -107,7 +107,7 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
             scatter = _Scatter(recipe, aside / "buckets", buckets)
             counts = scatter.run(pool, workers, train_files, valid_files, quiet)
             if tokenizer is None:
-                tokenizer = _train(recipe, aside / "buckets", buckets, workers, quiet)
+                tokenizer = _train(recipe, aside / "buckets", buckets, quiet)
             (aside / corpus.TOKENIZER).write_bytes(tokenizer.model)
             shards = _encode(pool, aside, buckets, tokenizer, counts, quiet)
         shutil.rmtree(aside / "buckets")
@@ -257,7 +257,7 @@ def _read_bucket(folder: Path, bucket: int) -> tuple[list[tuple[bool, bytes]], i
 # --- tokenizer and second pass: sort, encode, write ----------------------------------------------------
 
 
-def _train(recipe: Recipe, folder: Path, buckets: int, workers: int, quiet: bool) -> Tokenizer:
+def _train(recipe: Recipe, folder: Path, buckets: int, quiet: bool) -> Tokenizer:
     """Trains the tokenizer on the first documents in hash order, which are a fair sample."""
 
     def sample() -> Iterator[str]:
@@ -273,7 +273,7 @@ def _train(recipe: Recipe, folder: Path, buckets: int, workers: int, quiet: bool
 
     description = f"training a tokenizer of {recipe.vocabulary} ids"
     with bar(desc=description, unit="B", unit_scale=True, disable=quiet) as progress:
-        return train_tokenizer(sample(), recipe.vocabulary, threads=workers)
+        return train_tokenizer(sample(), recipe.vocabulary)
 
 
 @dataclasses.dataclass

@@ -33,7 +33,8 @@ def pack(pieces: list[np.ndarray], owners: np.ndarray, rows: int, row_tokens: in
       pad: token for the positions after the end.
 
     Returns:
-      tokens_BxL1 and documents_BxL1, int32 of shape [B, L+1]; documents are `PAD_DOCUMENT` after the end.
+      tokens_BxL1 and documents_BxL1, int32 of shape [B, L+1]. Documents count from 0 in each row, and are
+      `PAD_DOCUMENT` after the end.
     """
     size = rows * row_tokens + 1
     tokens_T = np.full(size, pad, np.int32)
@@ -41,11 +42,12 @@ def pack(pieces: list[np.ndarray], owners: np.ndarray, rows: int, row_tokens: in
     flat_T = np.concatenate(pieces)[:size] if pieces else tokens_T[:0]
     tokens_T[: len(flat_T)] = flat_T
     documents_T[: len(flat_T)] = np.repeat(owners, [len(piece) for piece in pieces])[: len(flat_T)]
-    view = np.lib.stride_tricks.sliding_window_view
-    return (
-        np.ascontiguousarray(view(tokens_T, row_tokens + 1)[::row_tokens]),
-        np.ascontiguousarray(view(documents_T, row_tokens + 1)[::row_tokens]),
+    tokens_BxL1, documents_BxL1 = (
+        np.lib.stride_tricks.sliding_window_view(a_T, row_tokens + 1)[::row_tokens]
+        for a_T in (tokens_T, documents_T)
     )
+    local_BxL1 = np.where(documents_BxL1 >= 0, documents_BxL1 - documents_BxL1[:, :1], PAD_DOCUMENT)
+    return np.ascontiguousarray(tokens_BxL1), local_BxL1
 
 
 @dataclasses.dataclass(frozen=True)

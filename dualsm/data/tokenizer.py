@@ -19,6 +19,7 @@ from dualsm.errors import UserError
 RESERVED_IDS = 16  # ids below this never stand for text and are never masked
 BYTE_PIECES = 256
 MINIMUM_VOCABULARY = 384  # the least multiple of 128 above RESERVED_IDS + BYTE_PIECES
+_SPACE_MARK = "\u2581"
 _PIECE_BYTES = 2000  # text is cut into pieces of about this size to train on
 
 
@@ -76,7 +77,16 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without `<s>` and `</s>`."""
-        return self._processor.encode(texts)
+        return [
+            self._processor.encode(text) if _SPACE_MARK not in text else self._encode_marks(text)
+            for text in texts
+        ]
+
+    def _encode_marks(self, text: str) -> list[int]:
+        """SentencePiece spells a space as U+2581; where a text holds that character, as bytes it stays one."""
+        mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode("utf-8")]
+        first, *rest = self._processor.encode(text.split(_SPACE_MARK))
+        return first + [token for part in rest for token in (*mark, *part)]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of token ids; special ids are left out."""
@@ -92,17 +102,16 @@ class Tokenizer:
         for token in range(RESERVED_IDS, self.vocabulary):
             piece = self._processor.id_to_piece(token)
             is_byte = self._processor.is_byte(token)
-            sizes_V[token] = 1 if is_byte else len(piece.replace("\u2581", " ").encode("utf-8"))
+            sizes_V[token] = 1 if is_byte else len(piece.replace(_SPACE_MARK, " ").encode("utf-8"))
         return sizes_V
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, threads: int = 2) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Trains a byte-pair encoding on `texts`, whose size the caller bounds.
 
     Args:
       texts: documents.
       vocabulary: number of ids, a multiple of 128 and at least `MINIMUM_VOCABULARY`.
-      threads: threads SentencePiece may use; the result does not depend on it.
 
     Raises:
       UserError: when the vocabulary is impossible, or too large for the texts.
@@ -132,7 +141,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, threads: int = 2) -> 
             eos_id=special.eos,
             pad_piece="<pad>",
             control_symbols=["<mask>"] + [f"<reserved_{i}>" for i in range(5, RESERVED_IDS)],
-            num_threads=threads,
+            num_threads=4,  # written into the model, so a fixed number
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -42,7 +42,14 @@ def range_mask(key_start_BxL: jax.Array, key_end_BxL: jax.Array, keys: int) -> j
 
 
 def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Array:
-    mask_BxLxS = range_mask(key_start_BxL, key_end_BxL, k_BxSxHxK.shape[1])
-    return jax.nn.dot_product_attention(
-        q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, mask=mask_BxLxS[:, None], implementation="xla"
+    """Plain attention with a mask. Heads go in front first: XLA's CPU compiler turns products over
+    [B, L, H, K] into copies, which made the backward pass two to three times slower."""
+    q_BxHxLxK, k_BxHxSxK, v_BxHxSxK = (x.swapaxes(1, 2) for x in (q_BxLxHxK, k_BxSxHxK, v_BxSxHxK))
+    mask_BxLxS = range_mask(key_start_BxL, key_end_BxL, k_BxHxSxK.shape[2])
+    bias_BxLxS = jnp.where(mask_BxLxS, 0.0, jnp.finfo(jnp.float32).min)
+    scaled_BxHxLxK = q_BxHxLxK * q_BxHxLxK.shape[-1] ** -0.5
+    scores_BxHxLxS = jnp.einsum(
+        "bhlk,bhsk->bhls", scaled_BxHxLxK, k_BxHxSxK, preferred_element_type=jnp.float32
     )
+    weights_BxHxLxS = jax.nn.softmax(scores_BxHxLxS + bias_BxLxS[:, None], axis=-1)
+    return jnp.einsum("bhls,bhsk->bhlk", weights_BxHxLxS.astype(v_BxHxSxK.dtype), v_BxHxSxK).swapaxes(1, 2)

@@ -1,0 +1,104 @@
+"""Shared parts of the tests: eight fake devices, a small real corpus, a micro config."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = Path(__file__).parents[1]
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from dualsm.config import default_config  # noqa: E402
+from dualsm.data.build import Recipe, build  # noqa: E402
+from dualsm.data.corpus import Corpus  # noqa: E402
+
+TRAINED_ON = ("email/*.py", "json/*.py", "logging/*.py")  # of the standard library, ~600 kB
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """Real text: some files of the standard library, cut into documents at blank lines."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts = []
+    for pattern in TRAINED_ON:
+        for path in sorted(root.glob(pattern)):
+            blocks = path.read_text(encoding="utf-8").split("\n\n")
+            texts += [block for block in blocks if block.strip()]
+    return texts
+
+
+@pytest.fixture(scope="session")
+def jsonl(documents, tmp_path_factory) -> Path:
+    """The documents as JSON lines."""
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus_path(jsonl, tmp_path_factory) -> Path:
+    """A corpus of 512 ids prepared from real text."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus"
+    build(Recipe(input=str(jsonl), vocabulary=512, valid_fraction=0.05), str(path), workers=1, quiet=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(corpus_path) -> Corpus:
+    return Corpus(str(corpus_path))
+
+
+def micro_config(path: Path | str = ""):
+    """A config that compiles in seconds; all three objectives are on."""
+    config = default_config()
+    config.data.path = str(path)
+    config.steps, config.batch_rows, config.row_tokens = 12, 8, 32
+    config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
+    config.model.layers, config.model.width, config.model.heads, config.model.mlp_width = 2, 32, 2, 64
+    config.loss.chunk = 16
+    config.log.every, config.valid.every, config.checkpoint.every = 2, 6, 4
+    config.valid.rows = 16
+    config.log.tensorboard = False
+    config.mesh.data = 1
+    return config
+
+
+@pytest.fixture
+def micro(corpus_path):
+    """`micro_config` on the session's corpus."""
+    return micro_config(corpus_path)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_mesh():
+    yield
+    assert jax.sharding.get_abstract_mesh().empty, "a test left a mesh behind"
+
+
+def run_command(*arguments: str, devices: int = 1, timeout: float = 300, **options):
+    """Runs `python -m dualsm.NAME ...` as a user does; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=command_env(devices),
+        **options,
+    )
+
+
+def command_env(devices: int = 1) -> dict[str, str]:
+    """The environment of a command with a number of fake devices."""
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }

@@ -1,0 +1,249 @@
+"""From text to a corpus: what is kept, dropped, counted, refused; and that nothing half-done stays."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from dualsm.data.build import Recipe, build
+from dualsm.data.corpus import Corpus
+from dualsm.errors import UserError
+
+
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def make(tmp_path, name="corpus", workers=1, **recipe):
+    recipe = {"vocabulary": 384, "valid_fraction": 0.2} | recipe
+    return build(Recipe(**recipe), str(tmp_path / name), workers, quiet=True)
+
+
+def texts_of(path, split):
+    corpus = Corpus(str(path))
+    tokenizer, documents = corpus.tokenizer(), corpus.documents(split)
+    return [tokenizer.decode(tokens) for tokens in documents.read(range(len(documents)))]
+
+
+@pytest.fixture
+def texts(documents):
+    return documents[:150]
+
+
+def test_every_document_comes_back_byte_for_byte(tmp_path, texts):
+    difficult = ["tab\tand  spaces  ", "naïve 🙂 \u2028 line", "\n\n leading", "nul \0 inside", "▁ piece"]
+    wanted = list(dict.fromkeys(texts + difficult))
+    manifest = make(tmp_path, input=write_lines(tmp_path / "a.jsonl", wanted))
+    found = texts_of(tmp_path / "corpus", "train") + texts_of(tmp_path / "corpus", "valid")
+    assert sorted(found) == sorted(wanted)
+    splits = manifest["splits"]
+    assert sum(split["documents"] for split in splits.values()) == len(wanted)
+    assert sum(split["bytes"] for split in splits.values()) == sum(len(t.encode()) for t in wanted)
+
+
+def test_documents_start_and_end_with_their_marks(corpus):
+    documents = corpus.documents("train")
+    special = corpus.tokenizer().special
+    read = documents.read(range(len(documents)))
+    assert [len(tokens) for tokens in read] == documents.lengths_N.tolist()
+    for tokens in read:
+        assert (tokens[0], tokens[-1]) == (special.bos, special.eos)
+        assert (tokens[1:-1] >= 16).all()
+
+
+def test_the_result_depends_on_neither_workers_nor_the_order_of_files(tmp_path, texts):
+    a = write_lines(tmp_path / "a.jsonl", texts[:80])
+    b = write_lines(tmp_path / "b.jsonl", texts[80:])
+    one = make(tmp_path, "one", workers=1, input=f"{a},{b}")
+    two = make(tmp_path, "two", workers=3, input=f"{b},{a}")
+    assert one["identity"] == two["identity"]
+    assert {k: v for k, v in one.items() if k != "arguments"} == {k: v for k, v in two.items() if k != "arguments"}
+
+
+def test_documents_are_shuffled_and_held_out_by_content(tmp_path, texts):
+    make(tmp_path, "all", input=write_lines(tmp_path / "a.jsonl", texts))
+    make(tmp_path, "half", input=write_lines(tmp_path / "b.jsonl", texts[:75]))
+    valid = texts_of(tmp_path / "all", "valid")
+    assert 0 < len(valid) < 60
+    # Which documents are held out, and their order, does not change with what else is in the corpus.
+    assert texts_of(tmp_path / "half", "valid") == [text for text in valid if text in texts[:75]]
+    train = texts_of(tmp_path / "all", "train")
+    places = [texts.index(text) for text in train]
+    assert places != sorted(places)
+    assert abs(np.corrcoef(places, np.arange(len(places)))[0, 1]) < 0.3
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path, texts):
+    unique = list(dict.fromkeys(texts))
+    manifest = make(tmp_path, workers=2, input=write_lines(tmp_path / "a.jsonl", unique + unique[:30] + unique[:10]))
+    assert manifest["documents_duplicate"] == 40
+    assert manifest["documents_read"] == len(unique) + 40
+    found = texts_of(tmp_path / "corpus", "train") + texts_of(tmp_path / "corpus", "valid")
+    assert sorted(found) == sorted(unique)
+
+
+def test_nothing_of_a_given_validation_set_is_trained_on(tmp_path, texts):
+    valid = write_lines(tmp_path / "valid.jsonl", texts[:20])
+    make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), valid_input=valid)
+    assert sorted(texts_of(tmp_path / "corpus", "valid")) == sorted(set(texts[:20]))
+    assert not set(texts_of(tmp_path / "corpus", "train")) & set(texts[:20])
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "parquet"])
+def test_formats(tmp_path, texts, form):
+    texts = list(dict.fromkeys(texts))
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in texts).encode()
+    pattern = tmp_path / f"a.{form}"
+    if form == "jsonl":
+        pattern.write_bytes(lines)
+    elif form == "jsonl.gz":
+        pattern.write_bytes(gzip.compress(lines))
+    elif form == "jsonl.zst":
+        import zstandard
+
+        half = len(lines) // 2  # several frames, as pzstd writes them
+        compress = zstandard.ZstdCompressor().compress
+        pattern.write_bytes(compress(lines[:half]) + compress(lines[half:]))
+    elif form == "txt":
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number}.txt").write_text(text, newline="")
+        pattern = tmp_path / "*.txt"
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"body": texts, "other": range(len(texts))}), pattern)
+    make(tmp_path, input=str(pattern), text_key="body")
+    found = texts_of(tmp_path / "corpus", "train") + texts_of(tmp_path / "corpus", "valid")
+    assert sorted(found) == sorted(texts)
+
+
+FAULTY = {
+    "bad_json": b'{"text": "open\n',
+    "no_text": b'{"body": "x"}\n',
+    "invalid_utf8": b'{"text": "\xff\xfe"}\n',
+    "empty_text": b'{"text": "  "}\n',
+    "too_long": b'{"text": "' + b"x" * 70_000 + b'"}\n',
+}
+
+
+def test_faults_are_counted_by_kind(tmp_path, texts):
+    path = tmp_path / "a.jsonl"
+    write_lines(path, texts)
+    path.write_bytes(path.read_bytes() + b"".join(FAULTY.values()) + FAULTY["no_text"] + b'["no object"]\n')
+    manifest = make(tmp_path, input=str(path), max_bad_fraction=0.1, max_document_bytes=60_000)
+    assert manifest["documents_faulty"] == dict.fromkeys(FAULTY, 1) | {"no_text": 3}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_too_many_faults_stop_with_file_and_line(tmp_path, texts, kind):
+    path = tmp_path / "a.jsonl"
+    write_lines(path, texts[:50])
+    path.write_bytes(path.read_bytes() + FAULTY[kind] * 2)
+    with pytest.raises(UserError, match=rf"2 of 52 documents.*2 {kind}.*a\.jsonl, line 52"):
+        make(tmp_path, input=str(path), max_bad_fraction=0.03, max_document_bytes=60_000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_a_hopeless_input_stops_long_before_its_end(tmp_path):
+    """Half a million bad lines are not read to the end before saying so."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"not json, and long enough to make blocks\n" * 500_000)
+    with pytest.raises(UserError) as error:
+        make(tmp_path, input=str(path))
+    assert int(str(error.value).split(" of ")[1].split()[0]) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"input": "nowhere/*.jsonl"}, "no file matches"),
+        ({"input": __file__}, "is none of"),
+        ({"input": "python-stdlib", "vocabulary": 0}, "--vocab_size"),
+        ({"input": "python-stdlib", "vocabulary": 512, "tokenizer": "x.model"}, "--vocab_size"),
+        ({"input": "python-stdlib", "valid_fraction": 1.5}, "--valid_fraction"),
+        ({"input": "python-stdlib", "tokenizer": "nowhere.model", "vocabulary": 0}, "nowhere.model"),
+    ],
+)
+def test_impossible_recipes_are_refused(tmp_path, recipe, message):
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, **recipe)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("vocabulary", [100, 256, 1000, 1 << 20])
+def test_impossible_vocabularies_are_refused(tmp_path, texts, vocabulary):
+    with pytest.raises(UserError):
+        make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), vocabulary=vocabulary)
+
+
+def test_a_broken_archive_is_named(tmp_path, texts):
+    path = tmp_path / "a.jsonl.gz"
+    data = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):
+        make(tmp_path, input=str(path))
+
+
+def test_an_existing_output_is_kept_if_it_is_the_same_and_refused_if_not(tmp_path, texts):
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    first = make(tmp_path, input=path)
+    changed = os.stat(tmp_path / "corpus" / "manifest.json").st_mtime_ns
+    assert make(tmp_path, input=path) == json.loads(json.dumps(first))
+    assert os.stat(tmp_path / "corpus" / "manifest.json").st_mtime_ns == changed
+    with pytest.raises(UserError, match="was not made by this command"):
+        make(tmp_path, input=path, vocabulary=512)
+
+
+def _prepare(path, output):
+    build(Recipe(input=path, vocabulary=384, valid_fraction=0.2), output, workers=1, quiet=True)
+
+
+def test_an_interrupted_run_leaves_nothing_that_looks_done(tmp_path, texts):
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_prepare, args=(path, str(tmp_path / "corpus")))
+    process.start()
+    while not list(tmp_path.glob(".corpus.partial-*")):
+        time.sleep(0.01)
+        assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "corpus").exists()
+    make(tmp_path, input=path)  # clears away what was left, and succeeds
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "corpus"]
+
+
+def test_a_damaged_corpus_is_noticed(tmp_path, texts):
+    make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts))
+    shard = sorted((tmp_path / "corpus").glob("train-*.array_record"))[0]
+    whole = shard.read_bytes()
+
+    middle = whole.index(b"\x28\xb5\x2f\xfd") + 20  # inside the first zstd frame
+    shard.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    documents = Corpus(str(tmp_path / "corpus")).documents("train")
+    with pytest.raises(UserError, match="damaged"):
+        documents.read(range(len(documents)))
+
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut short"):
+        Corpus(str(tmp_path / "corpus"))
+    shard.unlink()
+    with pytest.raises(UserError, match="missing"):
+        Corpus(str(tmp_path / "corpus"))
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path, texts):
+    make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts))
+    path = tmp_path / "corpus" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["train"]["lengths"] = "../a.jsonl"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="outside"):
+        Corpus(str(tmp_path / "corpus"))

@@ -1,0 +1,62 @@
+"""Attention honours the key ranges, against a loop over queries."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualsm.model.attention import BACKENDS, attend, range_mask
+
+B, L, H, K = 2, 12, 3, 8
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    return jax.random.normal(jax.random.key(0), (3, B, L, H, K))
+
+
+@pytest.fixture(scope="module")
+def ranges():
+    """Random non-empty ranges; nothing makes them causal or whole."""
+    rng = np.random.default_rng(0)
+    start = rng.integers(0, L, (B, L))
+    return jnp.asarray(start), jnp.asarray(start + 1 + rng.integers(0, L - start))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_query_attends_to_its_range_alone(qkv, ranges, backend):
+    q, k, v = qkv
+    start, end = ranges
+    ours = attend(q, k, v, start, end, backend)
+    for b in range(B):
+        for i in range(L):
+            seen = slice(int(start[b, i]), int(end[b, i]))
+            scores = jnp.einsum("hk,shk->hs", q[b, i], k[b, seen]) / K**0.5
+            expected = jnp.einsum("hs,shk->hk", jax.nn.softmax(scores, -1), v[b, seen])
+            np.testing.assert_allclose(ours[b, i], expected, atol=1e-5)
+
+
+def test_keys_outside_the_range_have_no_influence(qkv, ranges):
+    q, k, v = qkv
+    start, end = ranges
+    seen = np.asarray(range_mask(start, end, L))
+
+    def output(k, v):
+        return attend(q, k, v, start, end).sum((-1, -2))
+
+    for gradient in jax.jacrev(output, (0, 1))(k, v):
+        influence = np.abs(gradient).max((-1, -2))  # [B, L, B, L]
+        for b in range(B):
+            assert not influence[b, :, b][~seen[b]].any()
+            assert not influence[b, :, 1 - b].any()
+
+
+def test_bfloat16_in_bfloat16_out(qkv, ranges):
+    out = attend(*qkv.astype(jnp.bfloat16), *ranges)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), attend(*qkv, *ranges), atol=0.05)
+
+
+def test_an_unknown_backend_is_refused(qkv, ranges):
+    with pytest.raises(ValueError, match="telepathy"):
+        attend(*qkv, *ranges, backend="telepathy")

@@ -1,0 +1,72 @@
+"""The optimizer reproduces the updates of the paper's released code."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+from dualsm.config import default_config
+from dualsm.training.optimizer import make_optimizer
+
+FIXTURE = Path(__file__).parents[1] / "data" / "muon_parity.safetensors"
+
+
+def as_params(tensors: dict, prefix: str) -> dict:
+    """The fixture's tensors at the places where the model keeps such parameters."""
+    return {
+        "blocks": {"a": {"kernel": jnp.asarray(tensors[prefix + "W"])}},
+        "head": {
+            "projection": {"kernel": jnp.asarray(tensors[prefix + "W2"])},
+            "output": {"bias": jnp.asarray(tensors[prefix + "b"])},
+        },
+        "embedding": {"embedding": jnp.asarray(tensors[prefix + "E"])},
+    }
+
+
+def relative_error(ours, theirs) -> float:
+    return float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
+
+
+def test_five_updates_equal_the_reference():
+    tensors = load_file(FIXTURE)
+    config = default_config().optimizer
+    optimizer = make_optimizer(config, lambda _: 7e-3)
+    params = as_params(tensors, "init.")
+    state = optimizer.init(params)
+    for step in range(5):
+        updates, state = optimizer.update(as_params(tensors, f"grad{step}."), state, params)
+        params = optax.apply_updates(params, updates)
+        expected = as_params(tensors, f"after{step}.")
+        errors = jax.tree.map(relative_error, params, expected)
+        assert max(jax.tree.leaves(errors)) < 2e-3, errors
+
+
+def test_a_stack_of_matrices_is_updated_like_each_matrix_alone():
+    key = jax.random.key(0)
+    stack_NxAxB = jax.random.normal(key, (3, 8, 12))
+    grads_NxAxB = jax.random.normal(jax.random.fold_in(key, 1), stack_NxAxB.shape)
+    optimizer = make_optimizer(default_config().optimizer, lambda _: 1e-2)
+
+    def update(weights, grads):
+        params, grads = ({"blocks": {"m": {"kernel": w}}} for w in (weights, grads))
+        return optimizer.update(grads, optimizer.init(params), params)[0]["blocks"]["m"]["kernel"]
+
+    together = update(stack_NxAxB, grads_NxAxB)
+    for i in range(3):
+        np.testing.assert_allclose(together[i], update(stack_NxAxB[i], grads_NxAxB[i]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_clipping_bounds_the_gradient(name):
+    config = default_config().optimizer
+    config.name, config.clip_norm, config.weight_decay = name, 1.0, 0.0
+    params = {"embedding": {"embedding": jnp.ones((4, 4))}}
+    optimizer = make_optimizer(config, lambda _: 1.0)
+    # Adam's first update does not depend on the scale of the gradient, its first moment does.
+    _, state = optimizer.update(jax.tree.map(lambda p: 100 * p, params), optimizer.init(params), params)
+    first_moments = [m for m in jax.tree.leaves(state) if m.shape == (4, 4)]
+    assert max(float(jnp.linalg.norm(m)) for m in first_moments) < 0.2

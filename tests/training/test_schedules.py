@@ -1,0 +1,34 @@
+"""Learning rates at their corners."""
+
+import pytest
+
+from dualsm.config import default_config
+from dualsm.training.schedules import learning_rate
+
+
+def schedule(steps=100, **values):
+    config = default_config().optimizer
+    config.learning_rate = 1.0
+    config.schedule.update(values)
+    return learning_rate(config, steps)
+
+
+def test_wsd_rises_holds_and_falls():
+    rate = schedule(name="wsd", warmup=10, decay=0.25, final=0.1)
+    assert float(rate(0)) == 0.0
+    assert float(rate(5)) == pytest.approx(0.5)
+    assert {float(rate(step)) for step in range(10, 76)} == {1.0}
+    assert float(rate(76)) < 1.0
+    assert float(rate(100)) == pytest.approx(0.1)
+    assert float(rate(88)) == pytest.approx(1 - 0.9 * 13 / 25, abs=1e-6)
+
+
+def test_wsd_without_warmup_starts_at_the_peak():
+    assert float(schedule(name="wsd", warmup=0)(0)) == 1.0
+
+
+def test_cosine_ends_at_its_final_value():
+    rate = schedule(name="cosine", warmup=10, final=0.2)
+    assert float(rate(10)) == pytest.approx(1.0)
+    assert float(rate(55)) == pytest.approx(0.6, abs=1e-3)
+    assert float(rate(100)) == pytest.approx(0.2)
