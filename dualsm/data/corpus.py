@@ -124,6 +124,6 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the corpus was made with."""
         tokenizer = Tokenizer.load(str(self.folder / TOKENIZER))
-        if tokenizer.vocabulary != self.vocabulary:
+        if hashlib.sha256(tokenizer.model).hexdigest() != self.manifest["tokenizer_sha256"]:
             raise UserError(f"{self.folder / TOKENIZER} is not the tokenizer this corpus was made with")
         return tokenizer

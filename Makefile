@@ -1,0 +1,42 @@
+# Two commands do all the set-up on a machine with Python 3.11 or later:
+#   make demo    trains the tiny config on real text and shows what came of it
+#   make test    runs the tests
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The first Python that is new enough; override with `make demo PYTHON=/path/to/python`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.core
+	$(RUN) -m dualsm.prepare --input=python-stdlib --output=runs/corpus \
+		--vocab_size=2048 --tokenizer_bytes=8000000 --valid_fraction=0.02
+	$(RUN) -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny
+
+test: $(VENV)/.test
+	$(RUN) -m pytest
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; make demo PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: setup.py | $(VENV)/bin/python
+	$(RUN) -m pip install --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.test: setup.py | $(VENV)/bin/python
+	$(RUN) -m pip install --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.core

@@ -1,0 +1,1 @@
+"""Generation: causal and prefix with a cache, diffusion by iterative unmasking."""

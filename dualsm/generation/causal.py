@@ -1,0 +1,217 @@
+"""Left-to-right generation with a key-value cache, after a causal or a bidirectional prompt."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+from dualsm.data.tokenizer import SpecialIds
+from dualsm.errors import UserError
+from dualsm.generation.pick import Picking, allowed_logits, pick
+from dualsm.model.attention import attend
+from dualsm.model.transformer import Block, Transformer, bind, rotary_angles
+
+MODES = ("causal", "prefix")
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers at S positions, [N, B, S, H, K] each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Decoding(NamedTuple):
+    """Where a batch of texts stands.
+
+    Attributes:
+      tokens_BxS: prompts and what follows them, filled up with `<pad>`.
+      length_B: tokens of each text so far.
+      logits_BxV: for the token after the last, float32.
+      done_B: whether `</s>` was drawn.
+      cache: of all positions before `length_B`.
+      key: PRNG key.
+    """
+
+    tokens_BxS: jax.Array
+    length_B: jax.Array
+    logits_BxV: jax.Array
+    done_B: jax.Array
+    cache: Cache
+    key: jax.Array
+
+
+def extend(
+    model: Transformer,
+    tokens_BxP: jax.Array,
+    position_B: jax.Array,
+    prefix_end_B: jax.Array,
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
+    """Runs the model on P more tokens a row.
+
+    Args:
+      model: the model.
+      tokens_BxP: the tokens at positions `position_B`, `position_B + 1`, ...
+      position_B: how many positions of the cache each row has filled.
+      prefix_end_B: positions before it are seen from everywhere before it; 0: causal.
+      cache: is written at the new positions.
+
+    Returns:
+      features_BxPxD, and the cache.
+    """
+    rows, size = tokens_BxP.shape
+    positions_BxP = position_B[:, None] + jnp.arange(size)
+    key_end_BxP = jnp.maximum(positions_BxP + 1, prefix_end_B[:, None])
+    angles = rotary_angles(positions_BxP, model.head_width, model.theta)
+    row_Bx1 = jnp.arange(rows)[:, None]
+
+    def layer(block: Block, keys_BxSxHxK, values_BxSxHxK, x_TxD):
+        q, k, v = block.attention.project(x_TxD, rows, angles)
+        keys_BxSxHxK = keys_BxSxHxK.at[row_Bx1, positions_BxP].set(k, mode="drop")
+        values_BxSxHxK = values_BxSxHxK.at[row_Bx1, positions_BxP].set(v, mode="drop")
+        attended = attend(q, keys_BxSxHxK, values_BxSxHxK, jnp.zeros_like(key_end_BxP), key_end_BxP)
+        x_TxD = x_TxD + block.attention.merge(attended)
+        return x_TxD + block.mlp(x_TxD), keys_BxSxHxK, values_BxSxHxK
+
+    scan = nnx.scan(layer, in_axes=(0, 0, 0, nnx.Carry), out_axes=(nnx.Carry, 0, 0))
+    x_TxD = model.embedding(tokens_BxP.reshape(-1))
+    x_TxD, keys, values = scan(model.blocks, cache.keys, cache.values, x_TxD)
+    return model.head.features(x_TxD).reshape(rows, size, -1), Cache(keys, values)
+
+
+def empty_cache(model: Transformer, rows: int, size: int) -> Cache:
+    """A cache for `rows` texts of at most `size` tokens."""
+    kernel = model.blocks.attention.key.kernel
+    layers, _, width = kernel.shape
+    shape = (layers, rows, size, width // model.head_width, model.head_width)
+    return Cache(*jnp.zeros((2, *shape), model.embedding.dtype or kernel.dtype))
+
+
+def begin(
+    model: Transformer,
+    prompts_BxP: jax.Array,
+    length_B: jax.Array,
+    size: int,
+    bidirectional: bool,
+    key: jax.Array,
+    special: SpecialIds,
+) -> Decoding:
+    """Reads the prompts.
+
+    Args:
+      model: the model.
+      prompts_BxP: prompts, filled up at the right with `<pad>`.
+      length_B: tokens of each prompt, at least 1.
+      size: S, most tokens of a text, prompt included.
+      bidirectional: whether a prompt's tokens see all of the prompt.
+      key: for all draws.
+      special: the tokenizer's special ids.
+    """
+    rows, prompt = prompts_BxP.shape
+    prefix_end_B = length_B if bidirectional else jnp.zeros_like(length_B)
+    # Filled-up positions write into the cache too, but are overwritten before anything looks at them.
+    features_BxPxD, cache = extend(
+        model, prompts_BxP, jnp.zeros_like(length_B), prefix_end_B, empty_cache(model, rows, size)
+    )
+    last_BxD = jnp.take_along_axis(features_BxPxD, length_B[:, None, None] - 1, axis=1)[:, 0]
+    tokens_BxS = jnp.pad(prompts_BxP, [(0, 0), (0, size - prompt)], constant_values=special.pad)
+    logits_BxV = model.head.output(last_BxD).astype(jnp.float32)
+    return Decoding(tokens_BxS, length_B, logits_BxV, length_B >= size, cache, key)
+
+
+def decode(
+    model: Transformer, state: Decoding, steps: int, picking: Picking, special: SpecialIds
+) -> Decoding:
+    """Adds at most `steps` tokens to each text that has not stopped; the cost of one does not depend on
+    how many there are already."""
+
+    def one(state: Decoding) -> Decoding:
+        key, *keys = jax.random.split(state.key, state.length_B.shape[0] + 1)
+        logits_BxV = allowed_logits(state.logits_BxV, special, may_stop=True)
+        token_B = jax.vmap(functools.partial(pick, picking=picking))(logits_BxV, jnp.stack(keys))
+        token_B = jnp.where(state.done_B, special.pad, token_B)
+        rows = jnp.arange(len(token_B))
+        place_B = jnp.where(state.done_B, state.tokens_BxS.shape[1], state.length_B)
+        tokens_BxS = state.tokens_BxS.at[rows, place_B].set(token_B, mode="drop")
+        features_Bx1xD, cache = extend(
+            model, token_B[:, None], place_B, jnp.zeros_like(place_B), state.cache
+        )
+        length_B = state.length_B + ~state.done_B
+        done_B = state.done_B | (token_B == special.eos) | (length_B >= state.tokens_BxS.shape[1])
+        logits_BxV = model.head.output(features_Bx1xD[:, 0]).astype(jnp.float32)
+        return Decoding(tokens_BxS, length_B, logits_BxV, done_B, cache, key)
+
+    def go_on(carry):
+        i, state = carry
+        return (i < steps) & ~state.done_B.all()
+
+    return jax.lax.while_loop(go_on, lambda carry: (carry[0] + 1, one(carry[1])), (0, state))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "size", "bidirectional", "special"))
+def _begin(config, params, prompts_BxP, length_B, key, *, size, bidirectional, special) -> Decoding:
+    return begin(bind(config, params), prompts_BxP, length_B, size, bidirectional, key, special)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps", "picking", "special"), donate_argnums=2)
+def _decode(config, params, state, *, steps, picking, special) -> Decoding:
+    return decode(bind(config, params), state, steps, picking, special)
+
+
+def generate(
+    config: FrozenConfigDict,
+    params: dict,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    picking: Picking,
+    special: SpecialIds,
+    mode: str = "causal",
+    seed: int = 0,
+    at_once: int = 8,
+) -> Iterator[list[list[int]]]:
+    """Generates, and yields the texts' tokens every few steps so that a reader can watch.
+
+    Args:
+      config: `config.model`, frozen.
+      params: parameters.
+      prompts: token ids, `<s>` first.
+      new_tokens: most tokens to add to each.
+      picking: how to draw.
+      special: the tokenizer's special ids.
+      mode: "causal", or "prefix" for prompts that are read bidirectionally.
+      seed: of the draws.
+      at_once: steps between two yields.
+
+    Yields:
+      All texts as they stand, prompts included; last as they end.
+
+    Raises:
+      UserError: for an unknown mode or an empty prompt.
+    """
+    if mode not in MODES:
+        raise UserError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not len(lengths) or lengths.min() == 0:
+        raise UserError("an empty prompt; a prompt holds at least <s>")
+    longest = int(lengths.max())
+    prompts_BxP = np.array([[*p, *[special.pad] * (longest - len(p))] for p in prompts], np.int32)
+    size, bidirectional = longest + new_tokens, mode == "prefix"
+    state = _begin(
+        config, params, prompts_BxP, lengths, jax.random.key(seed),
+        size=size, bidirectional=bidirectional, special=special,
+    )  # fmt: skip
+    while True:
+        tokens_BxS, length_B, done_B = jax.device_get((state.tokens_BxS, state.length_B, state.done_B))
+        length_B = np.minimum(length_B, lengths + new_tokens)
+        yield [tokens[:length].tolist() for tokens, length in zip(tokens_BxS, length_B, strict=True)]
+        if (done_B | (length_B == lengths + new_tokens)).all():
+            return
+        state = _decode(config, params, state, steps=at_once, picking=picking, special=special)

@@ -1,0 +1,81 @@
+"""Validation: the same task for every run, whatever the batch, and bits per byte that mean bits per byte."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualsm import sharding
+from dualsm.evaluation.validation import Validation, valid_rows
+from dualsm.model.transformer import bind, init_params
+from dualsm.objectives.mixture import OBJECTIVES
+
+
+@pytest.fixture(scope="module")
+def rows(corpus):
+    return valid_rows(corpus.documents("valid"), 32, 0, 0)
+
+
+def validation(config, corpus, rows, devices=1, names=tuple(OBJECTIVES)):
+    config.model.vocabulary = corpus.vocabulary
+    config.mesh.data = devices
+    tokenizer = corpus.tokenizer()
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    return Validation(config, names, tokenizer.special, rows, tokenizer.token_bytes(), mesh)
+
+
+@pytest.fixture
+def params(micro, corpus):
+    micro.model.vocabulary = corpus.vocabulary
+    fresh = init_params(micro.model, jax.random.key(0))
+    return jax.tree.map(lambda p: p * 3, fresh)
+
+
+def test_rows_hold_every_held_out_token(corpus, rows):
+    documents = corpus.documents("valid")
+    whole = np.concatenate(documents.read(range(len(documents))))
+    tokens_VxL1, documents_VxL1 = rows
+    flat = np.concatenate([tokens_VxL1[0, :1], tokens_VxL1[:, 1:].ravel()])
+    np.testing.assert_array_equal(flat[: len(whole)], whole)
+    assert (documents_VxL1[:, 1:].ravel()[len(whole) - 1 :] == -1).all()
+    few = valid_rows(documents, 32, 5, 0)
+    np.testing.assert_array_equal(few[0], tokens_VxL1[:5])
+
+
+def test_batch_size_seed_and_devices_do_not_matter(micro, corpus, rows, params):
+    expected = validation(micro, corpus, rows)(params)
+    micro.batch_rows, micro.seed = 24, 17
+    other = validation(micro, corpus, rows, devices=8)
+    with jax.set_mesh(sharding.make_mesh(micro.mesh, jax.devices()[:8])):
+        ours = other(params)
+    assert ours == pytest.approx(expected, rel=1e-4)
+
+
+def test_causal_loss_and_bits_per_byte_by_hand(micro, corpus, rows, params):
+    tokens_VxL1, documents_VxL1 = rows
+    scores = validation(micro, corpus, rows, names=("causal",))(params)
+    model, sizes_V = bind(micro.model, params), corpus.tokenizer().token_bytes()
+    nats, targets = 0.0, []
+    for tokens, documents in zip(tokens_VxL1, documents_VxL1, strict=True):
+        start = np.searchsorted(documents[:-1], documents[:-1]) if (documents >= 0).all() else None
+        if start is None:
+            start = np.array([np.flatnonzero(documents == d)[0] for d in documents[:-1]])
+        ends = jnp.arange(1, len(tokens))[None]
+        log_p = jax.nn.log_softmax(model.logits(tokens[None, :-1], jnp.asarray(start)[None], ends)[0])
+        for i in range(len(tokens) - 1):
+            if documents[i] == documents[i + 1] >= 0:
+                nats -= float(log_p[i, tokens[i + 1]])
+                targets.append(tokens[i + 1])
+    assert scores["valid/causal/loss"] == pytest.approx(nats / len(targets), rel=1e-4)
+    bits = nats / math.log(2) / sizes_V[np.array(targets)].sum()
+    assert scores["valid/causal/bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+
+
+def test_each_objective_is_scored_as_itself(micro, corpus, rows, params):
+    together = validation(micro, corpus, rows)(params)
+    assert len({round(value, 6) for value in together.values()}) == len(together)
+    for name in OBJECTIVES:
+        alone = validation(micro, corpus, rows, names=(name,))(params)
+        assert alone[f"valid/{name}/loss"] == pytest.approx(together[f"valid/{name}/loss"], rel=1e-5)

@@ -1,0 +1,159 @@
+"""Commands as a user runs them: a mistake ends in one clear line and a non-zero exit."""
+
+import shutil
+
+import pytest
+
+from dualsm.config import default_config, load_config, save_config
+from tests.conftest import run_command
+
+
+@pytest.fixture(scope="module")
+def recipe(corpus_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "micro.py"
+    path.write_text(
+        "from dualsm.config import parse_arg, set_alpha\n"
+        "from tests.conftest import micro_config\n\n\n"
+        "def get_config(arg=''):\n"
+        f"    config = micro_config({str(corpus_path)!r})\n"
+        "    args = parse_arg(arg, alpha=float, repetitions=int)\n"
+        "    if 'alpha' in args:\n"
+        "        set_alpha(config, args['alpha'])\n"
+        "    config.repetitions = args.get('repetitions', 1)\n"
+        "    return config\n"
+    )
+    return path
+
+
+def assert_one_line(process, *expected: str) -> None:
+    assert process.returncode != 0
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, process.stderr
+    assert lines[0].startswith("error: ")
+    for text in expected:
+        assert text in lines[0], lines[0]
+
+
+BAD_CONFIGS = {
+    "mixture": (["--config.mixture.causal=0.4"], ["config.mixture", "0.9"]),
+    "unknown key": (["--config.model.widht=64"], ["unknown config key", "widht"]),
+    "wrong type": (["--config.steps=many"], ["config.steps", "many"]),
+    "rows and microbatches": (["--config.microbatches=3"], ["config.microbatches=3", "config.batch_rows=8"]),
+    "heads": (["--config.model.heads=5"], ["config.model.heads=5", "config.model.width=32"]),
+    "odd heads": (["--config.model.heads=32"], ["config.model.heads=32", "even width"]),
+    "vocabulary": (["--config.model.vocabulary=1024"], ["config.model.vocabulary=1024", "512"]),
+    "data": (["--config.repetitions=1", "--config.steps=100000"], ["training tokens", "25,600,000 unique"]),
+    "no corpus": (["--config.data.path=nowhere"], ["nowhere", "dualsm.prepare"]),
+    "backend": (["--config.model.attention=telepathy"], ["config.model.attention", "telepathy"]),
+    "schedule": (["--config.optimizer.schedule.warmup=11"], ["config.optimizer.schedule", "config.steps=12"]),
+    "zero steps": (["--config.steps=0"], ["config.steps=0", "at least 1"]),
+    "mesh": (["--config.mesh.data=3"], ["data=3", "devices"]),
+    "valid objective": (["--config.valid.objectives=causal,nothing"], ["config.valid.objectives", "nothing"]),
+    "wandb": (["--config.log.wandb=project"], ["wandb", "pip install"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configs_end_in_one_line(case, recipe, tmp_path):
+    overrides, expected = BAD_CONFIGS[case]
+    process = run_command("dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", *overrides)
+    assert_one_line(process, *expected)
+    if case != "wandb":  # which is noticed when the run's log is opened
+        assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_devices_cannot_share(recipe, tmp_path):
+    process = run_command(
+        "dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=8",
+        "--config.batch_rows=12", devices=8,
+    )  # fmt: skip
+    assert_one_line(process, "8 devices", "config.batch_rows=12")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config=nowhere.py", "--workdir=x"], "nowhere.py"),
+        (["--workdir=x"], "--config"),
+        (["--config={recipe}"], "--workdir"),
+        (["--config={recipe}:beta=1", "--workdir=x"], "beta"),
+        (["--config={recipe}:alpha=half", "--workdir=x"], "half"),
+        (["--config={recipe}", "--workdir=x", "--bogus"], "bogus"),
+        (["--config={recipe}", "--workdir=x", "stray"], "stray"),
+        (["--config=setup.cfg", "--workdir=x"], "setup.cfg"),
+    ],
+)
+def test_bad_command_lines_end_in_one_line(arguments, expected, recipe):
+    arguments = [argument.format(recipe=recipe) for argument in arguments]
+    assert_one_line(run_command("dualsm.train", *arguments), expected)
+
+
+def test_config_arguments_and_overrides_reach_the_run(recipe, tmp_path):
+    process = run_command(
+        "dualsm.train", f"--config={recipe}:alpha=0.75,repetitions=4", f"--workdir={tmp_path / 'run'}",
+        "--config.steps=2", "--config.valid.rows=4",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    config = load_config((tmp_path / "run" / "config.json").read_text())
+    assert (config.mixture.causal, config.mixture.masked_diffusion, config.repetitions) == (0.75, 0.25, 4)
+    assert config.steps == 2
+
+
+def test_a_workdir_of_another_config_is_refused(recipe, tmp_path):
+    arguments = ["dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.steps=2"]
+    assert run_command(*arguments).returncode == 0
+    process = run_command(*arguments, "--config.optimizer.learning_rate=0.5")
+    assert_one_line(process, "optimizer.learning_rate: 0.007 -> 0.5", "--workdir")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    process = run_command(arguments[0], arguments[1], f"--workdir={tmp_path / 'other'}")
+    assert_one_line(process, "is not empty")
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(recipe, corpus_path, jsonl, tmp_path):
+    arguments = ["dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.steps=2"]
+    assert run_command(*arguments).returncode == 0
+    process = run_command(
+        "dualsm.prepare", f"--input={jsonl}", f"--output={tmp_path / 'corpus'}", "--vocab_size=512",
+        "--tokenizer_bytes=50000", "--valid_fraction=0.05",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    process = run_command(*arguments, f"--config.data.path={tmp_path / 'corpus'}")
+    assert_one_line(process, "another corpus", str(tmp_path / "corpus"))
+    # A tokenizer that does not belong to its corpus is noticed too.
+    shutil.copytree(corpus_path, tmp_path / "mixed")
+    shutil.copy(tmp_path / "corpus" / "tokenizer.model", tmp_path / "mixed")
+    process = run_command("dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'new'}",
+                          f"--config.data.path={tmp_path / 'mixed'}")  # fmt: skip
+    assert_one_line(process, "tokenizer")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--input=nowhere.jsonl", "--output=x", "--vocab_size=512"]])
+def test_prepare_ends_in_one_line(arguments):
+    assert_one_line(run_command("dualsm.prepare", *arguments))
+
+
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_help_lists_the_flags(command):
+    process = run_command(f"dualsm.{command}", "--help")
+    assert "--" in process.stdout
+    assert "Traceback" not in process.stdout + process.stderr
+
+
+def test_importing_starts_no_backend():
+    code = (
+        "import sys, dualsm.train, dualsm.prepare, jax\n"
+        "from jax._src import xla_bridge\n"
+        "sys.exit(bool(xla_bridge._backends))"
+    )
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT, command_env
+
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=command_env()).returncode == 0
+
+
+def test_a_config_survives_its_json():
+    config = default_config()
+    assert load_config(save_config(config)).to_dict() == config.to_dict()

@@ -1,0 +1,53 @@
+"""A micro training step and its batches."""
+
+import jax
+import numpy as np
+import pytest
+
+from dualsm.config import trained_objectives
+from dualsm.objectives.example import SpecialIds
+from dualsm.objectives.mixture import assign, row_counts
+from dualsm.training.optimizer import make_optimizer
+from dualsm.training.step import Batch, init_state, make_train_step
+from tests.conftest import micro_config
+
+
+class Micro:
+    """The training step of a micro config, with random batches of uneven weight."""
+
+    def __init__(self, **changes):
+        config = micro_config()
+        config.model.vocabulary = 128
+        for key, value in changes.items():
+            *folders, name = key.split(".")
+            place = config
+            for folder in folders:
+                place = place[folder]
+            place[name] = value
+        self.config = config
+        self.names = trained_objectives(config)
+        self.optimizer = make_optimizer(config.optimizer, lambda _: config.optimizer.learning_rate)
+        self.step = make_train_step(config, self.names, SpecialIds(), self.optimizer)
+        self.init = lambda: init_state(config, self.optimizer, len(self.names))
+
+    def batch(self, step: int = 0) -> Batch:
+        rows, length = self.config.batch_rows, self.config.row_tokens + 1
+        rng = np.random.default_rng(step)
+        tokens = rng.integers(16, 128, (rows, length)).astype(np.int32)
+        documents = np.cumsum(rng.random((rows, length)) < 0.1, axis=1).astype(np.int32)
+        documents[0, length // 4 :] = -1  # rows of very different weight
+        documents[1, length // 2 :] = -1
+        shares = np.tile([self.config.mixture[name] for name in self.names], (step + 1, 1))
+        return Batch(tokens, documents, *assign(row_counts(shares, rows)[step]))
+
+    def run(self, steps: int = 1):
+        """State after some steps, unsharded."""
+        state, step = jax.jit(self.init)(), jax.jit(self.step)
+        for s in range(steps):
+            state, _ = step(state, self.batch(s))
+        return state
+
+
+@pytest.fixture(scope="session")
+def micro_step() -> Micro:
+    return Micro()

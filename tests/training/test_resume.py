@@ -1,0 +1,196 @@
+"""A run is a function of its config: not of how often it was killed, nor of the devices it ran on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dualsm.config import load_config
+from dualsm.training.checkpoint import restore_params
+from dualsm.training.loop import train
+from dualsm.training.metrics import read_metrics
+from tests.conftest import ROOT, command_env
+
+STEPS, LOG_EVERY, VALID_EVERY, SAVE_EVERY = 12, 2, 6, 4
+LOGGED = [0, 2, 4, 6, 8, 10, 12]
+
+
+@pytest.fixture(scope="module")
+def recipe(corpus_path, tmp_path_factory) -> Path:
+    """A config file for the micro run."""
+    path = tmp_path_factory.mktemp("recipe") / "micro.py"
+    path.write_text(
+        f"from tests.conftest import micro_config\n\n\ndef get_config():\n    return micro_config({str(corpus_path)!r})\n"
+    )
+    return path
+
+
+def start(recipe: Path, workdir: Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dualsm.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=command_env(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def params_of(workdir: Path) -> dict:
+    """Parameters of the newest checkpoint, on the host."""
+    from dualsm.model.transformer import init_params
+
+    config = load_config((workdir / "config.json").read_text())
+    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    step, params = restore_params(workdir, shapes)
+    assert step == STEPS
+    return jax.tree.map(np.asarray, params)
+
+
+def learned(record: dict) -> dict:
+    """What of a log line must not depend on time."""
+    return {name: value for name, value in record.items() if not name.startswith("perf/")}
+
+
+def assert_same_run(workdir: Path, reference: Path) -> None:
+    """Bit for bit, and each step logged once."""
+    ours, expected = read_metrics(workdir), read_metrics(reference)
+    assert [record["step"] for record in ours] == LOGGED
+    assert [learned(record) for record in ours] == [learned(record) for record in expected]
+    for a, b in zip(*map(jax.tree.leaves, (params_of(workdir), params_of(reference))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    finish(start(recipe, workdir))
+    return workdir
+
+
+def test_an_uninterrupted_run_leaves_what_it_should(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "tokenizer.model"}
+    assert sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir()) == [8, 12]
+    records = read_metrics(uninterrupted)
+    assert [record["step"] for record in records] == LOGGED
+    for record in records:
+        validated = record["step"] % VALID_EVERY == 0
+        assert ("valid/causal/bits_per_byte" in record) == validated
+        assert ("train/loss" in record) == (record["step"] > 0)
+    assert records[-1]["tokens"] == STEPS * 8 * 32
+    assert records[-1]["epoch"] == 1.0
+    assert records[-1]["train/loss"] < records[1]["train/loss"]
+    expected = {"perf/tokens_per_second", "perf/mfu", "perf/data_wait_fraction", "perf/checkpoint_seconds"}
+    assert expected <= set(records[1])
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(recipe, uninterrupted, tmp_path):
+    """SIGKILL at random moments of training, until the run is through."""
+    workdir, rng, kills = tmp_path / "run", random.Random(0), 0
+    while kills < 4:
+        process = start(recipe, workdir)
+        # From the start of training on, where the moments matter; start-up is the reliability tests' part.
+        lines = len(read_metrics(workdir)) if workdir.exists() else 0
+        while process.poll() is None and (not workdir.exists() or len(read_metrics(workdir)) <= lines):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+    finish(start(recipe, workdir))
+    assert kills >= 2
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_sigterm_saves_and_says_how_to_resume(recipe, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(recipe, workdir)
+    while not workdir.exists() or len(read_metrics(workdir)) < 2:
+        time.sleep(0.002)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output = finish(process)
+    assert "SIGTERM" in output
+    assert f"--workdir={workdir}" in output
+    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
+    assert 0 < max(steps) < STEPS
+    assert f"resuming {workdir} at step {max(steps)}" in finish(start(recipe, workdir))
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_a_finished_run_has_nothing_left_to_do(recipe, uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    output = finish(start(recipe, uninterrupted))
+    assert "finished" in output
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(recipe, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    finish(start(recipe, workdir))
+    newest = workdir / "checkpoints" / "12"
+    for path in newest.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    output = finish(start(recipe, workdir))
+    assert "passed over" in output
+    assert f"at step {SAVE_EVERY * 2}" in output
+    assert_same_run(workdir, uninterrupted)
+
+
+@pytest.mark.parametrize("overrides", [("data=8",), ("data=2", "fsdp=2", "tensor=2")], ids=str)
+def test_eight_devices_train_to_the_same_losses(recipe, uninterrupted, tmp_path, overrides):
+    flags = [f"--config.mesh.{override}" for override in overrides]
+    finish(start(recipe, tmp_path / "run", *flags, devices=8))
+    ours, expected = read_metrics(tmp_path / "run"), read_metrics(uninterrupted)
+    for a, b in zip(ours, expected, strict=True):
+        for name in learned(b):
+            if name.endswith("loss"):
+                assert a[name] == pytest.approx(b[name], abs=1e-5), (a["step"], name)
+
+
+def test_resuming_on_another_mesh_and_accumulation(recipe, uninterrupted, tmp_path):
+    """Stop on 8 devices, go on with one and in two microbatches."""
+    workdir = tmp_path / "run"
+    process = start(recipe, workdir, "--config.mesh.data=2", "--config.mesh.fsdp=4", devices=8)
+    while not workdir.exists() or len(read_metrics(workdir)) < 3:
+        time.sleep(0.002)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    finish(start(recipe, workdir, "--config.mesh.data=1", "--config.microbatches=2"))
+    for a, b in zip(read_metrics(workdir), read_metrics(uninterrupted), strict=True):
+        assert a["step"] == b["step"]
+        for name in learned(b):
+            if name.endswith("loss"):
+                assert a[name] == pytest.approx(b[name], abs=2e-5), (a["step"], name)
+
+
+def test_checkpoints_are_kept_as_configured(micro, tmp_path):
+    micro.checkpoint.every, micro.checkpoint.keep, micro.checkpoint.keep_every = 1, 2, 5
+    micro.valid.objectives = "causal"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+        assert train(micro, tmp_path / "run")
+    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [5, 10, 11, 12]
+
+
+def test_a_torn_last_line_is_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "tr')
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    assert os.path.exists(tmp_path / "metrics.jsonl")

@@ -1,0 +1,146 @@
+"""The step: accumulation, sharding, the sums for the log, and what must not recompile it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualsm import sharding
+from dualsm.config import default_config
+from dualsm.errors import UserError
+from dualsm.model import transformer
+from dualsm.objectives.example import SpecialIds
+from dualsm.objectives.loss import objective_loss
+from dualsm.training.step import Row
+
+from .conftest import Micro
+
+
+def assert_trees_close(a, b, **tolerance):
+    for path, (x, y) in zip(
+        jax.tree_util.tree_flatten_with_path(a)[0],
+        zip(*map(jax.tree.leaves, (a, b)), strict=True),
+        strict=True,
+    ):
+        np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path[0]), **tolerance)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_accumulation_equals_the_whole_batch_with_uneven_weights(micro_step, microbatches):
+    """With plain gradient descent, where an error of the gradient shows undistorted."""
+    states = [Micro(microbatches=m, **{"optimizer.name": "adamw"}).run(3) for m in (1, microbatches)]
+    assert_trees_close(states[0].sums, states[1].sums, rtol=1e-5)
+    assert_trees_close(states[0].params, states[1].params, atol=2e-5)
+    # The average of the microbatches' own means would be another number.
+    batch = micro_step.batch()
+    valid = (batch.documents_BxL1[:, 1:] == batch.documents_BxL1[:, :-1]) & (batch.documents_BxL1[:, 1:] >= 0)
+    assert valid.sum(1).max() > 2 * valid.sum(1).min()
+
+
+LAYOUTS = [
+    {"data": 8},
+    {"data": 2, "fsdp": 4},
+    {"data": 4, "tensor": 2},
+    {"replica": 2, "data": 1, "fsdp": 2, "tensor": 2},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_sharded_equals_unsharded(micro_step, layout):
+    config = default_config().mesh
+    config.update(layout)
+    mesh = sharding.make_mesh(config, jax.devices())
+    shapes = jax.eval_shape(micro_step.init)
+    places = sharding.tree_shardings(mesh, shapes)
+    with jax.set_mesh(mesh):
+        state = jax.jit(micro_step.init, out_shardings=places)()
+        step = jax.jit(micro_step.step, donate_argnums=0, out_shardings=(places, None))
+        for s in range(3):
+            batch = jax.tree.map(lambda rows: sharding.place_rows(mesh, rows), micro_step.batch(s))
+            state, _ = step(state, batch)
+    expected = micro_step.run(3)
+    assert_trees_close(state.sums, expected.sums, rtol=1e-4)
+    assert_trees_close(state.params, expected.params, atol=1e-4)
+
+    # Nothing that can be split is replicated: matrices and their momenta take 1 / (fsdp * tensor) of a device.
+    parts = layout.get("fsdp", 1) * layout.get("tensor", 1)
+    for name in ("query", "key", "value", "output"):
+        kernel = state.params["blocks"]["attention"][name]["kernel"]
+        assert kernel.addressable_shards[0].data.size * parts == kernel.size
+    first = sum(a.addressable_shards[0].data.size for a in jax.tree.leaves(state.opt_state))
+    assert first < 1.2 * sum(a.size for a in jax.tree.leaves(expected.opt_state)) / parts
+
+
+def test_the_sums_are_those_of_the_objectives_on_their_own(micro_step):
+    """What the step logs for an objective is what `objective_loss` gives for its rows."""
+    config, batch = micro_step.config, micro_step.batch()
+    state = jax.jit(micro_step.init)()
+    _, sums = jax.jit(micro_step.step)(state, batch)
+    j = micro_step.names.index("causal")
+    mine = batch.objective_B == j
+    rows = Row(*(jnp.asarray(a[mine]) for a in batch[:2]), *[jnp.ones(mine.sum())] * 3)
+    loss = objective_loss("causal", config.model, SpecialIds())
+    weighted, weight, _ = loss(state.params, rows, jax.random.key(0))
+    assert float(sums.nll_J[j]) == pytest.approx(float(weighted), rel=1e-5)
+    assert float(sums.counted_J[j]) == float(weight)
+    assert float(sums.weight) == pytest.approx(float(sums.counted_J.sum()))
+
+
+def test_sums_gather_since_the_last_log_line(micro_step):
+    step, state = jax.jit(micro_step.step), jax.jit(micro_step.init)()
+    steps = []
+    for s in range(5):  # a log line every 2 steps
+        state, sums = step(state, micro_step.batch(s))
+        steps.append(float(sums.steps))
+    assert steps == [1, 2, 1, 2, 1]
+
+
+def test_an_objectives_weight_scales_its_gradient_but_not_its_report():
+    plain, double = Micro(), Micro(**{"objectives.causal.weight": 2.0})
+    a, b = plain.run().sums, double.run().sums
+    assert_trees_close(a.nll_J, b.nll_J, rtol=1e-6)
+    assert_trees_close(a.weight, b.weight)
+    j = plain.names.index("causal")
+    assert float(b.loss - a.loss) == pytest.approx(float(a.nll_J[j]), rel=1e-4)
+    assert float(b.gradient_norm) > 1.2 * float(a.gradient_norm)
+
+
+def test_changing_shares_does_not_recompile(micro_step):
+    step, state = jax.jit(micro_step.step), jax.jit(micro_step.init)()
+    for objective_B in ([0] * 8, [2] * 8, [0, 1, 2, 0, 1, 2, 0, 1]):
+        batch = micro_step.batch()._replace(objective_B=np.array(objective_B, np.int32))
+        state, _ = step(state, batch)
+    assert step._cache_size() == 1
+
+
+def test_steps_draw_different_corruption():
+    """The same batch at another step is corrupted anew, and at the same step not."""
+    micro = Micro(**{"mixture.causal": 0.0, "mixture.prefix": 0.0, "mixture.masked_diffusion": 1.0})
+    state, step = jax.jit(micro.init)(), jax.jit(micro.step)
+    losses = [
+        float(step(state._replace(step=jnp.int32(s)), micro.batch())[1].loss) for s in (0, 0, 1)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    config = default_config().mesh
+    for sizes, message in (
+        ({"data": 3}, "needs 3 devices, there are 8"),
+        ({"data": -1, "fsdp": 3}, "does not fill 8"),
+        ({"data": -1, "fsdp": -1}, "does not fill 8"),
+    ):
+        config.update({"replica": 1, "data": 1, "fsdp": 1, "tensor": 1} | sizes)
+        with pytest.raises(UserError, match=message):
+            sharding.make_mesh(config, jax.devices())
+
+
+def test_an_axis_that_does_not_divide_a_parameter_is_refused(micro_step):
+    config = default_config().mesh
+    config.update({"data": 1, "tensor": 8})
+    mesh = sharding.make_mesh(config, jax.devices())
+    shapes = jax.eval_shape(lambda: transformer.init_params(micro_step.config.model, jax.random.key(0)))
+    assert sharding.tree_shardings(mesh, shapes)
+    shapes["blocks"]["mlp"]["down"]["kernel"] = jax.ShapeDtypeStruct((2, 65, 32), jnp.float32)
+    with pytest.raises(UserError, match=r"config.mesh.tensor=8 does not divide .*\(65\)"):
+        sharding.tree_shardings(mesh, shapes)
