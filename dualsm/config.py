@@ -6,6 +6,7 @@ on the command line (`--config.model.width=512`); keys that are not listed here 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 
@@ -179,6 +180,8 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(
             f"config.microbatches={config.microbatches} does not divide config.batch_rows={config.batch_rows}"
         )
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("config.log.wandb is set but wandb is not installed: pip install 'dualsm[wandb]'")
     schedule = config.optimizer.schedule
     decay = round(schedule.decay * config.steps) if schedule.name == "wsd" else 0
     if schedule.warmup + decay > config.steps:

@@ -16,9 +16,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from dualsm.config import default_config  # noqa: E402
 from dualsm.data.build import Recipe, build  # noqa: E402
 from dualsm.data.corpus import Corpus  # noqa: E402
+from tests.micro import micro_config  # noqa: E402
 
 TRAINED_ON = ("email/*.py", "json/*.py", "logging/*.py")  # of the standard library, ~600 kB
 
@@ -54,21 +54,6 @@ def corpus_path(jsonl, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(corpus_path) -> Corpus:
     return Corpus(str(corpus_path))
-
-
-def micro_config(path: Path | str = ""):
-    """A config that compiles in seconds; all three objectives are on."""
-    config = default_config()
-    config.data.path = str(path)
-    config.steps, config.batch_rows, config.row_tokens = 12, 8, 32
-    config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
-    config.model.layers, config.model.width, config.model.heads, config.model.mlp_width = 2, 32, 2, 64
-    config.loss.chunk = 16
-    config.log.every, config.valid.every, config.checkpoint.every = 2, 6, 4
-    config.valid.rows = 16
-    config.log.tensorboard = False
-    config.mesh.data = 1
-    return config
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ def recipe(corpus_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "micro.py"
     path.write_text(
         "from dualsm.config import parse_arg, set_alpha\n"
-        "from tests.conftest import micro_config\n\n\n"
+        "from tests.micro import micro_config\n\n\n"
         "def get_config(arg=''):\n"
         f"    config = micro_config({str(corpus_path)!r})\n"
         "    args = parse_arg(arg, alpha=float, repetitions=int)\n"
@@ -58,8 +58,7 @@ def test_bad_configs_end_in_one_line(case, recipe, tmp_path):
     overrides, expected = BAD_CONFIGS[case]
     process = run_command("dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", *overrides)
     assert_one_line(process, *expected)
-    if case != "wandb":  # which is noticed when the run's log is opened
-        assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_that_devices_cannot_share(recipe, tmp_path):

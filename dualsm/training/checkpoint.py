@@ -24,6 +24,7 @@ class Checkpoints:
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
         self._folder = Path(workdir).absolute() / FOLDER
+        self._damaged: set[int] = set()  # stay until a whole one of the same step takes their place
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -35,6 +36,9 @@ class Checkpoints:
 
     def save(self, step: int, state) -> None:
         """Starts writing `state`; returns when the device's memory may change again."""
+        if step in self._damaged:
+            self._manager.delete(step)
+            self._damaged.remove(step)
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
@@ -52,6 +56,7 @@ class Checkpoints:
                 return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
             except Exception as error:  # whatever a damaged file makes the readers raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self._damaged.add(step)
                 logging.warning("checkpoint %s is damaged and passed over: %s", self._folder / str(step), reason)
         if steps:
             raise UserError(

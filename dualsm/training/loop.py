@@ -60,9 +60,10 @@ def train(config: ConfigDict, workdir: str | Path, stop: Callable[[], bool] = la
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     _check_rows(config, mesh)
     workdir = Path(workdir)
+    run = _Run(config, workdir, corpus, mesh)
     _claim(workdir, config, corpus)
     with jax.set_mesh(mesh):
-        return _Run(config, workdir, corpus, mesh).go(stop)
+        return run.go(stop)
 
 
 def complete(config: ConfigDict, corpus: Corpus) -> ConfigDict:

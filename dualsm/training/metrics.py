@@ -8,8 +8,6 @@ from pathlib import Path
 
 import ml_collections
 
-from dualsm.errors import UserError
-
 METRICS = "metrics.jsonl"
 
 
@@ -80,12 +78,7 @@ def _tensorboard(workdir, resumed_at):
 
 
 def _wandb(workdir, config):
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "config.log.wandb is set but wandb is not installed: pip install 'dualsm[wandb]'"
-        ) from error
+    import wandb
 
     name = Path(workdir).name
     run = wandb.init(

@@ -7,7 +7,7 @@ import pytest
 
 from dualsm.model.flops import matrix_parameters, train_flops
 from dualsm.model.transformer import REMAT_POLICIES, bind, init_params
-from tests.conftest import micro_config
+from tests.micro import micro_config
 
 
 @pytest.fixture(scope="module")

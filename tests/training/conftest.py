@@ -9,7 +9,7 @@ from dualsm.objectives.example import SpecialIds
 from dualsm.objectives.mixture import assign, row_counts
 from dualsm.training.optimizer import make_optimizer
 from dualsm.training.step import Batch, init_state, make_train_step
-from tests.conftest import micro_config
+from tests.micro import micro_config
 
 
 class Micro:

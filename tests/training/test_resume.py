@@ -28,7 +28,7 @@ def recipe(corpus_path, tmp_path_factory) -> Path:
     """A config file for the micro run."""
     path = tmp_path_factory.mktemp("recipe") / "micro.py"
     path.write_text(
-        f"from tests.conftest import micro_config\n\n\ndef get_config():\n    return micro_config({str(corpus_path)!r})\n"
+        f"from tests.micro import micro_config\n\n\ndef get_config():\n    return micro_config({str(corpus_path)!r})\n"
     )
     return path
 

@@ -1,0 +1,20 @@
+"""A config so small that it compiles in seconds."""
+
+from pathlib import Path
+
+from dualsm.config import default_config
+
+
+def micro_config(path: Path | str = ""):
+    """A config that compiles in seconds; all three objectives are on."""
+    config = default_config()
+    config.data.path = str(path)
+    config.steps, config.batch_rows, config.row_tokens = 12, 8, 32
+    config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
+    config.model.layers, config.model.width, config.model.heads, config.model.mlp_width = 2, 32, 2, 64
+    config.loss.chunk = 16
+    config.log.every, config.valid.every, config.checkpoint.every = 2, 6, 4
+    config.valid.rows = 16
+    config.log.tensorboard = False
+    config.mesh.data = 1
+    return config
