@@ -1,7 +1,7 @@
 """The demo: a few million tokens of the Python standard library on two cores, in minutes.
 
-    python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
-    python -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny
+python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
+python -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny
 """
 
 from dualsm.config import default_config, parse_arg, set_alpha

@@ -1,7 +1,7 @@
 """Turns text into a corpus: tokenizer, ArrayRecord shards, manifest.
 
-    python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
-    python -m dualsm.prepare --input='data/*.jsonl.gz' --output=runs/books --tokenizer=tokenizer.model
+python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
+python -m dualsm.prepare --input='data/*.jsonl.gz' --output=runs/books --tokenizer=tokenizer.model
 """
 
 from __future__ import annotations

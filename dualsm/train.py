@@ -1,7 +1,7 @@
 """Trains a model, or resumes the run in a folder.
 
-    python -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny
-    python -m dualsm.train --config=configs/tiny.py --workdir=runs/other --config.mixture.causal=0.75 ...
+python -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny
+python -m dualsm.train --config=configs/tiny.py --workdir=runs/other --config.mixture.causal=0.75 ...
 """
 
 from __future__ import annotations

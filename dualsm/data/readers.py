@@ -88,9 +88,7 @@ def input_bytes(paths: list[str]) -> list[int]:
 
 def unpacked_bytes(paths: list[str]) -> int:
     """A rough total of the text inside the files, for choosing the number of shards."""
-    return sum(
-        Path(path).stat().st_size * _LARGER_WHEN_UNPACKED.get(Path(path).suffix, 1) for path in paths
-    )
+    return sum(Path(path).stat().st_size * _LARGER_WHEN_UNPACKED.get(Path(path).suffix, 1) for path in paths)
 
 
 def read_blocks(path: str, text_key: str, max_bytes: int) -> Iterator[Block]:
@@ -209,9 +207,7 @@ def _parquet_blocks(path: str, text_key: str, max_bytes: int) -> Iterator[Block]
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise UserError(
-            f"reading {path} needs pyarrow: pip install 'dualsm[parquet]'"
-        ) from error
+        raise UserError(f"reading {path} needs pyarrow: pip install 'dualsm[parquet]'") from error
     try:
         with parquet.ParquetFile(path) as file:
             if text_key not in file.schema_arrow.names:

@@ -83,7 +83,7 @@ class Tokenizer:
         ]
 
     def _encode_marks(self, text: str) -> list[int]:
-        """SentencePiece spells a space as U+2581; where a text holds that character, as bytes it stays one."""
+        """SentencePiece spells a space as U+2581; where a text has that character, bytes keep it."""
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode("utf-8")]
         first, *rest = self._processor.encode(text.split(_SPACE_MARK))
         return first + [token for part in rest for token in (*mark, *part)]
@@ -146,9 +146,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"SentencePiece cannot train {vocabulary} ids on this text: {reason}"
-        ) from error
+        raise UserError(f"SentencePiece cannot train {vocabulary} ids on this text: {reason}") from error
     return Tokenizer(output.getvalue())
 
 

@@ -126,7 +126,9 @@ class Scorer:
         """
         self._config, self._params, self._tokenizer, self._mesh = config, params, tokenizer, mesh
 
-    def __call__(self, items: Sequence[Item], scoring: Scoring, label: str = "", quiet: bool = False) -> Scores:
+    def __call__(
+        self, items: Sequence[Item], scoring: Scoring, label: str = "", quiet: bool = False
+    ) -> Scores:
         """Scores items of text.
 
         Raises:

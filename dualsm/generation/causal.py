@@ -141,9 +141,7 @@ def decode(
         rows = jnp.arange(len(token_B))
         place_B = jnp.where(state.done_B, state.tokens_BxS.shape[1], state.length_B)
         tokens_BxS = state.tokens_BxS.at[rows, place_B].set(token_B, mode="drop")
-        features_Bx1xD, cache = extend(
-            model, token_B[:, None], place_B, jnp.zeros_like(place_B), state.cache
-        )
+        features_Bx1xD, cache = extend(model, token_B[:, None], place_B, jnp.zeros_like(place_B), state.cache)
         length_B = state.length_B + ~state.done_B
         done_B = state.done_B | (token_B == special.eos) | (length_B >= state.tokens_BxS.shape[1])
         logits_BxV = model.head.output(features_Bx1xD[:, 0]).astype(jnp.float32)

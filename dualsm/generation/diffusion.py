@@ -81,9 +81,7 @@ def settle(
     model: Transformer, state: Filling, picking: Picking, unmasking: Unmasking, special: SpecialIds
 ) -> Filling:
     """One forward, and the places it settles: at least one in every text that has masks left."""
-    logits_BxLxV = allowed_logits(
-        forward(model, state.tokens_BxL, state.length_B), special, may_stop=False
-    )
+    logits_BxLxV = allowed_logits(forward(model, state.tokens_BxL, state.length_B), special, may_stop=False)
     draw_key, order_key, key = jax.random.split(state.key, 3)
     keys_BxL = jax.random.split(draw_key, state.tokens_BxL.shape)
     token_BxL = jax.vmap(jax.vmap(functools.partial(pick, picking=picking)))(logits_BxLxV, keys_BxL)

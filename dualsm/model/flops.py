@@ -10,7 +10,7 @@ import ml_collections
 
 
 def matrix_parameters(config: ml_collections.ConfigDict) -> int:
-    """Weights that multiply every token: all but the embedding and the vectors. `config` is `config.model`."""
+    """Weights that multiply every token: all but embedding and vectors. `config` is `config.model`."""
     block = 4 * config.width**2 + 3 * config.width * config.mlp_width
     return config.layers * block + config.width**2 + config.width * config.vocabulary
 

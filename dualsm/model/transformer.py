@@ -151,9 +151,7 @@ class Transformer(nnx.Module):
         self.blocks = stacked_blocks(rngs)
         self.head = Head(config, rngs=rngs)
 
-    def features(
-        self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array
-    ) -> jax.Array:
+    def features(self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array) -> jax.Array:
         """Features at each position for predicting the next token, [B, L, D].
 
         Args:
@@ -170,9 +168,7 @@ class Transformer(nnx.Module):
         x_TxD = scan(self.blocks, x_TxD, key_start_BxL, key_end_BxL, angles)
         return self.head.features(x_TxD).reshape(*tokens_BxL.shape, -1)
 
-    def logits(
-        self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array
-    ) -> jax.Array:
+    def logits(self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array) -> jax.Array:
         """Logits for the token after each position, float32 [B, L, V]; for small batches.
 
         Training uses `features` with a loss that never holds all logits.

@@ -39,9 +39,7 @@ class Row(NamedTuple):
 
 def single_row(tokens_L1: jax.Array, documents_L1: jax.Array) -> Row:
     """A row on its own: the whole of every distribution, at the start of training."""
-    return Row(
-        jnp.asarray(tokens_L1), jnp.asarray(documents_L1), jnp.int32(0), jnp.int32(1), jnp.float32(0)
-    )
+    return Row(jnp.asarray(tokens_L1), jnp.asarray(documents_L1), jnp.int32(0), jnp.int32(1), jnp.float32(0))
 
 
 class Example(NamedTuple):

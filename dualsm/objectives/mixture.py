@@ -107,7 +107,9 @@ def rewrite(
     )
 
 
-def bind(names: Sequence[str], options: Mapping, special: SpecialIds) -> list[Callable[[Row, jax.Array], Example]]:
+def bind(
+    names: Sequence[str], options: Mapping, special: SpecialIds
+) -> list[Callable[[Row, jax.Array], Example]]:
     """The named objectives as functions of (row, key), with their options from the config filled in.
 
     Args:

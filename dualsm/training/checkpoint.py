@@ -57,7 +57,9 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes the readers raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 self._damaged.add(step)
-                logging.warning("checkpoint %s is damaged and passed over: %s", self._folder / str(step), reason)
+                logging.warning(
+                    "checkpoint %s is damaged and passed over: %s", self._folder / str(step), reason
+                )
         if steps:
             raise UserError(
                 f"none of the checkpoints in {self._folder} can be read; move them away to start anew"

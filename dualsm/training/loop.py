@@ -97,13 +97,17 @@ def _claim(workdir: Path, config: ConfigDict, corpus: Corpus) -> None:
     if path.exists():
         changes = configs.difference(configs.load_config(path.read_text()), config)
         if any(change.startswith("data.identity") for change in changes):
-            raise UserError(f"{workdir} was trained on another corpus than {corpus.folder}; choose another --workdir")
+            raise UserError(
+                f"{workdir} was trained on another corpus than {corpus.folder}; choose another --workdir"
+            )
         if changes:
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(changes)}); choose another --workdir"
             )
     elif workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"{workdir} is not empty and holds no run ({CONFIG} is missing); choose another --workdir")
+        raise UserError(
+            f"{workdir} is not empty and holds no run ({CONFIG} is missing); choose another --workdir"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / TOKENIZER).write_bytes((corpus.folder / TOKENIZER).read_bytes())
     aside = path.with_suffix(".partial")
@@ -313,6 +317,8 @@ def _train_line(done: int, steps: int, record: dict, names: list[str]) -> str:
 
 def _valid_line(done: int, steps: int, scores: dict) -> str:
     bits = "  ".join(
-        f"{name.split('/')[1]} {value:.3f}" for name, value in scores.items() if name.endswith("bits_per_byte")
+        f"{name.split('/')[1]} {value:.3f}"
+        for name, value in scores.items()
+        if name.endswith("bits_per_byte")
     )
     return f"step {done:>{len(str(steps))}}/{steps}  held out, bits per byte:  {bits}"

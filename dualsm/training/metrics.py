@@ -82,7 +82,12 @@ def _wandb(workdir, config):
 
     name = Path(workdir).name
     run = wandb.init(
-        project=config.log.wandb, name=name, id=name, resume="allow", dir=str(workdir), config=config.to_dict()
+        project=config.log.wandb,
+        name=name,
+        id=name,
+        resume="allow",
+        dir=str(workdir),
+        config=config.to_dict(),
     )
 
     def write(step, metrics):

@@ -9,7 +9,9 @@ import optax
 OPTIMIZERS = ("muon", "adamw")
 
 
-def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformation:
     """The optimizer of a run.
 
     "muon" gives the matrices of the blocks and the head's projection to Muon (update scaled by

@@ -1,7 +1,7 @@
 """One training step, a pure function of the state and a batch of packed rows.
 
-    rows -> [mixture: rewrite by objective] -> examples -> [model, loss: per microbatch] -> gradients
-         -> one division by the whole batch's weight -> optimizer
+rows -> [mixture: rewrite by objective] -> examples -> [model, loss: per microbatch] -> gradients
+     -> one division by the whole batch's weight -> optimizer
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def init_state(
     """The state before the first step; everything in it follows from `config.seed`."""
     params = transformer.init_params(config.model, jax.random.key(config.seed))
     zero, zeros_J = jnp.float32(0), jnp.zeros(objectives)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), Sums(zero, zero, zeros_J, zeros_J, zero, zero))
+    return TrainState(
+        jnp.int32(0), params, optimizer.init(params), Sums(zero, zero, zeros_J, zeros_J, zero, zero)
+    )
 
 
 def make_train_step(

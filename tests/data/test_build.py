@@ -63,7 +63,9 @@ def test_the_result_depends_on_neither_workers_nor_the_order_of_files(tmp_path, 
     one = make(tmp_path, "one", workers=1, input=f"{a},{b}")
     two = make(tmp_path, "two", workers=3, input=f"{b},{a}")
     assert one["identity"] == two["identity"]
-    assert {k: v for k, v in one.items() if k != "arguments"} == {k: v for k, v in two.items() if k != "arguments"}
+    assert {k: v for k, v in one.items() if k != "arguments"} == {
+        k: v for k, v in two.items() if k != "arguments"
+    }
 
 
 def test_documents_are_shuffled_and_held_out_by_content(tmp_path, texts):
@@ -81,7 +83,9 @@ def test_documents_are_shuffled_and_held_out_by_content(tmp_path, texts):
 
 def test_duplicates_are_dropped_and_counted(tmp_path, texts):
     unique = list(dict.fromkeys(texts))
-    manifest = make(tmp_path, workers=2, input=write_lines(tmp_path / "a.jsonl", unique + unique[:30] + unique[:10]))
+    manifest = make(
+        tmp_path, workers=2, input=write_lines(tmp_path / "a.jsonl", unique + unique[:30] + unique[:10])
+    )
     assert manifest["documents_duplicate"] == 40
     assert manifest["documents_read"] == len(unique) + 40
     found = texts_of(tmp_path / "corpus", "train") + texts_of(tmp_path / "corpus", "valid")

@@ -35,7 +35,14 @@ def test_text_never_becomes_a_reserved_id(tokenizer):
 
 def test_reserved_ids_have_their_pieces(tokenizer):
     special = tokenizer.special
-    assert [tokenizer.piece(i) for i in range(6)] == ["<pad>", "<unk>", "<s>", "</s>", "<mask>", "<reserved_5>"]
+    assert [tokenizer.piece(i) for i in range(6)] == [
+        "<pad>",
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<mask>",
+        "<reserved_5>",
+    ]
     assert (special.pad, special.unk, special.bos, special.eos, special.mask) == (0, 1, 2, 3, 4)
     assert tokenizer.decode([special.bos, special.mask, special.eos]) == ""
 
@@ -58,7 +65,10 @@ def test_a_foreign_model_is_refused(tmp_path):
 
     output = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(["some words to train on"] * 10), model_writer=output, vocab_size=17, minloglevel=2
+        sentence_iterator=iter(["some words to train on"] * 10),
+        model_writer=output,
+        vocab_size=17,
+        minloglevel=2,
     )
     with pytest.raises(UserError, match="<pad>|<mask>"):
         Tokenizer(output.getvalue())

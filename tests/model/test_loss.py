@@ -73,7 +73,9 @@ def test_memory_stays_far_below_that_of_all_logits():
 
     def temporaries(loss):
         step = jax.jit(jax.grad(lambda *a: loss(*a)[0], (0, 1, 2)))
-        return step.lower(*arguments, targets, weights, weights).compile().memory_analysis().temp_size_in_bytes
+        return (
+            step.lower(*arguments, targets, weights, weights).compile().memory_analysis().temp_size_in_bytes
+        )
 
     assert temporaries(plain) >= logits_bytes
     assert temporaries(lambda *a: cross_entropy(*a, 16)) < logits_bytes / 4

@@ -63,7 +63,9 @@ def reference():
                 },
             },
         }
-        tensors = {name: get(name) for name in ("input_ids", "doc_ids", "logits_causal", "logits_bidirectional")}
+        tensors = {
+            name: get(name) for name in ("input_ids", "doc_ids", "logits_causal", "logits_bidirectional")
+        }
     config = ConfigDict(
         {
             "layers": layers,

@@ -176,5 +176,7 @@ def test_an_objective_is_a_function_to_jit_and_differentiate(name, model_config,
     value, grads = jax.jit(jax.value_and_grad(mean))(params)
     direction = jax.tree.map(lambda g: g / 10, grads)
     step = jax.tree.map(lambda p, d: p - 1e-2 * d, params, direction)
-    expected = sum(float((g * d).sum()) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True))
+    expected = sum(
+        float((g * d).sum()) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True)
+    )
     assert float(value - mean(step)) == pytest.approx(1e-2 * expected, rel=0.05)

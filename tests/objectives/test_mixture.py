@@ -23,7 +23,8 @@ def errors_of(shares, batch_rows: int, steps: int = 500) -> np.ndarray:
 
 @pytest.mark.parametrize("batch_rows", [1, 6, 8, 64])
 @pytest.mark.parametrize(
-    "shares", [[1.0], [0.5, 0.5], [63 / 64, 1 / 64], [0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.6, 0.3, 0.1]]
+    "shares",
+    [[1.0], [0.5, 0.5], [63 / 64, 1 / 64], [0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.6, 0.3, 0.1]],
 )
 def test_any_window_of_steps_is_within_one_row_of_the_exact_share(shares, batch_rows):
     errors = errors_of(shares, batch_rows)

@@ -28,7 +28,8 @@ def recipe(corpus_path, tmp_path_factory) -> Path:
     """A config file for the micro run."""
     path = tmp_path_factory.mktemp("recipe") / "micro.py"
     path.write_text(
-        f"from tests.micro import micro_config\n\n\ndef get_config():\n    return micro_config({str(corpus_path)!r})\n"
+        "from tests.micro import micro_config\n\n\n"
+        f"def get_config():\n    return micro_config({str(corpus_path)!r})\n"
     )
     return path
 
@@ -36,7 +37,12 @@ def recipe(corpus_path, tmp_path_factory) -> Path:
 def start(recipe: Path, workdir: Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
     command = [sys.executable, "-m", "dualsm.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
     return subprocess.Popen(
-        command, cwd=ROOT, env=command_env(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=command_env(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

@@ -62,7 +62,7 @@ def test_sharded_equals_unsharded(micro_step, layout):
     assert_trees_close(state.sums, expected.sums, rtol=1e-4)
     assert_trees_close(state.params, expected.params, atol=1e-4)
 
-    # Nothing that can be split is replicated: matrices and their momenta take 1 / (fsdp * tensor) of a device.
+    # Nothing that can be split is replicated: matrices and momenta take 1 / (fsdp * tensor) each.
     parts = layout.get("fsdp", 1) * layout.get("tensor", 1)
     for name in ("query", "key", "value", "output"):
         kernel = state.params["blocks"]["attention"][name]["kernel"]
@@ -117,9 +117,7 @@ def test_steps_draw_different_corruption():
     """The same batch at another step is corrupted anew, and at the same step not."""
     micro = Micro(**{"mixture.causal": 0.0, "mixture.prefix": 0.0, "mixture.masked_diffusion": 1.0})
     state, step = jax.jit(micro.init)(), jax.jit(micro.step)
-    losses = [
-        float(step(state._replace(step=jnp.int32(s)), micro.batch())[1].loss) for s in (0, 0, 1)
-    ]
+    losses = [float(step(state._replace(step=jnp.int32(s)), micro.batch())[1].loss) for s in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
