@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import flags, logging
 
 from dualsm import cli
+from dualsm.config import freeze
 from dualsm.data.tokenizer import RESERVED_IDS, Tokenizer
 from dualsm.errors import UserError
 from dualsm.evaluation.run import TrainedRun, open_run
@@ -81,7 +82,7 @@ def read_prompts(path: str) -> list[str]:
 def run_mode(run: TrainedRun, prompts: list[list[int]]) -> Iterator[list[list[int]]]:
     """The texts as they grow or settle, by the flags."""
     picking = Picking(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    special, config = run.tokenizer.special, cli.frozen(run.config.model)
+    special, config = run.tokenizer.special, freeze(run.config.model)
     if _MODE.value != "diffusion":
         yield from causal.generate(
             config, run.params, prompts, _TOKENS.value, picking, special, _MODE.value, _SEED.value

@@ -95,26 +95,31 @@ def empty_cache(model: Transformer, rows: int, size: int) -> Cache:
     return Cache(*jnp.zeros((2, *shape), model.embedding.dtype or kernel.dtype))
 
 
+@functools.partial(jax.jit, static_argnames=("config", "size", "bidirectional", "special"))
 def begin(
-    model: Transformer,
+    config: FrozenConfigDict,
+    params: dict,
     prompts_BxP: jax.Array,
     length_B: jax.Array,
+    key: jax.Array,
+    *,
     size: int,
     bidirectional: bool,
-    key: jax.Array,
     special: SpecialIds,
 ) -> Decoding:
     """Reads the prompts.
 
     Args:
-      model: the model.
+      config: `config.model`, frozen.
+      params: parameters.
       prompts_BxP: prompts, filled up at the right with `<pad>`.
       length_B: tokens of each prompt, at least 1.
+      key: for all draws.
       size: S, most tokens of a text, prompt included.
       bidirectional: whether a prompt's tokens see all of the prompt.
-      key: for all draws.
       special: the tokenizer's special ids.
     """
+    model = bind(config, params)
     rows, prompt = prompts_BxP.shape
     prefix_end_B = length_B if bidirectional else jnp.zeros_like(length_B)
     # Filled-up positions write into the cache too, but are overwritten before anything looks at them.
@@ -127,13 +132,23 @@ def begin(
     return Decoding(tokens_BxS, length_B, logits_BxV, length_B >= size, cache, key)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "steps", "picking", "special"), donate_argnums=2)
 def decode(
-    model: Transformer, state: Decoding, steps: int, picking: Picking, special: SpecialIds
+    config: FrozenConfigDict,
+    params: dict,
+    state: Decoding,
+    *,
+    steps: int,
+    picking: Picking,
+    special: SpecialIds,
 ) -> Decoding:
-    """Adds at most `steps` tokens to each text that has not stopped; the cost of one does not depend on
-    how many there are already."""
+    """Adds at most `steps` tokens to each text that has not stopped.
+
+    The cost of a token does not depend on how many there are already: the cache has the size of the end.
+    """
 
     def one(state: Decoding) -> Decoding:
+        model = bind(config, params)  # here, since NNX modules must not cross into a loop's body
         key, *keys = jax.random.split(state.key, state.length_B.shape[0] + 1)
         logits_BxV = allowed_logits(state.logits_BxV, special, may_stop=True)
         token_B = jax.vmap(functools.partial(pick, picking=picking))(logits_BxV, jnp.stack(keys))
@@ -152,16 +167,6 @@ def decode(
         return (i < steps) & ~state.done_B.all()
 
     return jax.lax.while_loop(go_on, lambda carry: (carry[0] + 1, one(carry[1])), (0, state))[1]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "size", "bidirectional", "special"))
-def _begin(config, params, prompts_BxP, length_B, key, *, size, bidirectional, special) -> Decoding:
-    return begin(bind(config, params), prompts_BxP, length_B, size, bidirectional, key, special)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "steps", "picking", "special"), donate_argnums=2)
-def _decode(config, params, state, *, steps, picking, special) -> Decoding:
-    return decode(bind(config, params), state, steps, picking, special)
 
 
 def generate(
@@ -202,7 +207,7 @@ def generate(
     longest = int(lengths.max())
     prompts_BxP = np.array([[*p, *[special.pad] * (longest - len(p))] for p in prompts], np.int32)
     size, bidirectional = longest + new_tokens, mode == "prefix"
-    state = _begin(
+    state = begin(
         config, params, prompts_BxP, lengths, jax.random.key(seed),
         size=size, bidirectional=bidirectional, special=special,
     )  # fmt: skip
@@ -212,4 +217,4 @@ def generate(
         yield [tokens[:length].tolist() for tokens, length in zip(tokens_BxS, length_B, strict=True)]
         if (done_B | (length_B == lengths + new_tokens)).all():
             return
-        state = _decode(config, params, state, steps=at_once, picking=picking, special=special)
+        state = decode(config, params, state, steps=at_once, picking=picking, special=special)

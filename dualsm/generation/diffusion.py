@@ -77,11 +77,19 @@ def forward(model: Transformer, tokens_BxL: jax.Array, length_B: jax.Array) -> j
     return jnp.roll(logits_BxLxV, 1, axis=1)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "picking", "unmasking", "special"))
 def settle(
-    model: Transformer, state: Filling, picking: Picking, unmasking: Unmasking, special: SpecialIds
+    config: FrozenConfigDict,
+    params: dict,
+    state: Filling,
+    *,
+    picking: Picking,
+    unmasking: Unmasking,
+    special: SpecialIds,
 ) -> Filling:
     """One forward, and the places it settles: at least one in every text that has masks left."""
-    logits_BxLxV = allowed_logits(forward(model, state.tokens_BxL, state.length_B), special, may_stop=False)
+    logits_BxLxV = forward(bind(config, params), state.tokens_BxL, state.length_B)
+    logits_BxLxV = allowed_logits(logits_BxLxV, special, may_stop=False)
     draw_key, order_key, key = jax.random.split(state.key, 3)
     keys_BxL = jax.random.split(draw_key, state.tokens_BxL.shape)
     token_BxL = jax.vmap(jax.vmap(functools.partial(pick, picking=picking)))(logits_BxLxV, keys_BxL)
@@ -125,11 +133,6 @@ def _sureness(log_p_BxLxV: jax.Array, token_BxL: jax.Array, order: str, key: jax
     return _at(log_p_BxLxV, token_BxL)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "picking", "unmasking", "special"))
-def _settle(config, params, state, *, picking, unmasking, special) -> Filling:
-    return settle(bind(config, params), state, picking, unmasking, special)
-
-
 def fill(
     config: FrozenConfigDict,
     params: dict,
@@ -168,7 +171,7 @@ def fill(
         yield [tokens[:length].tolist() for tokens, length in zip(tokens_BxL, lengths, strict=True)]
         if not (tokens_BxL == special.mask).any():
             return
-        state = _settle(config, params, state, picking=picking, unmasking=unmasking, special=special)
+        state = settle(config, params, state, picking=picking, unmasking=unmasking, special=special)
 
 
 def _plan(masked_BxL: np.ndarray, unmasking: Unmasking) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,180 @@
+"""Scores against brute force on a tiny model."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualsm import sharding
+from dualsm.config import default_config, freeze
+from dualsm.errors import UserError
+from dualsm.evaluation.scoring import Item, Scorer, Scoring, encode_pair
+from dualsm.model.transformer import bind, init_params
+from tests.micro import micro_config
+
+CONTEXT, COMPLETION = [300, 41, 62, 300], [41, 62, 77, 300, 41]
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    config = micro_config().model
+    config.vocabulary = corpus.vocabulary
+    return freeze(config)
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    fresh = init_params(config, jax.random.key(0))
+    return jax.tree.map(lambda p: 3 * p, fresh)
+
+
+@pytest.fixture(scope="module")
+def scorer(config, params, corpus):
+    mesh = sharding.make_mesh(default_config().mesh, jax.devices()[:1])
+    return Scorer(config, params, corpus.tokenizer(), mesh)
+
+
+@pytest.fixture(scope="module")
+def log_p(config, params):
+    """log p(token at a place | tokens seen there), by a forward of its own without batching or padding."""
+    model = bind(config, params)
+
+    @functools.cache
+    def distribution(tokens, place, prefix_end):
+        tokens = jnp.asarray(tokens)[None]
+        ends = jnp.maximum(jnp.arange(1, tokens.shape[1] + 1), prefix_end)[None]
+        logits = model.logits(tokens, jnp.zeros_like(tokens), ends)[0, place - 1]
+        return np.asarray(jax.nn.log_softmax(logits))
+
+    def log_p(tokens, place, token, prefix_end=0):
+        return float(distribution(tuple(tokens), place, prefix_end)[token])
+
+    return log_p
+
+
+def score(scorer, scoring, *pairs):
+    return scorer.score_tokens(pairs or [(CONTEXT, COMPLETION)], scoring, quiet=True).log_likelihood_N
+
+
+def test_causal_is_the_product_of_next_token_probabilities(scorer, log_p):
+    text = [2, *CONTEXT, *COMPLETION]
+    expected = sum(log_p(text[:i], i, text[i]) for i in range(1 + len(CONTEXT), len(text)))
+    assert score(scorer, Scoring("causal"))[0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_prefix_sees_the_context_from_both_sides(scorer, log_p):
+    text, start = [2, *CONTEXT, *COMPLETION], 1 + len(CONTEXT)
+    expected = sum(log_p(text[:i], i, text[i], prefix_end=start) for i in range(start, len(text)))
+    ours = score(scorer, Scoring("prefix"))[0]
+    assert ours == pytest.approx(expected, abs=1e-3)
+    assert abs(ours - score(scorer, Scoring("causal"))[0]) > 0.01
+
+
+def test_prefix_with_an_empty_context_is_causal(scorer):
+    scores = [score(scorer, Scoring(mode), ([], COMPLETION))[0] for mode in ("causal", "prefix")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("masks", [(1,), (3,), (1, 4)])
+def test_masked_hides_n_tokens_from_each_place_on(scorer, log_p, masks):
+    text, start = [2, *CONTEXT, *COMPLETION], 1 + len(CONTEXT)
+    expected = 0.0
+    for n in masks:
+        for i in range(start, len(text)):
+            seen = [4 if i <= j < i + n else token for j, token in enumerate(text)]
+            expected += log_p(seen, i, text[i], prefix_end=len(text)) / len(masks)
+    assert score(scorer, Scoring("masked", masks=masks))[0] == pytest.approx(expected, abs=2e-3)
+
+
+def test_monte_carlo_converges_to_the_enumerated_bound(scorer, log_p):
+    context, completion = CONTEXT[:2], COMPLETION[:3]
+    text, start, size = [2, *context, *completion], 3, 3
+    exact = 0.0
+    for count in range(1, size + 1):
+        subsets = list(itertools.combinations(range(size), count))
+        for subset in subsets:
+            seen = [4 if j - start in subset else token for j, token in enumerate(text)]
+            total = sum(log_p(seen, start + i, completion[i], len(text)) for i in subset)
+            exact += total * size / count / size / len(subsets)
+    draws = [
+        score(scorer, Scoring("monte_carlo", samples=64, seed=seed), (context, completion))[0]
+        for seed in range(12)
+    ]
+    error = np.std(draws, ddof=1) / math.sqrt(len(draws))
+    assert abs(np.mean(draws) - exact) < 4 * error + 1e-3
+    few = [
+        score(scorer, Scoring("monte_carlo", samples=4, seed=s), (context, completion))[0] for s in range(12)
+    ]
+    assert np.std(few) > 1.5 * np.std(draws)
+
+
+def test_batching_padding_and_order_do_not_matter(scorer):
+    rng = np.random.default_rng(0)
+    pairs = [
+        (rng.integers(16, 512, rng.integers(0, 40)).tolist(), rng.integers(16, 512, n).tolist())
+        for n in rng.integers(1, 20, 12)
+    ]
+    for scoring in (Scoring("causal"), Scoring("prefix"), Scoring("masked", masks=(1, 4))):
+        together = score(scorer, scoring, *pairs)
+        alone = [score(scorer, scoring, pair)[0] for pair in pairs]
+        np.testing.assert_allclose(together, alone, atol=1e-3)
+
+
+def test_devices_share_the_rows(config, params, corpus, scorer):
+    mesh = sharding.make_mesh(default_config().mesh, jax.devices())
+    many = Scorer(config, params, corpus.tokenizer(), mesh)
+    pairs = [(CONTEXT, COMPLETION), ([], COMPLETION), (CONTEXT[:1], COMPLETION[:2])]
+    for mode in ("causal", "masked"):
+        np.testing.assert_allclose(
+            score(many, Scoring(mode), *pairs), score(scorer, Scoring(mode), *pairs), atol=1e-3
+        )
+
+
+def test_greedy_is_true_for_what_the_model_says_itself(scorer, log_p):
+    text = [2, *CONTEXT]
+    for _ in range(3):
+        text.append(likeliest(log_p, text))
+    result = scorer.score_tokens(
+        [(CONTEXT, text[5:]), (CONTEXT, [*text[5:7], 499 if text[7] != 499 else 498])],
+        Scoring("causal"),
+        quiet=True,
+    )
+    assert result.greedy_N.tolist() == [True, False]
+
+
+def likeliest(log_p, text) -> int:
+    return max(range(512), key=lambda token: log_p(text, len(text), token))
+
+
+def test_long_contexts_are_cut_from_the_left_and_counted(scorer):
+    long = list(range(100, 140))
+    result = scorer.score_tokens(
+        [(long, COMPLETION), (long[-10:], COMPLETION)], Scoring("causal", longest=16), quiet=True
+    )
+    assert result.cut == 1
+    assert result.log_likelihood_N[0] == pytest.approx(result.log_likelihood_N[1], abs=1e-4)
+    with pytest.raises(UserError, match="longer than"):
+        scorer.score_tokens([([], long)], Scoring("causal", longest=16), quiet=True)
+
+
+def test_empty_completions_are_refused(scorer):
+    with pytest.raises(UserError, match="empty completion"):
+        scorer([Item("some context", "")], Scoring("causal"), quiet=True)
+
+
+def test_pairs_are_the_tokens_of_the_whole_text(corpus):
+    tokenizer = corpus.tokenizer()
+    for context, completion in [("def main", "(self):"), ("a b ", "c"), ("", "import"), ("x", " = 1")]:
+        first, rest = encode_pair(tokenizer, Item(context, completion))
+        assert tokenizer.decode(first + rest) == context + completion
+        assert rest
+        assert tokenizer.decode(rest).endswith(completion)
+
+
+def test_unknown_modes_are_refused():
+    with pytest.raises(UserError, match="telepathy"):
+        Scoring("telepathy")

@@ -1,0 +1,43 @@
+"""A micro model that has memorised one text under all three objectives."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from dualsm.config import freeze, trained_objectives
+from dualsm.objectives.example import SpecialIds
+from dualsm.objectives.mixture import assign, row_counts
+from dualsm.training.optimizer import make_optimizer
+from dualsm.training.step import Batch, init_state, make_train_step
+from tests.micro import micro_config
+
+VOCABULARY = 64
+
+
+class Memorised:
+    """`text` is what was learned (`<s>` first, `</s>` last), `config` and `params` are the model."""
+
+    def __init__(self, steps: int = 250):
+        config = micro_config()
+        config.steps, config.batch_rows = steps, 8
+        config.model.vocabulary = VOCABULARY
+        rng = np.random.default_rng(0)
+        text = [2, *rng.integers(16, VOCABULARY, 31).tolist(), 3]
+        config.row_tokens = len(text) - 1
+        names = trained_objectives(config)
+        optimizer = make_optimizer(config.optimizer, lambda _: 7e-3)
+        step = jax.jit(make_train_step(config, names, SpecialIds(), optimizer), donate_argnums=0)
+        state = jax.jit(functools.partial(init_state, config, optimizer, len(names)))()
+        counts = row_counts(np.tile([config.mixture[n] for n in names], (1, 1)), config.batch_rows)[0]
+        tokens = np.tile(np.array(text, np.int32), (config.batch_rows, 1))
+        batch = Batch(tokens, np.zeros_like(tokens), *assign(counts))
+        for _ in range(steps):
+            state, _ = step(state, batch)
+        self.text, self.config, self.params = text, freeze(config.model), state.params
+
+
+@pytest.fixture(scope="session")
+def memorised() -> Memorised:
+    return Memorised()

@@ -1,0 +1,118 @@
+"""Left-to-right generation: the cache, batches of uneven prompts, ways of drawing, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualsm.errors import UserError
+from dualsm.generation.causal import begin, extend, generate
+from dualsm.generation.pick import Picking, pick
+from dualsm.model.transformer import bind
+from dualsm.objectives.example import SpecialIds
+
+from .conftest import VOCABULARY
+
+GREEDY, SPECIAL = Picking(temperature=0), SpecialIds()
+
+
+def last(texts):
+    for state in texts:
+        pass
+    return state
+
+
+def run(model, prompts, tokens=40, picking=GREEDY, **options):
+    return last(generate(model.config, model.params, prompts, tokens, picking, SPECIAL, **options))
+
+
+def test_a_memorised_text_is_continued_exactly(memorised):
+    for mode in ("causal", "prefix"):
+        for start in (4, 15):
+            assert run(memorised, [memorised.text[:start]], mode=mode) == [memorised.text]
+
+
+def test_prompts_of_different_lengths_run_together(memorised):
+    prompts = [memorised.text[:n] for n in (2, 9, 20, 5)]
+    together = run(memorised, prompts)
+    assert together == [run(memorised, [prompt])[0] for prompt in prompts]
+
+
+def test_no_more_tokens_than_asked_for(memorised):
+    prompts = [memorised.text[:n] for n in (2, 9, 20)]
+    for text, prompt in zip(run(memorised, prompts, tokens=5), prompts, strict=True):
+        assert text == memorised.text[: len(prompt) + 5]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_cached_logits_equal_uncached_ones(memorised, bidirectional):
+    model, text = bind(memorised.config, memorised.params), memorised.text
+    rng = np.random.default_rng(1)
+    texts = rng.integers(16, VOCABULARY, (3, 20))
+    lengths = np.array([4, 11, 1], np.int32)
+    state = begin(
+        memorised.config, memorised.params, texts[:, :11], lengths, jax.random.key(0),
+        size=20, bidirectional=bidirectional, special=SPECIAL,
+    )  # fmt: skip
+    cache, position_B, logits = state.cache, lengths, [state.logits_BxV]
+    for step in range(8):
+        tokens_Bx1 = texts[np.arange(3), lengths + step][:, None]
+        features, cache = extend(model, tokens_Bx1, position_B, jnp.zeros(3, jnp.int32), cache)
+        logits.append(model.head.output(features[:, 0]))
+        position_B = position_B + 1
+    for b in range(3):
+        ends = jnp.arange(1, 21)
+        ends = jnp.maximum(ends, lengths[b]) if bidirectional else ends
+        whole = model.logits(texts[b : b + 1], jnp.zeros((1, 20), jnp.int32), ends[None])[0]
+        ours = jnp.stack([step[b] for step in logits])
+        np.testing.assert_allclose(ours, whole[lengths[b] - 1 : lengths[b] + 8], atol=1e-4)
+    assert len(text) == 33
+
+
+def test_drawing_at_temperature_one_follows_the_distribution():
+    logits_V = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+
+    def shares(**picking):
+        drawn = jax.vmap(lambda key: pick(logits_V, key, Picking(**picking)))(keys)
+        return np.bincount(np.asarray(drawn), minlength=4) / len(keys)
+
+    np.testing.assert_allclose(shares(), [0.5, 0.3, 0.15, 0.05], atol=0.015)
+    np.testing.assert_allclose(shares(top_k=2), [0.625, 0.375, 0, 0], atol=0.015)
+    np.testing.assert_allclose(shares(top_p=0.79), [0.625, 0.375, 0, 0], atol=0.015)
+    np.testing.assert_allclose(shares(top_p=0.81), [0.526, 0.316, 0.158, 0], atol=0.015)
+    np.testing.assert_allclose(shares(top_p=0.01), [1, 0, 0, 0])
+    np.testing.assert_allclose(shares(temperature=0), [1, 0, 0, 0])
+    cold = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
+    np.testing.assert_allclose(shares(temperature=0.5), cold / cold.sum(), atol=0.015)
+
+
+def test_reserved_ids_are_never_drawn(memorised):
+    hot = Picking(temperature=50.0)
+    texts = run(memorised, [[2]] * 8, tokens=30, picking=hot)
+    for text in texts:
+        assert all(token >= 16 for token in text[1:-1])
+        assert text[-1] >= 16 or text[-1] == SPECIAL.eos
+
+
+def test_seeds_decide_the_draws(memorised):
+    hot = Picking(temperature=5.0)
+    texts = [run(memorised, [[2]], picking=hot, seed=seed)[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_reader_can_watch(memorised):
+    states = list(
+        generate(memorised.config, memorised.params, [memorised.text[:4]], 20, GREEDY, SPECIAL, at_once=4)
+    )
+    assert [len(state[0]) for state in states] == [4, 8, 12, 16, 20, 24]
+    assert all(state[0] == memorised.text[: len(state[0])] for state in states)
+
+
+def test_bad_requests_are_refused(memorised):
+    with pytest.raises(UserError, match="empty prompt"):
+        run(memorised, [[]])
+    with pytest.raises(UserError, match="telepathy"):
+        run(memorised, [[2]], mode="telepathy")
+    with pytest.raises(UserError, match="top_p"):
+        Picking(top_p=0.0)

@@ -1,0 +1,106 @@
+"""Generation by unmasking: what is fixed stays, what is asked for is filled in, in the order asked for."""
+
+import jax
+import numpy as np
+import pytest
+
+from dualsm.errors import UserError
+from dualsm.generation.diffusion import ORDERS, Unmasking, fill, forward
+from dualsm.generation.pick import Picking
+from dualsm.model.transformer import bind
+from dualsm.objectives.example import SpecialIds
+
+GREEDY, SPECIAL = Picking(temperature=0), SpecialIds()
+MASK = SPECIAL.mask
+
+
+def states(model, texts, picking=GREEDY, seed=0, **unmasking):
+    return list(fill(model.config, model.params, texts, picking, Unmasking(**unmasking), SPECIAL, seed))
+
+
+def hide(text, *places):
+    return [MASK if i in places else token for i, token in enumerate(text)]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_masked_spans_of_a_memorised_text_are_restored_exactly(memorised, steps):
+    text = memorised.text
+    for places in (range(5, 13), [1, 8, 9, 20, 30], [15]):
+        assert states(memorised, [hide(text, *places)], steps=steps)[-1] == [text]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_fills_all_places_and_leaves_the_rest(memorised, order):
+    rng = np.random.default_rng(0)
+    texts = [[2, *rng.integers(16, 64, n).tolist()] for n in (12, 25)]
+    masked = [hide(text, 3, 4, 5, 9) for text in texts]
+    result = states(memorised, masked, Picking(temperature=1.0), order=order)[-1]
+    for before, after in zip(masked, result, strict=True):
+        assert len(before) == len(after)
+        assert all(a == b for a, b in zip(before, after, strict=True) if b is not None and a != MASK)
+        assert all(token >= 16 for token in after[1:])
+
+
+def masks_left(history, row=0):
+    return [state[row].count(MASK) for state in history]
+
+
+def test_the_number_of_forwards_is_as_asked_for(memorised):
+    text = hide(memorised.text, *range(5, 21))  # 16 masks
+    assert masks_left(states(memorised, [text])) == list(range(16, -1, -1))
+    assert masks_left(states(memorised, [text], steps=4)) == [16, 12, 8, 4, 0]
+    assert masks_left(states(memorised, [text], steps=1)) == [16, 0]
+    assert masks_left(states(memorised, [text], steps=5)) == [16, 12, 9, 6, 3, 0]
+    assert masks_left(states(memorised, [text], steps=100))[-1] == 0
+
+
+def test_blocks_are_settled_left_to_right(memorised):
+    text = hide(memorised.text, *range(5, 21))
+    history = states(memorised, [text], block=4, steps=2)
+    assert masks_left(history) == [16, 14, 12, 10, 8, 6, 4, 2, 0]
+    for done, state in enumerate(history):
+        settled = [i for i in range(5, 21) if state[0][i] != MASK]
+        begun = -(-done // 2)
+        assert set(settled) <= set(range(5, 5 + 4 * begun))
+        assert set(settled) >= set(range(5, 5 + 4 * (done // 2)))
+
+
+def test_a_threshold_settles_all_sure_tokens_and_always_one(memorised):
+    text = hide(memorised.text, *range(5, 21))
+    sure = masks_left(states(memorised, [text], threshold=0.5))
+    assert sure[-1] == 0
+    assert len(sure) < 6  # a memorised text needs few forwards
+    impossible = masks_left(states(memorised, [text], threshold=1.0))
+    assert max(a - b for a, b in zip(impossible, impossible[1:], strict=False)) <= 16
+    rng = np.random.default_rng(0)
+    unsure = [2, *hide(rng.integers(16, 64, 12).tolist(), 2, 3, 4, 5)]
+    assert masks_left(states(memorised, [unsure], Picking(temperature=30.0), threshold=0.999)) == [
+        4,
+        3,
+        2,
+        1,
+        0,
+    ]
+
+
+def test_confidence_settles_the_surest_place_first(memorised):
+    text = hide(memorised.text, 6, 7, 8, 9, 25)
+    model = bind(memorised.config, memorised.params)
+    logits = np.array(forward(model, np.array([text]), np.array([len(text)]))[0])
+    logits[:, :16] = -np.inf
+    probability = np.asarray(jax.nn.softmax(logits)).max(-1)
+    places = [i for i, token in enumerate(text) if token == MASK]
+    first = states(memorised, [text], order="confidence")[1][0]
+    assert [i for i in places if first[i] != MASK] == [max(places, key=lambda i: probability[i])]
+
+
+def test_texts_with_different_numbers_of_masks_run_together(memorised):
+    texts = [hide(memorised.text, *range(5, 13)), hide(memorised.text, 7), memorised.text[:20]]
+    assert states(memorised, texts, steps=4)[-1] == [memorised.text, memorised.text, memorised.text[:20]]
+
+
+def test_a_text_cannot_start_with_a_mask(memorised):
+    with pytest.raises(UserError, match="must start"):
+        states(memorised, [[MASK, 20]])
+    with pytest.raises(UserError, match="telepathy"):
+        Unmasking(order="telepathy")
