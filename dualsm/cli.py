@@ -5,11 +5,12 @@ Every command is `python -m dualsm.NAME`, an absl program whose `main` is handed
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from dualsm.errors import UserError
 
@@ -43,10 +44,21 @@ def config(flag: flags.FlagHolder):
     return value
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless JAX was told where by its own variable."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "dualsm", "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(argv)` as an absl program; a `UserError` ends in one line and exit status 2."""
 
     def guarded(argv: Sequence[str]) -> None:
+        logging.set_verbosity(logging.ERROR)  # Orbax and Grain tell their life stories below it
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags look like --name=value")

@@ -23,6 +23,11 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def warn(text: str) -> None:
+    """Prints a line to stderr without tearing a bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Text in columns: the first flush left, the others flush right."""
     lines = [list(map(str, line)) for line in (header, *rows)]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from dualsm import cli
 from dualsm.config import freeze
@@ -106,7 +106,7 @@ def show(tokenizer: Tokenizer, tokens: list[int]) -> str:
 
 
 def main(_: Sequence[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
+    cli.use_compilation_cache()
     texts = [*_PROMPT.value, *(read_prompts(_PROMPTS.value) if _PROMPTS.value else [])] or [""]
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
     prompts = [encode_prompt(run.tokenizer, text) for text in texts]

@@ -11,8 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import jax
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from dualsm import cli
@@ -24,8 +23,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_: Sequence[str]) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax and Grain tell their life stories at INFO
-    _use_compilation_cache()
+    cli.use_compilation_cache()
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _stop(number, signals))
@@ -45,14 +43,6 @@ def _stop(number: int, signals: list[str]) -> None:
 
 def _command() -> str:
     return " ".join(["python -m dualsm.train", *sys.argv[1:]])
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless JAX was told where by its own variable."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "dualsm", "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 if __name__ == "__main__":

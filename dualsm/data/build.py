@@ -328,15 +328,17 @@ class _Encoder:
 
     @staticmethod
     def _write(path: Path, texts: list[bytes], tokenizer: Tokenizer) -> np.ndarray:
-        """Writes one record a document; returns their lengths in tokens."""
+        """Writes the documents' records; returns the documents' lengths in tokens."""
         bos, eos = tokenizer.special.bos, tokenizer.special.eos
         dtype = corpus.token_dtype(tokenizer.vocabulary)
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:1")
         lengths = []
         for batch in _batches(texts, _ENCODE_BYTES):
             for tokens in tokenizer.encode([text.decode("utf-8") for text in batch]):
-                writer.write(np.array([bos, *tokens, eos], dtype).tobytes())
-                lengths.append(len(tokens) + 2)
+                document = np.array([bos, *tokens, eos], dtype)
+                for start in range(0, len(document), corpus.RECORD_TOKENS):
+                    writer.write(document[start : start + corpus.RECORD_TOKENS].tobytes())
+                lengths.append(len(document))
         writer.close()
         return np.array(lengths, "<i4")
 
@@ -374,7 +376,7 @@ def _manifest(recipe: Recipe, aside: Path, tokenizer: Tokenizer, counts, shards,
         "identity": identity.hexdigest(),
         "vocabulary": tokenizer.vocabulary,
         "special": tokenizer.special.as_dict(),
-        "tokenizer_sha256": hashlib.sha256(tokenizer.model).hexdigest(),
+        "tokenizer_sha256": tokenizer.sha256(),
         "files_read": files,
         "documents_read": counts.read,
         "documents_faulty": {kind: counts.faults[kind] for kind in readers.FAULTS},

@@ -1,9 +1,10 @@
 """A prepared corpus on disk: the manifest and random access to the tokens of a document.
 
 A corpus is a folder with `tokenizer.model`, `manifest.json`, and per split ("train", "valid") ArrayRecord
-shards of one record a document plus one file with all document lengths. A record is `<s> text </s>` as
-little-endian uint16 (uint32 for vocabularies above 65,536). Documents lie in the order of their hash,
-so every prefix of a split is a fair sample of it.
+shards and one file with the lengths of all documents. A document is `<s> text </s>`, little-endian uint16
+(uint32 for vocabularies above 65,536), cut into records of `RECORD_TOKENS` so that a row out of a long
+document can be read without the rest. Documents lie in the order of their hash, so every prefix of a split
+is a fair sample of it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dualsm.data.tokenizer import Tokenizer
 from dualsm.errors import UserError
 
 FORMAT = 1
+RECORD_TOKENS = 2048
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 
@@ -27,6 +29,11 @@ TOKENIZER = "tokenizer.model"
 def token_dtype(vocabulary: int) -> np.dtype:
     """The type tokens are stored in."""
     return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+
+
+def record_count(tokens):
+    """Records that documents of the given lengths are cut into."""
+    return -(-tokens // RECORD_TOKENS)
 
 
 def sha256(path: epath.PathLike) -> str:
@@ -53,7 +60,9 @@ class Documents:
         self._dtype = dtype
         self._source = ArrayRecordDataSource([str(folder / s["file"]) for s in split["shards"]])
         self.lengths_N = np.frombuffer((folder / split["lengths"]).read_bytes(), "<i4")
-        if len(self.lengths_N) != len(self._source) or self.lengths_N.sum() != self.tokens:
+        records_N = record_count(self.lengths_N)
+        self._first_record_N = np.cumsum(records_N) - records_N
+        if records_N.sum() != len(self._source) or self.lengths_N.sum(dtype=np.int64) != self.tokens:
             raise UserError(
                 f"corpus {folder}: {split['lengths']} does not fit its shards; prepare the corpus anew"
             )
@@ -61,17 +70,30 @@ class Documents:
     def __len__(self) -> int:
         return len(self.lengths_N)
 
-    def read(self, documents: Sequence[int]) -> list[np.ndarray]:
-        """Tokens of the given documents, one integer array each. Thread-safe.
+    def read(self, document_S: Sequence[int], start_S=None, stop_S=None) -> list[np.ndarray]:
+        """Tokens of the given documents, or of the parts [start, stop) of them; one array each. Thread-safe.
 
         Raises:
           UserError: when a shard is damaged (its own checksums tell).
         """
+        document_S = np.asarray(document_S, np.int64)
+        start_S = np.zeros_like(document_S) if start_S is None else np.asarray(start_S)
+        stop_S = self.lengths_N[document_S] if stop_S is None else np.asarray(stop_S)
+        skipped_S = start_S // RECORD_TOKENS
+        size_S = (stop_S - 1) // RECORD_TOKENS - skipped_S + 1
+        first_S = self._first_record_N[document_S] + skipped_S
+        numbers = [n for first, size in zip(first_S, size_S, strict=True) for n in range(first, first + size)]
         try:
-            records = self._source.__getitems__([int(d) for d in documents])
+            records = iter(self._source.__getitems__(numbers))
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"corpus shard damaged or gone: {str(error).splitlines()[0]}") from error
-        return [np.frombuffer(record, self._dtype) for record in records]
+        pieces = []
+        for size, start, stop in zip(
+            size_S, start_S - skipped_S * RECORD_TOKENS, stop_S - skipped_S * RECORD_TOKENS, strict=True
+        ):
+            joined = next(records) if size == 1 else b"".join(next(records) for _ in range(size))
+            pieces.append(np.frombuffer(joined, self._dtype)[start:stop])
+        return pieces
 
 
 class Corpus:
@@ -124,6 +146,6 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the corpus was made with."""
         tokenizer = Tokenizer.load(str(self.folder / TOKENIZER))
-        if hashlib.sha256(tokenizer.model).hexdigest() != self.manifest["tokenizer_sha256"]:
+        if tokenizer.sha256() != self.manifest["tokenizer_sha256"]:
             raise UserError(f"{self.folder / TOKENIZER} is not the tokenizer this corpus was made with")
         return tokenizer

@@ -1,6 +1,6 @@
 """Batches by step: the rows of step s follow from (config, s) alone, on any number of processes.
 
-    RepeatedStream (which tokens) + Documents (the tokens) -> StepRows -> Grain (threads, read-ahead)
+    RowOrder (where the tokens are) + Documents (the tokens) -> StepRows -> Grain (threads, read-ahead)
 
 There is no iterator state beyond the step, so resuming at step 1,000,000 costs what step 0 costs.
 """
@@ -14,40 +14,40 @@ import grain
 import numpy as np
 
 from dualsm.data.corpus import Documents
-from dualsm.data.order import RepeatedStream
+from dualsm.data.order import RowOrder
 
 PAD_DOCUMENT = -1  # document id of positions that hold no text
 
 
-def pack(pieces: list[np.ndarray], owners: np.ndarray, rows: int, row_tokens: int, pad: int):
-    """Packs pieces of documents into rows, each token an input once.
-
-    Row r holds tokens [r*L, r*L + L] of the pieces' concatenation: L inputs and, shifted by one, their
-    targets, so that neighbouring rows share one token.
+def read_rows(
+    documents: Documents, order: RowOrder, row_B: np.ndarray, row_tokens: int, pad: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of packed documents: L inputs and, shifted by one, their targets.
 
     Args:
-      pieces: tokens, P arrays.
-      owners: document id of each piece, [P].
-      rows: number of rows, B.
-      row_tokens: inputs a row, L.
-      pad: token for the positions after the end.
+      documents: a split of a corpus.
+      order: of its rows.
+      row_B: numbers of the rows wanted.
+      row_tokens: L.
+      pad: token for positions after the end of the stream.
 
     Returns:
       tokens_BxL1 and documents_BxL1, int32 of shape [B, L+1]. Documents count from 0 in each row, and are
       `PAD_DOCUMENT` after the end.
     """
-    size = rows * row_tokens + 1
-    tokens_T = np.full(size, pad, np.int32)
-    documents_T = np.full(size, PAD_DOCUMENT, np.int32)
-    flat_T = np.concatenate(pieces)[:size] if pieces else tokens_T[:0]
-    tokens_T[: len(flat_T)] = flat_T
-    documents_T[: len(flat_T)] = np.repeat(owners, [len(piece) for piece in pieces])[: len(flat_T)]
-    tokens_BxL1, documents_BxL1 = (
-        np.lib.stride_tricks.sliding_window_view(a_T, row_tokens + 1)[::row_tokens]
-        for a_T in (tokens_T, documents_T)
-    )
-    local_BxL1 = np.where(documents_BxL1 >= 0, documents_BxL1 - documents_BxL1[:, :1], PAD_DOCUMENT)
-    return np.ascontiguousarray(tokens_BxL1), local_BxL1
+    segments = order.segments(row_B)
+    pieces = documents.read(segments.document_S, segments.start_S, segments.stop_S)
+    size_S = segments.stop_S - segments.start_S
+    first_S = np.searchsorted(segments.row_S, segments.row_S)  # the first piece of the same row
+    local_S = segments.occurrence_S - segments.occurrence_S[first_S]
+
+    size_B = np.bincount(segments.row_S, weights=size_S, minlength=len(row_B)).astype(np.int64)
+    filled_BxL1 = np.arange(row_tokens + 1) < size_B[:, None]
+    tokens_BxL1 = np.full(filled_BxL1.shape, pad, np.int32)
+    documents_BxL1 = np.full(filled_BxL1.shape, PAD_DOCUMENT, np.int32)
+    tokens_BxL1[filled_BxL1] = np.concatenate(pieces)
+    documents_BxL1[filled_BxL1] = np.repeat(local_S, size_S)
+    return tokens_BxL1, documents_BxL1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,33 +56,26 @@ class StepRows:
 
     Attributes:
       documents: the training split.
-      stream: the order of its tokens.
-      steps: length of the run.
+      order: the order of its rows.
       batch_rows: B, rows a step over all processes.
       row_tokens: L.
       pad: id of `<pad>`, which fills the one position after the end of the run.
-      rows: the part of the batch this process reads, as a range within [0, B).
+      part: the rows of a batch that this process reads, as a range within [0, B).
     """
 
     documents: Documents
-    stream: RepeatedStream
-    steps: int
+    order: RowOrder
     batch_rows: int
     row_tokens: int
     pad: int
-    rows: range
+    part: range
 
     def __len__(self) -> int:
-        return self.steps
+        return self.order.rows // self.batch_rows
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        start = (step * self.batch_rows + self.rows.start) * self.row_tokens
-        stop = min(start + len(self.rows) * self.row_tokens + 1, self.stream.budget)
-        segments = self.stream.segments(start, stop)
-        tokens = self.documents.read(segments.document_S)
-        pieces = [t[a:b] for t, a, b in zip(tokens, segments.start_S, segments.stop_S, strict=True)]
-        owners = segments.occurrence_S - segments.occurrence_S[0]
-        tokens_BxL1, documents_BxL1 = pack(pieces, owners, len(self.rows), self.row_tokens, self.pad)
+        row_B = step * self.batch_rows + np.asarray(self.part)
+        tokens_BxL1, documents_BxL1 = read_rows(self.documents, self.order, row_B, self.row_tokens, self.pad)
         return {"step": step, "tokens": tokens_BxL1, "documents": documents_BxL1}
 
 

@@ -7,6 +7,7 @@ The tokenizer is lossless: no normalisation, no dummy prefix, bytes as a fallbac
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 from collections.abc import Iterable, Iterator
 
@@ -91,6 +92,10 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of token ids; special ids are left out."""
         return self._processor.decode([int(t) for t in tokens if t >= RESERVED_IDS])
+
+    def sha256(self) -> str:
+        """Hash of the model, in hexadecimal."""
+        return hashlib.sha256(self.model).hexdigest()
 
     def piece(self, token: int) -> str:
         """The printable form of one token, special ids included."""

@@ -11,7 +11,8 @@ import ml_collections
 import numpy as np
 
 from dualsm.data.corpus import Documents
-from dualsm.data.pipeline import PAD_DOCUMENT, pack
+from dualsm.data.order import RowOrder
+from dualsm.data.pipeline import PAD_DOCUMENT, read_rows
 from dualsm.model import transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
@@ -33,11 +34,9 @@ def valid_rows(documents: Documents, row_tokens: int, rows: int, pad: int) -> tu
     Returns:
       tokens_VxL1 and documents_VxL1, int32.
     """
-    needed = -(-(documents.tokens - 1) // row_tokens)
-    needed = min(needed, rows) if rows else needed
-    last = int(np.searchsorted(np.cumsum(documents.lengths_N), needed * row_tokens + 1)) + 1
-    numbers = np.arange(min(last, len(documents)))
-    return pack(documents.read(numbers), numbers, needed, row_tokens, pad)
+    order = RowOrder(documents.lengths_N, documents.tokens, row_tokens)
+    row_V = np.arange(min(order.rows, rows) if rows else order.rows)
+    return read_rows(documents, order, row_V, row_tokens, pad)
 
 
 class Validation:
@@ -51,6 +50,7 @@ class Validation:
         rows: tuple[np.ndarray, np.ndarray],
         token_bytes_V: np.ndarray,
         mesh: jax.sharding.Mesh,
+        samples: int = 1,
     ):
         """
         Args:
@@ -60,8 +60,10 @@ class Validation:
           rows: from `valid_rows`.
           token_bytes_V: bytes of text that each token stands for.
           mesh: whose devices share the rows, as many at once as in a microbatch of training.
+          samples: how often each row is scored, with other corruption each time.
         """
         self._names = list(names)
+        rows = tuple(np.tile(a, (samples, 1)) for a in rows)
         self._batches = [
             (place_rows(mesh, tokens), place_rows(mesh, documents), first)
             for tokens, documents, first in _batches(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dualsm.errors import UserError
+from dualsm.progress import warn
 
 FOLDER = "checkpoints"
 
@@ -57,9 +57,7 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes the readers raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 self._damaged.add(step)
-                logging.warning(
-                    "checkpoint %s is damaged and passed over: %s", self._folder / str(step), reason
-                )
+                warn(f"checkpoint {self._folder / str(step)} is damaged and passed over: {reason}")
         if steps:
             raise UserError(
                 f"none of the checkpoints in {self._folder} can be read; move them away to start anew"

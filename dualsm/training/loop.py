@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from dualsm import config as configs
 from dualsm import sharding
 from dualsm.data.corpus import TOKENIZER, Corpus
-from dualsm.data.order import RepeatedStream
+from dualsm.data.order import RowOrder
 from dualsm.data.pipeline import StepRows, read_steps
 from dualsm.data.tokenizer import RESERVED_IDS
 from dualsm.errors import UserError
@@ -147,15 +147,14 @@ class _Run:
 
         documents = corpus.documents("train")
         budget = config.steps * config.batch_rows * config.row_tokens
-        self.stream = RepeatedStream(documents.lengths_N, budget, config.repetitions, config.seed)
+        self.order = RowOrder(documents.lengths_N, budget, config.row_tokens, config.repetitions, config.seed)
         self.rows = StepRows(
             documents=documents,
-            stream=self.stream,
-            steps=config.steps,
+            order=self.order,
             batch_rows=config.batch_rows,
             row_tokens=config.row_tokens,
             pad=special.pad,
-            rows=range(config.batch_rows),
+            part=range(config.batch_rows),
         )
         shares_SxJ = np.tile([config.mixture[name] for name in self.names], (config.steps, 1))
         self.counts_SxJ = mixture.row_counts(shares_SxJ, config.batch_rows)
@@ -265,7 +264,7 @@ class _Run:
         """Writes the line of step `done`: `sums` when it is a log step, `scores` when it was validated."""
         config = self.config
         tokens = done * config.batch_rows * config.row_tokens
-        record = {"tokens": tokens, "epoch": tokens / self.stream.unique}
+        record = {"tokens": tokens, "epoch": tokens / self.order.unique}
         if sums is not None:
             record |= self._train_metrics(jax.device_get(sums), done) | self._perf_metrics(clock)
             say(_train_line(done, config.steps, record, self.names))
@@ -299,7 +298,7 @@ class _Run:
         shares = ", ".join(f"{name} {config.mixture[name]:g}" for name in self.names)
         say(
             f"model: {parameters:,} parameters on {self.mesh.size} x {device.device_kind}\n"
-            f"data: {self.stream.budget:,} tokens = {self.stream.unique:,} unique x {config.repetitions} "
+            f"data: {self.order.budget:,} tokens = {self.order.unique:,} unique x {config.repetitions} "
             f"repetitions, from {config.data.path}\n"
             f"mixture: {shares}"
         )

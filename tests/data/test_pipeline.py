@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from dualsm.data.order import RepeatedStream
-from dualsm.data.pipeline import PAD_DOCUMENT, StepRows, pack, read_steps
+from dualsm.data.build import Recipe, build
+from dualsm.data.corpus import RECORD_TOKENS, Corpus
+from dualsm.data.order import RowOrder
+from dualsm.data.pipeline import PAD_DOCUMENT, StepRows, read_rows, read_steps
 
 STEPS, ROWS, TOKENS = 20, 8, 32
 
@@ -14,18 +16,56 @@ def source(corpus):
     return make_source(corpus, range(ROWS))
 
 
-def make_source(corpus, rows, seed=0):
+def make_source(corpus, part, seed=0):
     documents = corpus.documents("train")
-    stream = RepeatedStream(documents.lengths_N, STEPS * ROWS * TOKENS, 4, seed)
-    return StepRows(documents, stream, STEPS, ROWS, TOKENS, 0, rows)
+    order = RowOrder(documents.lengths_N, STEPS * ROWS * TOKENS, TOKENS, 4, seed)
+    return StepRows(documents, order, ROWS, TOKENS, 0, part)
 
 
-def test_packing_keeps_tokens_and_their_owners():
-    pieces = [np.array([2, 21, 22]), np.array([2, 23]), np.array([2, 24, 25, 26])]
-    tokens_BxL1, documents_BxL1 = pack(pieces, np.array([5, 6, 7]), rows=3, row_tokens=4, pad=0)
-    assert tokens_BxL1.tolist() == [[2, 21, 22, 2, 23], [23, 2, 24, 25, 26], [26, 0, 0, 0, 0]]
+class Pieces:
+    """Documents in memory."""
+
+    def __init__(self, *documents):
+        self._documents = [np.array(d) for d in documents]
+        self.lengths_N = np.array([len(d) for d in documents])
+
+    def read(self, document_S, start_S, stop_S):
+        parts = zip(document_S, start_S, stop_S, strict=True)
+        return [self._documents[d][a:b] for d, a, b in parts]
+
+
+def test_packing_keeps_tokens_and_their_documents():
+    documents = Pieces([2, 21, 22], [2, 23], [2, 24, 25, 26])
+    order = RowOrder(documents.lengths_N, 9, 4)
+    tokens_BxL1, documents_BxL1 = read_rows(documents, order, np.array([2, 0, 1]), 4, pad=0)
+    assert tokens_BxL1.tolist() == [[26, 0, 0, 0, 0], [2, 21, 22, 2, 23], [23, 2, 24, 25, 26]]
     none = PAD_DOCUMENT
-    assert documents_BxL1.tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [0, none, none, none, none]]
+    assert documents_BxL1.tolist() == [[0, none, none, none, none], [0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
+
+
+def test_parts_of_long_documents_are_read_from_their_records(tmp_path):
+    rng = np.random.default_rng(0)
+    text = " ".join(map(str, rng.integers(0, 10**6, 6000).tolist()))
+    (tmp_path / "long.txt").write_text(text)
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text(f"{number} is a short document")
+    recipe = Recipe(str(tmp_path / "*.txt"), vocabulary=384, valid_fraction=0.1)
+    build(recipe, str(tmp_path / "corpus"), workers=1, quiet=True)
+    corpus = Corpus(str(tmp_path / "corpus"))
+    split = max((corpus.documents(name) for name in ("train", "valid")), key=lambda s: s.lengths_N.max())
+    long = int(split.lengths_N.argmax())
+    (whole,) = split.read([long])
+    assert len(whole) == split.lengths_N[long] > 5 * RECORD_TOKENS
+    assert corpus.tokenizer().decode(whole) == text
+    for start, stop in [
+        (0, 1),
+        (5, RECORD_TOKENS),
+        (RECORD_TOKENS, RECORD_TOKENS + 1),
+        (2047, 2049),
+        (100, 9000),
+    ]:
+        (part,) = split.read([long], [start], [stop])
+        np.testing.assert_array_equal(part, whole[start:stop])
 
 
 def test_each_token_of_the_run_is_an_input_once(source, corpus):
@@ -33,11 +73,6 @@ def test_each_token_of_the_run_is_an_input_once(source, corpus):
     documents = corpus.documents("train")
     unique = np.concatenate(documents.read(range(len(documents))))[: len(inputs) // 4]
     np.testing.assert_array_equal(np.bincount(inputs, minlength=512), 4 * np.bincount(unique, minlength=512))
-
-
-def test_rows_overlap_by_one_token(source):
-    rows = np.concatenate([source[step]["tokens"] for step in range(STEPS)])
-    np.testing.assert_array_equal(rows[1:, 0], rows[:-1, -1])
 
 
 def test_documents_begin_with_their_mark_and_nowhere_else(source):
@@ -48,10 +83,9 @@ def test_documents_begin_with_their_mark_and_nowhere_else(source):
         np.testing.assert_array_equal(begins & text, (element["tokens"][:, 1:] == 2) & text)
 
 
-def test_only_the_last_position_of_the_run_is_filled(source):
-    assert (source[STEPS - 1]["documents"] == PAD_DOCUMENT).sum() == 1
-    assert source[STEPS - 1]["documents"][-1, -1] == PAD_DOCUMENT
-    assert all((source[step]["documents"] != PAD_DOCUMENT).all() for step in range(STEPS - 1))
+def test_only_one_position_of_the_run_is_filled(source):
+    filled = sum((source[step]["documents"] == PAD_DOCUMENT).sum() for step in range(STEPS))
+    assert filled == 1  # the target after the last token
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -54,19 +54,24 @@ def test_batch_size_seed_and_devices_do_not_matter(micro, corpus, rows, params):
 
 
 def test_causal_loss_and_bits_per_byte_by_hand(micro, corpus, rows, params):
-    tokens_VxL1, documents_VxL1 = rows
+    rows = tuple(np.concatenate([a[:6], a[-2:]]) for a in rows)  # the last row is filled up
     scores = validation(micro, corpus, rows, names=("causal",))(params)
-    model, sizes_V = bind(micro.model, params), corpus.tokenizer().token_bytes()
+    sizes_V = corpus.tokenizer().token_bytes()
+
+    @jax.jit
+    def log_p(tokens_L, start_L):
+        ends_L = jnp.arange(1, tokens_L.shape[0] + 1)
+        return jax.nn.log_softmax(
+            bind(micro.model, params).logits(tokens_L[None], start_L[None], ends_L[None])[0]
+        )
+
     nats, targets = 0.0, []
-    for tokens, documents in zip(tokens_VxL1, documents_VxL1, strict=True):
-        start = np.searchsorted(documents[:-1], documents[:-1]) if (documents >= 0).all() else None
-        if start is None:
-            start = np.array([np.flatnonzero(documents == d)[0] for d in documents[:-1]])
-        ends = jnp.arange(1, len(tokens))[None]
-        log_p = jax.nn.log_softmax(model.logits(tokens[None, :-1], jnp.asarray(start)[None], ends)[0])
+    for tokens, documents in zip(*rows, strict=True):
+        start = np.array([np.flatnonzero(documents == d)[0] for d in documents[:-1]])
+        log_p_LxV = np.asarray(log_p(tokens[:-1], start))
         for i in range(len(tokens) - 1):
             if documents[i] == documents[i + 1] >= 0:
-                nats -= float(log_p[i, tokens[i + 1]])
+                nats -= float(log_p_LxV[i, tokens[i + 1]])
                 targets.append(tokens[i + 1])
     assert scores["valid/causal/loss"] == pytest.approx(nats / len(targets), rel=1e-4)
     bits = nats / math.log(2) / sizes_V[np.array(targets)].sum()

@@ -1,0 +1,130 @@
+"""Evaluating and sampling a trained run, as a user does."""
+
+import json
+
+import pytest
+
+from dualsm.training.loop import train
+from tests.conftest import run_command
+from tests.test_commands import assert_one_line
+
+
+@pytest.fixture(scope="module")
+def workdir(corpus_path, tmp_path_factory):
+    from tests.micro import micro_config
+
+    config = micro_config(corpus_path)
+    config.mesh.data = -1
+    path = tmp_path_factory.mktemp("use") / "run"
+    assert train(config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def task_data(tmp_path_factory):
+    from tests.evaluation.test_tasks import ROWS, write
+
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, rows in ROWS.items():
+        write(folder, name, rows)
+    return folder
+
+
+def test_evaluate_writes_json_and_prints_a_table(workdir, task_data, tmp_path):
+    process = run_command(
+        "dualsm.evaluate", f"--workdir={workdir}", "--tasks=blimp,arc_easy,valid", f"--task_data={task_data}",
+        "--modes=causal,prefix,masked,monte_carlo", "--samples=8", f"--output={tmp_path / 'scores.json'}",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "scores.json").read_text())
+    assert set(results["tasks"]) == {"blimp", "arc_easy"}
+    for modes in results["tasks"].values():
+        assert list(modes) == ["causal", "prefix", "masked", "monte_carlo"]
+        for result in modes.values():
+            assert {"score", "stderr", "n", "seconds", "settings"} <= set(result)
+    assert results["tasks"]["arc_easy"]["causal"]["n"] == 3
+    assert set(results["held_out"]) == {"causal", "prefix", "masked_diffusion"}
+    assert results["held_out"]["masked_diffusion"]["samples"] == 4
+    header = next(line for line in process.stdout.splitlines() if line.startswith("task"))
+    assert header.split() == ["task", "metric", "n", "causal", "prefix", "masked", "monte_carlo"]
+
+
+def test_held_out_scores_are_those_of_training(workdir):
+    from dualsm.training.metrics import read_metrics
+
+    process = run_command("dualsm.evaluate", f"--workdir={workdir}", "--tasks=valid", "--valid_samples=1")
+    assert process.returncode == 0, process.stderr
+    results = json.loads((workdir / "eval" / "step_12.json").read_text())
+    assert results["held_out"]["causal"]["n"] > 16  # training's validation is limited to 16 rows here
+    assert results["held_out"]["causal"]["nats_per_token"] == pytest.approx(
+        read_metrics(workdir)[-1]["valid/causal/loss"], rel=0.1
+    )
+
+
+@pytest.mark.parametrize("mode", ["causal", "prefix", "diffusion"])
+def test_sample_generates_in_every_mode(workdir, tmp_path, mode):
+    output = tmp_path / "texts.jsonl"
+    process = run_command(
+        "dualsm.sample", f"--workdir={workdir}", f"--mode={mode}", "--prompt=def main(", "--prompt=import ",
+        "--tokens=6", f"--output={output}",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["def main(", "import "]
+    for line in lines:
+        assert line["text"].startswith(line["prompt"])
+        assert line["text"] in process.stdout
+    assert "tokens/s" in process.stderr
+    assert "forwards a token" in process.stderr
+
+
+def test_sample_fills_in_masks_and_leaves_the_rest(workdir, tmp_path):
+    output = tmp_path / "texts.jsonl"
+    process = run_command(
+        "dualsm.sample", f"--workdir={workdir}", "--mode=diffusion", "--prompt=def <mask:3>(self): return <mask>\n",
+        "--steps=2", f"--output={output}", "--watch",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    (line,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert line["text"].startswith("def ")
+    assert "(self): return " in line["text"]
+    assert line["text"].endswith("\n")
+    assert 4 not in line["tokens"]
+    assert "░" in process.stdout  # the masks, on the way
+
+
+def test_prompts_from_a_file(workdir, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    outputs = []
+    for name in ("prompts.jsonl", "prompts.txt"):
+        process = run_command(
+            "dualsm.sample",
+            f"--workdir={workdir}",
+            f"--prompts={tmp_path / name}",
+            "--tokens=3",
+            "--temperature=0",
+        )
+        assert process.returncode == 0, process.stderr
+        outputs.append(process.stdout)
+    assert outputs[0] == outputs[1]
+
+
+BAD = {
+    "no run": (["dualsm.sample", "--workdir=nowhere"], "nowhere"),
+    "no checkpoint": (["dualsm.sample", "--workdir={workdir}", "--checkpoint=7"], "step 7"),
+    "mask in causal": (["dualsm.sample", "--workdir={workdir}", "--prompt=a <mask>"], "--mode=diffusion"),
+    "leading mask": (["dualsm.sample", "--workdir={workdir}", "--mode=telepathy"], "telepathy"),
+    "prompts": (["dualsm.sample", "--workdir={workdir}", "--prompts=nowhere.jsonl"], "nowhere.jsonl"),
+    "task": (["dualsm.evaluate", "--workdir={workdir}", "--tasks=telepathy"], "telepathy"),
+    "task data": (["dualsm.evaluate", "--workdir={workdir}", "--tasks=blimp"], "--task_data"),
+    "mode": (["dualsm.evaluate", "--workdir={workdir}", "--modes=telepathy"], "telepathy"),
+    "masks": (["dualsm.evaluate", "--workdir={workdir}", "--masks=0"], "--masks"),
+    "corpus": (["dualsm.evaluate", "--workdir={workdir}", "--data=nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_end_in_one_line(case, workdir):
+    arguments, expected = BAD[case]
+    assert_one_line(run_command(*(argument.format(workdir=workdir) for argument in arguments)), expected)
