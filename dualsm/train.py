@@ -27,9 +27,7 @@ def main(_: Sequence[str]) -> None:
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _stop(number, signals))
-    if train(cli.config(_CONFIG), _WORKDIR.value, stop=lambda: bool(signals)):
-        print(f"finished: {_WORKDIR.value}")
-    else:
+    if not train(cli.config(_CONFIG), _WORKDIR.value, stop=lambda: bool(signals)):
         print(f"stopped by {signals[0]}; run the same command to resume:\n  {_command()}")
 
 

@@ -81,8 +81,8 @@ def test_sample_generates_in_every_mode(workdir, tmp_path, mode):
 def test_sample_fills_in_masks_and_leaves_the_rest(workdir, tmp_path):
     output = tmp_path / "texts.jsonl"
     process = run_command(
-        "dualsm.sample", f"--workdir={workdir}", "--mode=diffusion", "--prompt=def <mask:3>(self): return <mask>\n",
-        "--steps=2", f"--output={output}", "--watch",
+        "dualsm.sample", f"--workdir={workdir}", "--mode=diffusion", "--steps=2", f"--output={output}",
+        "--prompt=def <mask:3>(self): return <mask>\n", "--watch",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     (line,) = [json.loads(line) for line in output.read_text().splitlines()]

@@ -36,6 +36,7 @@ from dualsm.training.metrics import MetricsWriter
 from dualsm.training.optimizer import make_optimizer
 from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, Sums, init_state, make_train_step
+from dualsm.training.summary import summarise
 
 CONFIG = "config.json"
 
@@ -63,7 +64,11 @@ def train(config: ConfigDict, workdir: str | Path, stop: Callable[[], bool] = la
     run = _Run(config, workdir, corpus, mesh)
     _claim(workdir, config, corpus)
     with jax.set_mesh(mesh):
-        return run.go(stop)
+        finished = run.go(stop)
+    if finished:
+        # gzip is told of where it had to do the same documents.
+        say("\n" + summarise(workdir, None if config.valid.rows else corpus))
+    return finished
 
 
 def complete(config: ConfigDict, corpus: Corpus) -> ConfigDict:

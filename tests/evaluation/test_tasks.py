@@ -12,35 +12,45 @@ from dualsm.evaluation.tasks import TASKS, Question, judge, load_task
 LABELLED = {"text": ["a cell", "a rock"], "label": ["A", "B"]}
 AS_PUBLISHED = [{"text": "a cell", "label": "A"}, {"text": "a rock", "label": "B"}]
 
+FALL = {
+    "context": "Al fell.",
+    "question": "Why?",
+    "answerA": "he slipped",
+    "answerB": "he sang",
+    "answerC": "he sat",
+}
+ENDINGS = {"activity_label": "Cooking", "ctx": "A man cooks. He"}
+
 ROWS = {
     "blimp": [{"sentence_good": "It runs.", "sentence_bad": "It run.", "UID": "agreement"}],
     "hellaswag": [
-        {"ind": 1, "activity_label": "Cooking", "ctx": "A man cooks. He", "ctx_a": "A man cooks.", "ctx_b": "he",
-         "endings": ["eats [step] it.", "flies."], "label": 0},
-        {"activity_label": "Cooking", "ctx": "A man cooks. He", "endings": ["eats it.", "flies."], "label": "0"},
+        ENDINGS
+        | {"ctx_a": "A man cooks.", "ctx_b": "he", "endings": ["eats [step] it.", "flies."], "label": 0},
+        ENDINGS | {"endings": ["eats it.", "flies."], "label": "0"},
     ],
     "arc_easy": [
         {"id": "1", "question": "What lives?", "choices": LABELLED, "answerKey": "A"},
         {"id": "2", "question": {"stem": "What lives?", "choices": AS_PUBLISHED}, "answerKey": "A"},
-        {"question": "What lives?", "choices": {"text": ["a cell", "a rock"], "label": ["1", "2"]}, "answerKey": "1"},
+        {"question": "What lives?", "choices": LABELLED | {"label": ["1", "2"]}, "answerKey": "1"},
     ],
     "openbookqa": [
         {"id": "1", "question_stem": "What lives?", "choices": LABELLED, "answerKey": "A"},
         {"id": "2", "question": {"stem": "What lives?", "choices": AS_PUBLISHED}, "answerKey": "A"},
     ],
     "commonsenseqa": [
-        {"id": "1", "question": "What lives?", "choices": LABELLED, "answerKey": "A", "question_concept": "life"},
+        {
+            "id": "1",
+            "question": "What lives?",
+            "choices": LABELLED,
+            "answerKey": "A",
+            "question_concept": "x",
+        },
         {"id": "2", "question": {"stem": "What lives?", "choices": AS_PUBLISHED}, "answerKey": "A"},
     ],
     "piqa": [{"goal": "Boil water", "sol1": "heat it", "sol2": "freeze it", "label": 0}],
-    "siqa": [
-        {"context": "Al fell.", "question": "Why?", "answerA": "he slipped", "answerB": "he sang",
-         "answerC": "he sat", "label": "1"},
-        {"context": "Al fell.", "question": "Why?", "answerA": "he slipped", "answerB": "he sang",
-         "answerC": "he sat", "label": "A"},
-    ],
+    "siqa": [FALL | {"label": "1"}, FALL | {"label": "A"}],
     "mmlu": [{"question": "What lives?", "subject": "biology", "choices": ["a cell", "a rock"], "answer": 0}],
-}  # fmt: skip
+}
 ROWS["arc_challenge"] = ROWS["arc_easy"]
 
 

@@ -17,9 +17,7 @@ GREEDY, SPECIAL = Picking(temperature=0), SpecialIds()
 
 
 def last(texts):
-    for state in texts:
-        pass
-    return state
+    return list(texts)[-1]
 
 
 def run(model, prompts, tokens=40, picking=GREEDY, **options):

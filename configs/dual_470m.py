@@ -1,0 +1,43 @@
+"""The paper's model and recipe (arXiv 2512.14549): 470M parameters, 8,192 steps of 2,048 x 2,048 tokens.
+
+    python -m dualsm.train --config=configs/dual_470m.py:alpha=0.75,repetitions=32 --workdir=runs/dual \\
+        --config.data.path=corpora/hplt --config.mesh.fsdp=16
+
+`alpha` is the share of causal rows, `repetitions` is R. The released models were trained with the causal
+loss counted twice; add --config.objectives.causal.weight=2.0 to reproduce them.
+"""
+
+from dualsm.config import default_config, parse_arg, set_alpha
+
+
+def get_config(arg: str = ""):
+    args = parse_arg(arg, alpha=float, repetitions=int)
+    config = default_config()
+    config.steps = 8192
+    config.batch_rows = 2048
+    config.row_tokens = 2048  # 34 billion tokens
+    config.repetitions = args.get("repetitions", 1)
+    set_alpha(config, args.get("alpha", 63 / 64))
+    config.data.threads = 8
+
+    config.model.layers = 24
+    config.model.width = 1024
+    config.model.heads = 16
+    config.model.mlp_width = 3554
+    config.model.vocabulary = 51_200
+    config.model.rope_theta = 160_000.0
+    config.model.norm_eps = 1e-7
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+
+    config.optimizer.learning_rate = 7e-3
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.schedule.warmup = 0
+    config.optimizer.schedule.decay = 0.25
+    config.loss.z = 1e-4
+
+    config.checkpoint.every = 256
+    config.checkpoint.keep_every = 2048
+    config.valid.every = 128
+    config.valid.rows = 1024
+    return config

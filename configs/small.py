@@ -1,0 +1,33 @@
+"""About 25 million parameters for one GPU or TPU chip: hours, not days.
+
+python -m dualsm.prepare --input='data/*.jsonl.zst' --output=runs/text --vocab_size=16384
+python -m dualsm.train --config=configs/small.py --workdir=runs/small --config.data.path=runs/text
+python -m dualsm.train --config=configs/small.py:alpha=0.5,repetitions=16 --workdir=runs/small16 ...
+"""
+
+from dualsm.config import default_config, parse_arg, set_alpha
+
+
+def get_config(arg: str = ""):
+    args = parse_arg(arg, alpha=float, repetitions=int)
+    config = default_config()
+    config.steps = 4096
+    config.batch_rows = 256
+    config.row_tokens = 1024  # 1.07 billion tokens, about 40 a parameter
+    config.repetitions = args.get("repetitions", 1)
+    config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
+    if "alpha" in args:
+        set_alpha(config, args["alpha"])
+    config.data.threads = 4
+
+    config.model.layers = 8
+    config.model.width = 384
+    config.model.heads = 6
+    config.model.mlp_width = 1024
+    config.model.dtype = "bfloat16"
+
+    config.optimizer.schedule.warmup = 100
+    config.checkpoint.every = 512
+    config.valid.every = 256
+    config.valid.rows = 512
+    return config

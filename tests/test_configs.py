@@ -1,0 +1,124 @@
+"""Every recipe is complete and possible, and the paper's is the paper's."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from dualsm.config import check_config, default_config, difference, parse_arg, set_alpha
+from dualsm.errors import UserError
+from dualsm.model.transformer import init_params
+from tests.conftest import ROOT
+
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def load(path: Path, arg: str = ""):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_possible_and_says_how_to_run_it(path):
+    check_config(load(path))
+    assert f"--config=configs/{path.name}" in path.read_text().split('"""')[1]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_alpha_and_repetitions_are_arguments(path):
+    config = load(path, "alpha=0.75,repetitions=32")
+    check_config(config)
+    shares = {name: share for name, share in config.mixture.items() if share}
+    assert shares == {"causal": 0.75, "masked_diffusion": 0.25}
+    assert config.repetitions == 32
+
+
+def test_the_papers_recipe():
+    config = load(ROOT / "configs" / "dual_470m.py")
+    params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    total = sum(p.size for p in jax.tree.leaves(params))
+    assert 465e6 < total < 475e6
+    assert 360e6 < total - 2 * 51_200 * 1024 < 365e6  # without embedding and output matrix
+    assert config.steps * config.batch_rows * config.row_tokens == 2**35
+    assert params["blocks"]["attention"]["query"]["kernel"].shape == (24, 1024, 1024)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("muon", 7e-3, 0.1)
+    assert (optimizer.momentum, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (
+        0.95,
+        0.9,
+        0.95,
+        1e-8,
+    )
+    assert (optimizer.schedule.name, optimizer.schedule.warmup, optimizer.schedule.decay) == ("wsd", 0, 0.25)
+    assert (config.loss.z, optimizer.clip_norm, config.valid.every) == (1e-4, 0.0, 128)
+
+
+def test_alpha_is_the_share_of_causal_rows():
+    config = default_config()
+    config.mixture.prefix = 0.3
+    set_alpha(config, 0.25)
+    assert dict(config.mixture) == dict.fromkeys(config.mixture, 0.0) | {
+        "causal": 0.25,
+        "masked_diffusion": 0.75,
+    }
+
+
+def test_arguments_are_read_by_type():
+    assert parse_arg("a=1,b=0.5", a=int, b=float) == {"a": 1, "b": 0.5}
+    assert parse_arg("", a=int) == {}
+    with pytest.raises(UserError, match="c"):
+        parse_arg("c=1", a=int)
+    with pytest.raises(UserError, match="'x'"):
+        parse_arg("a=x", a=int)
+
+
+def test_only_what_changes_learning_keeps_a_run_from_resuming():
+    a, b = default_config(), default_config()
+    b.mesh.fsdp, b.log.every, b.checkpoint.keep, b.microbatches, b.data.path = 4, 3, 9, 2, "elsewhere"
+    b.model.remat, b.valid.every = "full", 7
+    assert difference(a, b) == []
+    b.optimizer.beta2, b.model.layers = 0.99, 5
+    assert difference(a, b) == ["model.layers: 4 -> 5", "optimizer.beta2: 0.95 -> 0.99"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.layers", 0, "at least 1"),
+        ("optimizer.learning_rate", -1.0, "positive"),
+        ("optimizer.beta2", 1.0, r"\[0, 1\)"),
+        ("optimizer.schedule.decay", 1.5, r"\[0, 1\]"),
+        ("loss.z", -1e-4, "negative"),
+        ("model.dtype", "float8", "one of float32, bfloat16"),
+        ("model.remat", "some", "one of"),
+        ("optimizer.name", "sgd", "one of"),
+    ],
+)
+def test_impossible_values_are_named(key, value, message):
+    config = default_config()
+    *folders, name = key.split(".")
+    place = config
+    for folder in folders:
+        place = place[folder]
+    place[name] = value
+    with pytest.raises(UserError, match=rf"config\.{key}=.*{message}"):
+        check_config(config)
+
+
+def test_missing_extra_and_mistyped_keys_are_named():
+    config = default_config()
+    config.model.depth = 3
+    with pytest.raises(UserError, match=r"config\.model\.depth"):
+        check_config(config)
+    config = default_config()
+    del config.loss.z
+    with pytest.raises(UserError, match=r"config\.loss\.z is missing"):
+        check_config(config)
+    config = default_config()
+    with config.ignore_type():
+        config.steps = "ten"
+    with pytest.raises(UserError, match=r"config\.steps='ten'.*int"):
+        check_config(config)
