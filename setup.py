@@ -24,6 +24,8 @@ CORE = [
 
 EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
+    "eval": ["lm-eval>=0.4.8,<0.5"],
+    "notebooks": ["ipykernel>=6", "ipywidgets>=8", "matplotlib>=3.8", "nbclient>=0.10"],
     "parquet": ["pyarrow>=15"],
     "test": ["pyarrow>=15", "pytest>=8,<10", "ruff>=0.8", "safetensors>=0.4,<1"],
     "tpu": ["jax[tpu]>=0.10,<0.13"],

@@ -71,10 +71,12 @@ def default_config() -> ConfigDict:
     config.optimizer.epsilon = 1e-8
     config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 does not clip
     config.optimizer.schedule = ConfigDict()
-    config.optimizer.schedule.name = "wsd"  # or "cosine", see dualsm/training/schedules.py
+    config.optimizer.schedule.name = "wsd"  # or "cosine", "infinite"; see dualsm/training/schedules.py
     config.optimizer.schedule.warmup = 0  # steps
-    config.optimizer.schedule.decay = 0.25  # share of the run at its end (wsd)
-    config.optimizer.schedule.final = 0.0  # learning rate at the end over the peak
+    config.optimizer.schedule.decay = 0.25  # share of the run at its end (wsd, infinite)
+    config.optimizer.schedule.final = 0.0  # learning rate at the end, over the peak
+    config.optimizer.schedule.cooldown = 0  # steps from the peak to the constant phase (infinite)
+    config.optimizer.schedule.constant = 0.5  # learning rate of that phase, over the peak (infinite)
 
     config.mesh = ConfigDict()  # devices along each axis; -1 takes all that are left
     config.mesh.replica = 1  # copies across slices
@@ -152,7 +154,8 @@ def check_config(config: ConfigDict) -> None:
         _require(config, key, lambda v: v >= 1, "must be at least 1")
     for key in (
         "seed", "model.vocabulary", "loss.z", "optimizer.weight_decay", "optimizer.clip_norm",
-        "optimizer.schedule.warmup", "optimizer.schedule.final", "checkpoint.keep_every", "valid.rows",
+        "optimizer.schedule.warmup", "optimizer.schedule.cooldown", "optimizer.schedule.final",
+        "checkpoint.keep_every", "valid.rows",
     ):  # fmt: skip
         _require(config, key, lambda v: v >= 0, "must not be negative")
     for key in ("optimizer.learning_rate", "optimizer.epsilon", "model.rope_theta", "model.norm_eps"):
@@ -186,11 +189,17 @@ def check_config(config: ConfigDict) -> None:
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("config.log.wandb is set but wandb is not installed: pip install 'dualsm[wandb]'")
     schedule = config.optimizer.schedule
-    decay = round(schedule.decay * config.steps) if schedule.name == "wsd" else 0
-    if schedule.warmup + decay > config.steps:
+    decay = round(schedule.decay * config.steps) if schedule.name != "cosine" else 0
+    cooldown = schedule.cooldown if schedule.name == "infinite" else 0
+    if schedule.warmup + cooldown + decay > config.steps:
         raise UserError(
-            f"config.optimizer.schedule: warmup ({schedule.warmup}) and decay ({decay}) are longer than "
-            f"config.steps={config.steps}"
+            f"config.optimizer.schedule: warmup ({schedule.warmup}), cooldown ({cooldown}) and decay "
+            f"({decay}) together are longer than config.steps={config.steps}"
+        )
+    if schedule.name == "infinite" and not 0 < schedule.final <= schedule.constant <= 1:
+        raise UserError(
+            f"config.optimizer.schedule.final={schedule.final} and constant={schedule.constant} must obey "
+            "0 < final <= constant <= 1 for the infinite schedule"
         )
 
 

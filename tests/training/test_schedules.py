@@ -32,3 +32,14 @@ def test_cosine_ends_at_its_final_value():
     assert float(rate(10)) == pytest.approx(1.0)
     assert float(rate(55)) == pytest.approx(0.6, abs=1e-3)
     assert float(rate(100)) == pytest.approx(0.2)
+
+
+def test_infinite_follows_its_formula():
+    """Linear to the peak over N_w, cosine to const over N_c, hold, const * (min/const)^((n - N_d)/t_a)."""
+    rate = schedule(name="infinite", warmup=10, cooldown=20, constant=0.4, decay=0.5, final=0.1)
+    assert float(rate(5)) == pytest.approx(0.5)
+    assert float(rate(10)) == pytest.approx(1.0)
+    assert float(rate(20)) == pytest.approx(0.7)  # half-way down the cosine
+    assert {round(float(rate(step)), 6) for step in range(30, 51)} == {0.4}
+    for step in (60, 75, 99):
+        assert float(rate(step)) == pytest.approx(0.4 * (0.1 / 0.4) ** ((step - 50) / 50), rel=1e-5)
