@@ -5,6 +5,7 @@ Every command is `python -m dualsm.NAME`, an absl program whose `main` is handed
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import sys
@@ -15,6 +16,13 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from dualsm.errors import UserError
+from dualsm.memory import keep_freed_memory
+
+# What a disk does to any command: no rights, no room, no disk.
+_DISK = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
+    errno.ENOTCONN, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
 
 
 def fail(message: str) -> None:
@@ -72,10 +80,11 @@ def config(flag: flags.FlagHolder):
     return value
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless JAX was told where by its own variable."""
+def set_up_jax() -> None:
+    """Keeps freed memory, and compiled programs between runs (where JAX was told to, if it was)."""
     import jax
 
+    keep_freed_memory()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "dualsm", "xla"))
@@ -91,7 +100,7 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
     """
 
     def guarded(argv: Sequence[str]) -> None:
-        logging.set_verbosity(logging.ERROR)  # Orbax and Grain tell their life stories below it
+        logging.set_verbosity(logging.FATAL)  # what Orbax logs below it is raised too, and told in a line
         try:
             if verbs and argv[1:2] not in [[verb] for verb in verbs]:
                 raise UserError(f"say what to do, one of: {', '.join(verbs)}")
@@ -100,6 +109,10 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
             main(argv)
         except UserError as error:
             fail(str(error))
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            fail(f"{error}; see to the room, the rights and the disk there, or choose another folder")
         except KeyboardInterrupt:
             sys.exit(130)
 

@@ -125,6 +125,7 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100  # steps
     config.checkpoint.keep = 2  # newest ones kept
+    config.checkpoint.failed_saves = 3  # saves in a row that may fail (a full disk) before the run gives up
     config.checkpoint.keep_every = 0  # those at multiples of this many steps are kept for good; 0: none
 
     config.valid = ConfigDict()
@@ -196,7 +197,7 @@ def check_config(config: ConfigDict) -> None:
     for key in (
         "seed", "device_rows", "model.vocabulary", "loss.z", "optimizer.weight_decay", "optimizer.clip_norm",
         "optimizer.schedule.warmup", "optimizer.schedule.cooldown", "optimizer.schedule.final",
-        "checkpoint.keep_every", "valid.rows",
+        "checkpoint.keep_every", "checkpoint.failed_saves", "valid.rows",
     ):  # fmt: skip
         _require(config, key, lambda v: v >= 0, "must not be negative")
     for key in ("optimizer.learning_rate", "optimizer.epsilon", "model.rope_theta", "model.norm_eps"):

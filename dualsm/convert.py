@@ -50,7 +50,7 @@ def export_run() -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    cli.use_compilation_cache()
+    cli.set_up_jax()
     verb = argv[1]
     if _FORMAT.value not in FORMATS[verb]:
         raise UserError(f"--format={_FORMAT.value}: {verb} knows {', '.join(FORMATS[verb])}")

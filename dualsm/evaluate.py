@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -20,6 +21,7 @@ from dualsm import cli
 from dualsm.config import freeze
 from dualsm.data.corpus import Corpus
 from dualsm.errors import UserError
+from dualsm.evaluation import harness_results
 from dualsm.evaluation.judging import adjusted, by_group, judge, right_answers
 from dualsm.evaluation.modes import MODES, Scoring
 from dualsm.evaluation.run import TrainedRun, open_run
@@ -48,6 +50,9 @@ _VALID_SAMPLES = flags.DEFINE_integer("valid_samples", 4, "held-out text: draws 
 _LIMIT = flags.DEFINE_integer("limit", 0, "items a task; 0: all", lower_bound=0)
 _DATA = flags.DEFINE_string("data", "", "corpus of the held-out text; default: the run's own")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; default: eval/ in the run's folder")
+_HARNESS_OUTPUT = flags.DEFINE_string(
+    "harness_output", "", "folder for the results as lm-evaluation-harness writes them, a file for each mode"
+)
 flags.mark_flags_as_required(["workdir"])
 
 
@@ -122,7 +127,8 @@ def _check_flags() -> None:
 
 
 def main(_: Sequence[str]) -> None:
-    cli.use_compilation_cache()
+    started = time.time()
+    cli.set_up_jax()
     _check_flags()
     names = [task for task in _TASKS.value if task != HELD_OUT]
     tasks = {name: load_task(name, _TASK_DATA.value, _LIMIT.value) for name in names}
@@ -130,7 +136,9 @@ def main(_: Sequence[str]) -> None:
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
 
     path = Path(_OUTPUT.value) if _OUTPUT.value else run.workdir / "eval" / f"step_{run.step}.json"
-    _make_folder(path.parent)
+    _make_folder(path.parent, "--output")
+    if _HARNESS_OUTPUT.value:
+        _make_folder(Path(_HARNESS_OUTPUT.value), "--harness_output")
     results: dict = {"workdir": str(run.workdir), "checkpoint": run.step, "tasks": {}}
     for name, questions in tasks.items():
         results["tasks"][name] = {
@@ -142,26 +150,49 @@ def main(_: Sequence[str]) -> None:
         results["held_out"] = evaluate_held_out(run, data, objectives, _VALID_SAMPLES.value)
 
     _print(results)
-    _write(path, results)
+    _write(path, results, "--output")
     say(f"\nresults: {path}")
+    if _HARNESS_OUTPUT.value:
+        _write_for_harness(results, run, tasks, started)
 
 
-def _make_folder(folder: Path) -> None:
-    """Before the work, so that an impossible --output does not cost it."""
+def _write_for_harness(
+    results: dict, run: TrainedRun, tasks: dict[str, Sequence[Question]], started: float
+) -> None:
+    """Writes the results once more, a file a mode, in the layout of lm-evaluation-harness."""
+    limit, held_out = _LIMIT.value or None, results.get("held_out", {})
+    config = {
+        "model_num_parameters": sum(p.size for p in jax.tree.leaves(run.params)),
+        "model_dtype": run.config.model.dtype,
+        "limit": limit,
+    }
+    everything = {name: load_task(name, _TASK_DATA.value) for name in tasks} if limit else tasks
+    for mode in _MODES.value:
+        converted = harness_results.layout(
+            results, mode, everything, held_out.get(OBJECTIVES[mode]), config, started, time.time() - started
+        )
+        path = harness_results.results_path(Path(_HARNESS_OUTPUT.value), converted)
+        _make_folder(path.parent, "--harness_output")
+        _write(path, converted, "--harness_output")
+        say(f"for lm-evaluation-harness's readers: {path}")
+
+
+def _make_folder(folder: Path, flag: str) -> None:
+    """Before the work, so that an impossible folder does not cost it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output: cannot make the folder {folder}: {error.strerror}") from error
+        raise UserError(f"{flag}: cannot make the folder {folder}: {error.strerror}") from error
 
 
-def _write(path: Path, results: dict) -> None:
+def _write(path: Path, results: dict, flag: str) -> None:
     """Writes aside and renames, so that nobody reads half a file."""
     aside = path.with_name(f".{path.name}.tmp")
     try:
         aside.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
         aside.replace(path)
     except OSError as error:
-        raise UserError(f"--output: cannot write {path}: {error.strerror}") from error
+        raise UserError(f"{flag}: cannot write {path}: {error.strerror}") from error
 
 
 def _scoring(mode: str, run: TrainedRun) -> Scoring:

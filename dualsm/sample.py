@@ -7,7 +7,6 @@ python -m dualsm.sample --workdir=runs/tiny --mode=diffusion --prompt='def <mask
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import time
@@ -24,6 +23,7 @@ from dualsm.errors import UserError
 from dualsm.evaluation.run import TrainedRun, open_run
 from dualsm.generation import causal, diffusion
 from dualsm.generation.pick import Picking
+from dualsm.generation.prompts import encode_prompt, read_prompts
 from dualsm.progress import warn
 
 MODES = (*causal.MODES, "diffusion")
@@ -52,44 +52,6 @@ _OUTPUT = flags.DEFINE_string("output", "", "file for the texts, as JSON lines")
 _WATCH = flags.DEFINE_bool("watch", None, "show tokens as they settle; default: on a terminal")
 flags.mark_flags_as_required(["workdir"])
 
-_MASKS = re.compile(r"<mask(?::(\d+))?>")
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt with `<s>` in front; `<mask>` and `<mask:8>` become one and eight masks."""
-    tokens, position = [tokenizer.special.bos], 0
-    for match in _MASKS.finditer(prompt):
-        tokens += tokenizer.encode([prompt[position : match.start()]])[0]
-        tokens += [tokenizer.special.mask] * int(match[1] or 1)
-        position = match.end()
-    return tokens + tokenizer.encode([prompt[position:]])[0]
-
-
-def read_prompts(path: str) -> list[str]:
-    """Prompts from a file. Raises `UserError` with the line of what cannot be read."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts: cannot read {path}: {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            prompts.append(_prompt_of(line, f"{path}, line {number}") if path.endswith(".jsonl") else line)
-    if not prompts:
-        raise UserError(f"--prompts: {path} has no prompts")
-    return prompts
-
-
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{where}: no JSON object with a field `prompt`") from error
-    if not isinstance(prompt, str):
-        raise UserError(f"{where}: the field `prompt` is no text")
-    return prompt
-
-
 def run_mode(run: TrainedRun, prompts: list[list[int]]) -> Iterator[list[list[int]]]:
     """The texts as they grow or settle, by the flags."""
     picking = Picking(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
@@ -117,7 +79,7 @@ def show(tokenizer: Tokenizer, tokens: list[int]) -> str:
 
 
 def main(_: Sequence[str]) -> None:
-    cli.use_compilation_cache()
+    cli.set_up_jax()
     texts = [*_PROMPT.value, *(read_prompts(_PROMPTS.value) if _PROMPTS.value else [])] or [""]
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
     prompts = [encode_prompt(run.tokenizer, text) for text in texts]

@@ -33,7 +33,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_: Sequence[str]) -> None:
-    cli.use_compilation_cache()
+    cli.set_up_jax()
     status = 0
     with distributed.job(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value):
         stop = distributed.asked_to_stop if jax.process_count() > 1 else _on_signals()

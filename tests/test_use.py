@@ -52,11 +52,15 @@ def test_evaluate_writes_json_and_prints_a_table(workdir, task_data, tmp_path):
     again = run_command(
         "dualsm.evaluate", f"--workdir={workdir}", "--tasks=blimp,arc_easy", f"--task_data={task_data}",
         "--modes=causal,prefix,masked,monte_carlo", "--samples=8", f"--output={tmp_path / 'again.json'}",
+        f"--harness_output={tmp_path / 'harness'}",
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
-    assert without_seconds(json.loads((tmp_path / "again.json").read_text())["tasks"]) == without_seconds(
-        results["tasks"]
-    )
+    tasks = json.loads((tmp_path / "again.json").read_text())["tasks"]
+    assert without_seconds(tasks) == without_seconds(results["tasks"])
+    for mode, result in tasks["arc_easy"].items():  # in the harness's layout a file each
+        (path,) = (tmp_path / "harness" / f"run-12-{mode}").glob("results_*.json")
+        score = json.loads(path.read_text())["results"]["arc_easy"]["acc_norm,none"]
+        assert score == result["metrics"]["acc_norm"]["accuracy"]
 
 
 def without_seconds(tree):
@@ -163,6 +167,10 @@ BAD = {
     "mode": (["dualsm.evaluate", "--workdir={workdir}", "--modes=telepathy"], "telepathy"),
     "masks": (["dualsm.evaluate", "--workdir={workdir}", "--masks=0"], "--masks"),
     "output": (["dualsm.evaluate", "--workdir={workdir}", "--output=setup.py/a.json"], "--output"),
+    "harness": (
+        ["dualsm.evaluate", "--workdir={workdir}", "--harness_output=setup.py/a"],
+        "--harness_output",
+    ),
     "corpus": (["dualsm.evaluate", "--workdir={workdir}", "--data=nowhere"], "nowhere"),
 }
 

@@ -68,6 +68,10 @@ class Sweep:
         train = ["-m", "dualsm.train", f"--config={self.recipe}", workdir, *overrides]
         return [train, ["-m", "dualsm.evaluate", workdir, *self.evaluation]] if self.evaluation else [train]
 
+    def environment(self) -> dict[str, str]:
+        """What the cells' processes find set, so that Weights & Biases shows them as one group."""
+        return {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or self.folder.absolute().name}
+
     def write_plan(self, grid: dict) -> None:
         """Writes `sweep.json`; the cells of earlier calls stay in it."""
         path = self.folder / "sweep.json"
@@ -138,8 +142,9 @@ class _Job:
     def _next(self) -> subprocess.Popen:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         own = cores[self.slot :: self.jobs] or cores
+        command, env = [sys.executable, *self.waiting.popleft()], os.environ | self.sweep.environment()
         with self.log.open("a") as log:
-            process = subprocess.Popen([sys.executable, *self.waiting.popleft()], stdout=log, stderr=log)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         if own and self.jobs > 1:  # before its imports are done it has no other threads
             os.sched_setaffinity(process.pid, own)
         return process
@@ -200,9 +205,11 @@ def _slurm_array(sweep: Sweep) -> str:
         for cell in sweep.cells
     ]
     cells = "\n".join(f"  {shlex.quote(line)}" for line in lines)
+    exports = "".join(f"export {name}={shlex.quote(v)}\n" for name, v in sweep.environment().items())
     return (
         "#!/usr/bin/env bash\n"
         f"#SBATCH --job-name=dualsm-sweep --array=0-{len(lines) - 1} --nodes=1 --signal=TERM@120 --requeue\n"
+        f"{exports}"
         f"cells=(\n{cells}\n)\n"
         'eval "exec srun bash -c ${cells[$SLURM_ARRAY_TASK_ID]@Q}"'
     )

@@ -241,7 +241,7 @@ def main() -> None:
         register()
         from lm_eval.__main__ import cli_evaluate
 
-        cli.use_compilation_cache()
+        cli.set_up_jax()
         sys.argv[0] = "lm_eval"
         cli_evaluate()
     except UserError as error:

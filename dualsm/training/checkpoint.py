@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
@@ -11,8 +14,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 from dualsm import distributed
 from dualsm.errors import UserError
 from dualsm.progress import warn
+from dualsm.training.checksums import changed, checksums
 
 FOLDER = "checkpoints"
+CHECKSUMS = "checksums"
 
 
 class Checkpoints:
@@ -20,12 +25,18 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, config: ml_collections.ConfigDict):
         """`config` is `config.checkpoint`."""
-        keep = [policies.LatestN(config.keep)]
-        if config.keep_every:
-            keep.append(policies.EveryNSteps(config.keep_every))
+        self._config = config
         self._folder = _folder(workdir)
         self._damaged: set[int] = set()  # stay until a whole one of the same step takes their place
-        self._manager = ocp.CheckpointManager(
+        self._writing: int | None = None
+        self._failed: list[int] = []  # steps of the saves that failed since the last good one
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        keep = [policies.LatestN(self._config.keep)]
+        if self._config.keep_every:
+            keep.append(policies.EveryNSteps(self._config.keep_every))
+        return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -34,18 +45,91 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, state) -> None:
-        """Starts writing `state`; returns when the device's memory may change again."""
-        if step in self._damaged:
-            self._manager.delete(step)
-            self._damaged.remove(step)
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+    def save(self, step: int, state, before: Callable[[], None] = lambda: None) -> None:
+        """Starts writing `state`; returns when the device's memory may change again.
+
+        Args:
+          step: of the state.
+          state: a tree of arrays.
+          before: what must be on disk before the checkpoint is. An OSError of it is a failed save.
+
+        Raises:
+          UserError: when more saves in a row failed than `failed_saves` allows; those before are reported.
+        """
+        self._settle()
+        with self._reporting(step):
+            before()
+            if step in self._damaged:
+                self._manager.delete(step)
+                self._damaged.remove(step)
+            if step not in self._manager.all_steps():
+                self._probe()
+                sums = checksums(state)
+                save = ocp.args.StandardSave(state)
+                self._manager.save(step, args=save, custom_metadata={CHECKSUMS: sums})
+            self._writing = step
+
+    def _probe(self) -> None:
+        """Raises OSError where nothing can be written; Orbax would leave threads that wait for minutes."""
+        if distributed.leads():
+            probe = self._folder / ".probe"
+            probe.write_bytes(b"x" * 4096)
+            probe.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Waits for the last save.
+
+        Raises:
+          UserError: when it failed.
+        """
+        self._settle()
+        if self._failed:
+            raise UserError(
+                f"the checkpoint of step {self._failed[-1]} could not be saved; {self._what_is_there()}"
+            )
+
+    def _settle(self) -> None:
+        """Waits for what is being written in the background."""
+        if self._writing is not None:
+            with self._reporting(self._writing):
+                self._manager.wait_until_finished()
+                self._failed = []
+        self._writing = None
+
+    @contextlib.contextmanager
+    def _reporting(self, step: int) -> Iterator[None]:
+        """Reports what goes wrong inside as a failed save of `step`, and gives up after too many."""
+        try:
+            yield
+        except Exception as error:  # whatever a full disk or a lost mount makes the writers raise
+            self._failed.append(step)
+            count, allowed = len(self._failed), self._config.failed_saves
+            # One process alone cannot go on: the others wait for it in the same save.
+            if count > allowed or jax.process_count() > 1:
+                raise UserError(
+                    f"the checkpoint of step {step} could not be saved ({_reason(error)}), the {count}. in a "
+                    f"row; {self._what_is_there()}"
+                ) from error
+            warn(
+                f"the checkpoint of step {step} could not be saved ({_reason(error)}); going on, "
+                f"{allowed - count} more in a row may fail (config.checkpoint.failed_saves)"
+            )
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            with contextlib.suppress(OSError):
+                self._manager = self._open()  # what was half written is removed
+
+    def _what_is_there(self) -> str:
+        newest = self.newest()
+        return f"make room or mend {self._folder} and run the same command again: it goes on " + (
+            f"from step {newest}, which is whole" if newest else "from the start"
+        )
 
     def restore(self, abstract_state):
         """The newest whole checkpoint, laid out as `abstract_state`, or None when there is none.
 
-        A checkpoint that cannot be read is named and passed over.
+        A checkpoint that cannot be read, or whose checksums are not those it was saved with, is named and
+        passed over.
 
         Raises:
           UserError: when there are checkpoints but none can be read.
@@ -54,9 +138,11 @@ class Checkpoints:
         for step in steps:
             state, reason = None, "another process could not read it"
             try:
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+                restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+                _verify(self._manager, step, restored)
+                state = restored
             except Exception as error:  # whatever a damaged file makes the readers raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = _reason(error)
             if distributed.all_agree(state is not None):
                 return state
             self._damaged.add(step)
@@ -69,12 +155,25 @@ class Checkpoints:
 
     def newest(self) -> int:
         """The step of the newest checkpoint, 0 when there is none."""
-        return self._manager.latest_step() or 0
+        return max(set(self._manager.all_steps()) - set(self._failed), default=0)
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with contextlib.suppress(Exception):  # a failed save was or is being reported
+            self._manager.close()
+
+
+def _verify(manager: ocp.CheckpointManager, step: int, restored) -> None:
+    """Raises `UserError` unless restored arrays have the checksums they were saved with."""
+    expected = (manager.metadata(step).custom_metadata or {}).get(CHECKSUMS, {})
+    wrong = changed(restored, expected)
+    if wrong:
+        raise UserError(f"{len(wrong)} of its arrays have changed since they were saved ({wrong[0]}, ...)")
+
+
+def _reason(error: Exception) -> str:
+    """What an error of the readers or writers says, without the settings that they append."""
+    return (str(error).splitlines() or [type(error).__name__])[0].partition(" [tensorstore_spec=")[0]
 
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
@@ -115,12 +214,17 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
             partial_restore=True,
         )
         try:
-            return step, manager.restore(step, args=restore)
+            parts = manager.restore(step, args=restore)
         except (TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"checkpoint {folder / str(step)} does not fit the model or optimizer: {reason}"
+                f"checkpoint {folder / str(step)} is damaged or does not fit the model or optimizer: "
+                f"{_reason(error)}"
             ) from error
+        try:
+            _verify(manager, step, parts)
+        except UserError as error:
+            raise UserError(f"checkpoint {folder / str(step)} is damaged: {error}") from error
+        return step, parts
 
 
 def abstract(tree, shardings):

@@ -180,7 +180,7 @@ class _Run:
                 with clock.time("waiting"):
                     batch = self._batch(next(batches))
                 # Waits for the step before, so that the host stays one step ahead.
-                self._check_skipped(sums, done - 1, checkpoints)
+                self._check_step(sums, done - 1, checkpoints)
                 state, sums = self.step(state, batch)
                 if unwritten:
                     self._write(writer, progress, *unwritten, clock)
@@ -206,16 +206,21 @@ class _Run:
                 # While updates are skipped the weights may be what is wrong, so older ones are kept.
                 if save and (last or stopped or not sums.skipped_in_row):
                     with clock.time("saving"):
-                        writer.sync()  # no checkpoint may be ahead of its lines
-                        checkpoints.save(done, state)
+                        # No checkpoint may be ahead of its lines.
+                        checkpoints.save(done, state, before=writer.sync)
                 if stopped:
                     break
-        self._check_skipped(sums, done, checkpoints)
+        self._check_step(sums, done, checkpoints)
+        checkpoints.finish()
         return done == config.steps
 
-    def _check_skipped(self, sums: Sums | None, step: int, checkpoints: Checkpoints) -> None:
-        """Reports an update that was skipped at `step`, and gives up after too many in a row."""
-        in_row = int(sums.skipped_in_row) if sums is not None else 0
+    def _check_step(self, sums: Sums | None, step: int, checkpoints: Checkpoints) -> None:
+        """Reports a spike or a skipped update at `step`, and gives up after too many of those in a row."""
+        if sums is None:
+            return
+        in_row, spike = int(sums.skipped_in_row), float(sums.spike)
+        if spike:
+            warn(f"step {step}: loss spike, {spike:.3f} nats a token")
         if not in_row:
             return
         rows = self.config.batch_rows

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
 
 import ml_collections
 from etils import epath
+
+from dualsm.progress import warn
+from dualsm.training import boards
 
 METRICS = "metrics.jsonl"
 
@@ -39,29 +41,28 @@ class MetricsWriter:
         aside = path.with_suffix(".partial")
         aside.write_text(text)
         aside.replace(path)
-        self._file = _ObjectFile(path, text) if "://" in str(path) else path.open("a")
+        self._lines = _ObjectFile(path, text) if "://" in str(path) else _File(path)
         self._boards = []
         if config.log.tensorboard:
-            self._boards.append(_tensorboard(workdir, resumed_at))
+            self._boards.append(boards.tensorboard(workdir, config, resumed_at))
         if config.log.wandb:
-            self._boards.append(_wandb(workdir, config))
+            self._boards.append(boards.wandb(workdir, config))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends the line of `step`."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """Appends the line of `step`. A line that cannot be written now is kept and tried again."""
+        try:
+            self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            warn(f"step {step}: metrics cannot be written ({error}) and are kept until they can")
         for board in self._boards:
             board(step, metrics)
 
     def sync(self) -> None:
-        """Returns when all lines are on disk, or in their bucket."""
-        if isinstance(self._file, _ObjectFile):
-            self._file.upload()
-        else:
-            os.fsync(self._file.fileno())
+        """Returns when all lines are on disk, or in their bucket. Raises OSError when they cannot be."""
+        self._lines.sync()
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         for board in self._boards:
             board(None, {})
 
@@ -79,63 +80,57 @@ class NoMetrics:
         pass
 
 
-class _ObjectFile(io.StringIO):
+class _File:
+    """A file of whole lines, also on a disk that is full for a while."""
+
+    def __init__(self, path: epath.Path):
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._size = os.fstat(self._file.fileno()).st_size
+        self._unwritten = b""
+
+    def write(self, line: str) -> None:
+        self._unwritten += line.encode()
+        self._push()
+
+    def sync(self) -> None:
+        self._push()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        try:
+            self._push()
+        finally:
+            self._file.close()
+
+    def _push(self) -> None:
+        """Writes what is unwritten, all of it or nothing."""
+        size = self._size + len(self._unwritten)
+        try:
+            while self._unwritten and self._file.tell() < size:
+                self._file.write(self._unwritten[self._file.tell() - size :])
+        except OSError:
+            self._file.truncate(self._size)
+            self._file.seek(self._size)
+            raise
+        self._size, self._unwritten = size, b""
+
+
+class _ObjectFile:
     """A text file in object storage, where nothing can be appended: written whole, now and then."""
 
     SECONDS = 10  # between writes, unless asked to
 
     def __init__(self, path: epath.Path, text: str):
-        super().__init__()
-        self._path, self._uploaded = path, time.monotonic()
-        self.write(text)
+        self._path, self._text, self._uploaded = path, text, time.monotonic()
 
-    def flush(self) -> None:
+    def write(self, line: str) -> None:
+        self._text += line
         if time.monotonic() - self._uploaded > self.SECONDS:
-            self.upload()
+            self.sync()
 
-    def upload(self) -> None:
-        self._path.write_text(self.getvalue())
+    def sync(self) -> None:
+        self._path.write_text(self._text)
         self._uploaded = time.monotonic()
 
     def close(self) -> None:
-        self.upload()
-        super().close()
-
-
-def _tensorboard(workdir, resumed_at):
-    from tensorboardX import SummaryWriter
-
-    # Events after the checkpoint that was resumed from are hidden by `purge_step`.
-    purge = None if resumed_at is None else resumed_at + 1
-    writer = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=purge)
-
-    def write(step, metrics):
-        if step is None:
-            return writer.close()
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        return writer.flush()
-
-    return write
-
-
-def _wandb(workdir, config):
-    import wandb
-
-    name = epath.Path(workdir).name
-    run = wandb.init(
-        project=config.log.wandb,
-        name=name,
-        id=name,
-        resume="allow",
-        dir=str(workdir),
-        config=config.to_dict(),
-    )
-
-    def write(step, metrics):
-        if step is None:
-            run.finish()
-        else:
-            run.log(metrics, step=step)
-
-    return write
+        self.sync()

@@ -21,6 +21,9 @@ from dualsm.objectives.example import Example, Row, SpecialIds
 from dualsm.objectives.loss import example_loss
 from dualsm.sharding import constrain
 
+SPIKE = 8.0  # mean distances above the mean from which on a loss is called a spike
+SPIKE_AFTER = 50  # steps that the means are over before
+
 
 class Batch(NamedTuple):
     """The rows of a step, B of them.
@@ -43,7 +46,8 @@ class Sums(NamedTuple):
 
     Kept in the state so that a resumed run logs what an uninterrupted one logs. A step whose loss or
     gradient is no finite number leaves weights and optimizer as they were and adds to `skipped` alone;
-    `skipped_in_row` counts such steps since the last good one, over log lines.
+    `skipped_in_row` counts such steps since the last good one, over log lines. `spike` is the loss a token
+    of the last step where that was unusually high, else 0.
     """
 
     loss: jax.Array
@@ -54,6 +58,21 @@ class Sums(NamedTuple):
     steps: jax.Array
     skipped: jax.Array
     skipped_in_row: jax.Array
+    spike: jax.Array
+
+
+class Usual(NamedTuple):
+    """What the loss of a step usually is, so that a spike is noticed; float32.
+
+    Attributes:
+      loss: running mean of the loss a token, over some 10 steps, nats.
+      spread: running mean of its distance from that, over some 50 steps, nats.
+      steps: good steps seen.
+    """
+
+    loss: jax.Array
+    spread: jax.Array
+    steps: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -63,6 +82,7 @@ class TrainState(NamedTuple):
     params: dict
     opt_state: optax.OptState
     sums: Sums
+    usual: Usual
 
 
 def init_state(
@@ -75,7 +95,8 @@ def init_state(
         step=jnp.int32(0),
         params=params,
         opt_state=optimizer.init(params),
-        sums=Sums(zero, zero, zeros_J, zeros_J, zero, zero, zero, zero),
+        sums=Sums(zero, zero, zeros_J, zeros_J, zero, zero, zero, zero, zero),
+        usual=Usual(zero, zero, zero),
     )
 
 
@@ -147,15 +168,35 @@ def make_train_step(
             steps=jnp.float32(1),
             skipped=jnp.float32(0),
             skipped_in_row=jnp.float32(0),
+            spike=jnp.float32(0),
         )
         nothing = jax.tree.map(jnp.zeros_like, new)._replace(skipped=jnp.float32(1))
         new = _where(finite, new, nothing)
         kept = jnp.where(state.step % config.log.every == 0, 0.0, 1.0)
         sums = jax.tree.map(lambda old, add: kept * old + add, state.sums, new)
-        sums = sums._replace(skipped_in_row=jnp.where(finite, 0.0, state.sums.skipped_in_row + 1))
-        return TrainState(state.step + 1, params, opt_state, sums), sums
+        usual, spike = _watch(state.usual, new.loss / jnp.maximum(new.weight, 1))
+        usual = _where(finite, usual, state.usual)
+        in_row = jnp.where(finite, 0.0, state.sums.skipped_in_row + 1)
+        sums = sums._replace(skipped_in_row=in_row, spike=jnp.where(finite, spike, 0.0))
+        return TrainState(state.step + 1, params, opt_state, sums, usual), sums
 
     return train_step
+
+
+def _watch(usual: Usual, loss: jax.Array) -> tuple[Usual, jax.Array]:
+    """What is usual after a step of that loss, and the loss if it was a spike, else 0.
+
+    A spike lies farther above the mean than `SPIKE` times the mean distance from it. It enters the means
+    no higher than that, so that one spike does not hide the next.
+    """
+    limit = usual.loss + SPIKE * usual.spread
+    known = usual.steps >= SPIKE_AFTER
+    spike = jnp.where(known & (loss > limit), loss, 0.0)
+    loss = jnp.where(known, jnp.minimum(loss, limit), loss)
+    steps = usual.steps + 1
+    mean = usual.loss + (loss - usual.loss) / jnp.minimum(steps, 10)
+    spread = usual.spread + (jnp.abs(loss - usual.loss) - usual.spread) / jnp.minimum(steps, 50)
+    return Usual(mean, spread, steps), spike
 
 
 def _where(condition: jax.Array, yes, no):

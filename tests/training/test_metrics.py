@@ -9,9 +9,8 @@ def test_a_file_in_a_bucket_is_written_whole_now_and_then(tmp_path):
     path = epath.Path(tmp_path / "metrics.jsonl")
     file = _ObjectFile(path, "kept\n")
     file.write("new\n")
-    file.flush()
     assert not path.exists()  # too soon after the last time
-    file.upload()
+    file.sync()
     assert path.read_text() == "kept\nnew\n"
     file.write("last\n")
     file.close()

@@ -8,6 +8,7 @@ import pytest
 from dualsm.errors import UserError
 from dualsm.training.loop import train
 from dualsm.training.metrics import read_metrics
+from dualsm.training.step import Usual, _watch
 
 POISON = 100  # a token whose embedding is no number
 
@@ -66,3 +67,32 @@ def test_a_run_that_diverges_ends_and_names_the_checkpoint_before_it(micro, tmp_
     assert "\n" not in str(error.value)
     assert "step 10: the loss or its gradient was no finite number" in capsys.readouterr().err
     assert all(np.isfinite(list(record.values())).all() for record in read_metrics(tmp_path / "bad"))
+
+
+def test_a_spike_is_told_from_what_is_usual():
+    """A loss that falls, with noise, has no spikes; one high step is, and does not hide the next."""
+    rng, watch = np.random.default_rng(0), jax.jit(_watch)
+    usual, spikes = Usual(*jnp.zeros(3)), {}
+    for step in range(400):
+        loss = 3 + 5 * np.exp(-step / 40) + 0.1 * rng.standard_normal() + (4 if step in (200, 203) else 0)
+        usual, spike = watch(usual, jnp.float32(loss))
+        if spike:
+            spikes[step] = float(spike)
+            assert spikes[step] == pytest.approx(loss, rel=1e-6)
+    assert list(spikes) == [200, 203]
+
+
+def test_the_first_steps_are_no_spikes():
+    usual = Usual(*jnp.zeros(3))
+    for loss in [1.0] * 10 + [50.0]:
+        usual, spike = _watch(usual, jnp.float32(loss))
+        assert not spike
+
+
+def test_a_spike_is_reported_with_its_step(micro, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dualsm.training.step.SPIKE", -1000.0)  # all is a spike ...
+    monkeypatch.setattr("dualsm.training.step.SPIKE_AFTER", 9)  # ... from step 10 on
+    micro.mesh.data = -1
+    assert train(micro, tmp_path / "run")
+    reported = [line for line in capsys.readouterr().err.splitlines() if "spike" in line]
+    assert [line.split(":")[1].strip() for line in reported] == ["step 10", "step 11", "step 12"]

@@ -1,0 +1,166 @@
+"""What a whole training step costs, beside PyTorch and the machine's own matrix products.
+
+    python benchmarks/train_step.py --shape=micro
+    python benchmarks/train_step.py --shape=reference
+
+All are measured in turn, round after round, in one process; a round's ratio compares what ran within the
+same seconds, and the median over rounds is told. PyTorch (`pip install torch`) is left out where it is
+absent. Both sides use AdamW; PyTorch's step is causal, on rows of one document.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch's threads must not spin while JAX is timed
+os.environ.setdefault("KMP_BLOCKTIME", "0")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import flags  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from dualsm import cli, sharding  # noqa: E402
+from dualsm.config import default_config  # noqa: E402
+from dualsm.hardware import measured_flops  # noqa: E402
+from dualsm.memory import keep_freed_memory  # noqa: E402
+from dualsm.model.flops import train_flops  # noqa: E402
+from dualsm.objectives import mixture  # noqa: E402
+from dualsm.objectives.example import SpecialIds  # noqa: E402
+from dualsm.progress import say, table  # noqa: E402
+from dualsm.training.program import make_program  # noqa: E402
+from dualsm.training.step import Batch  # noqa: E402
+
+SHAPES = {
+    # layers, width, heads, mlp_width, row_tokens, vocabulary, batch_rows
+    "micro": (3, 64, 2, 192, 128, 512, 64),
+    "reference": (6, 384, 6, 1024, 256, 8192, 8),
+}
+MIXTURES = {
+    "causal": {"causal": 1.0},
+    "mixture": {"causal": 0.5, "prefix": 0.25, "masked_diffusion": 0.25},
+}
+
+_SHAPE = flags.DEFINE_enum("shape", "micro", list(SHAPES), "sizes of the model and the batch")
+_ROUNDS = flags.DEFINE_integer("rounds", 11, "over which the medians are taken", lower_bound=1)
+_SECONDS = flags.DEFINE_float("seconds", 1.0, "each contestant's share of a round")
+_KEEP = flags.DEFINE_bool("keep_memory", True, "as commands do; false: the C library's own ways")
+_TORCH = flags.DEFINE_bool("torch", True, "measure PyTorch too")
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+
+
+def benchmark_config(shape: str, shares: dict[str, float]) -> ConfigDict:
+    """The default config at that shape, with AdamW."""
+    config = default_config()
+    model = config.model
+    model.layers, model.width, model.heads, model.mlp_width, config.row_tokens = SHAPES[shape][:5]
+    model.vocabulary, config.batch_rows = SHAPES[shape][5:]
+    config.mixture = ConfigDict(dict.fromkeys(config.mixture, 0.0) | shares)
+    config.optimizer.name, config.optimizer.learning_rate = "adamw", 1e-3
+    return config
+
+
+def our_step(config: ConfigDict, tokens_BxL1: np.ndarray) -> Callable[[], None]:
+    """A function that does one step and waits for it."""
+    names = [name for name, share in config.mixture.items() if share]
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    counts_J = np.array([round(config.mixture[name] * config.batch_rows) for name in names])
+    objective_B, stratum_B, strata_B = mixture.assign(counts_J)
+    with jax.set_mesh(mesh):
+        program = make_program(config, SpecialIds(), mesh)
+        batch = jax.device_put(
+            Batch(tokens_BxL1, np.zeros_like(tokens_BxL1), objective_B, stratum_B, strata_B)
+        )
+        state = program.init()
+
+    def step() -> None:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, _ = program.step(state, batch)
+            jax.block_until_ready(state)
+
+    return step
+
+
+def repeated(step: Callable[[], object], seconds: float) -> Callable[[], float]:
+    """A function that runs `step` for about that long and returns seconds a step; compiles it first."""
+    step()
+    step()
+    start = time.perf_counter()
+    step()
+    count = max(1, round(seconds / (time.perf_counter() - start)))
+
+    def measure() -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        return (time.perf_counter() - start) / count
+
+    return measure
+
+
+def main(_: Sequence[str]) -> None:
+    if _KEEP.value:
+        keep_freed_memory()
+    configs = {name: benchmark_config(_SHAPE.value, shares) for name, shares in MIXTURES.items()}
+    causal = configs["causal"]
+    shape = (causal.batch_rows, causal.row_tokens + 1)
+    tokens_BxL1 = np.random.default_rng(0).integers(16, causal.model.vocabulary, shape).astype(np.int32)
+    contestants = {
+        name: repeated(our_step(config, tokens_BxL1), _SECONDS.value) for name, config in configs.items()
+    }
+    if _TORCH.value and importlib.util.find_spec("torch"):
+        import torch
+        from torch_peer import make_step
+
+        torch_tokens = torch.from_numpy(tokens_BxL1.astype(np.int64))
+        for name, compiled in (("PyTorch", False), ("PyTorch, compiled", True)):
+            step = make_step(causal, compiled)
+            contestants[name] = repeated(lambda step=step: step(torch_tokens), _SECONDS.value)
+    rounds, peaks = {name: [] for name in contestants}, []
+    for _ in range(_ROUNDS.value):
+        peaks.append(measured_flops(jax.devices()[0]))
+        for name, measure in contestants.items():
+            rounds[name].append(measure())
+
+    flops = causal.batch_rows * train_flops(causal.model, causal.row_tokens, 0.5)
+    tokens = causal.batch_rows * causal.row_tokens
+    results = {
+        name: {
+            "milliseconds": 1e3 * statistics.median(seconds),
+            "tokens_per_second": tokens / statistics.median(seconds),
+            "of_matmul_rate": statistics.median(
+                flops / s / peak for s, peak in zip(seconds, peaks, strict=True)
+            ),
+            "time_over_causal": statistics.median(
+                s / ours for s, ours in zip(seconds, rounds["causal"], strict=True)
+            ),
+        }
+        for name, seconds in rounds.items()
+    }
+    rows = [
+        [
+            name,
+            f"{r['milliseconds']:.1f}",
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['of_matmul_rate']:.2f}",
+            f"{r['time_over_causal']:.2f}",
+        ]
+        for name, r in results.items()
+    ]
+    say(f"shape {_SHAPE.value}: {SHAPES[_SHAPE.value]}, {flops / 1e9:.1f} GFLOP a causal step")
+    say(f"matrix products: {statistics.median(peaks) / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
+    say(table(["step", "ms", "tokens/s", "of the matrix rate", "time over ours, causal"], rows))
+    if _OUTPUT.value:
+        content = {"shape": _SHAPE.value, "flops": flops, "matmul_flops": statistics.median(peaks)}
+        Path(_OUTPUT.value).write_text(json.dumps(content | {"steps": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

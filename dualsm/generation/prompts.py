@@ -1,0 +1,66 @@
+"""Prompts out of files, and as token ids."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from dualsm.data.tokenizer import Tokenizer
+from dualsm.errors import UserError
+
+_MASKS = re.compile(r"<mask(?::(\d+))?>")
+_MOST_MASKS = 65536  # in one place
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts from a file: .jsonl with a field `prompt`, or a prompt a line.
+
+    Raises:
+      UserError: with the line of what cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts: cannot read {path}: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            prompts.append(_prompt_of(line, f"{path}, line {number}") if path.endswith(".jsonl") else line)
+    if not prompts:
+        raise UserError(f"--prompts: {path} has no prompts")
+    return prompts
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: no JSON object with a field `prompt`") from error
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: the field `prompt` is no text")
+    return prompt
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt with `<s>` in front; `<mask>` and `<mask:8>` become one and eight masks.
+
+    Raises:
+      UserError: for a text that is no Unicode, or too many masks.
+    """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError("a prompt is no valid Unicode: it holds half a surrogate pair") from error
+    tokens, position = [tokenizer.special.bos], 0
+    for match in _MASKS.finditer(prompt):
+        tokens += tokenizer.encode([prompt[position : match.start()]])[0]
+        tokens += [tokenizer.special.mask] * _count(match[1] or "1")
+        position = match.end()
+    return tokens + tokenizer.encode([prompt[position:]])[0]
+
+
+def _count(digits: str) -> int:
+    if len(digits) > len(str(_MOST_MASKS)) or int(digits) > _MOST_MASKS:
+        raise UserError(f"<mask:{digits[:20]}>: at most {_MOST_MASKS} masks can stand in one place")
+    return int(digits)

@@ -1,0 +1,105 @@
+"""Checkpoints whose bits have changed on disk are noticed."""
+
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dualsm.config import default_config
+from dualsm.errors import UserError
+from dualsm.training.checkpoint import Checkpoints, abstract, restore_parts
+from dualsm.training.checksums import changed, checksums
+
+
+def tree() -> dict:
+    key = jax.random.key(0)
+    return {
+        "params": {"kernel": jax.random.normal(key, (16, 24)), "bias": jnp.zeros(8)},
+        "step": jnp.int32(7),
+        "half": jax.random.normal(key, (4, 6), jnp.bfloat16),
+    }
+
+
+def test_each_bit_and_each_place_counts():
+    words = np.arange(64, dtype=np.uint32).reshape(4, 16) * 2654435761
+    seen = {checksums({"a": words})["a"]}
+    for place in range(64):
+        for bit in range(32):
+            flipped = words.copy()
+            flipped.flat[place] ^= np.uint32(1 << bit)
+            seen.add(checksums({"a": flipped})["a"])
+    assert len(seen) == 1 + 64 * 32
+    assert checksums({"a": words})["a"] != checksums({"a": words[::-1]})["a"]
+
+
+def test_the_layout_on_devices_does_not_matter():
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    whole = tree()["params"]["kernel"]
+    for spec in (("a", "b"), ("b", None), (None, "a"), (("a", "b"), None)):
+        laid_out = jax.device_put(whole, NamedSharding(mesh, PartitionSpec(*spec)))
+        assert checksums([laid_out]) == checksums([whole])
+
+
+def test_what_changed_is_named():
+    saved = checksums(tree())
+    later = tree()
+    later["params"]["bias"] = later["params"]["bias"].at[3].set(-0.0)  # one bit
+    assert set(saved) == {"params/kernel", "params/bias", "step", "half"}
+    assert changed(tree(), saved) == []
+    assert changed(later, saved) == ["params/bias"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of step 1, and what it was restored into."""
+    config = default_config().checkpoint
+    state = tree()
+    checkpoints = Checkpoints(tmp_path, config)
+    checkpoints.save(1, state)
+    checkpoints.finish()
+    checkpoints.close()
+    place = jax.tree.map(lambda x: x.sharding, state)
+    return tmp_path, config, abstract(state, place)
+
+
+def test_flipped_bits_are_never_trained_on(saved, capsys):
+    """Bits flipped at random over all files: the checkpoint is refused, or they made no difference."""
+    workdir, config, shapes = saved
+    expected = tree()
+    files = sorted(p for p in (workdir / "checkpoints" / "1").rglob("*") if p.is_file() and p.stat().st_size)
+    rng, refused = random.Random(0), 0
+    for _ in range(40):
+        path = rng.choice(files)
+        content = bytearray(whole := path.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        checkpoints = Checkpoints(workdir, config)
+        try:
+            restored = checkpoints.restore(shapes)
+            jax.tree.map(np.testing.assert_array_equal, restored, expected)
+        except UserError as error:
+            assert "can be read" in str(error)
+            refused += 1
+        finally:
+            checkpoints.close()
+            path.write_bytes(whole)
+    assert refused > 5
+
+
+def test_weights_that_are_not_the_saved_ones_are_refused(saved, monkeypatch):
+    """Even where the file formats notice nothing."""
+    workdir, config, shapes = saved
+    wrong = checksums(tree()) | {"params/kernel": 1}
+    monkeypatch.setattr("dualsm.training.checkpoint.checksums", lambda state: wrong)
+    checkpoints = Checkpoints(workdir, config)
+    checkpoints.save(2, tree())
+    checkpoints.finish()
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(shapes), tree())  # step 1
+    assert checkpoints.newest() == 2
+    checkpoints.close()
+    with pytest.raises(UserError, match=r"checkpoints/2 is damaged: .*params/kernel"):
+        restore_parts(workdir, {"params": shapes["params"]})
+    assert restore_parts(workdir, {"params": shapes["params"]}, step=1)[0] == 1
