@@ -36,6 +36,7 @@ EXTRAS = {
     "test": [
         *ANALYSIS,
         *EXCHANGE,
+        "hypothesis>=6.100,<7",
         "ipykernel>=6",
         "nbclient>=0.10",
         "pyarrow>=15",

@@ -19,7 +19,7 @@ from dualsm.errors import UserError
 from dualsm.memory import keep_freed_memory
 
 # What a disk does to any command: no rights, no room, no disk.
-_DISK = {
+DISK_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
     errno.ENOTCONN, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
 }  # fmt: skip
@@ -91,6 +91,19 @@ def set_up_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _ignore_closed_loops(hook: Callable) -> Callable:
+    """A hook for errors that nobody can catch, without those that Orbax leaves after a failed read or write.
+
+    Its writers report to an event loop that the failure has closed; the failure itself is told in a line.
+    """
+
+    def ignore(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return ignore
+
+
 def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> None:
     """Runs `main(argv)` as an absl program; a `UserError` ends in one line and exit status 2.
 
@@ -110,10 +123,11 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
         except UserError as error:
             fail(str(error))
         except OSError as error:
-            if error.errno not in _DISK:
+            if error.errno not in DISK_ERRORS:
                 raise
             fail(f"{error}; see to the room, the rights and the disk there, or choose another folder")
         except KeyboardInterrupt:
             sys.exit(130)
 
+    sys.unraisablehook = _ignore_closed_loops(sys.unraisablehook)
     app.run(guarded, flags_parser=_parse_flags)

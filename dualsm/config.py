@@ -73,6 +73,7 @@ def default_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.path = ""  # folder made by `python -m dualsm.prepare`
     config.data.identity = ""  # hash of the corpus; filled in by the run, so that it resumes on the same one
+    config.data.verify = True  # check the hashes of all its files before the first step
     config.data.threads = 1  # that read ahead
     config.data.ahead = 4  # steps read ahead
 
@@ -143,8 +144,8 @@ def default_config() -> ConfigDict:
 
 # Keys that may change when a run is resumed: none of them changes what is learned.
 FREE_KEYS = (
-    "checkpoint", "data.ahead", "data.path", "data.threads", "log", "device_rows", "mesh", "microbatches",
-    "model.attention", "model.remat", "skip_limit", "valid.every",
+    "checkpoint", "data.ahead", "data.path", "data.threads", "data.verify", "log", "device_rows", "mesh",
+    "microbatches", "model.attention", "model.remat", "skip_limit", "valid.every",
 )  # fmt: skip
 
 
@@ -218,6 +219,18 @@ def check_config(config: ConfigDict) -> None:
 
     check_options(config.objectives)
     points(config)
+    _require(config, "steps", lambda v: v <= 10**7, "must be at most ten million")
+    if config.repetitions > config.steps * config.batch_rows:
+        raise UserError(
+            f"config.repetitions={config.repetitions} leaves less than one row of unique tokens of the run's "
+            f"{config.steps * config.batch_rows} rows"
+        )
+    tokens = config.batch_rows * config.row_tokens
+    if tokens > 2**30:
+        raise UserError(
+            f"config.batch_rows={config.batch_rows} times config.row_tokens={config.row_tokens} is more than "
+            "2^30 tokens a step"
+        )
     for name in valid_objectives(config):
         if name not in OBJECTIVES:
             raise UserError(f"config.valid.objectives: {name!r} is none of {', '.join(OBJECTIVES)}")
@@ -235,8 +248,6 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(
             f"config.start.step={config.start.step} must be a checkpoint's of config.start.run, or -1"
         )
-    if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("config.log.wandb is set but wandb is not installed: pip install 'dualsm[wandb]'")
     schedule = config.optimizer.schedule
     decay = round(schedule.decay * config.steps) if schedule.name != "cosine" else 0
     cooldown = schedule.cooldown if schedule.name == "infinite" else 0
@@ -250,6 +261,12 @@ def check_config(config: ConfigDict) -> None:
             f"config.optimizer.schedule.final={schedule.final} and constant={schedule.constant} must obey "
             "0 < final <= constant <= 1 for the infinite schedule"
         )
+
+
+def check_installed(config: ConfigDict) -> None:
+    """Raises `UserError` when a package is missing that the config asks for."""
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("config.log.wandb is set but wandb is not installed: pip install 'dualsm[wandb]'")
 
 
 def valid_objectives(config: ConfigDict) -> list[str]:
@@ -298,6 +315,8 @@ def _check_shape(config: ConfigDict, default: ConfigDict, where: str) -> None:
         elif not _same_type(default[key], value):
             wanted = type(default[key]).__name__
             raise UserError(f"{where}.{key}={value!r} must be of type {wanted}, not {type(value).__name__}")
+        elif isinstance(value, (int, float)) and not abs(value) < 2**31:  # nor is infinity or nan
+            raise UserError(f"{where}.{key}={value!r} is out of range")
 
 
 def _same_type(default, value) -> bool:

@@ -89,6 +89,7 @@ def evaluate_held_out(run: TrainedRun, data: str, objectives: Sequence[str], sam
     corpus = Corpus(data)
     if corpus.manifest["tokenizer_sha256"] != run.tokenizer.sha256():
         raise UserError(f"--data={data} was made with another tokenizer than the run")
+    corpus.verify("valid")
     tokens, special = run.config.row_tokens, run.tokenizer.special
     rows = valid_rows(corpus.documents("valid"), tokens, 0, special.pad)
     validation = Validation(

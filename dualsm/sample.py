@@ -52,6 +52,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "file for the texts, as JSON lines")
 _WATCH = flags.DEFINE_bool("watch", None, "show tokens as they settle; default: on a terminal")
 flags.mark_flags_as_required(["workdir"])
 
+
 def run_mode(run: TrainedRun, prompts: list[list[int]]) -> Iterator[list[list[int]]]:
     """The texts as they grow or settle, by the flags."""
     picking = Picking(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)

@@ -7,7 +7,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Unoptimised code: most of the tests' time went into compiling, and none of them asks for speed.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+os.environ["XLA_FLAGS"] = XLA_FLAGS + "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
@@ -84,6 +86,6 @@ def run_command(*arguments: str, devices: int = 1, timeout: float = 300, **optio
 def command_env(devices: int = 1) -> dict[str, str]:
     """The environment of a command with a number of fake devices."""
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{XLA_FLAGS}{devices}",
         "PYTHONPATH": str(ROOT),
     }

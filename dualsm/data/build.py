@@ -19,12 +19,10 @@ import gzip
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import struct
 from collections.abc import Iterator
-from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +31,7 @@ from array_record.python import array_record_module
 from dualsm import __version__
 from dualsm.data import corpus, readers
 from dualsm.data.tokenizer import Tokenizer, train_tokenizer
+from dualsm.data.workers import in_order, pool_of
 from dualsm.errors import UserError
 from dualsm.progress import bar
 
@@ -41,7 +40,6 @@ _MINIMUM_BUCKETS = 8
 _ENCODE_BYTES = 1 << 20  # text handed to SentencePiece at once
 _FAULTS_JUDGED_AFTER = 1000  # documents; before that a share of bad ones means little
 _HEADER = struct.Struct("<16s?I")  # hash, held out, bytes of text
-_SPLITS = ("train", "valid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,7 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
     Args:
       recipe: what to build.
       output: folder to make; it must not exist, or hold a corpus of the same recipe.
-      workers: processes.
+      workers: processes; 1 is this one alone.
       quiet: no progress bars.
 
     Raises:
@@ -101,8 +99,7 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
     tokenizer = Tokenizer.load(recipe.tokenizer) if recipe.tokenizer else None
     aside = _fresh_aside(target)
     try:
-        context = multiprocessing.get_context("spawn")
-        with futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with pool_of(workers) as pool:
             buckets = max(_MINIMUM_BUCKETS, -(-readers.unpacked_bytes(train_files) // _BUCKET_BYTES))
             scatter = _Scatter(recipe, aside / "buckets", buckets)
             counts = scatter.run(pool, workers, train_files, valid_files, quiet)
@@ -125,7 +122,7 @@ def _existing(recipe: Recipe, target: Path) -> dict:
         manifest = json.loads((target / corpus.MANIFEST).read_text())
         if manifest["arguments"] == dataclasses.asdict(recipe):
             return manifest
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UserError(f"--output={target} exists and was not made by this command; remove it or choose another")
 
@@ -182,7 +179,7 @@ class _Scatter:
             ((b, True) for path in valid_files for b in self._blocks(path)),
         )
         with bar(total=total, desc="reading", unit="B", unit_scale=True, disable=quiet) as progress:
-            for read, size, faults, consumed in _in_order(pool, self.one_block, blocks, 4 * workers):
+            for read, size, faults, consumed in in_order(pool, self.one_block, blocks, 4 * workers):
                 progress.update(consumed)
                 counts.read += read
                 counts.bytes += size
@@ -223,21 +220,6 @@ class _Scatter:
             with open(self.folder / f"{bucket:06d}-{os.getpid()}", "ab") as file:
                 file.write(b"".join(pieces))
         return len(block.items), size, faults, block.consumed
-
-
-def _in_order(pool, function, jobs, ahead: int) -> Iterator:
-    """Results of `function` over `jobs` in order, with at most `ahead` jobs in memory."""
-    waiting: collections.deque[futures.Future] = collections.deque()
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(function, job))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _read_bucket(folder: Path, bucket: int) -> tuple[list[tuple[bool, bytes]], int]:
@@ -292,7 +274,7 @@ def _encode(pool, aside: Path, buckets: int, tokenizer: Tokenizer, counts, quiet
     shards = []
     encoder = _Encoder(aside, buckets)
     with bar(total=counts.bytes, desc="encoding", unit="B", unit_scale=True, disable=quiet) as progress:
-        for shard in _in_order(pool, encoder.one_bucket, range(buckets), buckets):
+        for shard in in_order(pool, encoder.one_bucket, range(buckets), buckets):
             progress.update(sum(split["bytes"] for split in shard.splits.values()))
             shards.append(shard)
         progress.update(progress.total - progress.n)  # the duplicates
@@ -309,7 +291,7 @@ class _Encoder:
         tokenizer = Tokenizer.load(str(self.folder / corpus.TOKENIZER))
         documents, duplicates = _read_bucket(self.folder / "buckets", bucket)
         shard = _Shard({}, {}, duplicates)
-        for split in _SPLITS:
+        for split in corpus.SPLITS:
             texts = [text for valid, text in documents if valid == (split == "valid")]
             if not texts:
                 continue
@@ -359,7 +341,7 @@ def _batches(texts: list[bytes], size: int) -> Iterator[list[bytes]]:
 
 def _manifest(recipe: Recipe, aside: Path, tokenizer: Tokenizer, counts, shards, files: int) -> dict:
     splits = {}
-    for split in _SPLITS:
+    for split in corpus.SPLITS:
         parts = [shard.splits[split] for shard in shards if split in shard.splits]
         lengths = [shard.lengths[split] for shard in shards if split in shard.lengths]
         if not parts:
@@ -371,7 +353,7 @@ def _manifest(recipe: Recipe, aside: Path, tokenizer: Tokenizer, counts, shards,
         splits[split] = {key: sum(part[key] for part in parts) for key in keys}
         splits[split] |= {"lengths": name, "lengths_sha256": corpus.sha256(aside / name), "shards": parts}
     identity = hashlib.sha256(tokenizer.model)
-    for split in _SPLITS:
+    for split in corpus.SPLITS:
         for part in splits[split]["shards"]:
             identity.update(part["sha256"].encode())
     return {

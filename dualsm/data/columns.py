@@ -10,12 +10,13 @@ from dualsm.errors import UserError
 _ROWS = 256  # read at once from parquet
 
 
-def read_column(path: str, column: str) -> Iterator[tuple[list[bytes], int]]:
+def read_column(path: str, column: str, max_bytes: int) -> Iterator[tuple[list[bytes | None], int]]:
     """Values of a column as UTF-8, b"" for missing ones, and the bytes of the file each batch accounts for.
 
     Args:
       path: .parquet; or .arrow, a stream (as the library `datasets` saves) or a file (Feather 2).
       column: of strings.
+      max_bytes: in place of longer values stands None.
 
     Raises:
       UserError: when pyarrow is not installed, the file is damaged or has no such column.
@@ -30,9 +31,27 @@ def read_column(path: str, column: str) -> Iterator[tuple[list[bytes], int]]:
         for values, share in batches(path, column):
             consumed = min(left, round(size * share))
             left -= consumed
-            yield [value or b"" for value in values.cast(pyarrow.large_binary()).to_pylist()], consumed
+            yield [_value(value, max_bytes) for value in _as_bytes(values)], consumed
     except pyarrow.ArrowException as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _as_bytes(values):
+    """Values as binary, their offsets checked: those of a damaged file may point anywhere in memory."""
+    import pyarrow
+
+    # As binary before the check, since that would refuse all for one text that is no UTF-8.
+    views = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    values = values.view(views.get(values.type, values.type))
+    values.validate(full=True)
+    return values.cast(pyarrow.large_binary())
+
+
+def _value(value, max_bytes: int) -> bytes | None:
+    """A value of Arrow's as bytes of Python's; one that is too long is not copied out of its batch."""
+    if not value.is_valid:
+        return b""
+    return value.as_py() if len(value.as_buffer()) <= max_bytes else None
 
 
 def _parquet_batches(path: str, column: str):

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
+from concurrent import futures
 
 import numpy as np
 from etils import epath
@@ -24,6 +26,8 @@ FORMAT = 1
 RECORD_TOKENS = 2048
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+SPLITS = ("train", "valid")
+_HASHED_AT_ONCE = 8  # files
 
 
 def token_dtype(vocabulary: int) -> np.dtype:
@@ -45,6 +49,17 @@ def sha256(path: epath.PathLike) -> str:
     return digest.hexdigest()
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _positive(value) -> int:
+    """`value`, if it is a whole number above 0. Raises TypeError otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise TypeError(f"{value!r} where a number above 0 should be")
+    return value
+
+
 class Documents:
     """One split of a corpus, as a random-access sequence of documents.
 
@@ -55,14 +70,19 @@ class Documents:
     """
 
     def __init__(self, folder: epath.Path, split: dict, dtype: np.dtype):
+        """Raises `UserError` when the files do not fit together."""
         self.tokens: int = split["tokens"]
         self.bytes: int = split["bytes"]
         self._dtype = dtype
-        self._source = ArrayRecordDataSource([str(folder / s["file"]) for s in split["shards"]])
-        self.lengths_N = np.frombuffer((folder / split["lengths"]).read_bytes(), "<i4")
+        try:
+            self._source = ArrayRecordDataSource([str(folder / s["file"]) for s in split["shards"]])
+            self.lengths_N = np.frombuffer((folder / split["lengths"]).read_bytes(), "<i4")
+            records = len(self._source)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"corpus {folder} is damaged: {_first_line(error)}") from error
         records_N = record_count(self.lengths_N)
         self._first_record_N = np.cumsum(records_N) - records_N
-        if records_N.sum() != len(self._source) or self.lengths_N.sum(dtype=np.int64) != self.tokens:
+        if records_N.sum() != records or self.lengths_N.sum(dtype=np.int64) != self.tokens:
             raise UserError(
                 f"corpus {folder}: {split['lengths']} does not fit its shards; prepare the corpus anew"
             )
@@ -86,7 +106,7 @@ class Documents:
         try:
             records = iter(self._source.__getitems__(numbers))
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"corpus shard damaged or gone: {str(error).splitlines()[0]}") from error
+            raise UserError(f"corpus shard damaged or gone: {_first_line(error)}") from error
         pieces = []
         for size, start, stop in zip(
             size_S, start_S - skipped_S * RECORD_TOKENS, stop_S - skipped_S * RECORD_TOKENS, strict=True
@@ -128,19 +148,44 @@ class Corpus:
             raise UserError(
                 f"corpus {self.folder} has format {self.manifest['format']}, this version reads {FORMAT}"
             )
-        self.vocabulary: int = int(self.manifest["vocabulary"])
+        self.vocabulary: int = _positive(self.manifest["vocabulary"])
         self.identity: str = self.manifest["identity"]
-        for split in self.manifest["splits"].values():
+        for split in (self.manifest["splits"][name] for name in SPLITS):
+            _positive(split["tokens"]), _positive(split["bytes"])
             for name in [split["lengths"], *(s["file"] for s in split["shards"])]:
-                if epath.Path(name).name != name:
+                if not re.fullmatch(r"\w[\w.-]*", name):
                     raise UserError(f"{self.folder / MANIFEST} names a file outside its folder: {name}")
             for shard in split["shards"]:
                 path = self.folder / shard["file"]
                 if not path.exists() or path.stat().length != shard["size"]:
                     raise UserError(f"corpus shard {path} is missing or cut short; prepare the corpus anew")
 
+    def verify(self, split: str) -> None:
+        """Reads every file of a split; raises `UserError`, naming it, for one whose hash has changed.
+
+        What `Documents.read` returns has been checked by the shards' own checksums, record by record; this
+        tells before any record is needed, and of whole files that were exchanged.
+        """
+        parts = self.manifest["splits"][split]
+        expected = {shard["file"]: shard["sha256"] for shard in parts["shards"]}
+        with futures.ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+            found = pool.map(lambda name: sha256(self.folder / name), expected)
+            for name, digest in zip(expected, found, strict=True):
+                if digest != expected[name]:
+                    raise UserError(
+                        f"corpus shard {self.folder / name} is damaged: its content is not what was written; "
+                        "copy or prepare the corpus anew"
+                    )
+
     def documents(self, split: str) -> Documents:
         """The documents of "train" or "valid"."""
+        lengths = self.folder / self.manifest["splits"][split]["lengths"]
+        try:
+            changed = sha256(lengths) != self.manifest["splits"][split]["lengths_sha256"]
+        except OSError as error:
+            raise UserError(f"{lengths} cannot be read: {error.strerror or error}") from error
+        if changed:
+            raise UserError(f"{lengths} is damaged: its content is not what was written")
         return Documents(self.folder, self.manifest["splits"][split], token_dtype(self.vocabulary))
 
     def tokenizer(self) -> Tokenizer:

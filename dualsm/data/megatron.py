@@ -21,11 +21,12 @@ _HEADER = struct.Struct("<9sQBQQ")
 _TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
-def read_documents(path: str) -> Iterator[np.ndarray]:
+def read_documents(path: str, longest: int) -> Iterator[np.ndarray | None]:
     """Token ids of each document, int64, in the order of the file.
 
     Args:
       path: the .bin file; its .idx lies beside it.
+      longest: documents of more tokens are not read; None stands for them.
 
     Raises:
       UserError: when the two are damaged or do not fit together.
@@ -44,6 +45,9 @@ def read_documents(path: str) -> Iterator[np.ndarray]:
         return
     data = np.memmap(path, np.uint8, "r")
     for first, last in zip(border_D[:-1], border_D[1:], strict=True):
+        if length_S[first:last].sum(dtype=np.int64) > longest:
+            yield None
+            continue
         parts = [data[place_S[s] : end_S[s]].view(dtype) for s in range(first, last)]
         yield np.concatenate([np.empty(0, np.int64), *parts])
 

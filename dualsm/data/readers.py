@@ -177,7 +177,7 @@ def parse(item: bytes | None, form: str, text_key: str, tokenizer: str = "") -> 
 
 def _line_blocks(path: str, max_bytes: int) -> Iterator[Block]:
     """Blocks of lines; `consumed` counts compressed bytes."""
-    with open(path, "rb") as raw, _decompressed(raw, path) as stream:
+    with open(path, "rb", _BLOCK_BYTES) as raw, _decompressed(raw, path) as stream:
         number, position = 0, 0
         items: list[bytes | None] = []
         held = 0
@@ -239,8 +239,7 @@ def _lines(stream, max_bytes: int) -> Iterator[bytes | None]:
 
 def _column_blocks(path: str, text_key: str, max_bytes: int) -> Iterator[Block]:
     first = 1
-    for values, consumed in read_column(path, text_key):
-        items = [value if len(value) <= max_bytes else None for value in values]
+    for items, consumed in read_column(path, text_key, max_bytes):
         yield Block(path, "text", first, items, consumed)
         first += len(items)
 
@@ -249,9 +248,9 @@ def _id_blocks(path: str, max_bytes: int) -> Iterator[Block]:
     """Blocks of documents as little-endian int64 ids; a document of n ids has at least about n bytes."""
     items: list[bytes | None] = []
     first, held = 1, 0
-    for ids in read_documents(path):
-        items.append(ids.astype("<i8").tobytes() if len(ids) <= max_bytes else None)
-        held += len(ids)
+    for ids in read_documents(path, max_bytes):
+        items.append(None if ids is None else ids.astype("<i8").tobytes())
+        held += 0 if ids is None else len(ids)
         if held >= _BLOCK_BYTES:
             yield Block(path, "ids", first, items, 2 * held)  # about two bytes an id, for progress only
             first, held, items = first + len(items), 0, []

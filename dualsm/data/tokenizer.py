@@ -135,13 +135,14 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = spm.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-        except (RuntimeError, OSError) as error:
+            self.vocabulary = self._processor.vocab_size()
+            pieces = self._processor.id_to_piece(list(range(self.vocabulary)))  # all must be UTF-8
+        except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"not a SentencePiece model ({error})") from error
-        self.vocabulary = self._processor.vocab_size()
         self.special = SpecialIds(vocabulary=self.vocabulary)
         for name, piece in SPECIAL_PIECES.items():
             token = getattr(self.special, name)
-            if token >= self.vocabulary or self._processor.id_to_piece(token) != piece:
+            if token >= self.vocabulary or pieces[token] != piece:
                 raise UserError(
                     f"the tokenizer has no {piece} at id {token}; "
                     "train one with `python -m dualsm.prepare`, without --tokenizer"

@@ -16,6 +16,7 @@ from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds, Toke
 from dualsm.errors import UserError
 
 _REQUIRED = ("bos", "mask")  # without these no objective but the causal one would mean anything
+_HIGHEST_ID = (1 << 24) - 1  # there are arrays of that length
 _MULTIPLE = 128  # the vocabulary is filled up to one, as those trained here are
 
 
@@ -34,6 +35,7 @@ class JsonTokenizer(Tokenizer):
         self.model = model
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
+            self._kinds = _kinds(json.loads(model))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"not a tokenizer.json ({error})") from error
         for name in _REQUIRED:
@@ -47,7 +49,10 @@ class JsonTokenizer(Tokenizer):
         named = {name: self._tokenizer.token_to_id(piece) for name, piece in SPECIAL_PIECES.items()}
         added = self._tokenizer.get_added_tokens_decoder()
         special = [own for own in sorted(added) if added[own].special]
-        self.own_V = own_ids(named, special, sorted(self._tokenizer.get_vocab().values()))
+        ids = sorted(self._tokenizer.get_vocab().values())
+        if ids[-1] > _HIGHEST_ID:
+            raise UserError(f"it has the id {ids[-1]}; ids above {_HIGHEST_ID} are not supported")
+        self.own_V = own_ids(named, special, ids)
         self.vocabulary = len(self.own_V)
         self.special = SpecialIds(vocabulary=self.vocabulary)
         known = np.flatnonzero(self.own_V >= 0)
@@ -67,7 +72,6 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.id_to_token(own) if own >= 0 else f"<reserved_{token}>"
 
     def token_bytes(self) -> np.ndarray:
-        kinds = _kinds(json.loads(self.model))
         added = self._tokenizer.get_added_tokens_decoder()
         sizes_V = np.zeros(self.vocabulary, np.int32)
         for token in range(RESERVED_IDS, self.vocabulary):
@@ -75,7 +79,7 @@ class JsonTokenizer(Tokenizer):
             if own in added:
                 sizes_V[token] = 0 if added[own].special else len(added[own].content.encode("utf-8"))
             elif own >= 0:
-                sizes_V[token] = _size(self._tokenizer.id_to_token(own), kinds)
+                sizes_V[token] = _size(self._tokenizer.id_to_token(own), self._kinds)
         return sizes_V
 
     def from_own(self, own_S: np.ndarray) -> np.ndarray:

@@ -12,10 +12,9 @@ from dualsm import config as configs
 from dualsm import sharding
 from dualsm.data.corpus import TOKENIZER
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.errors import UserError
 from dualsm.model.transformer import Transformer, bind, init_params
 from dualsm.training.checkpoint import abstract, restore_params
-from dualsm.training.workdir import CONFIG
+from dualsm.training.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +53,7 @@ def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
       UserError: when there is no such run or checkpoint.
     """
     workdir = Path(workdir)
-    try:
-        config = configs.load_config((workdir / CONFIG).read_text())
-    except OSError as error:
-        raise UserError(f"no run at {workdir}: {CONFIG} is missing") from error
+    config = read_config(workdir)
     mesh_config = configs.default_config().mesh  # use is data-parallel, however the run was trained
     mesh = sharding.make_mesh(mesh_config, jax.devices())
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))

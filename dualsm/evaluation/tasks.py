@@ -152,6 +152,7 @@ def _texts(values) -> list[str]:
     return [_text(value) for value in values]
 
 
+_LONGEST_LINE = 16 << 20  # bytes
 _HIDDEN_TEST = ("val", "dev")  # for tasks whose test answers are not public
 
 TASKS = {
@@ -224,7 +225,9 @@ def _rows(path: Path) -> Iterator[Row]:
 def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+                if len(line) > _LONGEST_LINE:
+                    raise UserError(f"{path}, line {number} is longer than {_LONGEST_LINE >> 20} MiB")
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:

@@ -165,7 +165,9 @@ class Checkpoints:
 
 def _verify(manager: ocp.CheckpointManager, step: int, restored) -> None:
     """Raises `UserError` unless restored arrays have the checksums they were saved with."""
-    expected = (manager.metadata(step).custom_metadata or {}).get(CHECKSUMS, {})
+    expected = (manager.metadata(step).custom_metadata or {}).get(CHECKSUMS)
+    if not isinstance(expected, dict):
+        raise UserError("its checksums are missing")
     wrong = changed(restored, expected)
     if wrong:
         raise UserError(f"{len(wrong)} of its arrays have changed since they were saved ({wrong[0]}, ...)")
@@ -215,15 +217,12 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
         )
         try:
             parts = manager.restore(step, args=restore)
-        except (TypeError, ValueError) as error:
+            _verify(manager, step, parts)
+        except Exception as error:  # whatever a damaged file makes the readers raise
             raise UserError(
-                f"checkpoint {folder / str(step)} is damaged or does not fit the model or optimizer: "
+                f"checkpoint {folder / str(step)} is damaged or of another model or optimizer: "
                 f"{_reason(error)}"
             ) from error
-        try:
-            _verify(manager, step, parts)
-        except UserError as error:
-            raise UserError(f"checkpoint {folder / str(step)} is damaged: {error}") from error
         return step, parts
 
 

@@ -55,6 +55,7 @@ def train(
       UserError: for configs, corpora and folders that do not fit together, before anything is compiled.
     """
     configs.check_config(config)
+    configs.check_installed(config)
     corpus = Corpus(config.data.path)
     config = complete(config, corpus)
     mesh = sharding.make_mesh(config.mesh, jax.devices())
@@ -62,6 +63,9 @@ def train(
     workdir = epath.Path(workdir)
     run = _Run(config, workdir, corpus, mesh)
     check_claim(workdir, config, corpus)
+    if config.data.verify and distributed.leads():
+        corpus.verify("train")
+        corpus.verify("valid")
     distributed.wait_for_all("checked")  # before anything is written
     with contextlib.ExitStack() as stack:
         if distributed.leads():

@@ -21,12 +21,36 @@ from dualsm.errors import UserError
 CONFIG = "config.json"
 LOCK = ".lock"
 
+_ALWAYS = {"steps", "model", "data", "mixture"}  # keys that every version has had
+_DAMAGE = (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError, UserError)
+
+
+def read_config(workdir: epath.PathLike) -> ConfigDict:
+    """The config of a run; keys that it is too old to have get their defaults.
+
+    Raises:
+      UserError: when there is none, or it is damaged.
+    """
+    path = epath.Path(workdir) / CONFIG
+    config = configs.default_config()
+    try:
+        saved = configs.load_config(path.read_text())
+        if not _ALWAYS.issubset(saved):
+            raise UserError("it is no config of a run")
+        config.update(saved)
+        configs.check_config(config)
+    except OSError as error:
+        raise UserError(f"no run at {workdir}: {CONFIG} is missing") from error
+    except _DAMAGE as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    return config
+
 
 def check_claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
     """Raises `UserError` unless the workdir is new or holds the same run."""
     path = workdir / CONFIG
     if path.exists():
-        changes = configs.difference(configs.load_config(path.read_text()), config)
+        changes = configs.difference(read_config(workdir), config)
         if any(change.startswith("data.identity") for change in changes):
             raise UserError(
                 f"{workdir} was trained on another corpus than {corpus.folder}; choose another --workdir"

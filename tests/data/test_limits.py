@@ -1,0 +1,96 @@
+"""A line of two gigabytes is an error, not the end of the machine's memory."""
+
+import gzip
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dualsm.data.build import Recipe, build
+from dualsm.errors import UserError
+from dualsm.evaluation.tasks import load_task
+from tests.conftest import ROOT, command_env
+
+HUGE = 2 << 30  # bytes
+MOST_MB = 24
+
+# Reads a file whose documents may have 1 MiB; prints what of it was too long, and by how many MB that grew.
+READ = """
+import resource, sys
+from dualsm.data.readers import read_blocks
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+items = [item for block in read_blocks(sys.argv[1], "text", 1 << 20) for item in block.items]
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(items.count(None), len(items), grown)
+"""
+
+
+def sparse(path: Path, start: bytes = b"", size: int = HUGE) -> Path:
+    """A file of zeros that takes no room on the disk."""
+    with path.open("wb") as file:
+        file.write(start)
+        file.truncate(size)
+    return path
+
+
+def zipped(path: Path) -> Path:
+    """A line of 256 MB in some hundred kB."""
+    path.write_bytes(gzip.compress(b'{"text": "') + gzip.compress(b"a" * (32 << 20), 1) * 8)
+    return path
+
+
+def token_ids(path: Path) -> Path:
+    """A document of 2^30 ids, as Megatron-LM would have it."""
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 1, 2)
+    path.with_suffix(".idx").write_bytes(header + struct.pack("<iqqq", HUGE // 2, 0, 0, 1))
+    return sparse(path)
+
+
+MAKERS = {
+    "a.jsonl": lambda path: sparse(path, b'{"text": "short"}\n{"text": "', HUGE // 8),  # it is read through
+    "a.jsonl.gz": zipped,
+    "a.txt": sparse,
+    "a.bin": token_ids,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_huge_document_is_never_held(tmp_path, name):
+    path = MAKERS[name](tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(path)],
+        cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    os.truncate(path, 0)
+    assert done.returncode == 0, done.stderr
+    too_long, documents, grown = done.stdout.split()
+    assert (too_long, documents) == ("1", "2" if name == "a.jsonl" else "1")
+    assert float(grown) < MOST_MB
+
+
+def test_prepare_refuses_it(tmp_path):
+    path = sparse(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"1 of 1 documents are unusable \(1 too_long\)"):
+        build(Recipe(input=str(path), vocabulary=384), str(tmp_path / "corpus"), workers=1, quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_task_file_refuses_it(tmp_path):
+    sparse(tmp_path / "blimp.jsonl", b'{"sentence_good": "It is.", "sentence_bad": "It are."}\n')
+    with pytest.raises(UserError, match="line 2 is longer than 16 MiB"):
+        load_task("blimp", tmp_path)
+
+
+def test_a_long_value_of_a_column_is_not_copied(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
+    from pyarrow import parquet
+
+    from dualsm.data.columns import read_column
+
+    parquet.write_table(pyarrow.table({"text": ["short", "x" * 5000, None, ""]}), tmp_path / "a.parquet")
+    values = [value for batch, _ in read_column(str(tmp_path / "a.parquet"), "text", 4999) for value in batch]
+    assert values == [b"short", None, b"", b""]

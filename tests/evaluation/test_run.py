@@ -1,0 +1,30 @@
+"""A run's config is read with care: older ones are completed, damaged ones refused."""
+
+import json
+
+import pytest
+
+from dualsm.config import save_config
+from dualsm.errors import UserError
+from dualsm.training.workdir import read_config
+
+
+def test_keys_of_later_versions_get_their_defaults(micro, tmp_path):
+    content = json.loads(save_config(micro))
+    del content["model"]["head"], content["skip_limit"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert read_config(tmp_path).to_dict() == micro.to_dict()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{}", '{"steps": null}', '{"model": 3}', '{"widht": 3}', '{"steps": -1}']
+)
+def test_damaged_configs_are_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json is damaged"):
+        read_config(tmp_path)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="no run at"):
+        read_config(tmp_path)

@@ -1,0 +1,108 @@
+"""Tokenizers, prompts, sweeps, released weights and run directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import jax
+
+from dualsm import config as configs
+from dualsm.analysis.answer import advise, describe
+from dualsm.analysis.table import load, write_table
+from dualsm.data.tokenizer import Tokenizer
+from dualsm.evaluation.run import open_run
+from dualsm.exchange import reference, reference_folder, run_folder
+from dualsm.exchange.weights import write_safetensors
+from dualsm.generation.prompts import encode_prompt, read_prompts
+from dualsm.sharding import make_mesh
+from dualsm.training.metrics import METRICS, read_metrics
+from dualsm.training.program import make_program
+from tests.analysis.synthetic import grid, write_sweep
+from tests.exchange.conftest import make_tokenizer_json
+from tests.fuzzing.artefacts import TEXT, Target, files_of, jsonl
+from tests.micro import micro_config
+
+
+def targets(corpus: Path, texts: list[str], scratch: Path) -> dict[str, Target]:
+    """Readers of what is not text; they make their artefacts in the folder `scratch`."""
+    tokenizer, foreign = corpus / "tokenizer.model", make_tokenizer_json(texts, seed=0).encode()
+    prompts = jsonl([{"prompt": "a <mask:3> b"}, {"prompt": TEXT}])
+    sweep = write_sweep(scratch / "sweep", grid((1, 16), (0.0, 0.5, 1.0)), missing=("later",))
+    write_table(scratch / "table.csv", load(sweep))
+    run = make_run(corpus, scratch / "run")
+    tensors = reference.from_params(jax.device_get(open_run(run).params))
+    write_safetensors(scratch / "model.safetensors", tensors, {})
+    released = {
+        "model.safetensors": (scratch / "model.safetensors").read_bytes(),
+        "tokenizer.json": foreign,
+        "config.json": json.dumps({"num_attention_heads": 2, "norm_eps": 1e-7}).encode(),
+    }
+    return {
+        "tokenizer.model": Target({"t": tokenizer.read_bytes()}, _use_tokenizer),
+        "tokenizer.json": Target({"t": foreign}, _use_tokenizer),
+        "prompts": Target({"p.jsonl": prompts}, _prompter(tokenizer)),
+        "table of a sweep": Target(
+            {"table.csv": (scratch / "table.csv").read_bytes()}, _ask_table, share=0.1
+        ),
+        "folder of a sweep": Target(files_of(sweep), _ask, share=0.1),
+        "released weights": Target(released, _import),
+        "run": Target(files_of(run), _use_run, share=0.5),
+    }
+
+
+def make_run(corpus: Path, workdir: Path) -> Path:
+    """A run directory with the checkpoint of a model as it is before training."""
+    tokenizer = Tokenizer.load(str(corpus / "tokenizer.model"))
+    config = micro_config(corpus)
+    config.model.vocabulary, config.model.layers = tokenizer.vocabulary, 1
+    config.model.width, config.model.mlp_width = 8, 16
+    mesh = make_mesh(configs.default_config().mesh, jax.devices())
+    params = jax.device_get(make_program(config, tokenizer.special, mesh).init().params)
+    run_folder.write_run(config, params, tokenizer, workdir, {"format": "none"})
+    (workdir / METRICS).write_bytes(jsonl({"step": n, "train/loss": 5.0} for n in range(4)))
+    return workdir
+
+
+def _use_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer.load(str(folder / "t"))
+    for tokens in tokenizer.encode([TEXT, "", "def f(x):"]):
+        assert all(0 <= token < tokenizer.vocabulary for token in tokens)
+        tokenizer.decode(tokens)
+    assert len(tokenizer.token_bytes()) == tokenizer.vocabulary
+    for token in range(min(tokenizer.vocabulary, 400)):
+        tokenizer.piece(token)
+
+
+def _prompter(tokenizer: Path) -> Callable[[Path], None]:
+    def use(folder: Path) -> None:
+        for prompt in read_prompts(str(folder / "p.jsonl")):
+            encode_prompt(Tokenizer.load(str(tokenizer)), prompt)
+
+    return use
+
+
+def _ask_table(folder: Path) -> None:
+    _ask(folder / "table.csv")
+
+
+def _ask(source: Path) -> None:
+    advice = advise(8.0, source)
+    assert 0 <= advice.alpha <= 1
+    describe(advice, 1e6, 8e6, str(source))
+
+
+def _import(folder: Path) -> None:
+
+    with mock.patch.object(run_folder, "write_run") as write:  # which compiles
+        reference_folder.load(folder / "model.safetensors", "", None, folder / "run")
+    assert write.called
+
+
+def _use_run(folder: Path) -> None:
+
+    read_metrics(folder)
+    run = open_run(folder)
+    assert run.params["embedding"]["embedding"].shape[0] == run.config.model.vocabulary

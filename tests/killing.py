@@ -1,0 +1,212 @@
+"""Kills training at random moments until it is through, and sees what is left and what it cost.
+
+Processes are forked from a server that has imported everything but started no JAX backend, so that one is
+training within a second or two of its start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+
+from dualsm.config import load_config, save_config
+from dualsm.evaluation.validation import Validation
+from dualsm.model.transformer import init_params
+from dualsm.training.checkpoint import FOLDER, Checkpoints, restore_params
+from dualsm.training.loop import train
+from dualsm.training.metrics import read_metrics
+from dualsm.training.workdir import CONFIG
+from tests.micro import micro_config
+
+STAGES = ("starting", "training", "validating", "saving")
+_STAGE, _FIRST, _DONE = range(3)  # places on the board that a run reports on
+_POLL = 0.001  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """One SIGKILL.
+
+    Attributes:
+      stage: what the run was doing, one of `STAGES`.
+      done: steps it had begun.
+      whole: steps of its newest checkpoint that was whole on disk.
+      half: whether another was being written.
+      resumed: steps that the next process went on from.
+    """
+
+    stage: str
+    done: int
+    whole: int
+    half: bool
+    resumed: int = -1
+
+    @property
+    def recomputed(self) -> int:
+        return max(self.done - self.resumed, 0)
+
+
+class Killing:
+    """Runs of one config in processes that can be killed."""
+
+    def __init__(self, corpus: Path, cache: Path):
+        """
+        Args:
+          corpus: to train on.
+          cache: folder for compiled programs.
+        """
+        self.config = micro_config(corpus)
+        self.config.steps, self.config.log.tensorboard = 24, True
+        self.config.valid.objectives = "causal"  # fewer programs to load at the start
+        self._cache = str(cache)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
+
+    def finish(self, workdir: Path) -> tuple[float, float]:
+        """Trains without interruption; returns the seconds it took, and those from its first step on."""
+        process, board, start = *self._start(workdir), time.perf_counter()
+        while process.is_alive() and not board[_DONE]:
+            time.sleep(_POLL)
+        began = time.perf_counter()
+        process.join()
+        _check(process, workdir)
+        end = time.perf_counter()
+        return end - start, end - began
+
+    def kill_until_done(
+        self, workdir: Path, rng: random.Random, seconds: tuple[float, float], most: int
+    ) -> list[Kill]:
+        """Trains and kills in turn, until a run comes to its end before its time or `most` were killed.
+
+        Args:
+          workdir: new.
+          rng: decides the moments: half anywhere in the run, half from its first step on.
+          seconds: from `finish`.
+          most: kills.
+        """
+        kills: list[Kill] = []
+        while True:
+            process, board = self._start(workdir)
+            if len(kills) < most:
+                anywhere = rng.random() < 0.5
+                while not anywhere and process.is_alive() and not board[_DONE]:
+                    time.sleep(_POLL)
+                process.join(rng.uniform(0, seconds[0] if anywhere else seconds[1]))
+            else:
+                process.join()
+            ended = not process.is_alive()
+            if not ended:
+                process.kill()
+                process.join()
+            if kills and board[_FIRST] >= 0:
+                # Those that were killed before they had read a checkpoint changed nothing.
+                kills = [
+                    k if k.resumed >= 0 else dataclasses.replace(k, resumed=board[_FIRST]) for k in kills
+                ]
+            if ended:
+                _check(process, workdir)
+                return kills
+            kills.append(Kill(STAGES[board[_STAGE]], board[_DONE], *_checkpoints(workdir)))
+
+    def _start(self, workdir: Path):
+        board = self._context.RawArray("i", 3)
+        board[_FIRST] = -1
+        arguments = save_config(self.config), str(workdir), board, self._cache
+        process = self._context.Process(target=_train, args=arguments)
+        process.start()
+        return process, board
+
+
+def _train(config: str, workdir: str, board, cache: str) -> None:
+    """The process that is killed: an ordinary run that reports on the board where it is."""
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+    def stop(step: int) -> bool:
+        if board[_FIRST] < 0:
+            board[_FIRST] = step - 1
+        board[_STAGE], board[_DONE] = STAGES.index("training"), step
+        return False
+
+    def staged(stage: str, function):
+        def call(*args, **kwargs):
+            before, board[_STAGE] = board[_STAGE], STAGES.index(stage)
+            result = function(*args, **kwargs)
+            board[_STAGE] = before
+            return result
+
+        return call
+
+    with (
+        open(f"{workdir}.log", "a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        mock.patch.object(Checkpoints, "save", staged("saving", Checkpoints.save)),
+        mock.patch.object(Validation, "__call__", staged("validating", Validation.__call__)),
+    ):
+        done = train(load_config(config), workdir, stop)
+    if board[_FIRST] < 0:  # nothing was left to do
+        board[_FIRST] = load_config(config).steps
+    sys.exit(0 if done else 1)
+
+
+def _check(process, workdir: Path) -> None:
+    if process.exitcode:
+        raise RuntimeError(
+            f"training ended with {process.exitcode}: {Path(f'{workdir}.log').read_text()[-2000:]}"
+        )
+
+
+def _checkpoints(workdir: Path) -> tuple[int, bool]:
+    """Steps of the newest whole checkpoint, 0 without one, and whether there is a half-written one."""
+    folder = workdir / FOLDER
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    whole = [int(name) for name in names if name.isdigit()]
+    return max(whole, default=0), len(whole) < len(names)
+
+
+def problems(kills: list[Kill], workdir: Path, reference: Path) -> list[str]:
+    """What is wrong with a run that was killed, beside the same run that was not; [] when nothing is."""
+    found = []
+    every = load_config((reference / CONFIG).read_text()).checkpoint.every
+    for number, kill in enumerate(kills):
+        if kill.resumed < kill.whole:
+            found.append(
+                f"kill {number}: went on from {kill.resumed}, not from the checkpoint of {kill.whole}"
+            )
+        if kill.done - kill.whole > every * (2 if kill.half else 1):
+            found.append(f"kill {number}: {kill.done - kill.whole} steps were in no checkpoint")
+    ours, expected = [[_learned(record) for record in read_metrics(w)] for w in (workdir, reference)]
+    if [record["step"] for record in ours] != [record["step"] for record in expected]:
+        found.append(f"steps {[record['step'] for record in ours]} in metrics.jsonl")
+    elif ours != expected:
+        found.append("other numbers in metrics.jsonl")
+    leaves = [jax.tree.leaves(_params(w)) for w in (workdir, reference)]
+    if not all(np.array_equal(a.view(np.uint32), b.view(np.uint32)) for a, b in zip(*leaves, strict=True)):
+        found.append("other weights")
+    return found
+
+
+def _learned(record: dict) -> dict:
+    """What of a log line must not depend on time."""
+    return {name: value for name, value in record.items() if not name.startswith("perf/")}
+
+
+def _params(workdir: Path) -> dict:
+    """Parameters of the last checkpoint, on the host."""
+    config = load_config((workdir / CONFIG).read_text())
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    return jax.tree.map(np.asarray, restore_params(workdir, shapes, config.steps)[1])
