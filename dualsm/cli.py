@@ -126,6 +126,10 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
             if error.errno not in DISK_ERRORS:
                 raise
             fail(f"{error}; see to the room, the rights and the disk there, or choose another folder")
+        except RuntimeError as error:
+            if "Unable to initialize backend" not in str(error):
+                raise
+            fail(f"{error}; install the extra for it (cuda, tpu), or unset JAX_PLATFORMS")
         except KeyboardInterrupt:
             sys.exit(130)
 

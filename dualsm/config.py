@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 
 import ml_collections
@@ -315,8 +316,10 @@ def _check_shape(config: ConfigDict, default: ConfigDict, where: str) -> None:
         elif not _same_type(default[key], value):
             wanted = type(default[key]).__name__
             raise UserError(f"{where}.{key}={value!r} must be of type {wanted}, not {type(value).__name__}")
-        elif isinstance(value, (int, float)) and not abs(value) < 2**31:  # nor is infinity or nan
-            raise UserError(f"{where}.{key}={value!r} is out of range")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}.{key}={value!r} must be finite")
+        elif isinstance(value, int) and abs(value) >= 2**31:
+            raise UserError(f"{where}.{key}={value!r} must be less than 2^31")
 
 
 def _same_type(default, value) -> bool:

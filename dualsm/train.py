@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from dualsm import cli, distributed
 from dualsm.training.loop import train
+from dualsm.training.profile import parse_window, profiled
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, see configs/")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; one that holds this run is resumed")
@@ -29,15 +30,20 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, 
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status", 0, "exit status of a run that a signal stopped before its end; for launchers that ask"
 )
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "FIRST:LAST; writes a trace of these steps to profile/ in the workdir, for TensorBoard"
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_: Sequence[str]) -> None:
     cli.set_up_jax()
-    status = 0
+    status, window = 0, parse_window(_PROFILE.value) if _PROFILE.value is not None else None
     with distributed.job(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value):
         stop = distributed.asked_to_stop if jax.process_count() > 1 else _on_signals()
-        if not train(cli.config(_CONFIG), _WORKDIR.value, stop):
+        with profiled(stop, window, _WORKDIR.value) as stop:
+            finished = train(cli.config(_CONFIG), _WORKDIR.value, stop)
+        if not finished:
             print(f"stopped by a signal; run the same command to resume:\n  {_command()}")
             status = _STOPPED_STATUS.value
     sys.exit(status)

@@ -140,6 +140,13 @@ def test_help_lists_the_flags(command):
     assert "Traceback" not in process.stdout + process.stderr
 
 
+def test_a_platform_that_is_not_there(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    process = run_command("dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}")
+    assert_one_line(process, "tpu", "JAX_PLATFORMS")
+    assert not (tmp_path / "run").exists()
+
+
 def test_importing_starts_no_backend():
     code = (
         "import sys, dualsm.train, dualsm.prepare, jax\n"

@@ -185,7 +185,8 @@ class _Run:
                     batch = self._batch(next(batches))
                 # Waits for the step before, so that the host stays one step ahead.
                 self._check_step(sums, done - 1, checkpoints)
-                state, sums = self.step(state, batch)
+                with jax.profiler.StepTraceAnnotation("train", step_num=done):
+                    state, sums = self.step(state, batch)
                 if unwritten:
                     self._write(writer, progress, *unwritten, clock)
                     clock, unwritten = _Clock(), None

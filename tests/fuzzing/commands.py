@@ -67,7 +67,7 @@ def run_damaged(name: str, whole: Path, seed: int) -> str:
         path.write_bytes(
             rng.choice([half + rng.randbytes(100), rng.randbytes(100), b"{" + half, b"\0" * 100])
         )
-        there = {path.name for path in folder.iterdir()}
+        there = _names(folder)
         done = subprocess.run(
             [sys.executable, "-m", *command.arguments.format(it=folder).split()],
             capture_output=True,
@@ -79,6 +79,10 @@ def run_damaged(name: str, whole: Path, seed: int) -> str:
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2, (name, seed, done.stdout[-2000:], done.stderr[-2000:])
         assert len(lines) == 1 and "Traceback" not in done.stderr, (name, seed, done.stderr[-2000:])
-        left = {path.name for path in folder.iterdir() if path.name != "__pycache__"}
+        left = _names(folder)
         assert left == there, (name, seed, left - there)
         return lines[0]
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"__pycache__"}

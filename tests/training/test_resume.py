@@ -200,3 +200,25 @@ def test_a_torn_last_line_is_not_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "tr')
     assert read_metrics(tmp_path) == [{"step": 1}]
     assert os.path.exists(tmp_path / "metrics.jsonl")
+
+
+def test_a_second_signal_ends_the_run_at_once(recipe, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(recipe, workdir)
+    while not workdir.exists() or len(read_metrics(workdir)) < 4:
+        time.sleep(0.002)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    while "again: quit at once" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGTERM, 0)  # 0: it had saved before the second came
+    finish(start(recipe, workdir))
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_the_second_signal_does_not_wait():
+    code = "from dualsm.train import _stop; asked = []; _stop(15, asked); _stop(15, asked); print('went on')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")

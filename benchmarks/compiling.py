@@ -1,0 +1,131 @@
+"""What the compiler takes for deep models, and what memory a step takes beside one that holds all logits.
+
+    JAX_PLATFORMS=cpu python benchmarks/compiling.py
+
+Compile times are of the whole training step, from tracing on, by turns and without any cache; the layers
+are under one scan, so that depth should cost nothing. Memory is XLA's own account of the compiled step
+(`memory_analysis`), nothing is run: beside the step stands the same one with the textbook loss, a softmax
+over all logits at once, differentiated by `jax.grad`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+
+from dualsm import cli, objectives, sharding
+from dualsm.config import default_config
+from dualsm.objectives.example import SpecialIds
+from dualsm.progress import say, table
+from dualsm.training.program import batch_shapes, make_program
+
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "over which the median of the compile times is taken")
+_ROWS = flags.DEFINE_integer("rows", 8, "rows a step whose memory is looked at", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+
+SHALLOW, DEEP = 4, 24  # layers
+MODELS = {
+    # layers, width, heads, mlp_width
+    "one layer of 256": (1, 256, 4, 704),
+    "default config": (4, 256, 4, 704),
+    "dual_470m": (24, 1024, 16, 3554),
+}
+
+
+def step_config(layers: int, width: int, heads: int, mlp_width: int) -> ConfigDict:
+    """The default config, all three objectives on, at those sizes."""
+    config = default_config()
+    model = config.model
+    model.layers, model.width, model.heads, model.mlp_width = layers, width, heads, mlp_width
+    config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
+    return config
+
+
+def compiled_step(config: ConfigDict) -> jax.stages.Compiled:
+    """The training step of a config, compiled anew for one device."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        program = make_program(config, SpecialIds(), mesh)
+        return program.step.lower(program.abstract_state, batch_shapes(config, mesh)).compile()
+
+
+def compile_seconds(layers: int) -> float:
+    """Seconds to trace and compile the step of a small model of so many layers."""
+    config = step_config(layers, 64, 2, 192)
+    config.row_tokens, config.batch_rows, config.model.vocabulary = 128, 8, 512
+    jax.clear_caches()
+    start = time.perf_counter()
+    compiled_step(config)
+    return time.perf_counter() - start
+
+
+def textbook_loss(features_BxLxD, kernel_DxV, bias_V, targets_BxL, weights_BxL, z_weights_BxL, chunk):
+    """`cross_entropy` of dualsm/model/loss.py as one would first write it; the chunk is not used."""
+    kernel_DxV = kernel_DxV.astype(features_BxLxD.dtype)
+    logits_BxLxV = jnp.einsum("bld,dv->blv", features_BxLxD, kernel_DxV, preferred_element_type=jnp.float32)
+    logits_BxLxV += bias_V
+    normaliser_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
+    at_target_BxL = jnp.take_along_axis(logits_BxLxV, targets_BxL[..., None], axis=-1)[..., 0]
+    nll_BxL = normaliser_BxL - at_target_BxL
+    return jnp.sum(weights_BxL * nll_BxL + z_weights_BxL * normaliser_BxL**2), nll_BxL
+
+
+def memory(sizes: tuple[int, int, int, int]) -> dict:
+    """GiB of temporary memory of the step, as it is and with all logits held."""
+    config = step_config(*sizes)
+    config.row_tokens, config.batch_rows, config.model.vocabulary = 2048, _ROWS.value, 51_200
+    ours = compiled_step(config).memory_analysis().temp_size_in_bytes
+    with mock.patch.object(objectives.loss, "cross_entropy", textbook_loss):
+        whole = compiled_step(config).memory_analysis().temp_size_in_bytes
+    logits = config.batch_rows * config.row_tokens * config.model.vocabulary * 4
+    return {
+        "temporary_gib": ours / 2**30,
+        "whole_logits_gib": whole / 2**30,
+        "logits_gib": logits / 2**30,
+        "ratio": ours / whole,
+    }
+
+
+def main(_: Sequence[str]) -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    compile_seconds(SHALLOW)
+    pairs = [(compile_seconds(SHALLOW), compile_seconds(DEEP)) for _ in range(_ROUNDS.value)]
+    compiling = {
+        "shallow_seconds": statistics.median(shallow for shallow, _ in pairs),
+        "deep_seconds": statistics.median(deep for _, deep in pairs),
+        "ratio": statistics.median(deep / shallow for shallow, deep in pairs),
+    }
+    say(
+        f"compile: {SHALLOW} layers {compiling['shallow_seconds']:.2f} s, {DEEP} layers "
+        f"{compiling['deep_seconds']:.2f} s, ratio {compiling['ratio']:.2f}; load {os.getloadavg()[0]:.1f}"
+    )
+    memories = {name: memory(sizes) for name, sizes in MODELS.items()}
+    rows = [
+        [
+            name,
+            f"{r['temporary_gib']:.2f}",
+            f"{r['whole_logits_gib']:.2f}",
+            f"{r['logits_gib']:.2f}",
+            f"{r['ratio']:.2f}",
+        ]
+        for name, r in memories.items()
+    ]
+    say(f"temporary memory, GiB, {_ROWS.value} rows of 2,048 tokens, 51,200 ids:")
+    say(table(["model", "step", "with whole logits", "one array of logits", "ratio"], rows))
+    if _OUTPUT.value:
+        content = {"compile": compiling, "rows": _ROWS.value, "memory": memories}
+        Path(_OUTPUT.value).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,193 @@
+"""What the data costs: tokens a second into training, the first batch of any step, and `prepare`.
+
+    python benchmarks/data.py --corpus=runs/corpus
+
+Rows come from a corpus's own shards by the pipeline that training uses, with one reading thread; beside
+them, in the same rounds, stands the bare reading of the same number of records. `prepare` works with one
+process and a given tokenizer on the text of --input; beside it SentencePiece encodes the same documents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece as spm
+from absl import flags
+from grain.sources import ArrayRecordDataSource
+
+from dualsm import cli
+from dualsm.data import readers
+from dualsm.data.build import Recipe, build
+from dualsm.data.corpus import RECORD_TOKENS, TOKENIZER, Corpus
+from dualsm.data.order import RowOrder
+from dualsm.data.pipeline import StepRows, read_steps
+from dualsm.progress import say, table
+
+_CORPUS = flags.DEFINE_string("corpus", None, "folder made by `python -m dualsm.prepare`")
+_INPUT = flags.DEFINE_string("input", readers.PYTHON_STDLIB, "text for `prepare`, as its own --input")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "over which the medians are taken", lower_bound=1)
+_PREPARES = flags.DEFINE_integer("prepares", 3, "rounds of `prepare`; 0: leave it out", lower_bound=0)
+_SECONDS = flags.DEFINE_float("seconds", 1.0, "of reading, in each round")
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+flags.mark_flags_as_required(["corpus"])
+
+SHAPES = ((8, 2048), (128, 128))  # rows a step, tokens a row
+FAR = 1_000_000  # steps
+THREADS, AHEAD = 1, 4
+
+
+class Timing(NamedTuple):
+    """Seconds on the clock, and of this process's cores."""
+
+    clock: float
+    cores: float
+
+
+def timed(work: Callable[[], object]) -> Timing:
+    clock, cores = time.perf_counter(), time.process_time()
+    work()
+    return Timing(time.perf_counter() - clock, time.process_time() - cores)
+
+
+def step_rows(corpus: Corpus, rows: int, row_tokens: int, steps: int) -> StepRows:
+    """The rows of a run of so many steps, which repeats the corpus as often as it must."""
+    documents = corpus.documents("train")
+    budget = steps * rows * row_tokens
+    order = RowOrder(documents.lengths_N, budget, row_tokens, -(-budget // documents.tokens), seed=0)
+    return StepRows(documents, order, rows, row_tokens, pad=0, part=range(rows))
+
+
+def records_of(source: StepRows, step: int) -> int:
+    """How many records hold the rows of a step."""
+    segments = source.order.segments(step * source.batch_rows + np.arange(source.batch_rows))
+    return int(((segments.stop_S - 1) // RECORD_TOKENS - segments.start_S // RECORD_TOKENS + 1).sum())
+
+
+def reading(corpus: Corpus, rows: int, row_tokens: int) -> dict:
+    """Tokens a second of the pipeline, and of records that are only read."""
+    source = step_rows(corpus, rows, row_tokens, FAR)
+    batches = read_steps(source, 0, THREADS, AHEAD)
+    tokens = rows * row_tokens
+
+    def piped() -> float:
+        start, steps = time.perf_counter(), 0
+        while (seconds := time.perf_counter() - start) < _SECONDS.value:
+            next(batches)
+            steps += 1
+        return steps * tokens / seconds
+
+    shards = corpus.manifest["splits"]["train"]["shards"]
+    raw = ArrayRecordDataSource([str(corpus.folder / shard["file"]) for shard in shards])
+    records, rng = records_of(source, 0), np.random.default_rng(0)
+
+    def bare() -> float:
+        start, steps = time.perf_counter(), 0
+        while (seconds := time.perf_counter() - start) < _SECONDS.value:
+            raw.__getitems__(rng.integers(0, len(raw), records).tolist())
+            steps += 1
+        return steps * tokens / seconds
+
+    for _ in range(AHEAD + 1):  # what was read ahead is no measure of reading
+        next(batches)
+    pairs = [(piped(), bare()) for _ in range(_ROUNDS.value)]
+    return {
+        "rows": rows,
+        "row_tokens": row_tokens,
+        "tokens_per_second": statistics.median(ours for ours, _ in pairs),
+        "of_bare_reading": statistics.median(ours / bare for ours, bare in pairs),
+    }
+
+
+def first_batches(corpus: Corpus) -> dict:
+    """Seconds from nothing but the corpus's folder to the first batch of the first step and of a far one."""
+    rows, row_tokens = SHAPES[0]
+
+    def first(step: int) -> None:
+        next(read_steps(step_rows(corpus, rows, row_tokens, FAR + 2), step, THREADS, AHEAD))
+
+    first(0)
+    pairs = [(timed(lambda: first(0)).clock, timed(lambda: first(FAR)).clock) for _ in range(_ROUNDS.value)]
+    return {
+        "first_step_seconds": statistics.median(near for near, _ in pairs),
+        "far_step_seconds": statistics.median(far for _, far in pairs),
+        "difference_seconds": statistics.median(far - near for near, far in pairs),
+    }
+
+
+def texts_of(pattern: str) -> list[str]:
+    """The documents that `prepare` finds in such input; those it cannot use are left out, as there."""
+    recipe, texts = Recipe(pattern), []
+    for path in readers.find_inputs(pattern):
+        for block in readers.read_blocks(path, recipe.text_key, recipe.max_document_bytes):
+            for item in block.items:
+                try:
+                    texts.append(readers.parse(item, block.form, recipe.text_key, ""))
+                except readers.Fault:
+                    continue
+    return texts
+
+
+def preparing(corpus: Corpus) -> dict:
+    """MB of text a second and core, of `prepare` and of SentencePiece's encoding alone."""
+    path = str(corpus.folder / TOKENIZER)
+    texts = texts_of(_INPUT.value)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    processor = spm.SentencePieceProcessor(model_file=path)
+    pairs = []
+    for _ in range(_PREPARES.value):
+        encode = timed(lambda: processor.encode(texts, num_threads=1))
+        with tempfile.TemporaryDirectory() as scratch:
+            recipe = Recipe(_INPUT.value, tokenizer=path)
+            prepare = timed(
+                lambda recipe=recipe, scratch=scratch: build(recipe, f"{scratch}/corpus", 1, quiet=True)
+            )
+        pairs.append((prepare, encode))
+    return {
+        "megabytes": size,
+        "prepare_mb_per_second": statistics.median(size / prepare.clock for prepare, _ in pairs),
+        "prepare_mb_per_core_second": statistics.median(size / prepare.cores for prepare, _ in pairs),
+        "encode_mb_per_core_second": statistics.median(size / encode.cores for _, encode in pairs),
+        "of_encode_by_clock": statistics.median(encode.clock / prepare.clock for prepare, encode in pairs),
+        "of_encode_by_core": statistics.median(encode.cores / prepare.cores for prepare, encode in pairs),
+    }
+
+
+def main(_: Sequence[str]) -> None:
+    corpus = Corpus(_CORPUS.value)
+    results = {"rows": [reading(corpus, *shape) for shape in SHAPES], "start": first_batches(corpus)}
+    rows = [
+        [
+            f"{r['row_tokens']} x {r['rows']}",
+            f"{r['tokens_per_second'] / 1e6:.1f}",
+            f"{r['of_bare_reading']:.2f}",
+        ]
+        for r in results["rows"]
+    ]
+    say(table(["tokens a row x rows", "million tokens/s", "of bare reading"], rows))
+    start = results["start"]
+    say(
+        f"first batch at step 0: {start['first_step_seconds']:.3f} s, at step {FAR:,}: "
+        f"{start['far_step_seconds']:.3f} s; difference {start['difference_seconds']:+.3f} s"
+    )
+    if _PREPARES.value:
+        r = results["prepare"] = preparing(corpus)
+        say(
+            f"prepare: {r['prepare_mb_per_core_second']:.2f} MB/s a core, encoding alone "
+            f"{r['encode_mb_per_core_second']:.2f}; ratio {r['of_encode_by_core']:.2f} by seconds of cores, "
+            f"{r['of_encode_by_clock']:.2f} by the clock ({r['megabytes']:.1f} MB)"
+        )
+    say(f"load {os.getloadavg()[0]:.1f}")
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps({"corpus": _CORPUS.value} | results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

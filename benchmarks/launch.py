@@ -1,0 +1,113 @@
+"""How long a training run takes from its launch to its first finished step, and where that goes.
+
+    python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
+    python benchmarks/launch.py --corpus=runs/corpus
+
+In each round the same command is started twice in fresh folders, with an empty cache of compiled programs
+and with the one that the first start filled, and ended after its first step. The stages are read off the
+lines that the command prints; imports and the check of the corpus are timed apart, in the same round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from dualsm import cli
+from dualsm.data.corpus import SPLITS, Corpus
+from dualsm.errors import UserError
+from dualsm.progress import say, table
+
+_CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "recipe, see configs/")
+_CORPUS = flags.DEFINE_string("corpus", None, "folder made by `python -m dualsm.prepare`")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "over which the medians are taken", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+flags.mark_flags_as_required(["corpus"])
+
+# Stage -> what the first line after it begins with or holds; the stages follow each other.
+STAGES = {
+    "imports, corpus, layout": "model: ",
+    "initial weights": "compiling and validating",
+    "validation, compiled or loaded": "step   0/",
+    "step, compiled or loaded": "step   1/",
+}
+
+
+def launch(workdir: Path, cache: Path) -> dict[str, float]:
+    """Seconds of each stage of a run that is ended after its first step."""
+    command = [
+        sys.executable, "-m", "dualsm.train", f"--config={_CONFIG.value}", f"--workdir={workdir}",
+        f"--config.data.path={_CORPUS.value}", "--config.log.every=1", "--config.steps=100",
+    ]  # fmt: skip
+    start, stages = time.perf_counter(), {}
+    errors = workdir.with_suffix(".log").open("w+")
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+    )
+    with errors, process:
+        waiting = iter(STAGES.items())
+        stage, ending = next(waiting)
+        for line in process.stdout:
+            if line.startswith(ending):
+                now = time.perf_counter()
+                stages[stage] = now - start
+                start = now
+                stage, ending = next(waiting, (None, None))
+                if stage is None:
+                    process.kill()
+                    return stages
+        errors.seek(0)
+        raise UserError(f"{' '.join(command)} ended before its first step: {errors.read()[-500:]}")
+
+
+def apart() -> dict[str, float]:
+    """Seconds of what the first stage consists of, as far as it can be timed on its own."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import dualsm.train"], check=True)
+    imported = time.perf_counter()
+    corpus = Corpus(_CORPUS.value)
+    for split in SPLITS:
+        corpus.verify(split)
+    return {"imports": imported - start, "check of the corpus": time.perf_counter() - imported}
+
+
+def main(_: Sequence[str]) -> None:
+    runs = {"empty cache": [], "filled cache": []}
+    for _ in range(_ROUNDS.value):
+        alone = apart()
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, results in runs.items():
+                stages = launch(Path(scratch, name), Path(scratch, "cache"))
+                results.append({"all": sum(stages.values())} | stages | alone)
+    medians = {
+        name: {stage: statistics.median(r[stage] for r in results) for stage in results[0]}
+        for name, results in runs.items()
+    }
+    order = ["imports", "check of the corpus", *STAGES, "all"]
+    shown = ["- imports alone", "- check of the corpus alone", *STAGES, "from launch to first step"]
+    rows = [
+        [label, *(f"{seconds[stage]:.1f}" for seconds in medians.values())]
+        for label, stage in zip(shown, order, strict=True)
+    ]
+    say(table(["seconds", *medians], rows))
+    say(f"load {os.getloadavg()[0]:.1f}")
+    if _OUTPUT.value:
+        content = {"config": _CONFIG.value, "rounds": _ROUNDS.value, "seconds": medians}
+        Path(_OUTPUT.value).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

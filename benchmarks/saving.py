@@ -1,0 +1,127 @@
+"""What a checkpoint costs a run: written in the background, beside waiting for the same save.
+
+    JAX_PLATFORMS=cpu python benchmarks/saving.py
+
+In each round the same number of steps is made without a save and with one before them, and a save is waited
+for alone. `standing still` is how long the loop does not go on; `lost` is by how much the steps took
+longer, the rest of the writing included, which on a CPU competes with the steps for its cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from dualsm import cli, sharding
+from dualsm.config import default_config
+from dualsm.objectives import mixture
+from dualsm.objectives.example import SpecialIds
+from dualsm.progress import say, table
+from dualsm.training.checkpoint import Checkpoints
+from dualsm.training.program import make_program
+from dualsm.training.step import Batch
+
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "over which the medians are taken", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 12, "after a save; they must last longer than its writing")
+_WORKDIR = flags.DEFINE_string("workdir", "", "folder on the disk to write to; empty: the temporary one")
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+
+
+def saved_config() -> ConfigDict:
+    """A model of seven million parameters, whose state with AdamW takes some 80 MB."""
+    config = default_config()
+    config.model.layers, config.model.vocabulary, config.optimizer.name = 6, 4096, "adamw"
+    config.batch_rows, config.row_tokens = 8, 128
+    return config
+
+
+class Run:
+    """Steps and saves of one training state, timed."""
+
+    def __init__(self, config: ConfigDict, workdir: str):
+        self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        self.checkpoints = Checkpoints(workdir, config.checkpoint)
+        shape = (config.batch_rows, config.row_tokens + 1)
+        tokens_BxL1 = np.random.default_rng(0).integers(16, config.model.vocabulary, shape).astype(np.int32)
+        rows = mixture.assign(np.array([config.batch_rows]))
+        with jax.set_mesh(self.mesh):
+            self.program = make_program(config, SpecialIds(), self.mesh)
+            self.batch = jax.device_put(Batch(tokens_BxL1, np.zeros_like(tokens_BxL1), *rows))
+            self.state = self.program.init()
+        self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        self.saves = 0
+
+    def steps(self, count: int) -> float:
+        """Seconds of so many steps."""
+        start = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            for _ in range(count):
+                self.state, _ = self.program.step(self.state, self.batch)
+            jax.block_until_ready(self.state)
+        return time.perf_counter() - start
+
+    def save(self) -> float:
+        """Seconds until the loop could go on."""
+        self.saves += 1
+        start = time.perf_counter()
+        self.checkpoints.save(self.saves, self.state)
+        return time.perf_counter() - start
+
+    def finish(self) -> float:
+        """Seconds until the save is whole."""
+        start = time.perf_counter()
+        self.checkpoints.finish()
+        return time.perf_counter() - start
+
+
+def one_round(run: Run, steps: int) -> dict[str, float]:
+    """Seconds of a synchronous save, and of steps without and with one in the background."""
+    synchronous = run.save() + run.finish()
+    alone = run.steps(steps)
+    still = run.save()
+    after = run.steps(steps)
+    rest = run.finish()
+    return {
+        "synchronous": synchronous,
+        "steps": alone,
+        "still": still,
+        "rest": rest,
+        "lost": still + after + rest - alone,
+    }
+
+
+def main(_: Sequence[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=_WORKDIR.value or None) as workdir:
+        run = Run(saved_config(), workdir)
+        one_round(run, 2)
+        rounds = [one_round(run, _STEPS.value) for _ in range(_ROUNDS.value)]
+        run.checkpoints.close()
+    seconds = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    ratios = {
+        name: statistics.median(r[name] / r["synchronous"] for r in rounds) for name in ("still", "lost")
+    }
+    rows = [
+        ["a save that is waited for", f"{seconds['synchronous']:.3f}", "1.00"],
+        ["in the background: standing still", f"{seconds['still']:.3f}", f"{ratios['still']:.2f}"],
+        ["- lost, all told", f"{seconds['lost']:.3f}", f"{ratios['lost']:.2f}"],
+    ]
+    say(f"state of {run.bytes / 1e6:.0f} MB; {_STEPS.value} steps take {seconds['steps']:.2f} s")
+    say(table(["", "seconds", "of a save that is waited for"], rows))
+    say(f"load {os.getloadavg()[0]:.1f}")
+    if _OUTPUT.value:
+        content = {"bytes": run.bytes, "steps": _STEPS.value, "seconds": seconds, "ratios": ratios}
+        Path(_OUTPUT.value).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)
