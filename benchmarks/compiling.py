@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from dualsm import cli, objectives, sharding
 from dualsm.config import default_config
+from dualsm.model.loss import cross_entropy
 from dualsm.objectives.example import SpecialIds
 from dualsm.progress import say, table
 from dualsm.training.program import batch_shapes, make_program
@@ -34,19 +35,20 @@ _ROWS = flags.DEFINE_integer("rows", 8, "rows a step whose memory is looked at",
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
 
 SHALLOW, DEEP = 4, 24  # layers
+ROW_TOKENS, VOCABULARY = 2048, 51_200
 MODELS = {
-    # layers, width, heads, mlp_width
-    "one layer of 256": (1, 256, 4, 704),
-    "default config": (4, 256, 4, 704),
-    "dual_470m": (24, 1024, 16, 3554),
+    # layers, width, heads, mlp_width, remat
+    "step, default config": (4, 256, 4, 704, "matmuls"),
+    "step, dual_470m": (24, 1024, 16, 3554, "full"),
 }
 
 
-def step_config(layers: int, width: int, heads: int, mlp_width: int) -> ConfigDict:
+def step_config(layers: int, width: int, heads: int, mlp_width: int, remat: str = "matmuls") -> ConfigDict:
     """The default config, all three objectives on, at those sizes."""
     config = default_config()
     model = config.model
     model.layers, model.width, model.heads, model.mlp_width = layers, width, heads, mlp_width
+    model.remat = remat
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
     return config
 
@@ -80,20 +82,34 @@ def textbook_loss(features_BxLxD, kernel_DxV, bias_V, targets_BxL, weights_BxL, 
     return jnp.sum(weights_BxL * nll_BxL + z_weights_BxL * normaliser_BxL**2), nll_BxL
 
 
-def memory(sizes: tuple[int, int, int, int]) -> dict:
-    """GiB of temporary memory of the step, as it is and with all logits held."""
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program holds at its peak, apart from what it is given and returns."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def step_memory(sizes: tuple) -> tuple[int, int]:
+    """Temporary bytes of the step, as it is and with all logits held."""
     config = step_config(*sizes)
-    config.row_tokens, config.batch_rows, config.model.vocabulary = 2048, _ROWS.value, 51_200
-    ours = compiled_step(config).memory_analysis().temp_size_in_bytes
+    config.row_tokens, config.batch_rows, config.model.vocabulary = ROW_TOKENS, _ROWS.value, VOCABULARY
+    ours = temporary_bytes(compiled_step(config))
     with mock.patch.object(objectives.loss, "cross_entropy", textbook_loss):
-        whole = compiled_step(config).memory_analysis().temp_size_in_bytes
-    logits = config.batch_rows * config.row_tokens * config.model.vocabulary * 4
-    return {
-        "temporary_gib": ours / 2**30,
-        "whole_logits_gib": whole / 2**30,
-        "logits_gib": logits / 2**30,
-        "ratio": ours / whole,
-    }
+        return ours, temporary_bytes(compiled_step(config))
+
+
+def loss_memory() -> tuple[int, int]:
+    """Temporary bytes of the loss and its gradients alone, at the default config's width and chunk."""
+    config = default_config()
+    width, chunk = config.model.width, config.loss.chunk
+    rows_BxL = (_ROWS.value, ROW_TOKENS)
+    shapes = [(*rows_BxL, width), (width, VOCABULARY), (VOCABULARY,), rows_BxL, rows_BxL, rows_BxL]
+    types = [jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
+
+    def size(loss) -> int:
+        gradients = jax.grad(lambda *arrays: loss(*arrays, chunk)[0], argnums=(0, 1, 2))
+        return temporary_bytes(jax.jit(gradients).lower(*arrays).compile())
+
+    return size(cross_entropy), size(textbook_loss)
 
 
 def main(_: Sequence[str]) -> None:
@@ -109,19 +125,18 @@ def main(_: Sequence[str]) -> None:
         f"compile: {SHALLOW} layers {compiling['shallow_seconds']:.2f} s, {DEEP} layers "
         f"{compiling['deep_seconds']:.2f} s, ratio {compiling['ratio']:.2f}; load {os.getloadavg()[0]:.1f}"
     )
-    memories = {name: memory(sizes) for name, sizes in MODELS.items()}
+    bytes_ = {"loss alone, width 256": loss_memory()}
+    bytes_ |= {name: step_memory(sizes) for name, sizes in MODELS.items()}
+    memories = {
+        name: {"temporary_gib": ours / 2**30, "whole_logits_gib": whole / 2**30, "ratio": ours / whole}
+        for name, (ours, whole) in bytes_.items()
+    }
     rows = [
-        [
-            name,
-            f"{r['temporary_gib']:.2f}",
-            f"{r['whole_logits_gib']:.2f}",
-            f"{r['logits_gib']:.2f}",
-            f"{r['ratio']:.2f}",
-        ]
+        [name, f"{r['temporary_gib']:.2f}", f"{r['whole_logits_gib']:.2f}", f"{r['ratio']:.2f}"]
         for name, r in memories.items()
     ]
-    say(f"temporary memory, GiB, {_ROWS.value} rows of 2,048 tokens, 51,200 ids:")
-    say(table(["model", "step", "with whole logits", "one array of logits", "ratio"], rows))
+    say(f"temporary memory, GiB, {_ROWS.value} rows of {ROW_TOKENS:,} tokens, {VOCABULARY:,} ids:")
+    say(table(["", "dualsm", "with whole logits", "ratio"], rows))
     if _OUTPUT.value:
         content = {"compile": compiling, "rows": _ROWS.value, "memory": memories}
         Path(_OUTPUT.value).write_text(json.dumps(content, indent=1) + "\n")

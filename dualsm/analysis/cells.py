@@ -18,7 +18,7 @@ FINAL_SHARE = 1 / 20  # of the run at its end; the mean over it is the final tra
 
 Row = dict[str, Any]
 # What a file that was cut off, edited or made by something else raises while it is read.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UserError)
 
 
 def collect(folder: str | Path) -> list[Row]:

@@ -164,6 +164,8 @@ class _Job:
         """What the log says last; a run that gave up on its numbers says that it diverged."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         reason = lines[-1][-500:] if lines else f"exit status {self.process.returncode}"
+        _, error, line = reason.rpartition("error: ")  # which a progress bar may precede in its line
+        reason = error + line
         return {"status": "diverged" if "error: diverged" in reason else "failed", "reason": reason}
 
 

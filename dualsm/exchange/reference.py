@@ -103,6 +103,8 @@ def model_settings(params: dict, told: Mapping[str, float]) -> dict[str, int | f
             )
     settings = {key: told[name] for key, name in SETTINGS.items() if name in told}
     if "heads" in settings:
+        if settings["heads"] not in range(1, width + 1):
+            raise UserError(f"{SETTINGS['heads']}={settings['heads']:g} is no number of heads")
         settings["heads"] = int(settings["heads"])
     return settings | shown | {"head": "projected"}
 

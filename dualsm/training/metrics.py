@@ -9,6 +9,7 @@ import time
 import ml_collections
 from etils import epath
 
+from dualsm.errors import UserError
 from dualsm.progress import warn
 from dualsm.training import boards
 
@@ -16,12 +17,23 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict]:
-    """The log lines of a run, in order; [] when there are none. A torn last line is left out."""
+    """The log lines of a run, in order; [] when there are none. A torn last line is left out.
+
+    Raises:
+      UserError: for a line before it that is damaged.
+    """
     path = epath.Path(workdir) / METRICS
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines, records = path.read_bytes().split(b"\n")[:-1], []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}, is damaged: {error}") from error
+        if not isinstance(records[-1], dict) or type(records[-1].get("step")) is not int:
+            raise UserError(f"{path}, line {number}, is damaged: it is no object with a step")
+    return records
 
 
 class MetricsWriter:

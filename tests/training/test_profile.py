@@ -9,6 +9,12 @@ from dualsm.training.metrics import read_metrics
 from dualsm.training.profile import Window, parse_window, profiled
 
 
+@pytest.fixture
+def config(micro):
+    micro.mesh.data = -1  # all of the tests' devices
+    return micro
+
+
 def traced(workdir) -> tuple[set[int], int]:
     """The steps that a trace names, and how often the step's program began in it."""
     (path,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")
@@ -29,24 +35,24 @@ def run(config, workdir, window: Window | None, stop=lambda step: False) -> list
     return [line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line]
 
 
-def test_the_trace_names_its_steps_and_the_losses_stay(micro, tmp_path, capsys):
-    losses = run(micro, tmp_path / "profiled", Window(4, 6))
+def test_the_trace_names_its_steps_and_the_losses_stay(config, tmp_path, capsys):
+    losses = run(config, tmp_path / "profiled", Window(4, 6))
     steps, programs = traced(tmp_path / "profiled")
     assert {4, 5, 6} <= steps <= {4, 5, 6, 7}, steps
     assert programs >= 3
     assert "profile of steps 4 to 6" in capsys.readouterr().out
-    assert losses == run(micro, tmp_path / "plain", None)
+    assert losses == run(config, tmp_path / "plain", None)
     assert not (tmp_path / "plain" / "profile").exists()
 
 
-def test_a_window_is_closed_by_the_end_of_the_run_and_joined_on_resume(micro, tmp_path):
-    run(micro, tmp_path, None, lambda step: step == 8)
-    run(micro, tmp_path, Window(5, 99))
+def test_a_window_is_closed_by_the_end_of_the_run_and_joined_on_resume(config, tmp_path):
+    run(config, tmp_path, None, lambda step: step == 8)
+    run(config, tmp_path, Window(5, 99))
     assert traced(tmp_path)[0] == {10, 11, 12}  # the first step after a start compiles
 
 
-def test_a_window_that_is_missed_is_told(micro, tmp_path, capsys):
-    run(micro, tmp_path, Window(50, 60))
+def test_a_window_that_is_missed_is_told(config, tmp_path, capsys):
+    run(config, tmp_path, Window(50, 60))
     assert "did not come by these steps" in capsys.readouterr().err
     assert not (tmp_path / "profile").exists()
 
