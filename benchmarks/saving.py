@@ -31,8 +31,8 @@ from dualsm.training.checkpoint import Checkpoints
 from dualsm.training.program import make_program
 from dualsm.training.step import Batch
 
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "over which the medians are taken", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 12, "after a save; they must last longer than its writing")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "over which the medians are taken", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 10, "after a save; they must last longer than its writing")
 _WORKDIR = flags.DEFINE_string("workdir", "", "folder on the disk to write to; empty: the temporary one")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
 
@@ -41,7 +41,7 @@ def saved_config() -> ConfigDict:
     """A model of seven million parameters, whose state with AdamW takes some 80 MB."""
     config = default_config()
     config.model.layers, config.model.vocabulary, config.optimizer.name = 6, 4096, "adamw"
-    config.batch_rows, config.row_tokens = 8, 128
+    config.batch_rows, config.row_tokens = 2, 128
     return config
 
 

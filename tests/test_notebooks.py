@@ -26,7 +26,7 @@ def settings(jsonl, documents, tmp_path_factory) -> dict[str, str]:
     return {
         "01_train": common("a") + "STEPS = 8\nMIXTURE = {'causal': 0.5, 'masked_diffusion': 0.5}\n",
         "02_objectives": "TEXTS = ['a b c a b c', 'b a']\n",
-        "03_repetition": common("b") + "REPETITIONS, ALPHAS, STEPS = '1,8', '0,1/2,1', 8\n",
+        "03_repetition": common("b") + "REPETITIONS, ALPHAS, STEPS = '1,8', '0,1', 8\n",
     }
 
 

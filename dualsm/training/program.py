@@ -72,13 +72,18 @@ def batch_shapes(config: ml_collections.ConfigDict, mesh: Mesh) -> Batch:
 def attended_share(config: ml_collections.ConfigDict, special: SpecialIds) -> float:
     """Share of the attention scores that a row needs on average, from the objectives' key ranges."""
     names = trained_objectives(config)
-    row = single_row(jnp.full(config.row_tokens + 1, RESERVED_IDS), jnp.zeros(config.row_tokens + 1))
+
+    @jax.jit  # op by op it would be a hundred small programs to compile at each start
+    def seen_J(keys: jax.Array) -> jax.Array:
+        row = single_row(jnp.full(config.row_tokens + 1, RESERVED_IDS), jnp.zeros(config.row_tokens + 1))
+        seen = []
+        for objective in mixture.bind(names, config.objectives, special):
+            example = jax.vmap(objective, in_axes=(None, 0))(row, keys)
+            seen.append((example.key_end_L - example.key_start_L).mean() / config.row_tokens)
+        return jnp.stack(seen)
+
     keys = jax.random.split(jax.random.key(0), 16)
-    seen_J = []
-    for objective in mixture.bind(names, config.objectives, special):
-        example = jax.vmap(objective, in_axes=(None, 0))(row, keys)
-        seen_J.append(float((example.key_end_L - example.key_start_L).mean() / config.row_tokens))
-    return float(step_shares(config, names).mean(0) @ seen_J)
+    return float(step_shares(config, names).mean(0) @ jax.device_get(seen_J(keys)))
 
 
 def activation_bytes(config: ml_collections.ConfigDict, special: SpecialIds, rows: int) -> int:

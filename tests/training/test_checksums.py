@@ -103,3 +103,27 @@ def test_weights_that_are_not_the_saved_ones_are_refused(saved, monkeypatch):
     with pytest.raises(UserError, match=r"checkpoints/2 is damaged .*params/kernel"):
         restore_parts(workdir, {"params": shapes["params"]})
     assert restore_parts(workdir, {"params": shapes["params"]}, step=1)[0] == 1
+
+
+def test_a_missing_or_shortened_file_is_damage(saved):
+    """Each file of a checkpoint, gone or cut in half: refused, or it made no difference."""
+    workdir, config, shapes = saved
+    refused = set()
+    for path in [p for p in (workdir / "checkpoints" / "1").rglob("*") if p.is_file() and p.stat().st_size]:
+        whole = path.read_bytes()
+        for content in (None, whole[: len(whole) // 2]):
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+            checkpoints = Checkpoints(workdir, config)
+            try:
+                restored = checkpoints.restore(shapes)
+                if restored is not None:  # without its mark of completion it is no checkpoint
+                    jax.tree.map(np.testing.assert_array_equal, restored, tree())
+            except UserError as error:
+                assert "can be read" in str(error)
+                refused.add(path.name)
+            finally:
+                checkpoints.close()
+                path.write_bytes(whole)
+    assert {"_METADATA", "_CHECKPOINT_METADATA"} <= refused

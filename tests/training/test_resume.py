@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -101,26 +100,6 @@ def test_an_uninterrupted_run_leaves_what_it_should(uninterrupted):
     assert records[-1]["train/loss"] < records[1]["train/loss"]
     expected = {"perf/tokens_per_second", "perf/mfu", "perf/data_wait_fraction", "perf/checkpoint_seconds"}
     assert expected <= set(records[1])
-
-
-def test_a_killed_run_goes_on_as_if_it_had_not_been(recipe, uninterrupted, tmp_path):
-    """SIGKILL at random moments of training, until the run is through."""
-    workdir, rng, kills = tmp_path / "run", random.Random(0), 0
-    while kills < 4:
-        process = start(recipe, workdir)
-        # From the start of training on, where the moments matter; start-up is the reliability tests' part.
-        lines = len(read_metrics(workdir)) if workdir.exists() else 0
-        while process.poll() is None and (not workdir.exists() or len(read_metrics(workdir)) <= lines):
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.15))
-        if process.poll() is not None:
-            break
-        process.kill()
-        process.communicate()
-        kills += 1
-    finish(start(recipe, workdir))
-    assert kills >= 2
-    assert_same_run(workdir, uninterrupted)
 
 
 def test_sigterm_saves_and_says_how_to_resume(recipe, uninterrupted, tmp_path):
