@@ -42,6 +42,7 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 save_decision_policy=policies.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # damaged metadata is met at restore, where it is passed over
             ),
         )
 
@@ -205,7 +206,8 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
     folder = _folder(workdir)
     if not folder.is_dir():
         raise UserError(f"no run at {workdir}: {folder} is missing")
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
+    with ocp.CheckpointManager(folder, options=options) as manager:
         steps = manager.all_steps()
         if not steps or (step is not None and step not in steps):
             raise UserError(f"{folder} has no checkpoint{f' of step {step}' if step else ''}")
