@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from dualsm import cli, sharding
 from dualsm import config as configs
 from dualsm.aot.hlo import analyse
-from dualsm.aot.report import absent_devices, as_text, compile_step, gib, make_report
+from dualsm.aot.report import absent_devices, as_text, compile_step, gib, make_report, walked_share
 from dualsm.aot.roofline import CHIPS
 from dualsm.errors import UserError
 from dualsm.objectives.example import SpecialIds
@@ -46,9 +46,8 @@ def main(_: Sequence[str]) -> None:
     text = compiled.as_text()
     if _HLO.value:
         epath.Path(_HLO.value).write_text(text)
-    report = make_report(
-        config, _TOPOLOGY.value, mesh, program, compiled.memory_analysis(), analyse(text, mesh.size)
-    )
+    work = analyse(text, mesh.size, walked_share(config))
+    report = make_report(config, _TOPOLOGY.value, mesh, program, compiled.memory_analysis(), work)
     say(as_text(report))
     if _OUTPUT.value:
         epath.Path(_OUTPUT.value).write_text(json.dumps(report, indent=1) + "\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
@@ -105,6 +105,34 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def platform() -> str:
+    """Of the devices that what is traced now is meant for: those of `jax.set_mesh`, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def parts(logical: str) -> int:
+    """Into how many parts a logical axis is divided under `jax.set_mesh`; 1 outside of a mesh."""
+    sizes, axes = jax.sharding.get_abstract_mesh().shape, RULES[logical]
+    return math.prod(sizes.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes))
+
+
+def by_device(
+    function: Callable, inputs: Sequence[Sequence[str | None]], output: Sequence[str | None]
+) -> Callable:
+    """`function`, which GSPMD cannot divide, as one call a device, each on its own part of the arrays.
+
+    Args:
+      function: of arrays.
+      inputs: logical axes of each of its arguments.
+      output: logical axes of its result.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    specs = tuple(spec(*logical) for logical in inputs)
+    return jax.shard_map(function, in_specs=specs, out_specs=spec(*output), check_vma=False)
 
 
 def process_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:

@@ -16,6 +16,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")  # the kernels of dualsm/model/splash.py, by name
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _MOVES_NOTHING = (
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call", "conditional",
@@ -53,8 +55,8 @@ class Work(NamedTuple):
 
     Attributes:
       flops: of matrix products, two a multiply-add.
-      hbm_bytes: read and written in main memory, estimated: every fusion reads its operands and writes its
-        results once.
+      hbm_bytes: read and written in main memory, estimated: every fusion and kernel reads its operands and
+        writes its results once.
       collective_bytes: kind -> bytes a device sends on a ring: n-1 of n parts for all-gather, reduce-scatter
         and all-to-all, twice that for all-reduce, all for collective-permute.
       collective_count: kind -> how often.
@@ -66,12 +68,13 @@ class Work(NamedTuple):
     collective_count: dict[str, float]
 
 
-def analyse(text: str, devices: int) -> Work:
+def analyse(text: str, devices: int, walked: float = 1.0) -> Work:
     """The work of a compiled program.
 
     Args:
       text: of the optimised module, from `compiled.as_text()`.
       devices: in the whole mesh; the size of groups that the text leaves out.
+      walked: share of the blocks of scores that attention kernels do not skip, which the text cannot tell.
     """
     computations, entry = _parse(text)
     times, fused = _times(computations, entry)
@@ -84,6 +87,8 @@ def analyse(text: str, devices: int) -> Work:
         for i in instructions:
             if i.op in ("convolution", "dot"):
                 flops += times[name] * _product_flops(i, types)
+            if kernel := _SPLASH.match(i.name):
+                flops += times[name] * walked * _kernel_flops(i, types, _SPLASH_PRODUCTS[kernel[1]])
             kind = i.op.removesuffix("-start")
             if kind in COLLECTIVES:
                 # A collective that overlaps with others' work appears once in each, on the same channel.
@@ -212,6 +217,17 @@ def _product_flops(i: Instruction, types: dict[str, str]) -> float:
     return flops
 
 
+def _kernel_flops(i: Instruction, types: dict[str, str], products: int) -> float:
+    """Operations of a splash kernel that skips no block.
+
+    Its first operand has an entry a block of scores and head, as many along one axis as q has blocks; the
+    third is q, [H, T, K].
+    """
+    ((blocks, _, _),), ((q, _, _),) = (_arrays(types[i.operands[place]]) for place in (0, 2))
+    heads, length, width = q
+    return products * 2 * heads * width * math.prod(blocks) * (length // max(blocks)) ** 2
+
+
 def _overlaps(left: int, right: int, result: int, window: dict[str, str], d: int) -> int:
     """In how many (result, kernel) places along a spatial dimension the kernel meets an element."""
 
@@ -250,6 +266,8 @@ def _sent(i: Instruction, types: dict[str, str], devices: int) -> float:
 
 def _traffic(i: Instruction, types: dict[str, str], computations: dict) -> float:
     """Bytes that an instruction reads from and writes to main memory."""
+    if i.op == "custom-call" and "tpu_custom_call" not in i.rest:  # hints to the compiler
+        return 0.0
     if i.op.endswith("-start"):  # copies between memories
         return min((size for _, size, _ in _arrays(i.type) if size > 64), default=0)
     if i.op in ("dynamic-slice", "slice", "gather"):

@@ -15,6 +15,7 @@ from dualsm.aot.hlo import Work
 from dualsm.aot.roofline import CHIPS, estimate
 from dualsm.errors import UserError
 from dualsm.model.flops import train_flops
+from dualsm.model.splash import BLOCKS, block_size
 from dualsm.objectives.example import SpecialIds
 from dualsm.progress import table
 from dualsm.training.program import Program, activation_bytes, attended_share, batch_shapes
@@ -61,6 +62,12 @@ def compile_step(config: ConfigDict, program: Program, mesh: jax.sharding.Mesh) 
             ) from error
 
 
+def walked_share(config: ConfigDict) -> float:
+    """Share of the blocks of scores that an attention kernel does not skip, in rows of one document."""
+    fits = config.row_tokens % BLOCKS[-1] == 0
+    return attended_share(config, SpecialIds(), block_size(config.row_tokens) if fits else 1)
+
+
 def make_report(
     config: ConfigDict, topology: str, mesh: jax.sharding.Mesh, program: Program, memory, work: Work
 ) -> dict:
@@ -85,7 +92,9 @@ def make_report(
         + memory.generated_code_size_in_bytes
     )
     rows = config.batch_rows // config.microbatches // sharding.batch_devices(mesh)
-    activations = activation_bytes(config, special, rows)
+    one_device = jax.sharding.Mesh(mesh.devices.flat[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
+    with jax.set_mesh(one_device):
+        activations = activation_bytes(config, special, rows)
     state = program.abstract_state
     return {
         "topology": topology,

@@ -9,7 +9,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-BACKENDS = ("auto", "xla")
+from dualsm import sharding
+from dualsm.errors import UserError
+from dualsm.model.splash import BLOCKS, attend_splash
+
+BACKENDS = ("auto", "xla", "splash")
 
 
 def attend(
@@ -24,15 +28,38 @@ def attend(
 
     Args:
       q_BxLxHxK, k_BxLxHxK, v_BxLxHxK: queries, keys, values of H heads of width K.
-      key_start_BxL, key_end_BxL: int32; the keys each query sees, at least one.
-      backend: one of `BACKENDS`; "auto" picks the fastest that honours the ranges on this platform.
+      key_start_BxL, key_end_BxL: int32; the keys each query sees, at least one. The keys of a range have
+        its start as their own: documents do not overlap.
+      backend: one of `BACKENDS`; "xla" does all there is, "splash" TPUs; "auto" takes "splash" where it can.
 
     Returns:
       The attended values, shaped and typed as `q_BxLxHxK`.
+
+    Raises:
+      UserError: when the backend asked for cannot do it.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
-    return _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+    obstacle = _obstacle_to_splash(q_BxLxHxK.shape, k_BxLxHxK.shape)
+    if backend == "splash" and obstacle:
+        raise UserError(f"config.model.attention=splash {obstacle}; take auto or xla")
+    if backend == "xla" or obstacle:
+        return _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+    heads, ranges = ("batch", None, "heads", None), ("batch", None)
+    splash = sharding.by_device(attend_splash, (heads, heads, heads, ranges, ranges), heads)
+    return splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+
+
+def _obstacle_to_splash(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
+    rows, length, heads, _ = q_shape
+    if (platform := sharding.platform()) != "tpu":
+        return f"needs TPUs, not {platform}"
+    if length != k_shape[1] or length % BLOCKS[-1]:
+        return f"needs rows of a multiple of {BLOCKS[-1]} positions, not {length}"
+    for name, size in (("batch", rows), ("heads", heads)):
+        if size % (parts := sharding.parts(name)):
+            return f"needs {name} that {parts} devices can share, not {size}"
+    return None
 
 
 def range_mask(key_start_BxL: jax.Array, key_end_BxL: jax.Array, keys: int) -> jax.Array:

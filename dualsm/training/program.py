@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from dualsm import sharding
 from dualsm.data.tokenizer import RESERVED_IDS
 from dualsm.model import transformer
+from dualsm.model.splash import block_ranges
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds, single_row
 from dualsm.objectives.loss import example_loss
@@ -69,8 +70,11 @@ def batch_shapes(config: ml_collections.ConfigDict, mesh: Mesh) -> Batch:
     return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout) for shape in shapes))
 
 
-def attended_share(config: ml_collections.ConfigDict, special: SpecialIds) -> float:
-    """Share of the attention scores that a row needs on average, from the objectives' key ranges."""
+def attended_share(config: ml_collections.ConfigDict, special: SpecialIds, block: int = 1) -> float:
+    """Share of the attention scores that a row of one document needs on average, by its key ranges.
+
+    With `block` above 1: that a kernel computes which works in blocks of so many queries and keys.
+    """
     names = trained_objectives(config)
 
     @jax.jit  # op by op it would be a hundred small programs to compile at each start
@@ -79,7 +83,8 @@ def attended_share(config: ml_collections.ConfigDict, special: SpecialIds) -> fl
         seen = []
         for objective in mixture.bind(names, config.objectives, special):
             example = jax.vmap(objective, in_axes=(None, 0))(row, keys)
-            seen.append((example.key_end_L - example.key_start_L).mean() / config.row_tokens)
+            first, last = block_ranges(example.key_start_L, example.key_end_L, block)
+            seen.append((last + 1 - first).mean() * block / config.row_tokens)
         return jnp.stack(seen)
 
     keys = jax.random.split(jax.random.key(0), 16)
