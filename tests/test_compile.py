@@ -104,6 +104,28 @@ def test_a_tpu_program():
     }
 
 
+# 2 heads of width 64 on 8 blocks of 512 queries, each against 4 blocks of keys.
+KERNEL = """
+ENTRY %main (p: s32[1,8,4]) -> bf16[2,4096,64] {
+  %next = s32[1,8,4]{2,1,0} parameter(0)
+  %seen = s32[1,8,4]{2,1,0} parameter(1)
+  %q = bf16[2,4096,64]{2,1,0} parameter(2)
+  %k = bf16[2,4096,64]{2,1,0} parameter(3)
+  %buffer = bf16[2,4096,64]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %splash_mha_dq_segmented.1 = bf16[2,4096,64]{2,1,0} custom-call(%next, %seen, %q, %k), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+
+
+def test_an_attention_kernel():
+    """Scores, their gradient and the queries' gradient are a product each; hints to the compiler cost nothing."""
+    whole = 3 * 2 * 2 * 64 * (8 * 4) * 512**2
+    assert analyse(KERNEL, devices=1).flops == whole
+    half = analyse(KERNEL, devices=1, walked=0.5)
+    assert half.flops == whole / 2
+    assert half.hbm_bytes == 3 * 2 * 4096 * 64 * 2 + 2 * 8 * 4 * 4
+
+
 def test_collectives_of_a_sharded_product():
     mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("a"))
@@ -128,6 +150,8 @@ def test_attended_share():
     assert attended_share(config, SpecialIds()) == pytest.approx(33 / 64)
     config.mixture.update({"causal": 0.5, "masked_diffusion": 0.5})
     assert attended_share(config, SpecialIds()) == pytest.approx(33 / 128 + 0.5)
+    # In blocks of a quarter of the row: 1, 2, 3 and 4 of 4 for causal rows.
+    assert attended_share(config, SpecialIds(), config.row_tokens // 4) == pytest.approx(10 / 32 + 0.5)
 
 
 def test_full_remat_keeps_one_input_a_layer():
@@ -248,6 +272,21 @@ def test_the_command_compiles_for_an_absent_slice(recipe, tmp_path):
     assert report["memory"]["parameters"] < report["parameters"] * 4 / 3
     assert report["collectives"]
     assert report["flops"]["compiled"] * 4 > report["flops"]["model_all_devices"]
+
+
+@needs_libtpu
+def test_attention_scores_stay_out_of_main_memory(recipe, tmp_path):
+    def has_scores(backend: str) -> bool:
+        program = tmp_path / backend
+        done = run_command(
+            "dualsm.compile", f"--config={recipe}", "--topology=v5e:2x2", "--config.row_tokens=640",
+            f"--config.model.attention={backend}", f"--hlo={program}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return "640,640]" in program.read_text()
+
+    assert has_scores("xla")
+    assert not has_scores("splash")
 
 
 @needs_libtpu

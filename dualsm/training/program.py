@@ -27,6 +27,11 @@ from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, TrainState, init_state, make_train_step
 
 
+# By platform. Left alone, the TPU's compiler sends parts of a weight round a ring while it multiplies with
+# them, and adds up thin products in main memory: nearly twice the traffic, see docs/scaling.md.
+COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
+
+
 class Program(NamedTuple):
     """What a run compiles.
 
@@ -55,10 +60,16 @@ def make_program(config: ml_collections.ConfigDict, special: SpecialIds, mesh: M
     shapes = jax.eval_shape(init)
     layout = sharding.tree_shardings(mesh, shapes)
     step = make_train_step(config, names, special, optimizer)
+    options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
     return Program(
         abstract_state=abstract(shapes, layout),
         init=jax.jit(init, out_shardings=layout),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh))),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(layout, sharding.replicated(mesh)),
+            compiler_options=options,
+        ),
     )
 
 

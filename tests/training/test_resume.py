@@ -102,13 +102,19 @@ def test_an_uninterrupted_run_leaves_what_it_should(uninterrupted):
     assert expected <= set(records[1])
 
 
-def test_sigterm_saves_and_says_how_to_resume(recipe, uninterrupted, tmp_path):
-    workdir = tmp_path / "run"
-    process = start(recipe, workdir)
-    while not workdir.exists() or len(read_metrics(workdir)) < 2:
+def interrupted(recipe, workdir, lines: int, *flags: str, **options) -> subprocess.Popen:
+    """A run that was sent SIGTERM after so many lines of metrics."""
+    process = start(recipe, workdir, *flags, **options)
+    while not workdir.exists() or len(read_metrics(workdir)) < lines:
         time.sleep(0.002)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
+    return process
+
+
+def test_sigterm_saves_and_says_how_to_resume(recipe, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    process = interrupted(recipe, workdir, 2)
     output = finish(process)
     assert "SIGTERM" in output
     assert f"--workdir={workdir}" in output
@@ -152,11 +158,7 @@ def test_eight_devices_train_to_the_same_losses(recipe, uninterrupted, tmp_path,
 def test_resuming_on_another_mesh_and_accumulation(recipe, uninterrupted, tmp_path):
     """Stop on 8 devices, go on with one and in two microbatches."""
     workdir = tmp_path / "run"
-    process = start(recipe, workdir, "--config.mesh.data=2", "--config.mesh.fsdp=4", devices=8)
-    while not workdir.exists() or len(read_metrics(workdir)) < 3:
-        time.sleep(0.002)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    process = interrupted(recipe, workdir, 3, "--config.mesh.data=2", "--config.mesh.fsdp=4", devices=8)
     finish(process)
     finish(start(recipe, workdir, "--config.mesh.data=1", "--config.microbatches=2"))
     for a, b in zip(read_metrics(workdir), read_metrics(uninterrupted), strict=True):
@@ -183,11 +185,7 @@ def test_a_torn_last_line_is_not_read(tmp_path):
 
 def test_a_second_signal_ends_the_run_at_once(recipe, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
-    process = start(recipe, workdir)
-    while not workdir.exists() or len(read_metrics(workdir)) < 4:
-        time.sleep(0.002)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    process = interrupted(recipe, workdir, 4)
     while "again: quit at once" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
