@@ -54,7 +54,11 @@ def attend_splash(
         dq_mask_info=mask(axis=2),
         dkv_mask_info=mask(axis=1),
         block_sizes=kernel.BlockSizes(
-            block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
+            block_q=size,
+            block_kv=size,
+            block_q_dkv=size,
+            block_kv_dkv=size,
+            block_q_dq=size,
             block_kv_dq=size,
         ),  # fmt: skip
         is_mqa=False,

@@ -26,7 +26,6 @@ from dualsm.training.optimizer import make_optimizer
 from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, TrainState, init_state, make_train_step
 
-
 # By platform. Left alone, the TPU's compiler sends parts of a weight round a ring while it multiplies with
 # them, and adds up thin products in main memory: nearly twice the traffic, see docs/scaling.md.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
