@@ -3,15 +3,16 @@
     python -m dualsm.train --config=configs/dual_470m.py:alpha=0.75,repetitions=32 --workdir=runs/dual \\
         --config.data.path=corpora/hplt
 
-`alpha` is the share of causal rows, `repetitions` is R. The released models were trained with the causal
-loss counted twice; add --config.objectives.causal.weight=2.0 to reproduce them.
+`alpha` is the share of causal rows, `repetitions` is R. The paper has 16 heads of width 64, half of a TPU's
+matrix unit; `heads=8` makes them 128 wide with as many parameters. The released models were trained with the
+causal loss counted twice; add --config.objectives.causal.weight=2.0 to reproduce them.
 """
 
 from dualsm.config import default_config, parse_arg, set_alpha
 
 
 def get_config(arg: str = ""):
-    args = parse_arg(arg, alpha=float, repetitions=int)
+    args = parse_arg(arg, alpha=float, repetitions=int, heads=int)
     config = default_config()
     config.steps = 8192
     config.batch_rows = 2048
@@ -22,7 +23,7 @@ def get_config(arg: str = ""):
 
     config.model.layers = 24
     config.model.width = 1024
-    config.model.heads = 16
+    config.model.heads = args.get("heads", 16)
     config.model.mlp_width = 3554
     config.model.vocabulary = 51_200
     config.model.rope_theta = 160_000.0

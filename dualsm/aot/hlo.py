@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
+MATRIX_UNIT = 128  # rows and columns of a TPU's, up to v5
+
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
@@ -54,7 +56,7 @@ class Work(NamedTuple):
     """What one device does in one run of a program.
 
     Attributes:
-      flops: of matrix products, two a multiply-add.
+      flops: of matrix products, two a multiply-add; those of kernels with what narrow heads waste.
       hbm_bytes: read and written in main memory, estimated: every fusion and kernel reads its operands and
         writes its results once.
       collective_bytes: kind -> bytes a device sends on a ring: n-1 of n parts for all-gather, reduce-scatter
@@ -221,10 +223,11 @@ def _kernel_flops(i: Instruction, types: dict[str, str], products: int) -> float
     """Operations of a splash kernel that skips no block.
 
     Its first operand has an entry a block of scores and head, as many along one axis as q has blocks; the
-    third is q, [H, T, K].
+    third is q, [H, T, K]. Heads narrower than the matrix unit take as long as if they were as wide.
     """
     ((blocks, _, _),), ((q, _, _),) = (_arrays(types[i.operands[place]]) for place in (0, 2))
     heads, length, width = q
+    width = -(-width // MATRIX_UNIT) * MATRIX_UNIT
     return products * 2 * heads * width * math.prod(blocks) * (length // max(blocks)) ** 2
 
 
