@@ -63,10 +63,14 @@ def main(_: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     run_missing(sweep, _JOBS.value)
 
-    from dualsm.analysis import report
+    from dualsm.analysis.cells import collect
+    from dualsm.analysis.reporting import plotted_measures, report
+    from dualsm.analysis.summary import summary
 
     for path in report(sweep.folder):
         say(f"written: {path}")
+    rows = collect(sweep.folder)
+    say(summary(rows, plotted_measures(rows)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the table and the plots of a sweep into its folder.
+"""Writes the table and the plots of a sweep into its folder, and prints its measures by alpha and R.
 
 python -m dualsm.analysis --sweep=runs/sweep
 """
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from dualsm import cli
-from dualsm.analysis.reporting import report
+from dualsm.analysis.cells import collect
+from dualsm.analysis.reporting import plotted_measures, report
+from dualsm.analysis.summary import summary
 
 _SWEEP = flags.DEFINE_string("sweep", None, "folder of the sweep; it need not be finished")
 flags.mark_flags_as_required(["sweep"])
@@ -19,6 +21,8 @@ flags.mark_flags_as_required(["sweep"])
 def main(_: Sequence[str]) -> None:
     for path in report(_SWEEP.value):
         print(path)
+    rows = collect(_SWEEP.value)
+    print(summary(rows, plotted_measures(rows)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dualsm.analysis.advice import fit_to_cells
 from dualsm.analysis.cells import CELLS, Row, collect, curve
 from dualsm.analysis.errors import TooFewCells
 from dualsm.analysis.scales import alpha_from_scale, alpha_scale, repetition_scale
+from dualsm.analysis.summary import by_mixture
 from dualsm.analysis.surface import CREDIBLE, Surface
 from dualsm.analysis.table import TABLE, comparable, drawable, lower_is_better, measures, write_table
 from dualsm.progress import say
@@ -159,14 +160,14 @@ def _gaps(rows: Sequence[Row], objective: str) -> dict[tuple[float, float], floa
     """(R, alpha) -> the mean gap over seeds."""
     held_out, training = f"valid/{objective}/loss", f"train/{objective}/loss"
     try:
-        cells = comparable(rows, held_out)
+        groups = by_mixture(rows, held_out)
     except TooFewCells:
         return {}
-    gaps = defaultdict(list)
-    for cell in cells:
-        if cell.get(training) is not None:
-            gaps[cell["repetitions"], cell["alpha"]].append(cell[held_out] - cell[training])
-    return {place: float(np.mean(values)) for place, values in gaps.items()}
+    gaps = {
+        place: [cell[held_out] - cell[training] for cell in group if cell.get(training) is not None]
+        for place, group in groups.items()
+    }
+    return {place: float(np.mean(values)) for place, values in gaps.items() if values}
 
 
 def _repetition_grid(surface: Surface) -> np.ndarray:

@@ -71,7 +71,9 @@ def test_command(tmp_path):
     assert process.returncode == 0, process.stderr
     written = [line for line in process.stdout.splitlines() if not line.startswith("no ")]
     names = ("table.csv", "loss_curves.png", "gap.png")
-    assert written == [str(tmp_path / "sweep" / name) for name in names]
+    assert written[:3] == [str(tmp_path / "sweep" / name) for name in names]
+    assert written[3].startswith("valid/causal/loss")
+    assert written[4].split() == ["alpha", "R", "1"]
     process = run_command("dualsm.analysis", f"--sweep={tmp_path}")
     assert process.returncode == 2
     assert process.stderr.startswith("error: no sweep at")
