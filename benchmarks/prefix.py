@@ -11,7 +11,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from dualsm import cli
@@ -67,9 +66,9 @@ def main(_: Sequence[str]) -> None:
         raise UserError(f"--workdir={','.join(_WORKDIR.value)} matches nothing")
     results = {workdir: measure(workdir, _PIECES.value) for workdir in workdirs}
     rows = [
-        [Path(name).name, *(f"{r[mode]:.3f}" for mode in ("causal", "prefix")), f"{r['gain']:.4f} ± {r['stderr']:.4f}"]
+        [Path(name).name, f"{r['causal']:.3f}", f"{r['prefix']:.3f}", f"{r['gain']:.4f} ± {r['stderr']:.4f}"]
         for name, r in results.items()
-    ]  # fmt: skip
+    ]
     say(table(["nats a token", "causal", "prefix", "gain"], rows))
     if _OUTPUT.value:
         Path(_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
