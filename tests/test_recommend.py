@@ -108,7 +108,13 @@ def test_by_the_shipped_table_where_there_is_one(monkeypatch, sweep, tmp_path):
     monkeypatch.setattr(answer, "SHIPPED", shipped)
     advice = answer.advise(64)
     assert advice == answer.advise(64, sweep)
-    assert "the table that comes with dualsm" in answer.describe(advice, 1, 64, "")
+    text = answer.describe(advice, 1, 64, "")
+    assert "the table that comes with dualsm" in text
+    assert "from 470M parameters, say: causal 1/4" in text
+    monkeypatch.setattr(answer, "find_spec", lambda name: None)  # no scikit-learn
+    advice = answer.advise(64)
+    assert (advice.source, advice.alpha) == ("rules", 1 / 4)
+    assert "pip install 'dualsm[analysis]'" in answer.describe(advice, 1, 64, "")
 
 
 def test_enough_text_does_not_repeat(table, tmp_path):

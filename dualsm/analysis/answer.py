@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 from dualsm.analysis import rules
@@ -20,9 +21,12 @@ from dualsm.analysis.surface import CREDIBLE, Estimate
 from dualsm.analysis.table import load
 from dualsm.errors import UserError
 
+_OWN_TABLE = "pip install 'dualsm[analysis]'"
+
 
 def advise(repetitions: float, sweep: str | Path | None = None, metric: str | None = None) -> Advice:
-    """The advice by one's own sweep, else by the shipped table, else by the paper's rules.
+    """The advice by one's own sweep, else by the shipped table if scikit-learn is there, else by the paper's
+    rules.
 
     Args:
       repetitions: R.
@@ -32,11 +36,11 @@ def advise(repetitions: float, sweep: str | Path | None = None, metric: str | No
     Raises:
       UserError: when the table cannot answer.
     """
-    source = sweep or (SHIPPED if SHIPPED.exists() else None)
+    source = sweep or (SHIPPED if SHIPPED.exists() and find_spec("sklearn") else None)
     if source is not None:
         return advise_by_table(load(source), metric or DEFAULT_METRIC, repetitions)
     if metric:
-        raise UserError(f"--metric={metric} needs a table, and none comes with dualsm: give --sweep=FOLDER")
+        raise UserError(f"--metric={metric} needs a table: give --sweep=FOLDER, or {_OWN_TABLE}")
     return advise_by_rules(repetitions)
 
 
@@ -63,10 +67,15 @@ def describe(advice: Advice, unique: float, budget: float, sweep: str) -> str:
 
 def _by_rules() -> list[str]:
     rows = "; ".join(f"{row.repetitions}: {fraction(row.alpha)}" for row in rules.ROWS)
-    return [
+    lines = [
         f"by: the rules of {rules.SOURCE}, for zero-shot scores of models with 470M parameters",
         f"    best shares found there by repetitions: {rows}",
     ]
+    return (
+        lines
+        if find_spec("sklearn")
+        else [*lines, f"    to ask the table that comes with dualsm, {_OWN_TABLE}"]
+    )
 
 
 def _by_surface(advice: Advice, sweep: str) -> list[str]:
@@ -86,6 +95,8 @@ def _by_surface(advice: Advice, sweep: str) -> list[str]:
     ):
         if gain is not None and gain.mean:
             lines.append(f"    better than {name} by {_pm(gain)}")
+    rule = fraction(rules.rule_alpha(found.repetitions))
+    lines.append(f"the rules of {rules.SOURCE}, from 470M parameters, say: causal {rule}")
     if found.few_cells:
         lines.append(f"warning: too few cells for a surface to be trusted ({found.few_cells})")
     return lines
