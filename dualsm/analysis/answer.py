@@ -71,11 +71,9 @@ def _by_rules() -> list[str]:
         f"by: the rules of {rules.SOURCE}, for zero-shot scores of models with 470M parameters",
         f"    best shares found there by repetitions: {rows}",
     ]
-    return (
-        lines
-        if find_spec("sklearn")
-        else [*lines, f"    to ask the table that comes with dualsm, {_OWN_TABLE}"]
-    )
+    if not find_spec("sklearn"):
+        lines.append(f"    to ask the table that comes with dualsm instead: {_OWN_TABLE}")
+    return lines
 
 
 def _by_surface(advice: Advice, sweep: str) -> list[str]:
