@@ -1,6 +1,7 @@
 """What the compiler takes for deep models, and what memory a step takes beside one that holds all logits.
 
     JAX_PLATFORMS=cpu python benchmarks/compiling.py
+    python benchmarks/compiling.py --topology=v5e:2x2    # memory on a TPU that is not there, with its kernels
 
 Compile times are of the whole training step, from tracing on, by turns and without any cache; the layers
 are under one scan, so that depth should cost nothing. Memory is XLA's own account of the compiled step
@@ -24,6 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dualsm import cli, objectives, sharding
+from dualsm.aot.report import absent_devices
 from dualsm.config import default_config
 from dualsm.model.loss import cross_entropy
 from dualsm.objectives.example import SpecialIds
@@ -32,6 +34,11 @@ from dualsm.training.program import batch_shapes, make_program
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "over which the median of the compile times is taken")
 _ROWS = flags.DEFINE_integer("rows", 8, "rows a step whose memory is looked at", lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "",
+    "slice of a chip that the steps whose memory is looked at are compiled for; empty: this machine",
+)
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
 
 SHALLOW, DEEP = 4, 24  # layers
@@ -53,9 +60,9 @@ def step_config(layers: int, width: int, heads: int, mlp_width: int, remat: str 
     return config
 
 
-def compiled_step(config: ConfigDict) -> jax.stages.Compiled:
-    """The training step of a config, compiled anew for one device."""
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+def compiled_step(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> jax.stages.Compiled:
+    """The training step of a config, compiled anew for the first of some devices, or of this machine's."""
+    mesh = sharding.make_mesh(config.mesh, (devices or jax.devices())[:1])
     with jax.set_mesh(mesh):
         program = make_program(config, SpecialIds(), mesh)
         return program.step.lower(program.abstract_state, batch_shapes(config, mesh)).compile()
@@ -87,13 +94,13 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def step_memory(sizes: tuple) -> tuple[int, int]:
+def step_memory(sizes: tuple, devices: Sequence[jax.Device] | None) -> tuple[int, int]:
     """Temporary bytes of the step, as it is and with all logits held."""
     config = step_config(*sizes)
     config.row_tokens, config.batch_rows, config.model.vocabulary = ROW_TOKENS, _ROWS.value, VOCABULARY
-    ours = temporary_bytes(compiled_step(config))
+    ours = temporary_bytes(compiled_step(config, devices))
     with mock.patch.object(objectives.loss, "cross_entropy", textbook_loss):
-        return ours, temporary_bytes(compiled_step(config))
+        return ours, temporary_bytes(compiled_step(config, devices))
 
 
 def loss_memory() -> tuple[int, int]:
@@ -112,21 +119,27 @@ def loss_memory() -> tuple[int, int]:
     return size(cross_entropy), size(textbook_loss)
 
 
-def main(_: Sequence[str]) -> None:
-    jax.config.update("jax_enable_compilation_cache", False)
+def compile_times() -> dict:
+    """Median seconds of a shallow and a deep model, and of their ratio."""
     compile_seconds(SHALLOW)
     pairs = [(compile_seconds(SHALLOW), compile_seconds(DEEP)) for _ in range(_ROUNDS.value)]
-    compiling = {
+    return {
         "shallow_seconds": statistics.median(shallow for shallow, _ in pairs),
         "deep_seconds": statistics.median(deep for _, deep in pairs),
         "ratio": statistics.median(deep / shallow for shallow, deep in pairs),
     }
+
+
+def main(_: Sequence[str]) -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    devices = absent_devices(_TOPOLOGY.value) if _TOPOLOGY.value else None
+    compiling = compile_times()
     say(
         f"compile: {SHALLOW} layers {compiling['shallow_seconds']:.2f} s, {DEEP} layers "
         f"{compiling['deep_seconds']:.2f} s, ratio {compiling['ratio']:.2f}; load {os.getloadavg()[0]:.1f}"
     )
     bytes_ = {"loss alone, width 256": loss_memory()}
-    bytes_ |= {name: step_memory(sizes) for name, sizes in MODELS.items()}
+    bytes_ |= {name: step_memory(sizes, devices) for name, sizes in MODELS.items()}
     memories = {
         name: {"temporary_gib": ours / 2**30, "whole_logits_gib": whole / 2**30, "ratio": ours / whole}
         for name, (ours, whole) in bytes_.items()
