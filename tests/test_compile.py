@@ -86,7 +86,7 @@ ENTRY %main (a: (f32[1,8,4], f32[3,4,2], u32[])) -> f32[64] {
   %a = (f32[1,8,4]{2,1,0}, f32[3,4,2]{2,1,0}, u32[]) parameter(0)
   %loop = (f32[1,8,4]{2,1,0}, f32[3,4,2]{2,1,0}, u32[]) while(%a), condition=%condition, body=%body
   %v = f32[16] constant({...})
-  %g = f32[64]{0} all-gather(%v), channel_id=2, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+  %g = f32[64]{0} all-gather(%v), channel_id=2, replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}, dimensions={0}
   %again = f32[64]{0} all-gather(%v), channel_id=2, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
   ROOT %s = f32[64]{0} all-reduce(%g), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
 }

@@ -245,7 +245,7 @@ def _overlaps(left: int, right: int, result: int, window: dict[str, str], d: int
 
 def _group(rest: str, devices: int) -> int:
     """Devices that take part in a collective together."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
