@@ -90,7 +90,7 @@ ENTRY %main (a: (f32[1,8,4], f32[3,4,2], u32[])) -> f32[64] {
   %again = f32[64]{0} all-gather(%v), channel_id=2, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
   ROOT %s = f32[64]{0} all-reduce(%g), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
 }
-"""
+"""  # noqa: E501
 
 
 def test_a_tpu_program():

@@ -30,6 +30,7 @@ class Checkpoints:
         self._damaged: set[int] = set()  # stay until a whole one of the same step takes their place
         self._writing: int | None = None
         self._failed: list[int] = []  # steps of the saves that failed since the last good one
+        self._lost = False  # whether the folder is gone
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -60,11 +61,13 @@ class Checkpoints:
         self._settle()
         with self._reporting(step):
             before()
+            self._probe()
+            if self._lost:
+                self._reopen()
             if step in self._damaged:
                 self._manager.delete(step)
                 self._damaged.remove(step)
             if step not in self._manager.all_steps():
-                self._probe()
                 sums = checksums(state)
                 save = ocp.args.StandardSave(state)
                 self._manager.save(step, args=save, custom_metadata={CHECKSUMS: sums})
@@ -117,8 +120,15 @@ class Checkpoints:
             )
             with contextlib.suppress(Exception):
                 self._manager.close()
+            self._reopen()
+
+    def _reopen(self) -> None:
+        """A new manager, which removes what was half written. Where a mount is gone, and the folder with it,
+        there is none until it is back: nothing must land in the place where the mount has been."""
+        self._lost = not self._folder.is_dir()
+        if not self._lost:
             with contextlib.suppress(OSError):
-                self._manager = self._open()  # what was half written is removed
+                self._manager = self._open()
 
     def _what_is_there(self) -> str:
         newest = self.newest()

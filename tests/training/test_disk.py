@@ -15,10 +15,11 @@ SAVED = "while ls run/checkpoints/*tmp >/dev/null 2>&1; do sleep 0.05; done; "  
 FILL = SAVED + "cat /dev/zero > fill 2>/dev/null; true"
 FREE = "rm fill"
 READ_ONLY = SAVED + "mount --bind run run && mount -o remount,bind,ro run"
+VANISH = SAVED + 'umount --lazy "$PWD"'  # a network's disk that is gone: its place is an empty folder
 
 # Trains the micro config in ./run, saving after every second step, and runs a shell command after some steps.
 DRIVER = """
-import json, subprocess, sys
+import json, os, subprocess, sys
 from dualsm import cli
 from tests.micro import micro_config
 
@@ -35,7 +36,7 @@ def main(_):
         subprocess.run(actions.get(str(step), "true"), shell=True, check=True)
         return False
 
-    train(config, "run", after)
+    train(config, os.path.abspath("run"), after)
 
 cli.run(main)
 """
@@ -58,12 +59,12 @@ def train_on_small_disk(corpus_path: Path, folder: Path, actions: dict[int, str]
     before = "cp -a ../../kept/run ." if (folder.parent / "kept").exists() else "true"
     script = (
         f"mount -t tmpfs -o size=6m tmpfs disk && cd disk && {before} && "
-        '"$0" ../driver.py "$1" "$2"; code=$?; cp -a run ..; exit $code'
+        '"$0" ../driver.py "$1" "$2"; code=$?; cp -a run "$3"; exit $code'
     )
     (folder / "disk").mkdir()
     return subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, sys.executable]
-        + [str(corpus_path), json.dumps(actions)],
+        + [str(corpus_path), json.dumps(actions), str(folder)],
         cwd=folder,
         env=command_env(),
         capture_output=True,
@@ -98,7 +99,7 @@ def test_training_goes_on_while_the_disk_is_full(corpus_path, undisturbed, tmp_p
     assert saved(workdir) == saved(undisturbed) == [10, 12]
 
 
-@pytest.mark.parametrize("trouble", [FILL, READ_ONLY], ids=["full", "read-only"])
+@pytest.mark.parametrize("trouble", [FILL, READ_ONLY, VANISH], ids=["full", "read-only", "vanished"])
 def test_a_run_gives_up_on_a_disk_that_stays_bad_and_resumes(corpus_path, undisturbed, tmp_path, trouble):
     process = train_on_small_disk(corpus_path, tmp_path / "run", {5: trouble})
     assert process.returncode == 2, process.stderr
@@ -108,6 +109,7 @@ def test_a_run_gives_up_on_a_disk_that_stays_bad_and_resumes(corpus_path, undist
     (tmp_path / "kept").mkdir()
     shutil.copytree(tmp_path / "run" / "run", tmp_path / "kept" / "run")
     assert saved(tmp_path / "kept" / "run") == [2, 4]
+    assert not list((tmp_path / "run" / "disk").iterdir())  # nothing lands where a mount has been
 
     process = train_on_small_disk(corpus_path, tmp_path / "again", {})
     assert process.returncode == 0, process.stderr
