@@ -4,7 +4,7 @@
     python -m dualsm.train --config=configs/dual_7b.py:alpha=0.75,repetitions=32 --workdir=gs://B/runs/7b \\
         --config.data.path=corpora/hplt
 
-Width, depth and heads are Llama's. Remat and mesh are the best of those in the compile reports of docs/scaling.md.
+Width, depth and heads are Llama's. Remat and mesh are the best of the compile reports in docs/scaling.md.
 """
 
 from dualsm.config import default_config, parse_arg, set_alpha
@@ -27,7 +27,7 @@ def get_config(arg: str = ""):
     config.model.vocabulary = 51_200
     config.model.dtype = "bfloat16"
     config.model.remat = "matmuls"  # takes 26 of the 96 GB of a chip
-    config.mesh.data, config.mesh.fsdp = 8, -1  # 64 rows of a matrix a chip; with fewer, gathering costs double
+    config.mesh.data, config.mesh.fsdp = 8, -1  # a chip has 64 rows of a matrix; fewer cost double to gather
     config.device_rows = 4
     config.loss.chunk = 1024  # its gradient is summed over the chips once a chunk
 

@@ -91,14 +91,17 @@ def set_up_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _ignore_closed_loops(hook: Callable) -> Callable:
+def _ignore_leftovers(hook: Callable) -> Callable:
     """A hook for errors that nobody can catch, without those that Orbax leaves after a failed read or write.
 
-    Its writers report to an event loop that the failure has closed; the failure itself is told in a line.
+    Its writers report to an event loop that the failure has closed, and readers of other parts of a damaged
+    checkpoint fail unheard; the failure itself is told in a line.
     """
 
     def ignore(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        orbax = code is not None and "orbax" in code.co_filename
+        if not orbax and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
     return ignore
@@ -133,5 +136,5 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
         except KeyboardInterrupt:
             sys.exit(130)
 
-    sys.unraisablehook = _ignore_closed_loops(sys.unraisablehook)
+    sys.unraisablehook = _ignore_leftovers(sys.unraisablehook)
     app.run(guarded, flags_parser=_parse_flags)
