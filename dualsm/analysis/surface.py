@@ -1,7 +1,11 @@
 """The surface score(R, alpha) as a Gaussian process, and what it recommends.
 
-The kernel is the paper's (arXiv 2512.14549): an anisotropic Matern 3/2 plus white noise, over log2(R) and the
-scale of alpha in `scales`. Scores are standardised before the fit. Letters: C cells, A alphas of a grid.
+The kernel is the paper's (arXiv 2512.14549): an anisotropic Matern 3/2 plus white noise, over log2(R) and
+the scale of alpha in `scales`. What is fitted is a *value*, standardised; higher is better. That of a task's
+score is the score, that of a loss exp(best - loss): the geometric mean of the tokens' probabilities over that
+of the best cell. It lies in (0, 1], so a diverged cell is bad, and how bad does not bend the surface between
+the others.
+Letters: C cells, A alphas of a grid.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ FEWEST_CELLS = 4  # for a fit at all
 ENOUGH_CELLS, ENOUGH_VALUES = 12, 3  # for a fit to be trusted: cells, different R and different alphas
 CREDIBLE = 0.8  # probability inside the interval of the best alpha
 SAMPLES = 4000  # of the posterior; a probability is then good to 0.01
+LEAST_VALUE = 0.05  # of a loss: three nats above the best, and no higher does the surface go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +66,11 @@ class Surface:
     """A fitted surface.
 
     Attributes:
-      process: scikit-learn's regressor of the standardised score without noise.
-      mean, scale: score = mean + scale * standardised score.
+      process: scikit-learn's regressor of the standardised value without noise.
+      mean, scale: value = mean + scale * standardised value.
       noise_sd: standard deviation of a single run about the surface, in units of the score.
       lower_is_better: whether the score is a loss.
+      best: the lowest loss of a cell; 0 for scores.
       repetitions_C, alpha_C: the cells it was fitted to.
     """
 
@@ -73,14 +79,23 @@ class Surface:
     scale: float
     noise_sd: float
     lower_is_better: bool
+    best: float
     repetitions_C: np.ndarray
     alpha_C: np.ndarray
 
-    def posterior(self, repetitions: float, alpha_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [A] and covariance [A, A] of the score at one R."""
+    def value(self, repetitions: float, alpha_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [A] and covariance [A, A] of the value at one R."""
         points_Ax2 = _points(np.full(len(alpha_A), repetitions), alpha_A)
         mean_A, covariance_AxA = self.process.predict(points_Ax2, return_cov=True)
         return self.mean + self.scale * mean_A, self.scale**2 * covariance_AxA
+
+    def posterior(self, repetitions: float, alpha_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [A] and covariance [A, A] of the score at one R; a loss's to first order in the value's."""
+        mean_A, covariance_AxA = self.value(repetitions, alpha_A)
+        if not self.lower_is_better:
+            return mean_A, covariance_AxA
+        mean_A = mean_A.clip(LEAST_VALUE)
+        return self.best - np.log(mean_A), covariance_AxA / np.outer(mean_A, mean_A)
 
     def grid(self, repetitions_G: Sequence[float], alpha_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the score, [A, G] each, at every pair of R and alpha."""
@@ -98,22 +113,22 @@ class Surface:
 
         It is its share among joint samples of the posterior, always the same ones.
         """
-        mean_A, covariance_AxA = self.posterior(repetitions, alpha_A)
-        samples_MxA = _samples(self._sign * mean_A, covariance_AxA)
+        samples_MxA = _samples(*self.value(repetitions, alpha_A))
         return np.bincount(samples_MxA.argmax(1), minlength=len(alpha_A)) / len(samples_MxA)
 
     def recommend(self, repetitions: float) -> Recommendation:
         """The best of `alphas()` at `repetitions`, and how sure that is."""
         alpha_A = self.alphas()
+        best = int(self.value(repetitions, alpha_A)[0].argmax())
         mean_A, covariance_AxA = self.posterior(repetitions, alpha_A)
-        best = int((self._sign * mean_A).argmax())
+        sign = -1 if self.lower_is_better else 1
         low, high = shortest_interval(self.probability_best(repetitions, alpha_A), best, CREDIBLE)
 
         def gain_over(alpha: float) -> Estimate | None:
             other = np.flatnonzero(alpha_A == alpha)
             contrast_A = np.zeros(len(alpha_A))
-            contrast_A[best] += self._sign
-            contrast_A[other] -= self._sign
+            contrast_A[best] += sign
+            contrast_A[other] -= sign
             return _estimate(contrast_A, mean_A, covariance_AxA) if len(other) else None
 
         return Recommendation(
@@ -135,10 +150,6 @@ class Surface:
             "alphas": (len(np.unique(self.alpha_C)), ENOUGH_VALUES),
         }
         return ", ".join(f"{count} {name}" for name, (count, wanted) in have.items() if count < wanted)
-
-    @property
-    def _sign(self) -> int:
-        return -1 if self.lower_is_better else 1
 
 
 def fit_surface(
@@ -173,8 +184,10 @@ def fit_surface(
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
     repetitions_C, alpha_C, score_C = (np.asarray(a, float) for a in (repetitions_C, alpha_C, score_C))
-    mean, scale = float(score_C.mean()), float(score_C.std()) or 1.0
-    points_Cx2, target_C = _points(repetitions_C, alpha_C), (score_C - mean) / scale
+    best = float(score_C.min()) if lower_is_better else 0.0
+    value_C = np.exp(best - score_C) if lower_is_better else score_C
+    mean, scale = float(value_C.mean()), float(value_C.std()) or 1.0
+    points_Cx2, target_C = _points(repetitions_C, alpha_C), (value_C - mean) / scale
     # Lengths in octaves of R and on the alpha scale (18 from 0 to 1), variances in units of the target's.
     smooth = ConstantKernel(1.0, (0.05, 50)) * Matern([4, 6], [(0.5, 50), (0.5, 100)], nu=1.5)
     kernel = smooth + WhiteKernel(1e-2, (1e-5, 2))
@@ -186,7 +199,10 @@ def fit_surface(
     noise = search.kernel_.k2.noise_level
     process = GaussianProcessRegressor(search.kernel_.k1, alpha=noise, optimizer=None)
     process.fit(points_Cx2, target_C)
-    return Surface(process, mean, scale, scale * math.sqrt(noise), lower_is_better, repetitions_C, alpha_C)
+    # Noise of a loss is noise of the value in proportion to the value.
+    unit = math.sqrt(np.mean(value_C**2)) if lower_is_better else 1.0
+    noise_sd = scale * math.sqrt(noise) / unit
+    return Surface(process, mean, scale, noise_sd, lower_is_better, best, repetitions_C, alpha_C)
 
 
 def shortest_interval(probability_A: np.ndarray, inside: int, level: float) -> tuple[int, int]:

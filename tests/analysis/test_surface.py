@@ -70,13 +70,27 @@ def test_noise_is_told_from_shape(surfaces):
 
 def test_scores_and_losses_are_the_same_problem(surfaces):
     repetitions, alpha, loss = samples(0)
-    upside_down = fit_surface(repetitions, alpha, 50 - loss, lower_is_better=False, restarts=1)
+    probability = fit_surface(repetitions, alpha, np.exp(-loss), lower_is_better=False, restarts=1)
     for r in (1, 16, 256):
-        a, b = surfaces[0].recommend(r), upside_down.recommend(r)
+        a, b = surfaces[0].recommend(r), probability.recommend(r)
         assert a.alpha == b.alpha
         assert a.interval == b.interval
-        assert a.gain_over_causal.mean == pytest.approx(b.gain_over_causal.mean, rel=1e-3, abs=1e-4)
-        assert a.score.mean == pytest.approx(50 - b.score.mean, rel=1e-4)
+        assert a.score.mean == pytest.approx(-math.log(b.score.mean), rel=1e-3)
+        assert a.score.sd == pytest.approx(b.score.sd / b.score.mean, rel=0.01)
+
+
+def test_how_bad_a_diverged_cell_is_does_not_matter():
+    """At R = 256 only masked rows help; the valley of the other R stays where it was."""
+    repetitions, alpha, loss = samples(3)
+    found = []
+    for diverged in (7.0, 13.0):
+        worse = np.where((repetitions == 256) & (alpha > 1 / 2), diverged, loss)
+        surface = fit_surface(repetitions, alpha, worse, lower_is_better=True, restarts=1)
+        found.append([surface.recommend(r) for r in (1, 16, 256)])
+        assert found[-1][2].gain_over_causal.mean > 1
+    for a, b in zip(*found, strict=True):
+        assert (a.alpha, a.interval) == (b.alpha, b.interval)
+        assert a.score.mean == pytest.approx(b.score.mean, abs=0.01)
 
 
 def test_gains_are_differences_on_the_surface(surfaces):
