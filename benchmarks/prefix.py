@@ -22,7 +22,9 @@ from dualsm.evaluation.run import open_run
 from dualsm.evaluation.scoring import Scorer
 from dualsm.progress import say, table
 
-_WORKDIR = flags.DEFINE_list("workdir", None, "folders of runs, and patterns of such")
+_WORKDIR = flags.DEFINE_multi_string(
+    "workdir", None, "folder of a run, or a pattern of such; repeat for each"
+)
 _PIECES = flags.DEFINE_integer("pieces", 500, "pieces of text, a row long, from the held-out documents")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
 flags.mark_flags_as_required(["workdir"])
