@@ -113,10 +113,10 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def parts(logical: str) -> int:
+def divided_by(logical: str) -> int:
     """Into how many parts a logical axis is divided under `jax.set_mesh`; 1 outside of a mesh."""
-    sizes, axes = jax.sharding.get_abstract_mesh().shape, RULES[logical]
-    return math.prod(sizes.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes))
+    mesh, axes = jax.sharding.get_abstract_mesh(), RULES[logical]
+    return math.prod(mesh.shape.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes))
 
 
 def by_device(

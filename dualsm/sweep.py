@@ -63,14 +63,11 @@ def main(_: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     run_missing(sweep, _JOBS.value)
 
-    from dualsm.analysis.cells import collect
-    from dualsm.analysis.reporting import plotted_measures, report
-    from dualsm.analysis.summary import summary
+    from dualsm.analysis.reporting import as_text, report
 
     for path in report(sweep.folder):
         say(f"written: {path}")
-    rows = collect(sweep.folder)
-    say(summary(rows, plotted_measures(rows)))
+    say(as_text(sweep.folder))
 
 
 if __name__ == "__main__":

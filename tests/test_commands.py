@@ -1,9 +1,11 @@
 """Commands as a user runs them: a mistake ends in one clear line and a non-zero exit."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from dualsm import cli
 from dualsm.config import default_config, load_config, save_config
 from tests.conftest import run_command
 
@@ -164,3 +166,18 @@ def test_importing_starts_no_backend():
 def test_a_config_survives_its_json():
     config = default_config()
     assert load_config(save_config(config)).to_dict() == config.to_dict()
+
+
+def test_only_what_orbax_leaves_behind_is_dropped():
+    """Errors that nobody can catch are shown, but for those of Orbax beside one that was told of."""
+    shown = []
+    hook = cli._ignore_leftovers(shown.append)
+
+    def left(message: str, file: str | None):
+        coroutine = SimpleNamespace(cr_code=SimpleNamespace(co_filename=file)) if file else None
+        return SimpleNamespace(exc_value=Exception(message), object=coroutine)
+
+    ours = [left("x", None), left("x", "/dualsm/loop.py")]
+    for error in [*ours, left("x", "/orbax/read.py"), left("Event loop is closed", None)]:
+        hook(error)
+    assert shown == ours

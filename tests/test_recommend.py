@@ -117,6 +117,16 @@ def test_by_the_shipped_table_where_there_is_one(monkeypatch, sweep, tmp_path):
     assert "pip install 'dualsm[analysis]'" in answer.describe(advice, 1, 64, "")
 
 
+def test_the_table_that_comes_with_it():
+    """Causal rows where nothing repeats, few of them at 128 repetitions, and the option to stop."""
+    once, often = answer.advise(1), answer.advise(128)
+    assert once.source == often.source == "surface"
+    assert once.alpha > 0.9
+    assert 1 / 32 <= often.alpha <= 1 / 2
+    assert often.stopping.shorter.repetitions == 16
+    assert once.surface.few_cells == ""
+
+
 def test_enough_text_does_not_repeat(table, tmp_path):
     path = tmp_path / "a.json"
     process = ask(f"--sweep={table}", f"--output={path}", unique=2 * BUDGET)

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from dualsm import cli
-from dualsm.analysis.cells import collect
-from dualsm.analysis.reporting import plotted_measures, report
-from dualsm.analysis.summary import summary
+from dualsm.analysis.reporting import as_text, report
 
 _SWEEP = flags.DEFINE_string("sweep", None, "folder of the sweep; it need not be finished")
 flags.mark_flags_as_required(["sweep"])
@@ -21,8 +19,7 @@ flags.mark_flags_as_required(["sweep"])
 def main(_: Sequence[str]) -> None:
     for path in report(_SWEEP.value):
         print(path)
-    rows = collect(_SWEEP.value)
-    print(summary(rows, plotted_measures(rows)))
+    print(as_text(_SWEEP.value))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dualsm.analysis.advice import fit_to_cells
 from dualsm.analysis.cells import CELLS, Row, collect, curve
 from dualsm.analysis.errors import TooFewCells
 from dualsm.analysis.scales import alpha_from_scale, alpha_scale, repetition_scale
-from dualsm.analysis.summary import by_mixture
+from dualsm.analysis.summary import by_mixture, summary
 from dualsm.analysis.surface import CREDIBLE, Surface
 from dualsm.analysis.table import TABLE, comparable, drawable, lower_is_better, measures, write_table
 from dualsm.progress import say
@@ -64,6 +64,12 @@ def report(folder: str | Path) -> list[Path]:
         except TooFewCells as error:
             say(f"no {name}.png yet: {error}")
     return written
+
+
+def as_text(folder: str | Path) -> str:
+    """The measures that are plotted, as tables by alpha and R; "" when no cell has finished."""
+    rows = collect(folder)
+    return summary(rows, plotted_measures(rows))
 
 
 def plotted_measures(rows: Sequence[Row]) -> list[str]:

@@ -57,7 +57,7 @@ def _obstacle_to_splash(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> s
     if length != k_shape[1] or length % BLOCKS[-1]:
         return f"needs rows of a multiple of {BLOCKS[-1]} positions, not {length}"
     for name, size in (("batch", rows), ("heads", heads)):
-        if size % (parts := sharding.parts(name)):
+        if size % (parts := sharding.divided_by(name)):
             return f"needs {name} that {parts} devices can share, not {size}"
     return None
 

@@ -60,7 +60,7 @@ def attend_splash(
             block_kv_dkv=size,
             block_q_dq=size,
             block_kv_dq=size,
-        ),  # fmt: skip
+        ),
         is_mqa=False,
         save_residuals=False,
         mask_value=kernel.DEFAULT_MASK_VALUE,

@@ -125,7 +125,8 @@ class Checkpoints:
     def _reopen(self) -> None:
         """A new manager, which removes what was half written. Where a mount is gone, and the folder with it,
         there is none until it is back: nothing must land in the place where the mount has been."""
-        self._lost = not self._folder.is_dir()
+        local = "://" not in str(self._folder)  # a bucket has no folders that could be lost
+        self._lost = local and not self._folder.is_dir()
         if not self._lost:
             with contextlib.suppress(OSError):
                 self._manager = self._open()

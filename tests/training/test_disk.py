@@ -1,4 +1,4 @@
-"""A disk that is full for a while, full for good, or read-only: a real small file system, really filled."""
+"""A disk that is full for a while, full for good, read-only or gone: a small file system, really filled."""
 
 import json
 import shutil
