@@ -14,6 +14,7 @@ from dualsm.errors import UserError
 from dualsm.model.splash import BLOCKS, attend_splash
 
 BACKENDS = ("auto", "xla", "splash")
+QUERIES = 256  # at once, in rows of more than twice as many
 
 
 def attend(
@@ -69,9 +70,29 @@ def range_mask(key_start_BxL: jax.Array, key_end_BxL: jax.Array, keys: int) -> j
 
 
 def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Array:
-    """Plain attention with a mask. Heads go in front first: XLA's CPU compiler turns products over
-    [B, L, H, K] into copies, which made the backward pass two to three times slower."""
+    """Plain attention with a mask, of long rows so many queries at a time that no L x S array is held.
+
+    Heads go in front first: XLA's CPU compiler turns products over [B, L, H, K] into copies, which made the
+    backward pass two to three times slower.
+    """
     q_BxHxLxK, k_BxHxSxK, v_BxHxSxK = (x.swapaxes(1, 2) for x in (q_BxLxHxK, k_BxSxHxK, v_BxSxHxK))
+    rows, heads, length, width = q_BxHxLxK.shape
+    if length <= 2 * QUERIES or length % QUERIES:
+        return _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL).swapaxes(1, 2)
+
+    @jax.checkpoint  # the backward pass computes the scores of a part again, instead of holding those of all
+    def part(queries):
+        q_BxHxCxK, key_start_BxC, key_end_BxC = queries
+        return _masked(q_BxHxCxK, k_BxHxSxK, v_BxHxSxK, key_start_BxC, key_end_BxC)
+
+    parts = length // QUERIES
+    q_NxBxHxCxK = jnp.moveaxis(q_BxHxLxK.reshape(rows, heads, parts, QUERIES, width), 2, 0)
+    ranges = (x.reshape(rows, parts, QUERIES).swapaxes(0, 1) for x in (key_start_BxL, key_end_BxL))
+    out_NxBxHxCxK = jax.lax.map(part, (q_NxBxHxCxK, *ranges))
+    return out_NxBxHxCxK.transpose(1, 0, 3, 2, 4).reshape(q_BxLxHxK.shape)
+
+
+def _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL) -> jax.Array:
     mask_BxLxS = range_mask(key_start_BxL, key_end_BxL, k_BxHxSxK.shape[2])
     bias_BxLxS = jnp.where(mask_BxLxS, 0.0, jnp.finfo(jnp.float32).min)
     scaled_BxHxLxK = q_BxHxLxK * q_BxHxLxK.shape[-1] ** -0.5
@@ -79,4 +100,4 @@ def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Arr
         "bhlk,bhsk->bhls", scaled_BxHxLxK, k_BxHxSxK, preferred_element_type=jnp.float32
     )
     weights_BxHxLxS = jax.nn.softmax(scores_BxHxLxS + bias_BxLxS[:, None], axis=-1)
-    return jnp.einsum("bhls,bhsk->bhlk", weights_BxHxLxS.astype(v_BxHxSxK.dtype), v_BxHxSxK).swapaxes(1, 2)
+    return jnp.einsum("bhls,bhsk->bhlk", weights_BxHxLxS.astype(v_BxHxSxK.dtype), v_BxHxSxK)

@@ -264,7 +264,8 @@ class _Run:
 
     def _validate_first(self, state, writer: MetricsWriter) -> None:
         say("compiling and validating the untrained model ...")
-        scores = self.validation(state.params)
+        # Which rows an untrained model reads hardly matters, and all of them would hold up the start.
+        scores = self.validation(state.params, every=8)
         writer.write(0, {"tokens": 0, "epoch": 0.0, **scores})
         say(_valid_line(0, self.config.steps, scores))
 

@@ -53,6 +53,15 @@ def test_batch_size_seed_and_devices_do_not_matter(micro, corpus, rows, params):
     assert ours == pytest.approx(expected, rel=1e-4)
 
 
+def test_every_third_batch(micro, corpus, rows, params):
+    size = micro.batch_rows
+    parts = [tuple(a[first : first + size] for a in rows) for first in range(0, len(rows[0]), 3 * size)]
+    assert 1 < len(parts)
+    some = tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+    expected = validation(micro, corpus, some, names=("causal",))(params)
+    assert validation(micro, corpus, rows, names=("causal",))(params, every=3) == pytest.approx(expected)
+
+
 def test_causal_loss_and_bits_per_byte_by_hand(micro, corpus, rows, params):
     rows = tuple(np.concatenate([a[:6], a[-2:]]) for a in rows)  # the last row is filled up
     scores = validation(micro, corpus, rows, names=("causal",))(params)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dualsm.model import attention
 from dualsm.model.attention import attend, range_mask
 
 B, L, H, K = 2, 12, 3, 8
@@ -49,6 +50,28 @@ def test_keys_outside_the_range_have_no_influence(qkv, ranges):
         for b in range(B):
             assert not influence[b, :, b][~seen[b]].any()
             assert not influence[b, :, 1 - b].any()
+
+
+def test_long_rows_hold_no_array_of_all_scores(monkeypatch):
+    length = 6 * attention.QUERIES
+    q, k, v = jax.random.normal(jax.random.key(1), (3, 1, length, 1, K))
+    start = np.random.default_rng(1).integers(0, length, (1, length))
+    ranges = jnp.asarray(start), jnp.asarray(start + 1 + np.random.default_rng(2).integers(0, length - start))
+
+    def compiled():
+        def run(q, k, v):
+            out, pull = jax.vjp(lambda *qkv: attend(*qkv, *ranges), q, k, v)
+            return out, *pull(jnp.cos(out))
+
+        return jax.jit(run).lower(q, k, v).compile()
+
+    parts = compiled()
+    monkeypatch.setattr(attention, "QUERIES", length)
+    whole = compiled()
+    for ours, expected in zip(parts(q, k, v), whole(q, k, v), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    assert parts.memory_analysis().temp_size_in_bytes < 4 * length**2
+    assert whole.memory_analysis().temp_size_in_bytes > 4 * length**2
 
 
 def test_bfloat16_in_bfloat16_out(qkv, ranges):
