@@ -134,6 +134,8 @@ def main(_: Sequence[str]) -> None:
     names = [task for task in _TASKS.value if task != HELD_OUT]
     tasks = {name: load_task(name, _TASK_DATA.value, _LIMIT.value) for name in names}
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
+    for mode in _MODES.value if names else ():
+        run.check_mode(mode)
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
 
     path = Path(_OUTPUT.value) if _OUTPUT.value else run.workdir / "eval" / f"step_{run.step}.json"

@@ -83,6 +83,7 @@ def main(_: Sequence[str]) -> None:
     cli.set_up_jax()
     texts = [*_PROMPT.value, *(read_prompts(_PROMPTS.value) if _PROMPTS.value else [])] or [""]
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
+    run.check_mode(_MODE.value)
     prompts = [encode_prompt(run.tokenizer, text) for text in texts]
     if _MODE.value != "diffusion" and any(run.tokenizer.special.mask in p for p in prompts):
         raise UserError(f"--mode={_MODE.value} cannot fill in <mask>; use --mode=diffusion")

@@ -79,6 +79,7 @@ class HarnessModel:
             raise UserError(f"--model_args: {wrong}; the model {NAME} takes {known}")
         self._unmasking = diffusion.Unmasking(block=block, steps=steps)
         self._run = run = open_run(workdir, checkpoint)
+        run.check_mode(mode)
         self._scoring = Scoring(mode, read_masks(masks), samples, run.config.row_tokens, seed)
         self._config = freeze(run.config.model)
         self._scorer = Scorer(self._config, run.params, run.tokenizer, run.mesh)

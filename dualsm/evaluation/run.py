@@ -12,7 +12,10 @@ from dualsm import config as configs
 from dualsm import sharding
 from dualsm.data.corpus import TOKENIZER
 from dualsm.data.tokenizer import Tokenizer
+from dualsm.errors import UserError
+from dualsm.generation import causal
 from dualsm.model.transformer import Transformer, bind, init_params
+from dualsm.objectives.shares import trained_objectives
 from dualsm.training.checkpoint import abstract, restore_params
 from dualsm.training.workdir import read_config
 
@@ -40,6 +43,19 @@ class TrainedRun:
     def model(self, params: dict | None = None) -> Transformer:
         """The model with the run's parameters, or with `params` (tracers inside a jitted function)."""
         return bind(self.config.model, self.params if params is None else params)
+
+    def check_mode(self, mode: str) -> None:
+        """Raises `UserError` for a mode that fills in masks where the run learned to do so unshifted.
+
+        All of them read the token of a place off the place before it; an unshifted model's answers there are
+        nonsense that looks like scores.
+        """
+        trained = "masked_diffusion" in trained_objectives(self.config)
+        if mode not in causal.MODES and trained and not self.config.objectives.masked_diffusion.shifted:
+            raise UserError(
+                f"mode {mode}: {self.workdir} was trained with objectives.masked_diffusion.shifted=False; "
+                f"masks are filled in by shifted models only; take the mode {' or '.join(causal.MODES)}"
+            )
 
 
 def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:

@@ -44,7 +44,7 @@ def masked_diffusion(
       key: draws the time and the places.
       special: its `mask` replaces masked tokens.
       shifted: position i predicts token i + 1. False: it predicts token i, the convention of LLaDA, for
-        comparison; scoring and generation expect a shifted model.
+        comparison; scoring and generation by filling in masks refuse such a model.
       time: distribution of t; "uniform", or "bell", a normal distribution around 1/2 cut to [0, 1], after
         arXiv 2605.13026.
       width: standard deviation of the bell before it is cut.

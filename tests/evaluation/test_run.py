@@ -6,6 +6,7 @@ import pytest
 
 from dualsm.config import save_config
 from dualsm.errors import UserError
+from dualsm.evaluation.run import TrainedRun
 from dualsm.training.workdir import read_config
 
 
@@ -23,6 +24,21 @@ def test_damaged_configs_are_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json is damaged"):
         read_config(tmp_path)
+
+
+def test_masks_are_not_filled_in_by_an_unshifted_model(micro, tmp_path):
+    run = TrainedRun(tmp_path, micro, None, 0, {}, None)
+    modes = ("causal", "prefix", "masked", "monte_carlo", "diffusion")
+    for mode in modes:
+        run.check_mode(mode)
+    micro.objectives.masked_diffusion.shifted = False
+    for mode in modes[:2]:
+        run.check_mode(mode)
+    for mode in modes[2:]:
+        with pytest.raises(UserError, match="shifted=False"):
+            run.check_mode(mode)
+    micro.mixture.causal, micro.mixture.masked_diffusion = 0.75, 0.0
+    run.check_mode("masked")  # never trained, so nothing was learned the other way
 
 
 def test_a_folder_without_a_run(tmp_path):
