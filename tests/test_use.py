@@ -151,6 +151,8 @@ def test_the_benchmarks_run(workdir, tmp_path):
     modes = json.loads((tmp_path / "scoring.json").read_text())["modes"]
     assert list(modes) == ["causal", "masked {1}", "masked {1,4}", "monte_carlo 4"]
     assert modes["causal"]["forwards"] == 6
+    process = run_command("benchmarks.attention", "--length=768", "--heads=1", "--width=8", "--rounds=1")
+    assert process.returncode == 0, process.stderr
     process = run_command("benchmarks.decoding", f"--workdir={workdir}", "--positions=8,16", "--repeats=2")
     assert process.returncode == 0, process.stderr
     assert "16 over 8" in process.stdout

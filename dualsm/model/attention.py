@@ -14,7 +14,7 @@ from dualsm.errors import UserError
 from dualsm.model.splash import BLOCKS, attend_splash
 
 BACKENDS = ("auto", "xla", "splash")
-QUERIES = 256  # at once, in rows of more than twice as many
+QUERIES = 128  # at once, in rows of more than twice as many; by benchmarks/attention.py
 
 
 def attend(

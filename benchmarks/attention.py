@@ -1,0 +1,135 @@
+"""Attention forward and backward on rows of every objective: first whether each way of computing it gives the
+same, then what each takes.
+
+    python benchmarks/attention.py --dtype=bfloat16 --rows=18       # on an accelerator
+    JAX_PLATFORMS=cpu python benchmarks/attention.py
+
+The peer is plain attention with all queries of a row at once, which holds the L x L scores; beside it stand
+plain attention with fewer queries at a time, and the kernel of the platform where there is one. All are
+measured in turn, round after round; a round's ratio compares what ran within the same seconds. What differs
+from the peer by more than the rounding of the dtype ends the script with an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from dualsm import cli
+from dualsm.config import default_config
+from dualsm.errors import UserError
+from dualsm.model import attention
+from dualsm.objectives import mixture
+from dualsm.objectives.example import Row, SpecialIds
+from dualsm.progress import say, table
+
+_ROWS = flags.DEFINE_integer("rows", 9, "rows, which follow the objectives in turn", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 2048, "tokens a row", lower_bound=1)
+_HEADS = flags.DEFINE_integer("heads", 4, "heads", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", 64, "numbers a head", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "of queries, keys and values")
+_QUERIES = flags.DEFINE_multi_integer("queries", [128, 256, 512], "queries of plain attention at a time")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "over which the medians are taken", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+
+PEER = "all queries"
+VOCABULARY = 512  # which tokens there are does not matter here
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}  # largest difference over the largest value
+
+
+def key_ranges(rows: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """Starts and ends of the keys seen, [B, L], by rows of documents of all sizes under all objectives."""
+    names, special = list(mixture.OBJECTIVES), SpecialIds(vocabulary=VOCABULARY)
+    objectives = mixture.bind(names, default_config().objectives, special)
+    random = np.random.default_rng(0)
+    tokens_BxL1 = random.integers(16, VOCABULARY, (rows, length + 1)).astype(np.int32)
+    starts_BxL1 = random.random((rows, length + 1)) < 4 / length  # some four documents a row
+    documents_BxL1 = starts_BxL1.cumsum(1).astype(np.int32)
+    stratum_B, strata_B = np.arange(rows), np.full(rows, rows)
+    row = Row(tokens_BxL1, documents_BxL1, stratum_B, strata_B, np.zeros(rows, np.float32))
+    keys_B = mixture.row_keys(jax.random.key(0), rows)
+    objective_B = stratum_B % len(names)
+    example = jax.jit(functools.partial(mixture.rewrite, objectives))(row, objective_B, keys_B)
+    return example.key_start_L, example.key_end_L
+
+
+def both_passes(ranges: tuple[jax.Array, jax.Array], backend: str) -> Callable:
+    """A function of (q, k, v): attended values, and the gradients of a weighting of them."""
+
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda *qkv: attention.attend(*qkv, *ranges, backend), q, k, v)
+        return out, *pull(jnp.cos(out))
+
+    return run
+
+
+def compiled_ways(qkv: Sequence[jax.Array], ranges: tuple[jax.Array, jax.Array]) -> dict:
+    """The ways of computing attention on this platform, compiled; the peer first."""
+    ways = {PEER: ("xla", _LENGTH.value)}
+    ways |= {f"{queries} queries at a time": ("xla", queries) for queries in _QUERIES.value}
+    if jax.default_backend() == "tpu":
+        ways["splash"] = ("splash", _LENGTH.value)
+    compiled = {}
+    for name, (backend, queries) in ways.items():
+        with mock.patch.object(attention, "QUERIES", queries):
+            compiled[name] = jax.jit(both_passes(ranges, backend)).lower(*qkv).compile()
+    return compiled
+
+
+def largest_difference(found: Sequence[jax.Array], expected: Sequence[jax.Array]) -> float:
+    """The largest of values and gradients, each over the largest that is expected."""
+
+    def one(ours, theirs) -> float:
+        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
+        return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+    return max(map(one, found, expected))
+
+
+def main(_: Sequence[str]) -> None:
+    rows, length, heads, width = _ROWS.value, _LENGTH.value, _HEADS.value, _WIDTH.value
+    qkv = jax.random.normal(jax.random.key(1), (3, rows, length, heads, width), _DTYPE.value)
+    ways = compiled_ways(qkv, key_ranges(rows, length))
+    expected = ways[PEER](*qkv)
+    results = {
+        name: {
+            "difference": largest_difference(way(*qkv), expected),
+            "temporary_mib": way.memory_analysis().temp_size_in_bytes / 2**20,
+        }
+        for name, way in ways.items()
+    }
+    seconds = {name: [] for name in ways}
+    for _ in range(_ROUNDS.value):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            jax.block_until_ready(way(*qkv))
+            seconds[name].append(time.perf_counter() - start)
+    for name, result in results.items():
+        result["milliseconds"] = 1e3 * statistics.median(seconds[name])
+        ratios = [ours / peer for ours, peer in zip(seconds[name], seconds[PEER], strict=True)]
+        result["time_over_peer"] = statistics.median(ratios)
+    device = jax.devices()[0].device_kind
+    say(f"{rows} rows of {length} tokens, {heads} heads of {width}, {_DTYPE.value}, {device}")
+    columns = ["difference", "temporary_mib", "milliseconds", "time_over_peer"]
+    formats = dict(zip(columns, [".1e", ".0f", ".1f", ".2f"], strict=True))
+    lines = [[name, *(format(r[c], formats[c]) for c in columns)] for name, r in results.items()]
+    say(table(["", "difference", "temporary MiB", "ms", "time over the first"], lines))
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
+    wrong = [name for name, r in results.items() if not r["difference"] < TOLERANCES[_DTYPE.value]]
+    if wrong:
+        raise UserError(f"differs from plain attention with all queries at once: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
