@@ -82,14 +82,14 @@ def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Arr
 
     @jax.checkpoint  # the backward pass computes the scores of a part again, instead of holding those of all
     def part(queries):
-        q_BxHxCxK, key_start_BxC, key_end_BxC = queries
-        return _masked(q_BxHxCxK, k_BxHxSxK, v_BxHxSxK, key_start_BxC, key_end_BxC)
+        q_BxHxQxK, key_start_BxQ, key_end_BxQ = queries
+        return _masked(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK, key_start_BxQ, key_end_BxQ)
 
     parts = length // QUERIES
-    q_NxBxHxCxK = jnp.moveaxis(q_BxHxLxK.reshape(rows, heads, parts, QUERIES, width), 2, 0)
+    q_NxBxHxQxK = jnp.moveaxis(q_BxHxLxK.reshape(rows, heads, parts, QUERIES, width), 2, 0)
     ranges = (x.reshape(rows, parts, QUERIES).swapaxes(0, 1) for x in (key_start_BxL, key_end_BxL))
-    out_NxBxHxCxK = jax.lax.map(part, (q_NxBxHxCxK, *ranges))
-    return out_NxBxHxCxK.transpose(1, 0, 3, 2, 4).reshape(q_BxLxHxK.shape)
+    out_NxBxHxQxK = jax.lax.map(part, (q_NxBxHxQxK, *ranges))
+    return out_NxBxHxQxK.transpose(1, 0, 3, 2, 4).reshape(q_BxLxHxK.shape)
 
 
 def _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL) -> jax.Array:
