@@ -176,6 +176,8 @@ def stopping(shorter_loss, **options) -> Stopping | None:
         rows.append((2, 1, seed, 128, sign * 1.0))  # other unique tokens
     names = ("repetitions", "alpha", "seed", "budget_tokens", options["metric"])
     table = [dict(zip(names, row, strict=True)) | {"name": "x", "status": "done"} for row in rows]
+    for row in table:
+        row |= {"steps": row["budget_tokens"] // 8, "rate": 0.1 if row["budget_tokens"] == 128 else None}
     return advise_by_table(table, options["metric"], options["repetitions"]).stopping
 
 
@@ -207,5 +209,6 @@ def test_stopping_in_words(loss, expected):
     found = stopping(loss)
     text = "\n".join(answer._stopping(found, LOSS))
     assert expected in text
-    assert "16 repetitions, 128 tokens" in text
+    assert "16 repetitions, 128 tokens, rate=0.1: " in text
+    assert "128 repetitions, 1,024 tokens: 3" in text
     assert "mean of 2 seeds" in text

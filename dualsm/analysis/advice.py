@@ -11,7 +11,7 @@ from dualsm.analysis import rules
 from dualsm.analysis.cells import Row
 from dualsm.analysis.scales import octaves_outside
 from dualsm.analysis.surface import Estimate, Recommendation, Surface, fit_surface
-from dualsm.analysis.table import comparable, lower_is_better, mean, seed_sd, shorter_runs
+from dualsm.analysis.table import comparable, lower_is_better, mean, seed_sd, setting, shorter_runs
 
 SHIPPED = Path(__file__).with_name("shipped.csv")  # the project's own sweep
 DEFAULT_METRIC = "valid/causal/loss"
@@ -27,6 +27,7 @@ class Side:
       repetitions, alpha, budget_tokens: of the cells.
       score: their mean over seeds.
       runs: how many seeds.
+      setting: what else was swept, such as {"optimizer.weight_decay": 1.0}; the budget says the steps.
     """
 
     repetitions: float
@@ -34,6 +35,7 @@ class Side:
     budget_tokens: float
     score: float
     runs: int
+    setting: dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,4 +182,7 @@ def _compare(full: Sequence[Row], shorter: Sequence[Row], metric: str, noise_sd:
 
 def _side(group: Sequence[Row], metric: str) -> Side:
     first = group[0]
-    return Side(first["repetitions"], first["alpha"], first["budget_tokens"], mean(group, metric), len(group))
+    swept = {name: value for name, value in setting(first).items() if name != "steps"}
+    return Side(
+        first["repetitions"], first["alpha"], first["budget_tokens"], mean(group, metric), len(group), swept
+    )

@@ -123,7 +123,9 @@ def _stopping(found: Stopping, metric: str) -> list[str]:
 
 def _side(side: Side) -> str:
     seeds = f", mean of {side.runs} seeds" if side.runs > 1 else ""
-    return f"{side.repetitions:g} repetitions, {side.budget_tokens:,.0f} tokens: {side.score:.4g}{seeds}"
+    tokens = f"{side.repetitions:g} repetitions, {side.budget_tokens:,.0f} tokens"
+    swept = "".join(f", {name}={value}" for name, value in side.setting.items())
+    return f"{tokens}{swept}: {side.score:.4g}{seeds}"
 
 
 def _pm(estimate: Estimate) -> str:

@@ -190,10 +190,14 @@ def _best_settings(rows: Sequence[Row], metric: str) -> dict[tuple, list[Row]]:
     }
 
 
-def _setting(row: Row) -> str:
-    """What a cell's swept keys say beyond R, alpha and the seed."""
+def setting(row: Row) -> dict:
+    """A cell's swept keys beyond R, alpha and the seed, as far as it has a value of its own."""
     swept = {name: value for name, value in row.items() if name not in _FIXED and "/" not in name}
-    return json.dumps({n: v for n, v in swept.items() if v is not None}, sort_keys=True, default=str)
+    return {name: value for name, value in swept.items() if value is not None}
+
+
+def _setting(row: Row) -> str:
+    return json.dumps(setting(row), sort_keys=True, default=str)
 
 
 def _place(column: str) -> tuple[int, ...]:
