@@ -173,6 +173,8 @@ def stopping(shorter_loss, **options) -> Stopping | None:
             for alpha, loss in ((0, 4.0), (0.125, 3.0), (0.5, 3.5), (1, 5.0)):
                 rows.append((repetitions, alpha, seed, 1024, sign * (loss + noise)))
         rows.append((16, options["shorter_alpha"], seed, 128, sign * (shorter_loss + noise)))
+        if "mixed_loss" in options:
+            rows.append((16, 0.5, seed, 128, sign * (options["mixed_loss"] + noise)))
         rows.append((2, 1, seed, 128, sign * 1.0))  # other unique tokens
     names = ("repetitions", "alpha", "seed", "budget_tokens", options["metric"])
     table = [dict(zip(names, row, strict=True)) | {"name": "x", "status": "done"} for row in rows]
@@ -194,6 +196,13 @@ def test_stopping_early_is_recommended_when_it_is_better(loss, verdict, metric):
     assert (found.full.repetitions, found.full.alpha, found.full.runs) == (128, 0.125, 2)
     assert (found.shorter.repetitions, found.shorter.budget_tokens) == (16, 128)
     assert found.unique_tokens == 8
+
+
+def test_mixtures_that_stop_are_told_of():
+    assert stopping(2.5).mixed is None
+    both = stopping(2.5, mixed_loss=2.6)
+    assert (both.shorter.alpha, both.mixed.alpha, both.mixed.score) == (1, 0.5, pytest.approx(2.6))
+    assert "a mixture that stops: causal 1/2, 16 repetitions" in "\n".join(answer._stopping(both, LOSS))
 
 
 def test_stopping_is_told_of_only_where_cells_tell_it():

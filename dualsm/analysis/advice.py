@@ -46,6 +46,7 @@ class Stopping:
       unique_tokens: of both.
       full: the best cells of the whole budget.
       shorter: the best cells with alpha = 1 that ended, fully decayed, at a smaller budget.
+      mixed: the best of such cells with alpha < 1; None where there are none.
       gain: by how much `shorter` is better; negative: worse.
       verdict: "stop early", "full mixture" or "no clear difference".
     """
@@ -53,6 +54,7 @@ class Stopping:
     unique_tokens: float
     full: Side
     shorter: Side
+    mixed: Side | None
     gain: Estimate
     verdict: str
 
@@ -149,9 +151,10 @@ def stopping(
         budget = cells[0]["budget_tokens"]
         shorter = shorter_runs(rows, metric, budget / near, budget)
         causal = [group for group in shorter if group[0]["alpha"] == 1]
+        mixed = [group for group in shorter if group[0]["alpha"] < 1]
         if causal:
             here = [cell for cell in cells if cell["repetitions"] == near]
-            return _compare(_best(here, metric), causal[0], metric, noise_sd)
+            return _compare(_best(here, metric), causal[0], mixed[0] if mixed else None, metric, noise_sd)
     return None
 
 
@@ -168,7 +171,9 @@ def _best(cells: Sequence[Row], metric: str) -> list[Row]:
     return choose(groups, key=lambda group: mean(group, metric))
 
 
-def _compare(full: Sequence[Row], shorter: Sequence[Row], metric: str, noise_sd: float) -> Stopping:
+def _compare(
+    full: Sequence[Row], shorter: Sequence[Row], mixed: Sequence[Row] | None, metric: str, noise_sd: float
+) -> Stopping:
     sign = -1 if lower_is_better(metric) else 1
     gain = sign * (mean(shorter, metric) - mean(full, metric))
     sd = noise_sd * math.sqrt(1 / len(full) + 1 / len(shorter))
@@ -177,7 +182,14 @@ def _compare(full: Sequence[Row], shorter: Sequence[Row], metric: str, noise_sd:
     else:
         verdict = "stop early" if gain > 0 else "full mixture"
     unique = full[0]["budget_tokens"] / full[0]["repetitions"]
-    return Stopping(unique, _side(full, metric), _side(shorter, metric), Estimate(gain, sd), verdict)
+    return Stopping(
+        unique_tokens=unique,
+        full=_side(full, metric),
+        shorter=_side(shorter, metric),
+        mixed=_side(mixed, metric) if mixed else None,
+        gain=Estimate(gain, sd),
+        verdict=verdict,
+    )
 
 
 def _side(group: Sequence[Row], metric: str) -> Side:

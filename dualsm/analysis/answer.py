@@ -113,12 +113,15 @@ def _stopping(found: Stopping, metric: str) -> list[str]:
         "full mixture": "stop instead? no: shorter causal training was worse",
         "no clear difference": "stop instead? shorter causal training did as well, for less",
     }[found.verdict]
-    return [
+    lines = [
         f"{advice} (same {found.unique_tokens:,.0f} unique tokens, {metric})",
         f"    causal, {_side(found.shorter)}",
         f"    causal {fraction(found.full.alpha)}, {_side(found.full)}",
         f"    difference {_pm(Estimate(abs(found.gain.mean), found.gain.sd))}",
     ]
+    if found.mixed:
+        lines.append(f"    a mixture that stops: causal {fraction(found.mixed.alpha)}, {_side(found.mixed)}")
+    return lines
 
 
 def _side(side: Side) -> str:
