@@ -131,7 +131,7 @@ def default_config() -> ConfigDict:
     config.checkpoint.keep_every = 0  # those at multiples of this many steps are kept for good; 0: none
 
     config.valid = ConfigDict()
-    config.valid.every = 100  # steps; also after the last, and on an eighth of the rows before the first
+    config.valid.every = 100  # steps; also after the last, and before the first (an eighth of the rows)
     config.valid.rows = 0  # held-out rows scored; 0: all
     config.valid.objectives = "causal,prefix,masked_diffusion"  # scored whether trained on or not
 

@@ -169,14 +169,15 @@ class _Run:
             if distributed.leads():
                 writer = MetricsWriter(self.workdir, self.config, resumed_at=first or None)
             with contextlib.closing(writer):
-                state = self.init() if state is None else state
+                untrained = state is None
+                state = self.init() if untrained else state
+                if first == 0:
+                    self._validate_first(state, writer, untrained)
                 return self._train(state, first, checkpoints, writer, stop)
 
     def _train(self, state: TrainState, first: int, checkpoints: Checkpoints, writer, stop) -> bool:
         """The loop, from step `first` on."""
         config = self.config
-        if first == 0:
-            self._validate_first(state, writer)
         batches = read_steps(self.rows, first, config.data.threads, config.data.ahead)
         clock, unwritten, sums, quiet = _Clock(), None, None, not distributed.leads()
         with bar(total=config.steps, initial=first, desc="training", unit="step", disable=quiet) as progress:
@@ -262,10 +263,10 @@ class _Run:
         )
         return jax.tree.map(lambda rows: sharding.place_rows(self.mesh, rows, self.config.batch_rows), batch)
 
-    def _validate_first(self, state, writer: MetricsWriter) -> None:
-        say("compiling and validating the untrained model ...")
+    def _validate_first(self, state, writer: MetricsWriter, untrained: bool) -> None:
+        say(f"compiling and validating the {'untrained' if untrained else 'imported'} model ...")
         # Which rows an untrained model reads hardly matters, and all of them would hold up the start.
-        scores = self.validation(state.params, every=8)
+        scores = self.validation(state.params, every=8 if untrained else 1)
         writer.write(0, {"tokens": 0, "epoch": 0.0, **scores})
         say(_valid_line(0, self.config.steps, scores))
 
