@@ -66,19 +66,16 @@ class Validation:
         self._names = list(names)
         rows = tuple(np.tile(a, (samples, 1)) for a in rows)
         self._batches = [
-            (place_rows(mesh, tokens), place_rows(mesh, documents), first)
-            for tokens, documents, first in _batches(
-                rows, config.batch_rows // config.microbatches, special.pad
-            )
+            tuple(place_rows(mesh, part) for part in batch)
+            for batch in _batches(rows, config.batch_rows // config.microbatches, special.pad)
         ]
         self._strata = len(rows[0])
         objectives = mixture.bind(names, valid_options(config.objectives), special)
         token_bytes_V = jnp.asarray(token_bytes_V, jnp.float32)
 
-        def score(params: dict, tokens_BxL1, documents_BxL1, first: jax.Array, objective: jax.Array):
+        def score(params: dict, tokens_BxL1, documents_BxL1, stratum_B, objective: jax.Array):
             """Sums over a batch: nats, counted positions, and bytes of the counted targets."""
             size = tokens_BxL1.shape[0]
-            stratum_B = first + jnp.arange(size)
             keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(_SEED), i))(stratum_B)
             strata_B = jnp.full(size, self._strata)
             row = Row(tokens_BxL1, documents_BxL1, stratum_B, strata_B, jnp.zeros(size))
@@ -98,7 +95,7 @@ class Validation:
         Args:
           params: parameters.
           names: of the objectives to score; None: all this was made for.
-          every: only every so manieth batch of rows is scored.
+          every: only every so manieth batch is scored. The rows of each come from all over the text.
         """
         metrics = {}
         for name in self._names if names is None else names:
@@ -111,11 +108,13 @@ class Validation:
 
 
 def _batches(rows: tuple[np.ndarray, np.ndarray], size: int, pad: int):
-    """Batches of `size` rows with the number of their first row; the last is filled up with empty rows."""
+    """Batches of `size` rows and the rows' numbers. Of n batches each takes every n-th row, so that each is a
+    sample of the whole; the end is filled up with empty rows."""
     tokens_VxL1, documents_VxL1 = rows
     missing = -len(tokens_VxL1) % size
     tokens_VxL1 = np.pad(tokens_VxL1, [(0, missing), (0, 0)], constant_values=pad)
     documents_VxL1 = np.pad(documents_VxL1, [(0, missing), (0, 0)], constant_values=PAD_DOCUMENT)
-    for first in range(0, len(tokens_VxL1), size):
-        part = slice(first, first + size)
-        yield tokens_VxL1[part], documents_VxL1[part], jnp.int32(first)
+    numbers_V, batches = np.arange(len(tokens_VxL1), dtype=np.int32), len(tokens_VxL1) // size
+    for first in range(batches):
+        part = slice(first, None, batches)
+        yield tokens_VxL1[part], documents_VxL1[part], numbers_V[part]
