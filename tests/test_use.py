@@ -1,6 +1,7 @@
 """Evaluating and sampling a trained run, as a user does."""
 
 import json
+import shutil
 
 import pytest
 
@@ -137,6 +138,21 @@ def test_a_bad_prompt_is_named_with_its_line(workdir, tmp_path):
         path.write_text(f'{{"prompt": "a"}}\n\n{line}\n')
         process = run_command("dualsm.sample", f"--workdir={workdir}", f"--prompts={path}")
         assert_one_line(process, f"line 3: {message}" if "JSON" in message else message)
+
+
+def test_unshifted_models_are_not_asked_to_fill_in_masks(workdir, tmp_path):
+    from tests.evaluation.test_tasks import ROWS, write
+
+    write(tmp_path, "blimp", ROWS["blimp"])
+    run = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["objectives"]["masked_diffusion"]["shifted"] = False
+    (run / "config.json").write_text(json.dumps(config))
+    for command in (
+        ("dualsm.evaluate", "--tasks=blimp", f"--task_data={tmp_path}", "--modes=causal,masked"),
+        ("dualsm.sample", "--mode=diffusion"),
+    ):
+        assert_one_line(run_command(*command, f"--workdir={run}"), "shifted=False")
 
 
 def test_the_benchmarks_run(workdir, tmp_path):

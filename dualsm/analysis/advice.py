@@ -46,7 +46,7 @@ class Stopping:
       unique_tokens: of both.
       full: the best cells of the whole budget.
       shorter: the best cells with alpha = 1 that ended, fully decayed, at a smaller budget.
-      mixed: the best of such cells with alpha < 1; None where there are none.
+      mixed: the best of such cells with 0 < alpha < 1; None where there are none.
       gain: by how much `shorter` is better; negative: worse.
       verdict: "stop early", "full mixture" or "no clear difference".
     """
@@ -151,7 +151,7 @@ def stopping(
         budget = cells[0]["budget_tokens"]
         shorter = shorter_runs(rows, metric, budget / near, budget)
         causal = [group for group in shorter if group[0]["alpha"] == 1]
-        mixed = [group for group in shorter if group[0]["alpha"] < 1]
+        mixed = [group for group in shorter if 0 < group[0]["alpha"] < 1]
         if causal:
             here = [cell for cell in cells if cell["repetitions"] == near]
             return _compare(_best(here, metric), causal[0], mixed[0] if mixed else None, metric, noise_sd)

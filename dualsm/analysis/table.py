@@ -197,6 +197,7 @@ def setting(row: Row) -> dict:
 
 
 def _setting(row: Row) -> str:
+    """The same, to group by."""
     return json.dumps(setting(row), sort_keys=True, default=str)
 
 

@@ -70,7 +70,8 @@ def range_mask(key_start_BxL: jax.Array, key_end_BxL: jax.Array, keys: int) -> j
 
 
 def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Array:
-    """Plain attention with a mask, of long rows so many queries at a time that no L x S array is held.
+    """Plain attention with a mask. Long rows of a multiple of `QUERIES` go by so many queries at once, so
+    that no L x S array is held.
 
     Heads go in front first: XLA's CPU compiler turns products over [B, L, H, K] into copies, which made the
     backward pass two to three times slower.

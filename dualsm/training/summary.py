@@ -13,9 +13,11 @@ from dualsm.training.metrics import read_metrics
 def summarise(workdir: str | Path, corpus: Corpus | None = None) -> str:
     """Held-out bits per byte of each objective before and after, speed, and where things are.
 
+    Before training they are of a sample of the rows (see `dualsm.training.loop`).
+
     Args:
       workdir: of the run.
-      corpus: whose held-out documents were scored, all of them; adds what `gzip -9` needs for the same.
+      corpus: whose held-out documents were all scored at the end; adds what `gzip -9` needs for the same.
     """
     records = read_metrics(workdir)
     validated = [r for r in records if any(name.startswith("valid/") for name in r)]
