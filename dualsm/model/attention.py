@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from dualsm import sharding
 from dualsm.errors import UserError
-from dualsm.model.splash import BLOCKS, attend_splash
+from dualsm.model import flash, splash
 
-BACKENDS = ("auto", "xla", "splash")
+BACKENDS = ("auto", "xla", "splash", "flash")
 QUERIES = 128  # at once, in rows of more than twice as many; by benchmarks/attention.py
 
 
@@ -31,7 +31,8 @@ def attend(
       q_BxLxHxK, k_BxLxHxK, v_BxLxHxK: queries, keys, values of H heads of width K.
       key_start_BxL, key_end_BxL: int32; the keys each query sees, at least one. The keys of a range have
         its start as their own: documents do not overlap.
-      backend: one of `BACKENDS`; "xla" does all there is, "splash" TPUs; "auto" takes "splash" where it can.
+      backend: one of `BACKENDS`; "xla" does all there is, "splash" is for TPUs, "flash" for NVIDIA GPUs;
+        "auto" takes "splash" where it can, else "xla".
 
     Returns:
       The attended values, shaped and typed as `q_BxLxHxK`.
@@ -41,22 +42,31 @@ def attend(
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
-    obstacle = _obstacle_to_splash(q_BxLxHxK.shape, k_BxLxHxK.shape)
-    if backend == "splash" and obstacle:
-        raise UserError(f"config.model.attention=splash {obstacle}; take auto or xla")
-    if backend == "xla" or obstacle:
+    if backend == "auto":  # flash must be asked for: it has not been timed on a GPU, see docs/performance.md
+        backend = "xla" if _obstacle("splash", q_BxLxHxK.shape, k_BxLxHxK.shape) else "splash"
+    if backend == "xla":
         return _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+    if obstacle := _obstacle(backend, q_BxLxHxK.shape, k_BxLxHxK.shape):
+        raise UserError(f"config.model.attention={backend} {obstacle}; take auto or xla")
+    kernel = {"splash": splash.attend_splash, "flash": flash.attend_flash}[backend]
     heads, ranges = ("batch", None, "heads", None), ("batch", None)
-    splash = sharding.by_device(attend_splash, (heads, heads, heads, ranges, ranges), heads)
-    return splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+    divided = sharding.by_device(kernel, (heads, heads, heads, ranges, ranges), heads)
+    return divided(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
 
 
-def _obstacle_to_splash(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
-    rows, length, heads, _ = q_shape
-    if (platform := sharding.platform()) != "tpu":
-        return f"needs TPUs, not {platform}"
-    if length != k_shape[1] or length % BLOCKS[-1]:
-        return f"needs rows of a multiple of {BLOCKS[-1]} positions, not {length}"
+def _obstacle(kernel: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
+    """Why a kernel cannot attend to such arrays here, if so."""
+    rows, length, heads, width = q_shape
+    names, platforms, multiple = {
+        "splash": ("TPUs", ("tpu",), splash.BLOCKS[-1]),
+        "flash": ("NVIDIA GPUs", ("gpu", "cuda"), flash.LENGTHS),
+    }[kernel]
+    if (platform := sharding.platform()) not in platforms:
+        return f"needs {names}, not {platform}"
+    if length != k_shape[1] or length % multiple:
+        return f"needs rows of a multiple of {multiple} positions, not {length}"
+    if kernel == "flash" and (width < 16 or width & (width - 1)):
+        return f"needs heads whose width is a power of two from 16 on, not {width}"
     for name, size in (("batch", rows), ("heads", heads)):
         if size % (parts := sharding.divided_by(name)):
             return f"needs {name} that {parts} devices can share, not {size}"

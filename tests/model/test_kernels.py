@@ -1,0 +1,207 @@
+"""The kernels of TPUs and GPUs, run without either, against plain attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualsm import sharding
+from dualsm.errors import UserError
+from dualsm.model import flash, splash
+from dualsm.model.attention import attend, range_mask
+from dualsm.model.transformer import bind
+from dualsm.objectives.loss import example_loss
+from dualsm.objectives.mixture import OBJECTIVES
+from tests.objectives.conftest import batch, far_from_initial, packed, rewritten, tiny_model
+
+L, H, K = 384, 2, 16  # three blocks of 128
+LAYOUTS = ([900], [128, 256, 9], [40, 200, 60, 200], [150, 100])  # the last is filled up
+
+INTERPRETED = {
+    "splash": functools.partial(splash.attend_splash, interpret=True),
+    "flash": functools.partial(flash.attend_flash, interpret=True),
+}
+PLATFORMS = {"splash": "tpu", "flash": "gpu"}
+each_kernel = pytest.mark.parametrize("kernel", INTERPRETED)
+
+
+@pytest.fixture(scope="module")
+def ranges() -> tuple[np.ndarray, np.ndarray]:
+    """A row of every objective, documents of all sorts."""
+    examples = [
+        rewritten(name, batch([packed(LAYOUTS[i % len(LAYOUTS)], L)]), seed=i)
+        for i, name in enumerate(OBJECTIVES)
+    ]
+    return tuple(np.concatenate([getattr(e, key) for e in examples]) for key in ("key_start_L", "key_end_L"))
+
+
+@pytest.fixture(scope="module")
+def any_ranges() -> tuple[np.ndarray, np.ndarray]:
+    """Every query sees what it likes, which no objective asks for."""
+    random = np.random.default_rng(0)
+    start_BxL = random.integers(0, L, (3, L)).astype(np.int32)
+    return start_BxL, start_BxL + 1 + random.integers(0, L - start_BxL).astype(np.int32)
+
+
+@pytest.fixture
+def on_its_platform(monkeypatch):
+    """A function after which `attend` takes this machine for that of a kernel."""
+
+    def pretend(kernel: str) -> None:
+        monkeypatch.setattr(sharding, "platform", lambda: PLATFORMS[kernel])
+        monkeypatch.setattr(splash, "attend_splash", INTERPRETED["splash"])
+        monkeypatch.setattr(flash, "attend_flash", INTERPRETED["flash"])
+
+    return pretend
+
+
+def mesh(**sizes: int) -> jax.sharding.Mesh:
+    """Over four of the fake devices."""
+    return sharding.make_mesh({"replica": 1, "fsdp": 1} | sizes, jax.devices()[:4])
+
+
+def results(backend, q, k, v, ranges) -> list[np.ndarray]:
+    """The attended values, and the gradients of a weighting of them."""
+
+    @jax.jit
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda *qkv: backend(*qkv, *ranges), q, k, v)
+        return out, *pull(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype))
+
+    return [np.asarray(x, np.float32) for x in run(q, k, v)]
+
+
+def equal_to_plain_attention(kernel: str, ranges, dtype=jnp.float32, tolerance: float = 2e-5) -> None:
+    qkv = jax.random.normal(jax.random.key(0), (3, len(ranges[0]), L, H, K), dtype)
+    plain = functools.partial(attend, backend="xla")
+    expected = results(plain, *(x.astype(jnp.float32) for x in qkv), ranges)
+    for ours, theirs in zip(results(INTERPRETED[kernel], *qkv, ranges), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=tolerance)
+
+
+@each_kernel
+def test_a_batch_of_all_objectives(kernel, ranges):
+    equal_to_plain_attention(kernel, ranges)
+
+
+def test_flash_with_any_ranges(any_ranges):
+    equal_to_plain_attention("flash", any_ranges)
+
+
+def test_flash_in_half_precision(ranges):
+    equal_to_plain_attention("flash", ranges, jnp.bfloat16, tolerance=0.05)
+
+
+@each_kernel
+def test_blocks_that_are_skipped_hold_nothing(kernel, ranges):
+    needed_BxLxL = np.asarray(range_mask(*ranges, L))
+
+    def check(seen_BxIxJ, queries: int, keys: int) -> None:
+        shape = (-1, L // queries, queries, L // keys, keys)
+        assert not (needed_BxLxL.reshape(shape).any((2, 4)) & ~np.asarray(seen_BxIxJ)).any()
+        assert seen_BxIxJ.mean() < 0.8  # the half above the diagonal of causal rows, and other documents
+
+    if kernel == "splash":
+        check(splash.seen_blocks(*ranges, 128), 128, 128)
+        return
+    for blocks in (flash.FORWARD, flash.BACKWARD_QUERIES):
+        first, past = (x[..., None] for x in flash.key_blocks(*ranges, blocks))
+        number_J = np.arange(L // blocks.keys)
+        check((first <= number_J) & (number_J < past), blocks.queries, blocks.keys)
+    first, past = (x[:, None] for x in flash.query_blocks(*ranges, flash.BACKWARD_KEYS))
+    number_Ix1 = np.arange(L // flash.BACKWARD_KEYS.queries)[:, None]
+    check((first <= number_Ix1) & (number_Ix1 < past), flash.BACKWARD_KEYS.queries, flash.BACKWARD_KEYS.keys)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_what_splash_fetches_next(axis):
+    seen = np.random.default_rng(0).random((4, 5, 5)) < 0.4
+    seen[0] = False
+    fetched = np.moveaxis(np.asarray(splash.next_seen(jnp.asarray(seen), axis)), axis, -1).reshape(-1, 5)
+    for row, found in zip(np.moveaxis(seen, axis, -1).reshape(-1, 5), fetched, strict=True):
+        places = np.flatnonzero(row)
+        for j in range(5):
+            later = places[places >= j]
+            assert found[j] == (later[0] if len(later) else places[-1] if len(places) else 0)
+
+
+@each_kernel
+def test_a_model_trains_the_same(kernel, on_its_platform):
+    """Under the scan over layers, remat, and a mesh that divides rows and heads."""
+    on_its_platform(kernel)
+    config = tiny_model()
+    config.width = config.heads * K
+    config.remat = "full"
+    params = far_from_initial(config, 0.1)
+    rows = batch([packed([100, 90, 300], 256)] * 4)
+    examples = jax.tree.map(
+        lambda *parts: np.concatenate(parts),
+        *(rewritten(name, jax.tree.map(lambda x: x[:2], rows)) for name in ("prefix", "masked_diffusion")),
+    )
+
+    def gradients(backend: str):
+        config.attention = backend
+
+        def loss(params):
+            return example_loss(bind(config, params), examples, chunk=64)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    expected = gradients("xla")
+    with jax.set_mesh(mesh(data=2, tensor=2)):
+        found = gradients(kernel)
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, expected)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_auto_takes_splash_where_it_can(on_its_platform, monkeypatch):
+    on_its_platform("splash")
+    taken = []
+    monkeypatch.setattr(splash, "attend_splash", lambda q, *_: taken.append(q.shape) or q)
+    for length in (128, 100):
+        start = jnp.zeros((1, length), jnp.int32)
+        attend(*jnp.ones((3, 1, length, H, K)), start, start + 1)
+    assert taken == [(1, 128, H, K)]
+
+
+@each_kernel
+def test_it_is_refused_where_it_cannot(kernel, on_its_platform):
+    def asked(length, heads=H, width=K):
+        start = jnp.zeros((4, length), jnp.int32)
+        q = jnp.ones((4, length, heads, width))
+        jax.eval_shape(lambda q: attend(q, q, q, start, start + 1, kernel), q)
+
+    with pytest.raises(UserError, match="needs (TPUs|NVIDIA GPUs), not cpu"):
+        asked(128)
+    on_its_platform(kernel)
+    with pytest.raises(UserError, match="multiple of 128 positions, not 100"):
+        asked(100)
+    if kernel == "flash":
+        with pytest.raises(UserError, match="a power of two from 16 on, not 24"):
+            asked(128, width=24)
+    with (
+        jax.set_mesh(mesh(data=1, tensor=4)),
+        pytest.raises(UserError, match="heads that 4 devices can share, not 2"),
+    ):
+        asked(128)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="lowering for GPUs takes CUDA's plugin")
+def test_flash_becomes_a_program_for_gpus():
+    q, range_ = (
+        jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 1024), jnp.int32),
+    )
+
+    def both_passes(q, k, v, start, end):
+        out, pull = jax.vjp(lambda *qkv: flash.attend_flash(*qkv, start, end), q, k, v)
+        return out, pull(out)
+
+    traced = jax.jit(both_passes).trace(q, q, q, range_, range_)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("flash_forward", "flash_backward_queries", "flash_backward_keys"):
+        assert kernel in text
+    assert "1024x1024" not in text
