@@ -1,9 +1,11 @@
-"""Compiles a config's training step for a TPU slice that is not there, and reports what it would take.
+"""Compiles a config's training step for devices that are not there, and reports what it would take.
 
 python -m dualsm.compile --config=configs/dual_470m.py --topology=v5e:4x4
 python -m dualsm.compile --config=configs/dual_7b.py --topology=v5p:8x8x8 --output=report.json
+python -m dualsm.compile --config=configs/dual_470m.py --topology=h200:8 --config.model.attention=flash
 
-Needs libtpu: pip install 'dualsm[tpu]'. Exits non-zero when the step does not fit into the chips' memory.
+TPU slices take libtpu: pip install 'dualsm[tpu]'; GPUs of one machine JAX's CUDA plugin: pip install
+'dualsm[cuda]'. Exits non-zero when the step does not fit into the chips' memory.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from ml_collections import config_flags
 
 from dualsm import cli, sharding
 from dualsm import config as configs
+from dualsm.aot.absent import absent_devices
 from dualsm.aot.hlo import analyse
-from dualsm.aot.report import absent_devices, as_text, compile_step, gib, make_report, walked_share
+from dualsm.aot.report import as_text, compile_step, gib, make_report, walked_share
 from dualsm.aot.roofline import CHIPS
 from dualsm.errors import UserError
 from dualsm.objectives.example import SpecialIds
@@ -26,7 +29,7 @@ from dualsm.progress import say
 from dualsm.training.program import make_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, see configs/")
-_TOPOLOGY = flags.DEFINE_string("topology", None, f"slice, such as v5e:4x4; chips: {', '.join(CHIPS)}")
+_TOPOLOGY = flags.DEFINE_string("topology", None, f"such as v5e:4x4, or h200:8; chips: {', '.join(CHIPS)}")
 _OUTPUT = flags.DEFINE_string("output", None, "file for the report as JSON")
 _HLO = flags.DEFINE_string("hlo", None, "file for the compiled program's text")
 flags.mark_flags_as_required(["config", "topology"])
@@ -46,7 +49,7 @@ def main(_: Sequence[str]) -> None:
     text = compiled.as_text()
     if _HLO.value:
         epath.Path(_HLO.value).write_text(text)
-    work = analyse(text, mesh.size, walked_share(config))
+    work = analyse(text, mesh.size, walked_share(config, devices[0].platform))
     report = make_report(config, _TOPOLOGY.value, mesh, program, compiled.memory_analysis(), work)
     say(as_text(report))
     if _OUTPUT.value:

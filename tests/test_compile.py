@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dualsm import sharding
+from dualsm.aot.absent import absent_devices
 from dualsm.aot.hlo import Work, analyse
 from dualsm.aot.report import as_text, device_bytes, make_report
 from dualsm.aot.roofline import CHIPS, estimate, interconnect_bandwidth
@@ -126,6 +127,20 @@ def test_an_attention_kernel():
     assert half.hbm_bytes == 3 * 2 * 4096 * 64 * 2 + 2 * 8 * 4 * 4
 
 
+GPU_KERNEL = """
+ENTRY %main (q: bf16[2,256,4,64]) -> bf16[2,256,4,64] {
+  %q = bf16[2,256,4,64]{3,2,1,0} parameter(0)
+  ROOT %pallas_call.1 = bf16[2,256,4,64]{3,2,1,0} custom-call(%q, %q, %q, %q), custom_call_target="__gpu$xla.gpu.triton", backend_config={grid_x = 2 : i32, name = "flash_backward_queries", num_stages = 3 : i32}
+}
+"""  # noqa: E501
+
+
+def test_an_attention_kernel_of_gpus():
+    work = analyse(GPU_KERNEL, devices=1, walked=0.5)
+    assert work.flops == 0.5 * 3 * 2 * (2 * 4) * 256**2 * 64
+    assert work.hbm_bytes == 5 * 2 * 256 * 4 * 64 * 2
+
+
 def test_collectives_of_a_sharded_product():
     mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("a"))
@@ -232,6 +247,8 @@ def test_the_roofline():
     assert interconnect_bandwidth("v5e:16x16") == 4 * 45e9
     assert interconnect_bandwidth("v5e:4x4") == 2 * 45e9
     assert interconnect_bandwidth("v5p:4x4x1") == 4 * 90e9
+    assert interconnect_bandwidth("h200:8") == 450e9
+    assert interconnect_bandwidth("h200:1") == 0
     chip = CHIPS["v5p"]
     work = Work(chip.flops, chip.hbm_bandwidth, {"all-gather": 6 * 90e9}, {"all-gather": 1})
     found = estimate("v5p:4x4x4", 64, work, model_flops=0.5 * 64 * chip.flops)
@@ -243,6 +260,12 @@ def test_the_roofline():
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu (extra `tpu`, 700 MB) is not installed"
+)
+
+
+needs_cuda = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="JAX's CUDA plugin (extra `cuda`, 3 GB) is not installed",
 )
 
 
@@ -289,6 +312,23 @@ def test_attention_scores_stay_out_of_main_memory(recipe, tmp_path):
     assert not has_scores("splash")
 
 
+@needs_cuda
+def test_the_command_compiles_for_absent_gpus(recipe, tmp_path):
+    """The kernel's program is compiled too; no row's scores are in main memory."""
+    output, program = tmp_path / "report.json", tmp_path / "program"
+    done = run_command(
+        "dualsm.compile", f"--config={recipe}", "--topology=h200:4", "--config.row_tokens=256",
+        "--config.model.attention=flash", f"--output={output}", f"--hlo={program}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report, text = json.loads(output.read_text()), program.read_text()
+    assert report["devices"] == 4
+    assert report["flops"]["compiled"] * 4 > report["flops"]["model_all_devices"]
+    for kernel in ("flash_forward", "flash_backward_queries", "flash_backward_keys"):
+        assert f'name = "{kernel}"' in text
+    assert "256,256]" not in text
+
+
 @needs_libtpu
 def test_a_step_that_does_not_fit_is_refused(recipe):
     done = run_command(
@@ -299,8 +339,18 @@ def test_a_step_that_does_not_fit_is_refused(recipe):
     assert "error: does not fit" in done.stderr
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v9:4x4", "4x4"])
-def test_unknown_slices_are_refused(recipe, topology):
+@pytest.mark.parametrize("topology", ["v5e", "v9:4x4", "4x4", "h200", "h200:2x4", "h200:0"])
+def test_unknown_devices_are_refused(topology):
+    with pytest.raises(UserError, match=f"--topology={topology} must read CHIP:AxB"):
+        absent_devices(topology)
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) for name in ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")),
+    reason="a compiler for absent devices is installed",
+)
+@pytest.mark.parametrize(("topology", "missing"), [("v5e:4x4", "tpu"), ("h200:1", "cuda")])
+def test_what_to_install_is_said(recipe, topology, missing):
     done = run_command("dualsm.compile", f"--config={recipe}", f"--topology={topology}")
     assert done.returncode == 2
-    assert "--topology" in done.stderr or "libtpu" in done.stderr
+    assert f"pip install 'dualsm[{missing}]'" in done.stderr

@@ -18,8 +18,13 @@ MATRIX_UNIT = 128  # rows and columns of a TPU's, up to v5
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")  # the kernels of dualsm/model/splash.py, by name
-_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+# Attention kernels by name, with the products of scores' size that each does.
+_SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")  # an instruction's
+_FLASH = re.compile(
+    r'name = "flash_(forward|backward_queries|backward_keys)"'
+)  # in an instruction's attributes
+_KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "forward": 2, "backward_queries": 3, "backward_keys": 4}
+_KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _MOVES_NOTHING = (
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call", "conditional",
@@ -90,7 +95,9 @@ def analyse(text: str, devices: int, walked: float = 1.0) -> Work:
             if i.op in ("convolution", "dot"):
                 flops += times[name] * _product_flops(i, types)
             if kernel := _SPLASH.match(i.name):
-                flops += times[name] * walked * _kernel_flops(i, types, _SPLASH_PRODUCTS[kernel[1]])
+                flops += times[name] * walked * _KERNEL_PRODUCTS[kernel[1]] * _splash_product(i, types)
+            if i.op == "custom-call" and (kernel := _FLASH.search(i.rest)):
+                flops += times[name] * walked * _KERNEL_PRODUCTS[kernel[1]] * _flash_product(i, types)
             kind = i.op.removesuffix("-start")
             if kind in COLLECTIVES:
                 # A collective that overlaps with others' work appears once in each, on the same channel.
@@ -219,8 +226,8 @@ def _product_flops(i: Instruction, types: dict[str, str]) -> float:
     return flops
 
 
-def _kernel_flops(i: Instruction, types: dict[str, str], products: int) -> float:
-    """Operations of a splash kernel that skips no block.
+def _splash_product(i: Instruction, types: dict[str, str]) -> float:
+    """Operations of one product of scores' size in a splash kernel that skips no block.
 
     Its first operand has an entry a block of scores and head, as many along one axis as q has blocks; the
     third is q, [H, T, K]. Heads narrower than the matrix unit take as long as if they were as wide.
@@ -228,7 +235,13 @@ def _kernel_flops(i: Instruction, types: dict[str, str], products: int) -> float
     ((blocks, _, _),), ((q, _, _),) = (_arrays(types[i.operands[place]]) for place in (0, 2))
     heads, length, width = q
     width = -(-width // MATRIX_UNIT) * MATRIX_UNIT
-    return products * 2 * heads * width * math.prod(blocks) * (length // max(blocks)) ** 2
+    return 2 * heads * width * math.prod(blocks) * (length // max(blocks)) ** 2
+
+
+def _flash_product(i: Instruction, types: dict[str, str]) -> float:
+    """The same of a flash kernel, whose first operand is q, [B, L, H, K]."""
+    ((rows, length, heads, width), _, _), *_ = _arrays(types[i.operands[0]])
+    return 2 * rows * heads * length**2 * width
 
 
 def _overlaps(left: int, right: int, result: int, window: dict[str, str], d: int) -> int:
@@ -269,7 +282,7 @@ def _sent(i: Instruction, types: dict[str, str], devices: int) -> float:
 
 def _traffic(i: Instruction, types: dict[str, str], computations: dict) -> float:
     """Bytes that an instruction reads from and writes to main memory."""
-    if i.op == "custom-call" and "tpu_custom_call" not in i.rest:  # hints to the compiler
+    if i.op == "custom-call" and not any(target in i.rest for target in _KERNEL_TARGETS):  # hints
         return 0.0
     if i.op.endswith("-start"):  # copies between memories
         return min((size for _, size, _ in _arrays(i.type) if size > 64), default=0)

@@ -1,11 +1,6 @@
-"""Compiling a config's training step for an absent TPU slice, and the report on what came out."""
+"""Compiling a config's training step for absent devices, and the report on what came out."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import re
-from collections.abc import Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -14,37 +9,12 @@ from dualsm import sharding
 from dualsm.aot.hlo import Work
 from dualsm.aot.roofline import CHIPS, estimate
 from dualsm.errors import UserError
+from dualsm.model import flash
 from dualsm.model.flops import train_flops
 from dualsm.model.splash import BLOCKS, block_size
 from dualsm.objectives.example import SpecialIds
 from dualsm.progress import table
 from dualsm.training.program import Program, activation_bytes, attended_share, batch_shapes
-
-
-def absent_devices(topology: str) -> Sequence[jax.Device]:
-    """Descriptions of the chips of a slice such as "v5e:4x4".
-
-    Raises:
-      UserError: when libtpu is not installed, or knows no such slice.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPUs needs libtpu: pip install 'dualsm[tpu]'")
-    if not re.fullmatch(rf"({'|'.join(CHIPS)}):\d+(x\d+)*", topology):
-        raise UserError(
-            f"--topology={topology} must read CHIP:AxB or CHIP:AxBxC, CHIP one of {', '.join(CHIPS)}"
-        )
-    from jax.experimental import topologies
-
-    jax.config.update("jax_platforms", "cpu")  # there is no TPU to be found here ...
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # ... nor a cloud machine's metadata
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor chips that two reports at once would fight for
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{topology.split(':')[0]}-8")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # libtpu's own words, of any type
-        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
 
 
 def compile_step(config: ConfigDict, program: Program, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
@@ -62,10 +32,12 @@ def compile_step(config: ConfigDict, program: Program, mesh: jax.sharding.Mesh) 
             ) from error
 
 
-def walked_share(config: ConfigDict) -> float:
+def walked_share(config: ConfigDict, platform: str) -> float:
     """Share of the blocks of scores that an attention kernel does not skip, in rows of one document."""
-    fits = config.row_tokens % BLOCKS[-1] == 0
-    return attended_share(config, SpecialIds(), block_size(config.row_tokens) if fits else 1)
+    size = flash.LENGTHS if platform == "gpu" else BLOCKS[-1]
+    if config.row_tokens % size:
+        return attended_share(config, SpecialIds(), 1)
+    return attended_share(config, SpecialIds(), size if platform == "gpu" else block_size(config.row_tokens))
 
 
 def make_report(
@@ -75,7 +47,7 @@ def make_report(
 
     Args:
       config: the run's config.
-      topology: "v5e:4x4".
+      topology: "v5e:4x4" or "h200:8".
       mesh: over its devices.
       program: what was compiled.
       memory: XLA's account of it.

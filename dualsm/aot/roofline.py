@@ -1,4 +1,4 @@
-"""How fast a compiled step can be on a TPU slice, from the makers' figures for its chips."""
+"""How fast a compiled step can be on a TPU slice or the GPUs of a machine, from the makers' figures."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from dualsm.aot.hlo import Work
 
 
 class Chip(NamedTuple):
-    """A TPU chip.
+    """A TPU chip or a GPU.
 
     Attributes:
       flops: bfloat16 matrix operations a second.
-      hbm_bytes: of main memory that programs can use (what libtpu's compiler allows).
+      hbm_bytes: of main memory that programs can use (of TPUs what libtpu's compiler allows).
       hbm_bandwidth: bytes a second.
-      link_bandwidth: bytes a second of one link of the interconnect, one way.
-      wraps: sizes of a slice's axis are multiples of this when its ends are linked to a ring.
+      link_bandwidth: bytes a second of one link of the interconnect, one way; of GPUs all links together.
+      wraps: sizes of a slice's axis are multiples of this when its ends are linked to a ring; 0 for GPUs,
+        which a switch joins.
     """
 
     flops: float
@@ -26,27 +27,33 @@ class Chip(NamedTuple):
     wraps: int
 
 
-# cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), links from "How to Scale Your Model", jax-ml.github.io.
+# cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), links from "How to Scale Your Model", jax-ml.github.io; GPUs
+# (SXM boards) from NVIDIA's data sheets.
 CHIPS = {
     "v4": Chip(275e12, int(31.75 * 2**30), 1.23e12, 45e9, 4),
     "v5e": Chip(197e12, int(15.75 * 2**30), 0.82e12, 45e9, 16),
     "v5p": Chip(459e12, int(95.74 * 2**30), 2.77e12, 90e9, 4),
     "v6e": Chip(918e12, int(31.25 * 2**30), 1.64e12, 90e9, 16),
+    "a100": Chip(312e12, int(80e9), 2.04e12, 300e9, 0),
+    "h100": Chip(989e12, int(80e9), 3.35e12, 450e9, 0),
+    "h200": Chip(989e12, int(141e9), 4.8e12, 450e9, 0),
 }
 
 
 def interconnect_bandwidth(topology: str) -> float:
-    """Bytes a second that a chip of a slice such as "v5e:4x4" sends in a collective over the whole slice."""
+    """Bytes a second that a chip of "v5e:4x4" or "h200:8" sends in a collective over all of them."""
     name, sizes = topology.split(":")
-    chip, sizes = CHIPS[name], [int(size) for size in sizes.split("x")]
-    return sum(2 * chip.link_bandwidth * (1 if size % chip.wraps == 0 else 0.5) for size in sizes if size > 1)
+    chip, sizes = CHIPS[name], [int(size) for size in sizes.split("x") if size != "1"]
+    if not chip.wraps:
+        return chip.link_bandwidth * len(sizes)
+    return sum(2 * chip.link_bandwidth * (1 if size % chip.wraps == 0 else 0.5) for size in sizes)
 
 
 def estimate(topology: str, devices: int, work: Work, model_flops: float) -> dict:
     """Seconds of a step and the utilisation they mean, between all of the work overlapping and none of it.
 
     Args:
-      topology: "v5e:4x4".
+      topology: "v5e:4x4" or "h200:8".
       devices: in it.
       work: of one device and step.
       model_flops: of one step by formula, all devices together, nothing counted twice for remat.
@@ -60,14 +67,18 @@ def estimate(topology: str, devices: int, work: Work, model_flops: float) -> dic
     }
     fast, slow = max(seconds.values()), sum(seconds.values())
     peak = chip.flops * devices
+    assumed = [
+        f"{chip.flops / 1e12:.0f} TFLOP/s bfloat16",
+        f"{chip.hbm_bandwidth / 1e12:.2f} TB/s of main memory",
+    ]
+    if devices > 1:
+        axes = "both directions of every axis of the slice, half where an axis is no ring"
+        links = axes if chip.wraps else "one way"
+        assumed.append(f"{bandwidth / 1e9:.0f} GB/s of interconnect a chip ({links})")
     return seconds | {
         "step_seconds_overlapped": fast,
         "step_seconds_serial": slow,
         "mfu_overlapped": model_flops / fast / peak,
         "mfu_serial": model_flops / slow / peak,
-        "assumptions": (
-            f"{chip.flops / 1e12:.0f} TFLOP/s bfloat16, {chip.hbm_bandwidth / 1e12:.2f} TB/s of main memory, "
-            f"{bandwidth / 1e9:.0f} GB/s of interconnect a chip (both directions of every axis of the slice, "
-            "half where an axis is no ring), each at its peak"
-        ),
+        "assumptions": f"{', '.join(assumed)}, each at its peak",
     }

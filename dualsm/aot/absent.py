@@ -1,0 +1,116 @@
+"""Descriptions of devices that are not there, for which a step can be compiled all the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from dualsm.aot.roofline import CHIPS
+from dualsm.errors import UserError
+
+
+class Gpu(NamedTuple):
+    """What XLA's compiler wants to know of a GPU beside `roofline.CHIPS`; makers' figures.
+
+    Attributes:
+      name: as the device says it.
+      capability: CUDA's compute capability, major and minor.
+      processors: streaming multiprocessors.
+      shared: bytes of shared memory of one.
+      cache: bytes of the second-level cache.
+      clock: GHz.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    shared: int
+    cache: int
+    clock: float
+
+
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * 1024, 40 * 2**20, 1.41),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98),
+}
+
+
+def absent_devices(topology: str) -> Sequence[jax.Device]:
+    """Descriptions of the chips of a TPU slice such as "v5e:4x4", or of GPUs of one machine such as "h200:8".
+
+    Raises:
+      UserError: when the compiler for them is not installed, or knows nothing of the kind.
+    """
+    tpus = "|".join(CHIPS.keys() - GPUS.keys())
+    if not re.fullmatch(rf"({tpus}):\d+(x\d+)*|({'|'.join(GPUS)}):[1-9]\d*", topology):
+        raise UserError(
+            f"--topology={topology} must read CHIP:AxB or CHIP:AxBxC for TPUs, CHIP:N for GPUs; "
+            f"chips: {', '.join(CHIPS)}"
+        )
+    jax.config.update("jax_platforms", "cpu")  # there is nothing else to be found here
+    chip, size = topology.split(":")
+    try:
+        return _gpus(chip, size) if chip in GPUS else _tpus(topology)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+
+
+def _tpus(topology: str) -> Sequence[jax.Device]:
+    from jax.experimental import topologies
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for TPUs needs libtpu: pip install 'dualsm[tpu]'")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # this may not be a cloud machine, with metadata to ask for
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chips that two reports at once would fight for
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{topology.split(':')[0]}-8")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def _gpus(chip: str, number: str) -> Sequence[jax.Device]:
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name=chip, topology=f"1x1x{number}", target_config=_target(chip)
+        ).devices
+    except NotImplementedError as error:
+        raise UserError("compiling for GPUs needs JAX's CUDA plugin: pip install 'dualsm[cuda]'") from error
+
+
+def _target(chip: str) -> str:
+    """XLA's description of a GPU, a text of its protocol buffer `GpuTargetConfigProto`."""
+    gpu, figures = GPUS[chip], CHIPS[chip]
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "{gpu.name}"
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} }}
+          core_count: {gpu.processors}
+          clock_rate_ghz: {gpu.clock}
+          l2_cache_size: {gpu.cache}
+          device_memory_size: {figures.hbm_bytes}
+          memory_bandwidth: {int(figures.hbm_bandwidth)}
+          shared_memory_per_core: {gpu.shared}
+          shared_memory_per_block_optin: {gpu.shared - 1024}
+          shared_memory_per_block: 49152
+          fpus_per_core: {64 if gpu.capability[0] == 8 else 128}
+          threads_per_warp: 32
+          threads_per_block_limit: 1024
+          threads_per_core_limit: 2048
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+        }}
+        runtime_version {{ major: 13 }}
+        dnn_version_info {{ major: 9 minor: 8 }}
+    """
