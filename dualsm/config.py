@@ -91,7 +91,7 @@ def default_config() -> ConfigDict:
     # What the forward pass keeps for the backward: the results of "matmuls", nothing (remat "full"), or
     # all (remat "none"). On CPU "matmuls" is the fastest, and on accelerators it saves memory.
     config.model.remat = "matmuls"
-    config.model.attention = "auto"  # or "xla"; "splash" on TPUs, "flash" on NVIDIA GPUs, see dualsm/model/attention.py
+    config.model.attention = "auto"  # or "xla"; "splash" on TPUs; "flash" on GPUs; see model/attention.py
 
     config.loss = ConfigDict()
     config.loss.z = 1e-4  # weight of the squared log normaliser
