@@ -114,18 +114,19 @@ def as_text(report: dict) -> str:
         return f"{roofline[what + '_seconds']:.3f}"
 
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+    chips = f"{report['devices']} chips ({mesh})" if mesh else "one chip"
+    collectives = [
+        [k, f"{c['count']:,.0f}", f"{c['bytes'] / 1e9:.2f}"] for k, c in report["collectives"].items()
+    ]
     parts = [
-        f"{report['parameters']:,} parameters on {report['topology']}, {report['devices']} chips ({mesh}); "
+        f"{report['parameters']:,} parameters on {report['topology']}, {chips}; "
         f"{report['batch_rows']} rows of {report['row_tokens']} tokens a step, "
         f"{report['rows_at_once']} rows a chip at once, remat {report['remat']}",
         table(
             ["memory of a chip", "GiB"],
             [[name, gib(memory[name])] for name in memory],
         ),
-        table(
-            ["collectives of a chip and step", "times", "GB sent"],
-            [[k, f"{c['count']:,.0f}", f"{c['bytes'] / 1e9:.2f}"] for k, c in report["collectives"].items()],
-        ),
+        table(["collectives of a chip and step", "times", "GB sent"], collectives) if collectives else "",
         table(
             ["work of a chip and step", "", "seconds at peak"],
             [
@@ -147,7 +148,7 @@ def as_text(report: dict) -> str:
         f"{roofline['mfu_serial']:.0%}",
         f"assumed: {roofline['assumptions']}",
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def gib(size: float) -> str:
