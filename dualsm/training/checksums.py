@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -40,7 +41,10 @@ def _sum(array: jax.Array) -> jax.Array:
     for axis in reversed(range(array.ndim)):  # not by a reshape, which would gather a sharded array
         place += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= array.shape[axis]
-    return jnp.sum(_mix(words ^ _mix(place + 1)), dtype=jnp.uint32)
+    hashes = _mix(words ^ _mix(place + 1))
+    if array.ndim > 2:  # stacks of layers are first added layer to layer, which CPUs do in vectors
+        hashes = functools.reduce(jnp.add, hashes)
+    return jnp.sum(hashes, dtype=jnp.uint32)
 
 
 def _mix(x: jax.Array) -> jax.Array:
