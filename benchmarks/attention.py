@@ -44,7 +44,6 @@ _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: n
 
 PEER = "all queries"
 VOCABULARY = 512  # which tokens there are does not matter here
-KERNELS = {"tpu": "splash", "gpu": "flash"}
 
 
 def key_ranges(rows: int, length: int) -> tuple[jax.Array, jax.Array]:
@@ -77,7 +76,7 @@ def compiled_ways(qkv: Sequence[jax.Array], ranges: tuple[jax.Array, jax.Array])
     """The ways of computing attention on this platform, compiled; the peer first."""
     ways = {PEER: ("xla", _LENGTH.value)}
     ways |= {f"{queries} queries at a time": ("xla", queries) for queries in _QUERIES.value}
-    if kernel := KERNELS.get(jax.default_backend()):
+    if kernel := attention.KERNELS.get(jax.default_backend()):
         ways[kernel] = (kernel, _LENGTH.value)
     compiled = {}
     for name, (backend, queries) in ways.items():

@@ -14,8 +14,7 @@ import importlib.util
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch's threads must not spin while JAX is timed
@@ -25,26 +24,19 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
+from steps import MIXTURES, Steps, random_tokens, repeated  # noqa: E402
 
 from dualsm import cli, sharding  # noqa: E402
 from dualsm.config import default_config  # noqa: E402
 from dualsm.hardware import measured_flops  # noqa: E402
 from dualsm.memory import keep_freed_memory  # noqa: E402
 from dualsm.model.flops import train_flops  # noqa: E402
-from dualsm.objectives import mixture  # noqa: E402
-from dualsm.objectives.example import SpecialIds  # noqa: E402
 from dualsm.progress import say, table  # noqa: E402
-from dualsm.training.program import make_program  # noqa: E402
-from dualsm.training.step import Batch  # noqa: E402
 
 SHAPES = {
     # layers, width, heads, mlp_width, row_tokens, vocabulary, batch_rows
     "micro": (3, 64, 2, 192, 128, 512, 64),
     "reference": (6, 384, 6, 1024, 256, 8192, 8),
-}
-MIXTURES = {
-    "causal": {"causal": 1.0},
-    "mixture": {"causal": 0.5, "prefix": 0.25, "masked_diffusion": 0.25},
 }
 
 _SHAPE = flags.DEFINE_enum("shape", "micro", list(SHAPES), "sizes of the model and the batch")
@@ -66,60 +58,18 @@ def benchmark_config(shape: str, shares: dict[str, float]) -> ConfigDict:
     return config
 
 
-def our_step(config: ConfigDict, tokens_BxL1: np.ndarray) -> Callable[[], None]:
-    """A function that does one step and waits for it."""
-    names = [name for name, share in config.mixture.items() if share]
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    counts_J = np.array([round(config.mixture[name] * config.batch_rows) for name in names])
-    objective_B, stratum_B, strata_B = mixture.assign(counts_J)
-    with jax.set_mesh(mesh):
-        program = make_program(config, SpecialIds(), mesh)
-        batch = jax.device_put(
-            Batch(tokens_BxL1, np.zeros_like(tokens_BxL1), objective_B, stratum_B, strata_B)
-        )
-        state = program.init()
-
-    def step() -> None:
-        nonlocal state
-        with jax.set_mesh(mesh):
-            state, _ = program.step(state, batch)
-            jax.block_until_ready(state)
-
-    return step
-
-
-def repeated(step: Callable[[], object], seconds: float) -> Callable[[], float]:
-    """A function that runs `step` for about that long and returns seconds a step; compiles it first."""
-    step()
-    step()
-    start = time.perf_counter()
-    step()
-    count = max(1, round(seconds / (time.perf_counter() - start)))
-
-    def measure() -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            step()
-        return (time.perf_counter() - start) / count
-
-    return measure
-
-
 def main(_: Sequence[str]) -> None:
     if _KEEP.value:
         keep_freed_memory()
     configs = {name: benchmark_config(_SHAPE.value, shares) for name, shares in MIXTURES.items()}
     causal = configs["causal"]
-    shape = (causal.batch_rows, causal.row_tokens + 1)
-    tokens_BxL1 = np.random.default_rng(0).integers(16, causal.model.vocabulary, shape).astype(np.int32)
-    contestants = {
-        name: repeated(our_step(config, tokens_BxL1), _SECONDS.value) for name, config in configs.items()
-    }
+    mesh = sharding.make_mesh(causal.mesh, jax.devices()[:1])
+    contestants = {name: repeated(Steps(config, mesh), _SECONDS.value) for name, config in configs.items()}
     if _TORCH.value and importlib.util.find_spec("torch"):
         import torch
         from torch_peer import make_step
 
-        torch_tokens = torch.from_numpy(tokens_BxL1.astype(np.int64))
+        torch_tokens = torch.from_numpy(random_tokens(causal).astype(np.int64))
         for name, compiled in (("PyTorch", False), ("PyTorch, compiled", True)):
             step = make_step(causal, compiled)
             contestants[name] = repeated(lambda step=step: step(torch_tokens), _SECONDS.value)

@@ -71,9 +71,10 @@ def _no_leaked_mesh():
 
 
 def run_command(*arguments: str, devices: int = 1, timeout: float = 300, **options):
-    """Runs `python -m dualsm.NAME ...` as a user does; returns the finished process."""
+    """Runs `python -m dualsm.NAME ...` or a script, as a user does; returns the finished process."""
+    by_name = [] if arguments[0].endswith(".py") else ["-m"]
     return subprocess.run(
-        [sys.executable, "-m", *arguments],
+        [sys.executable, *by_name, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,

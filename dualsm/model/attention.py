@@ -14,6 +14,7 @@ from dualsm.errors import UserError
 from dualsm.model import flash, splash
 
 BACKENDS = ("auto", "xla", "splash", "flash")
+KERNELS = {"tpu": "splash", "gpu": "flash"}  # by platform
 QUERIES = 128  # at once, in rows of more than twice as many; by benchmarks/attention.py
 
 
@@ -57,11 +58,8 @@ def attend(
 def _obstacle(kernel: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
     """Why a kernel cannot attend to such arrays here, if so."""
     rows, length, heads, width = q_shape
-    names, platforms, multiple = {
-        "splash": ("TPUs", ("tpu",), splash.BLOCKS[-1]),
-        "flash": ("NVIDIA GPUs", ("gpu", "cuda"), flash.LENGTHS),
-    }[kernel]
-    if (platform := sharding.platform()) not in platforms:
+    names, multiple = {"splash": ("TPUs", splash.BLOCKS[-1]), "flash": ("NVIDIA GPUs", flash.LENGTHS)}[kernel]
+    if KERNELS.get(platform := sharding.platform()) != kernel:
         return f"needs {names}, not {platform}"
     if length != k_shape[1] or length % multiple:
         return f"needs rows of a multiple of {multiple} positions, not {length}"

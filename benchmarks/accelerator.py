@@ -1,0 +1,139 @@
+"""What an accelerator makes of the training step, in one call: first whether it is right, then how fast.
+
+    python benchmarks/accelerator.py --output=runs/h200.json
+    python benchmarks/accelerator.py --config.device_rows=8 --config.model.remat=full
+
+benchmarks/attention.py checks and times attention, at the config's shape; where it finds a kernel wrong, this
+ends. Then the step is timed on all devices, with plain attention and with the platform's kernel, of causal
+rows only and of the three-way mixture, round after round; first losses with either attention must agree.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from steps import MIXTURES, Steps, repeated
+
+from dualsm import cli, sharding
+from dualsm.errors import UserError
+from dualsm.hardware import peak_flops
+from dualsm.model.attention import KERNELS
+from dualsm.model.flops import train_flops
+from dualsm.objectives.example import SpecialIds
+from dualsm.progress import say, table
+from dualsm.training.program import attended_share
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/dual_470m.py", "recipe, see configs/")
+_ROWS = flags.DEFINE_integer("rows", 64, "a step and device, instead of the recipe's batch", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "over which the medians are taken", lower_bound=1)
+_SECONDS = flags.DEFINE_float("seconds", 2.0, "each contestant's share of a round")
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+
+
+def check_attention(config: ConfigDict) -> None:
+    """Checks and times attention, in a process of its own that leaves no memory behind."""
+    model = config.model
+    script = [sys.executable, str(Path(__file__).with_name("attention.py")), f"--rounds={_ROUNDS.value}"]
+    shape = [
+        f"--length={config.row_tokens}",
+        f"--heads={model.heads}",
+        f"--width={model.width // model.heads}",
+    ]
+    if subprocess.run([*script, *shape, f"--dtype={model.dtype}"], check=False).returncode:
+        raise UserError("attention is wrong or failed, see above; no step was timed")
+
+
+def timed_config(recipe: ConfigDict, attention: str, shares: dict[str, float]) -> ConfigDict:
+    """The recipe with a smaller batch, that attention and that mixture."""
+    config = recipe.copy_and_resolve_references()
+    config.batch_rows = _ROWS.value * len(jax.devices())
+    config.model.attention = attention
+    config.mixture = ConfigDict(dict.fromkeys(config.mixture, 0.0) | shares)
+    return config
+
+
+def measured(recipe: ConfigDict) -> dict[str, dict[str, float]]:
+    """What each combination of attention and mixture takes, by "attention, mixture"."""
+    mesh = sharding.make_mesh(recipe.mesh, jax.devices())
+    ways = ["xla", *filter(None, [KERNELS.get(jax.default_backend())])]
+    results, timers = {}, {}
+    for attention in ways:
+        for mixture, shares in MIXTURES.items():
+            config = timed_config(recipe, attention, shares)
+            config.microbatches = sharding.microbatches(config, mesh)
+            share = attended_share(config, SpecialIds())
+            flops = config.batch_rows * train_flops(config.model, config.row_tokens, share)
+            step = Steps(config, mesh)
+            step()
+            first_loss = float(step.sums.nll_J.sum() / step.sums.counted_J.sum())
+            memory = step.memory.argument_size_in_bytes + step.memory.temp_size_in_bytes
+            name = f"{attention}, {mixture}"
+            timers[name] = repeated(step, _SECONDS.value)
+            results[name] = {
+                "first_loss": first_loss,
+                "flops": flops,
+                "tokens": config.batch_rows * config.row_tokens,
+                "gib": memory / 2**30,
+            }
+    seconds = {name: [] for name in timers}
+    for _ in range(_ROUNDS.value):
+        for name, measure in timers.items():
+            seconds[name].append(measure())
+    peak = peak_flops(jax.devices()[0]) * len(jax.devices())
+    for name, result in results.items():
+        causal = seconds[f"{name.split(',')[0]}, causal"]
+        result["seconds"] = statistics.median(seconds[name])
+        result["mfu"] = result["flops"] / result["seconds"] / peak
+        result["time_over_causal"] = statistics.median(
+            s / c for s, c in zip(seconds[name], causal, strict=True)
+        )
+    return results
+
+
+def main(_: Sequence[str]) -> None:
+    recipe = cli.config(_CONFIG)
+    if not recipe.model.vocabulary:
+        raise UserError("--config.model.vocabulary must be given, as no corpus is read here")
+    check_attention(recipe)
+    results = measured(recipe)
+    devices = jax.devices()
+    kind, length = devices[0].device_kind, recipe.row_tokens
+    say(f"\n{len(devices)} x {kind}, {_ROWS.value} rows of {length} tokens a device")
+    columns = ["seconds", "tokens/s", "MFU", "time over causal", "GiB", "first loss"]
+    say(
+        table(
+            ["attention, rows", *columns],
+            [
+                [
+                    name,
+                    f"{r['seconds']:.3f}",
+                    f"{r['tokens'] / r['seconds']:,.0f}",
+                    f"{r['mfu']:.1%}",
+                    f"{r['time_over_causal']:.2f}",
+                    f"{r['gib']:.1f}",
+                    f"{r['first_loss']:.4f}",
+                ]
+                for name, r in results.items()
+            ],
+        )
+    )
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
+    for name, r in results.items():
+        plain = results[f"xla, {name.split(', ')[1]}"]["first_loss"]
+        if not abs(r["first_loss"] - plain) < 0.01 * plain:
+            raise UserError(
+                f"the first loss of {name} is {r['first_loss']:.4f}, with plain attention {plain:.4f}"
+            )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,75 @@
+"""Training steps to be measured, and how long one takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dualsm.objectives import mixture
+from dualsm.objectives.example import SpecialIds
+from dualsm.objectives.shares import trained_objectives
+from dualsm.sharding import place_rows
+from dualsm.training.program import make_program
+from dualsm.training.step import Batch
+
+MIXTURES = {
+    "causal": {"causal": 1.0},
+    "mixture": {"causal": 0.5, "prefix": 0.25, "masked_diffusion": 0.25},
+}
+
+
+class Steps:
+    """The training steps of a config, all on one batch of random tokens, each row one document.
+
+    Attributes:
+      memory: XLA's account of the compiled step.
+      sums: of the last step.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        """`config` is a whole run's, vocabulary filled in."""
+        self._mesh = mesh
+        names = trained_objectives(config)
+        tokens_BxL1 = random_tokens(config)
+        counts_J = np.array([round(config.mixture[name] * config.batch_rows) for name in names])
+        rows = (tokens_BxL1, np.zeros_like(tokens_BxL1), *mixture.assign(counts_J))
+        with jax.set_mesh(mesh):
+            program = make_program(config, SpecialIds(), mesh)
+            self._batch = Batch(*(place_rows(mesh, x) for x in rows))
+            self._state = program.init()
+            self._step = program.step.lower(self._state, self._batch).compile()
+        self.memory = self._step.memory_analysis()
+
+    def __call__(self) -> None:
+        """Does one step and waits for it."""
+        with jax.set_mesh(self._mesh):
+            self._state, self.sums = self._step(self._state, self._batch)
+            jax.block_until_ready(self._state)
+
+
+def random_tokens(config: ConfigDict) -> np.ndarray:
+    """A batch of tokens, int32 [B, L + 1], always the same."""
+    shape = (config.batch_rows, config.row_tokens + 1)
+    return np.random.default_rng(0).integers(16, config.model.vocabulary, shape).astype(np.int32)
+
+
+def repeated(step: Callable[[], object], seconds: float) -> Callable[[], float]:
+    """A function that runs `step` for about that long and returns seconds a step; warms it up first."""
+    step()
+    step()
+    start = time.perf_counter()
+    step()
+    count = max(1, round(seconds / (time.perf_counter() - start)))
+
+    def measure() -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        return (time.perf_counter() - start) / count
+
+    return measure
