@@ -88,8 +88,8 @@ def default_config() -> ConfigDict:
     config.model.rope_theta = 160_000.0
     config.model.norm_eps = 1e-7
     config.model.dtype = "float32"  # of computation ("bfloat16" on accelerators); weights stay float32
-    # What the forward pass keeps for the backward: the results of "matmuls", nothing (remat "full"), or
-    # all (remat "none"). On CPU "matmuls" is the fastest, and on accelerators it saves memory.
+    # What the forward pass keeps for the backward: the results of "matmuls" and attention, nothing ("full"),
+    # or all ("none"). On CPU "matmuls" is the fastest, and on accelerators it saves memory.
     config.model.remat = "matmuls"
     config.model.attention = "auto"  # or "xla"; "splash" on TPUs; "flash" on GPUs; see model/attention.py
 
@@ -180,8 +180,9 @@ def set_alpha(config: ConfigDict, alpha: float) -> None:
 
 def check_config(config: ConfigDict) -> None:
     """Raises `UserError`, naming the key, for values that cannot be or do not fit together."""
+    from dualsm.model import remat
     from dualsm.model.attention import BACKENDS
-    from dualsm.model.transformer import HEADS, REMAT_POLICIES
+    from dualsm.model.transformer import HEADS
     from dualsm.objectives.mixture import OBJECTIVES
     from dualsm.objectives.options import check_options
     from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
@@ -210,7 +211,7 @@ def check_config(config: ConfigDict) -> None:
     for key, known in (
         ("model.dtype", ("float32", "bfloat16")),
         ("model.head", HEADS),
-        ("model.remat", REMAT_POLICIES),
+        ("model.remat", remat.POLICIES),
         ("model.attention", BACKENDS),
         ("optimizer.name", OPTIMIZERS),
         ("optimizer.schedule.name", SCHEDULES),

@@ -325,7 +325,7 @@ def test_the_command_compiles_for_absent_gpus(recipe, tmp_path):
     assert report["devices"] == 4
     assert report["flops"]["compiled"] * 4 > report["flops"]["model_all_devices"]
     for kernel in ("flash_forward", "flash_backward_queries", "flash_backward_keys"):
-        assert f'name = "{kernel}"' in text
+        assert text.count(f'name = "{kernel}"') == 1  # the forward one is not run again for the backward pass
     assert "256,256]" not in text
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dualsm import sharding
 from dualsm.errors import UserError
 from dualsm.model import flash, splash
+from dualsm.model.remat import ATTENDED
 
 BACKENDS = ("auto", "xla", "splash", "flash")
 KERNELS = {"tpu": "splash", "gpu": "flash"}  # by platform
@@ -46,7 +48,8 @@ def attend(
     if backend == "auto":  # flash must be asked for: it has not been timed on a GPU, see docs/performance.md
         backend = "xla" if _obstacle("splash", q_BxLxHxK.shape, k_BxLxHxK.shape) else "splash"
     if backend == "xla":
-        return _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+        out = _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+        return checkpoint_name(out, ATTENDED)
     if obstacle := _obstacle(backend, q_BxLxHxK.shape, k_BxLxHxK.shape):
         raise UserError(f"config.model.attention={backend} {obstacle}; take auto or xla")
     kernel = {"splash": splash.attend_splash, "flash": flash.attend_flash}[backend]

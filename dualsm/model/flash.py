@@ -16,8 +16,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from dualsm.model.remat import ATTENDED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,7 @@ def _forward(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, interpret):
         name="flash_forward",
         **layout.call(FORWARD, interpret),
     )(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, *key_blocks(start_BxL, end_BxL, FORWARD))
+    out, log_sum_BxHxL = (checkpoint_name(x, ATTENDED) for x in (out, log_sum_BxHxL))
     return out, (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, out, log_sum_BxHxL)
 
 

@@ -15,14 +15,9 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
+from dualsm.model import remat
 from dualsm.model.attention import attend
 from dualsm.sharding import constrain
-
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 def _initializer(fan_in: int, scale: float = 1.0):
@@ -190,8 +185,8 @@ class Transformer(nnx.Module):
         positions_L = jnp.arange(tokens_BxL.shape[1])
         angles = rotary_angles(positions_L, self.head_width, self.theta)
         layer = _apply_block
-        if REMAT_POLICIES[self.remat] is not None:
-            layer = nnx.remat(layer, policy=REMAT_POLICIES[self.remat])
+        if remat.POLICIES[self.remat] is not None:
+            layer = nnx.remat(layer, policy=remat.POLICIES[self.remat])
         scan = nnx.scan(layer, in_axes=(0, nnx.Carry, None, None, None), out_axes=nnx.Carry)
         x_TxD = constrain(self.embedding(tokens_BxL.reshape(-1)), "batch", None)
         x_TxD = scan(self.blocks, x_TxD, key_start_BxL, key_end_BxL, angles)

@@ -161,6 +161,23 @@ def test_a_model_trains_the_same(backend, on_its_platform, monkeypatch):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_its_results_are_kept_like_those_of_matmuls(monkeypatch):
+    """The forward kernel is not run again for the backward pass."""
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    config = tiny_model()
+    config.attention = "splash"
+    params = far_from_initial(config, 0.1)
+    example = rewritten("causal", batch([packed([128], 128)]))
+
+    def runs(remat: str) -> int:
+        config.remat = remat
+        step = jax.jit(jax.grad(lambda params: example_loss(bind(config, params), example, chunk=64)[0]))
+        text = step.trace(params).lower(lowering_platforms=("tpu",)).as_text()
+        return text.count("splash_mha_fwd")
+
+    assert runs("full") == 2 * runs("matmuls") > 0
+
+
 def test_auto_takes_splash_where_it_can(on_its_platform, monkeypatch):
     on_its_platform("splash")
     taken = []

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dualsm.model.flops import matrix_parameters, train_flops
-from dualsm.model.transformer import REMAT_POLICIES, bind, init_params
+from dualsm.model.remat import POLICIES
+from dualsm.model.transformer import bind, init_params
 from tests.micro import micro_config
 
 
@@ -31,7 +32,7 @@ def with_remat(config, remat):
     return config
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize("remat", POLICIES)
 def test_remat_does_not_change_gradients(config, remat):
     params = init_params(config, jax.random.key(0))
     expected = jax.grad(loss_of(with_remat(config, "none")))(params)
