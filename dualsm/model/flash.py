@@ -59,7 +59,8 @@ def attend_flash(
 
 
 def _forward(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, interpret):
-    """Attended values, and the logarithm (base 2) of each softmax's denominator, [B, H, L]."""
+    """Attended values, and what the backward pass takes: all arrays and, base 2, the logarithm of each
+    softmax's denominator."""
     rows, length, heads, _ = q_BxLxHxK.shape
     layout = _Layout(q_BxLxHxK.shape, FORWARD.queries)
     out, log_sum_BxHxL = pl.pallas_call(
