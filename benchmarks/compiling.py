@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dualsm import cli, objectives, sharding
-from dualsm.aot.report import absent_devices
+from dualsm.aot.absent import absent_devices
 from dualsm.config import default_config
 from dualsm.model.loss import cross_entropy
 from dualsm.objectives.example import SpecialIds
