@@ -269,24 +269,14 @@ needs_cuda = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "micro.py"
-    path.write_text(
-        "from tests.micro import micro_config\n\n\n"
-        "def get_config():\n"
-        "    config = micro_config()\n"
-        "    config.model.vocabulary = 128\n"
-        "    config.mesh.data, config.mesh.fsdp = 1, -1\n"
-        "    return config\n"
-    )
-    return path
+MICRO = ("--config=tests/micro.py", "--config.model.vocabulary=128", "--config.mesh.fsdp=-1")
 
 
 @needs_libtpu
-def test_the_command_compiles_for_an_absent_slice(recipe, tmp_path):
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])  # a v4 chip has two cores, which are one device
+def test_the_command_compiles_for_an_absent_slice(topology, tmp_path):
     output = tmp_path / "report.json"
-    done = run_command("dualsm.compile", f"--config={recipe}", "--topology=v5e:2x2", f"--output={output}")
+    done = run_command("dualsm.compile", *MICRO, f"--topology={topology}", f"--output={output}")
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert report["devices"] == 4
@@ -298,11 +288,11 @@ def test_the_command_compiles_for_an_absent_slice(recipe, tmp_path):
 
 
 @needs_libtpu
-def test_attention_scores_stay_out_of_main_memory(recipe, tmp_path):
+def test_attention_scores_stay_out_of_main_memory(tmp_path):
     def has_scores(backend: str) -> bool:
         program = tmp_path / backend
         done = run_command(
-            "dualsm.compile", f"--config={recipe}", "--topology=v5e:2x2", "--config.row_tokens=256",
+            "dualsm.compile", *MICRO, "--topology=v5e:2x2", "--config.row_tokens=256",
             f"--config.model.attention={backend}", f"--hlo={program}",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -313,11 +303,11 @@ def test_attention_scores_stay_out_of_main_memory(recipe, tmp_path):
 
 
 @needs_cuda
-def test_the_command_compiles_for_absent_gpus(recipe, tmp_path):
+def test_the_command_compiles_for_absent_gpus(tmp_path):
     """The kernel's program is compiled too; no row's scores are in main memory."""
     output, program = tmp_path / "report.json", tmp_path / "program"
     done = run_command(
-        "dualsm.compile", f"--config={recipe}", "--topology=h200:4", "--config.row_tokens=256",
+        "dualsm.compile", *MICRO, "--topology=h200:4", "--config.row_tokens=256",
         "--config.model.attention=flash", f"--output={output}", f"--hlo={program}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -330,9 +320,17 @@ def test_the_command_compiles_for_absent_gpus(recipe, tmp_path):
 
 
 @needs_libtpu
-def test_a_step_that_does_not_fit_is_refused(recipe):
+def test_a_slice_that_does_not_exist_is_refused():
+    done = run_command("dualsm.compile", *MICRO, "--topology=v5p:3x1x1")
+    assert done.returncode == 2
+    assert "error: --topology=v5p:3x1x1: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_libtpu
+def test_a_step_that_does_not_fit_is_refused():
     done = run_command(
-        "dualsm.compile", f"--config={recipe}", "--topology=v5e:2x2", "--config.model.width=16384",
+        "dualsm.compile", *MICRO, "--topology=v5e:2x2", "--config.model.width=16384",
         "--config.model.mlp_width=65536", "--config.model.heads=128",
     )  # fmt: skip
     assert done.returncode == 2
@@ -350,7 +348,7 @@ def test_unknown_devices_are_refused(topology):
     reason="a compiler for absent devices is installed",
 )
 @pytest.mark.parametrize(("topology", "missing"), [("v5e:4x4", "tpu"), ("h200:1", "cuda")])
-def test_what_to_install_is_said(recipe, topology, missing):
-    done = run_command("dualsm.compile", f"--config={recipe}", f"--topology={topology}")
+def test_what_to_install_is_said(topology, missing):
+    done = run_command("dualsm.compile", *MICRO, f"--topology={topology}")
     assert done.returncode == 2
     assert f"pip install 'dualsm[{missing}]'" in done.stderr

@@ -1,6 +1,8 @@
-"""What the documents name exists: files, headings, commands, their flags, config keys."""
+"""What documents name exists: files, headings, commands, their flags, config keys; and benchmarks import."""
 
 import ast
+import importlib
+import importlib.util
 import re
 
 import pytest
@@ -104,3 +106,13 @@ def test_every_page_is_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     assert all(f"(docs/{path.name})" in readme for path in DOCUMENTS[1:] if path.parent.name == "docs")
     assert len(readme.splitlines()) < 300
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_what_a_benchmark_imports_is_there(script):
+    """Most of them take too long to run here."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("dualsm"):
+            for name in node.names:
+                there = hasattr(importlib.import_module(node.module), name.name)
+                assert there or importlib.util.find_spec(f"{node.module}.{name.name}"), name.name

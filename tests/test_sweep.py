@@ -11,29 +11,28 @@ from pathlib import Path
 import pytest
 
 from dualsm.analysis.grid import Cell
-from dualsm.analysis.sweep import Sweep, run_missing
+from dualsm.analysis.sweep import Sweep, _divergence, run_missing
 from dualsm.training.metrics import read_metrics
 from tests.conftest import ROOT, command_env, run_command
 from tests.micro import micro_config
 
 
 @pytest.fixture(scope="module")
-def recipe(corpus_path, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "micro.py"
-    path.write_text(
-        "from tests.micro import micro_config\n\n\n"
-        f"def get_config():\n    return micro_config({str(corpus_path)!r})\n"
-    )
-    return path
+def recipe(corpus_path) -> str:
+    return f"tests/micro.py:{corpus_path}"
 
 
-def arguments(recipe: Path, workdir: Path, *more: str) -> list[str]:
+def arguments(recipe: str, workdir: Path, *more: str) -> list[str]:
     return ["dualsm.sweep", f"--config={recipe}", f"--workdir={workdir}", *more]
 
 
 GRID = ("--grid=repetitions=1,4", "--grid=alpha=0,1/2")
-# Too large for the corpus; and a rate at which float32 overflows.
-BAD = ("--cell=batch_rows=100000,alpha=1", "--cell=optimizer.learning_rate=1e30,skip_limit=3,alpha=1")
+# Too large for the corpus; rates at which float32 overflows at once, and later than the run gives up.
+BAD = (
+    "--cell=batch_rows=100000,alpha=1",
+    "--cell=optimizer.learning_rate=1e30,skip_limit=3,alpha=1",
+    "--cell=optimizer.learning_rate=1e6,alpha=1",
+)
 NAMES = [f"repetitions={r},alpha={a}" for r in (1, 4) for a in ("0", "0.5")]
 
 
@@ -78,13 +77,24 @@ def test_failed_and_diverged_cells_are_recorded_and_the_sweep_goes_on(sweep):
     diverged = status(sweep, "learning_rate=1e_30,skip_limit=3,alpha=1")
     assert diverged["status"] == "diverged"
     assert "steps 2 to 4" in diverged["reason"]
+    lost = status(sweep, "learning_rate=1e_06,alpha=1")
+    assert lost["status"] == "diverged"
+    assert "the last updates were all skipped" in lost["reason"]
+
+
+@pytest.mark.parametrize(("loss", "diverged"), [(5.0, False), (13.0, True), (250_000.0, True)])
+def test_a_loss_far_above_the_untrained_models_is_a_divergence(loss, diverged):
+    untrained = {"step": 0, "valid/causal/loss": 6.2, "valid/prefix/loss": 6.3}
+    learned = {"step": 2, "train/loss": 4.0}
+    overfitted = {"step": 4, "train/loss": loss, "valid/causal/loss": 15.0}
+    assert bool(_divergence([untrained, learned, overfitted])) == diverged
 
 
 def test_the_report_has_every_cell(sweep):
     with (sweep / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6
-    assert sorted(row["status"] for row in rows) == ["diverged", *["done"] * 4, "failed"]
+    assert len(rows) == 7
+    assert sorted(row["status"] for row in rows) == ["diverged", "diverged", *["done"] * 4, "failed"]
 
 
 def test_the_same_sweep_again_runs_only_what_failed(sweep, corpus_path, monkeypatch):

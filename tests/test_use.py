@@ -169,17 +169,9 @@ def test_the_benchmarks_run(workdir, tmp_path):
     assert modes["causal"]["forwards"] == 6
     process = run_command("benchmarks.attention", "--length=768", "--heads=1", "--width=8", "--rounds=1")
     assert process.returncode == 0, process.stderr
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(
-        "from tests.micro import micro_config\n\n\n"
-        "def get_config():\n"
-        "    config = micro_config()\n"
-        "    config.model.vocabulary = 128\n"
-        "    return config\n"
-    )
     process = run_command(
-        "benchmarks/accelerator.py", f"--config={recipe}", "--rows=8", "--rounds=1", "--seconds=0.01",
-        f"--output={tmp_path / 'accelerator.json'}",
+        "benchmarks/accelerator.py", "--config=tests/micro.py", "--config.model.vocabulary=128", "--rows=8",
+        "--rounds=1", "--seconds=0.01", f"--output={tmp_path / 'accelerator.json'}",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert list(json.loads((tmp_path / "accelerator.json").read_text())) == ["xla, causal", "xla, mixture"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -97,6 +98,8 @@ class Sweep:
             return None
         if records[-1]["step"] < self.configs[cell.name].steps:
             return None
+        if reason := _divergence(records):
+            return {"status": "diverged", "reason": reason}
         evaluated = not self.evaluation or any((self.path(cell) / "eval").glob("*.json"))
         return {"status": "done", "reason": ""} if evaluated else None
 
@@ -126,6 +129,23 @@ class Sweep:
 
     def header(self) -> list[str]:
         return ["cell", "status", "step", *self.names(), "minutes"]
+
+
+def _divergence(records: list[dict]) -> str:
+    """Why a run that came to its end counts as diverged; empty when it does not.
+
+    Its training tells, not its held-out losses: those of a run that overfits are high as well.
+    """
+    trained = [r for r in records if "train/loss" in r or "train/skipped" in r]
+    untrained = [loss for name, loss in records[0].items() if re.fullmatch("valid/.*/loss", name)]
+    if trained and "train/loss" not in trained[-1]:
+        return "diverged: the last updates were all skipped for numbers that are not finite"
+    if trained and untrained and trained[-1]["train/loss"] > 2 * max(untrained):
+        return (
+            f"diverged: training ends at a loss of {trained[-1]['train/loss']:.3g} nats a token, "
+            f"the untrained model had {max(untrained):.3g}"
+        )
+    return ""
 
 
 class _Job:

@@ -71,7 +71,8 @@ def _tpus(topology: str) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{topology.split(':')[0]}-8")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    both_cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # as one device
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **both_cores).devices
 
 
 def _gpus(chip: str, number: str) -> Sequence[jax.Device]:

@@ -18,11 +18,10 @@ MATRIX_UNIT = 128  # rows and columns of a TPU's, up to v5
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-# Attention kernels by name, with the products of scores' size that each does.
-_SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")  # an instruction's
-_FLASH = re.compile(
-    r'name = "flash_(forward|backward_queries|backward_keys)"'
-)  # in an instruction's attributes
+# Attention kernels: splash's is an instruction's name, flash's stands in its attributes; and the products of
+# scores' size that each does.
+_SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")
+_FLASH = re.compile(r'name = "flash_(forward|backward_queries|backward_keys)"')
 _KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "forward": 2, "backward_queries": 3, "backward_keys": 4}
 _KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")

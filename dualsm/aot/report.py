@@ -9,9 +9,8 @@ from dualsm import sharding
 from dualsm.aot.hlo import Work
 from dualsm.aot.roofline import CHIPS, estimate
 from dualsm.errors import UserError
-from dualsm.model import flash
+from dualsm.model import flash, splash
 from dualsm.model.flops import train_flops
-from dualsm.model.splash import BLOCKS, block_size
 from dualsm.objectives.example import SpecialIds
 from dualsm.progress import table
 from dualsm.training.program import Program, activation_bytes, attended_share, batch_shapes
@@ -34,10 +33,9 @@ def compile_step(config: ConfigDict, program: Program, mesh: jax.sharding.Mesh) 
 
 def walked_share(config: ConfigDict, platform: str) -> float:
     """Share of the blocks of scores that an attention kernel does not skip, in rows of one document."""
-    size = flash.LENGTHS if platform == "gpu" else BLOCKS[-1]
-    if config.row_tokens % size:
-        return attended_share(config, SpecialIds(), 1)
-    return attended_share(config, SpecialIds(), size if platform == "gpu" else block_size(config.row_tokens))
+    sizes = (flash.LENGTHS,) if platform == "gpu" else splash.BLOCKS
+    size = next((size for size in sizes if config.row_tokens % size == 0), 1)  # 1 where no kernel is used
+    return attended_share(config, SpecialIds(), size)
 
 
 def make_report(

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from dualsm.aot.hlo import Work
+from dualsm.hardware import PEAK_FLOPS
 
 
 class Chip(NamedTuple):
@@ -27,16 +28,16 @@ class Chip(NamedTuple):
     wraps: int
 
 
-# cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), links from "How to Scale Your Model", jax-ml.github.io; GPUs
-# (SXM boards) from NVIDIA's data sheets.
+# cloud.google.com/tpu/docs, links from "How to Scale Your Model", jax-ml.github.io; GPUs (SXM boards) from
+# NVIDIA's data sheets.
 CHIPS = {
-    "v4": Chip(275e12, int(31.75 * 2**30), 1.23e12, 45e9, 4),
-    "v5e": Chip(197e12, int(15.75 * 2**30), 0.82e12, 45e9, 16),
-    "v5p": Chip(459e12, int(95.74 * 2**30), 2.77e12, 90e9, 4),
-    "v6e": Chip(918e12, int(31.25 * 2**30), 1.64e12, 90e9, 16),
-    "a100": Chip(312e12, int(80e9), 2.04e12, 300e9, 0),
-    "h100": Chip(989e12, int(80e9), 3.35e12, 450e9, 0),
-    "h200": Chip(989e12, int(141e9), 4.8e12, 450e9, 0),
+    "v4": Chip(PEAK_FLOPS["TPU v4"], int(31.75 * 2**30), 1.23e12, 45e9, 4),
+    "v5e": Chip(PEAK_FLOPS["TPU v5e"], int(15.75 * 2**30), 0.82e12, 45e9, 16),
+    "v5p": Chip(PEAK_FLOPS["TPU v5p"], int(95.74 * 2**30), 2.77e12, 90e9, 4),
+    "v6e": Chip(PEAK_FLOPS["TPU v6e"], int(31.25 * 2**30), 1.64e12, 90e9, 16),
+    "a100": Chip(PEAK_FLOPS["NVIDIA A100"], int(80e9), 2.04e12, 300e9, 0),
+    "h100": Chip(PEAK_FLOPS["NVIDIA H100"], int(80e9), 3.35e12, 450e9, 0),
+    "h200": Chip(PEAK_FLOPS["NVIDIA H200"], int(141e9), 4.8e12, 450e9, 0),
 }
 
 

@@ -189,6 +189,10 @@ def _scale(q_BxLxHxK: jax.Array) -> float:
     return q_BxLxHxK.shape[-1] ** -0.5
 
 
+def _scores(a_MxK: jax.Array, b_NxK: jax.Array, seen_MxN: jax.Array, scale: float) -> jax.Array:
+    return jnp.where(seen_MxN, triton.dot(a_MxK, b_NxK.T) * (scale * math.log2(math.e)), HIDDEN)
+
+
 def _forward_kernel(
     q_ref, k_ref, v_ref, start_ref, end_ref, first_ref, past_ref, out_ref, log_sum_ref, *, size, scale
 ):
@@ -198,8 +202,7 @@ def _forward_kernel(
         out_QxK, largest_Q, sum_Q = carry
         keys = pl.ds(j * size, size)
         key_S = j * size + jnp.arange(size)
-        scores_QxS = triton.dot(q_QxK, k_ref[keys, :].T) * (scale * math.log2(math.e))
-        scores_QxS = jnp.where((start_Qx1 <= key_S) & (key_S < end_Qx1), scores_QxS, HIDDEN)
+        scores_QxS = _scores(q_QxK, k_ref[keys, :], (start_Qx1 <= key_S) & (key_S < end_Qx1), scale)
         new_largest_Q = jnp.maximum(largest_Q, scores_QxS.max(-1))
         weights_QxS = jnp.exp2(scores_QxS - new_largest_Q[:, None])
         # Before a query has seen anything its weights are of hidden keys; the first it sees makes this 0.
@@ -240,8 +243,7 @@ def _backward_queries_kernel(
         keys = pl.ds(j * size, size)
         key_S = j * size + jnp.arange(size)
         k_SxK = k_ref[keys, :]
-        scores_QxS = triton.dot(q_QxK, k_SxK.T) * (scale * math.log2(math.e))
-        scores_QxS = jnp.where((start_Qx1 <= key_S) & (key_S < end_Qx1), scores_QxS, HIDDEN)
+        scores_QxS = _scores(q_QxK, k_SxK, (start_Qx1 <= key_S) & (key_S < end_Qx1), scale)
         weights_QxS = jnp.exp2(scores_QxS - log_sum_Qx1)
         d_scores_QxS = weights_QxS * (triton.dot(d_out_QxK, v_ref[keys, :].T) - delta_Qx1)
         return d_q_QxK + triton.dot(d_scores_QxS.astype(k_SxK.dtype), k_SxK)
@@ -279,8 +281,7 @@ def _backward_keys_kernel(
         log_sum_Q, delta_Q, start_Q, end_Q = (
             x[queries] for x in (log_sum_ref, delta_ref, start_ref, end_ref)
         )
-        scores_SxQ = triton.dot(k_SxK, q_QxK.T) * (scale * math.log2(math.e))
-        scores_SxQ = jnp.where((start_Q <= key_Sx1) & (key_Sx1 < end_Q), scores_SxQ, HIDDEN)
+        scores_SxQ = _scores(k_SxK, q_QxK, (start_Q <= key_Sx1) & (key_Sx1 < end_Q), scale)
         weights_SxQ = jnp.exp2(scores_SxQ - log_sum_Q)
         d_v_SxK += triton.dot(weights_SxQ.astype(d_out_QxK.dtype), d_out_QxK)
         d_scores_SxQ = weights_SxQ * (triton.dot(v_SxK, d_out_QxK.T) - delta_Q)

@@ -36,7 +36,7 @@ def attend_splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
 
     rows, length, heads, width = q_BxLxHxK.shape
-    size = block_size(length)
+    size = next(size for size in BLOCKS if length % size == 0)
     offset_Bx1 = jnp.arange(rows, dtype=jnp.int32)[:, None] * length
     start_T, end_T = ((x + offset_Bx1).reshape(-1) for x in (key_start_BxL, key_end_BxL))
     seen_BxIxJ = seen_blocks(key_start_BxL, key_end_BxL, size)
@@ -81,11 +81,6 @@ def attend_splash(
 def lies_before_end(end: jax.Array, position: jax.Array) -> jax.Array:
     """Whether keys lie before the ends of the queries' ranges. The kernel compiles it into itself."""
     return position < end
-
-
-def block_size(length: int) -> int:
-    """Positions of the blocks in which rows of `length` are worked through."""
-    return next(size for size in BLOCKS if length % size == 0)
 
 
 def block_ranges(key_start_BxL: jax.Array, key_end_BxL: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

@@ -23,17 +23,12 @@ LOGGED = [0, 2, 4, 6, 8, 10, 12]
 
 
 @pytest.fixture(scope="module")
-def recipe(corpus_path, tmp_path_factory) -> Path:
+def recipe(corpus_path) -> str:
     """A config file for the micro run."""
-    path = tmp_path_factory.mktemp("recipe") / "micro.py"
-    path.write_text(
-        "from tests.micro import micro_config\n\n\n"
-        f"def get_config():\n    return micro_config({str(corpus_path)!r})\n"
-    )
-    return path
+    return f"tests/micro.py:{corpus_path}"
 
 
-def start(recipe: Path, workdir: Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
+def start(recipe: str, workdir: Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
     command = [sys.executable, "-m", "dualsm.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
     return subprocess.Popen(
         command,
