@@ -29,6 +29,8 @@ RULES = {
     None: None,
 }
 
+_COPIES = ("replica", "data")  # axes whose devices all hold the whole parameters
+
 PARAMETERS = {
     r"embedding/embedding": ("vocabulary", "embed"),
     r"blocks/attention/(query|key|value)/kernel": (None, "embed", "heads"),
@@ -101,8 +103,9 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pins the layout of an intermediate under `jax.set_mesh`; outside of a mesh it does nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins the layout of an intermediate under `jax.set_mesh`; outside of it, or on one device's part of the
+    arrays, it does nothing."""
+    if not _divides(jax.sharding.get_abstract_mesh()):
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))
 
@@ -114,8 +117,10 @@ def platform() -> str:
 
 
 def divided_by(logical: str) -> int:
-    """Into how many parts a logical axis is divided under `jax.set_mesh`; 1 outside of a mesh."""
+    """Into how many parts a logical axis is still to be divided under `jax.set_mesh`; 1 outside of a mesh."""
     mesh, axes = jax.sharding.get_abstract_mesh(), RULES[logical]
+    if not _divides(mesh):
+        return 1
     return math.prod(mesh.shape.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes))
 
 
@@ -129,10 +134,33 @@ def by_device(
       inputs: logical axes of each of its arguments.
       output: logical axes of its result.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _divides(jax.sharding.get_abstract_mesh()):
         return function
     specs = tuple(spec(*logical) for logical in inputs)
     return jax.shard_map(function, in_specs=specs, out_specs=spec(*output), check_vma=False)
+
+
+def summed_by_device(function: Callable) -> Callable:
+    """`function(params, rows) -> (sums, by_row)`, a call a device on its own rows, then one sum over devices.
+
+    GSPMD would add up over devices wherever sums grow: in each layer of each microbatch. Where parameters
+    are divided too that is left to it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _divides(mesh) or mesh.size == 1 or mesh.size > math.prod(mesh.shape[axis] for axis in _COPIES):
+        return function
+
+    def on_one_device(params, rows):
+        sums, by_row = function(params, rows)
+        return jax.lax.psum(sums, _COPIES), by_row
+
+    specs = (PartitionSpec(), spec("batch"))
+    return jax.shard_map(on_one_device, in_specs=specs, out_specs=specs, check_vma=False)
+
+
+def _divides(mesh: jax.sharding.AbstractMesh) -> bool:
+    """Whether arrays are whole here, and to be divided; not so outside of a mesh or in `jax.shard_map`."""
+    return not mesh.empty and not mesh.manual_axes
 
 
 def process_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:

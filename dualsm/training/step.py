@@ -19,7 +19,7 @@ from dualsm.model import transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Example, Row, SpecialIds
 from dualsm.objectives.loss import example_loss
-from dualsm.sharding import constrain
+from dualsm.sharding import constrain, summed_by_device
 
 SPIKE = 8.0  # mean distances above the mean from which on a loss is called a spike
 SPIKE_AFTER = 50  # steps that the means are over before
@@ -119,26 +119,28 @@ def make_train_step(
     objectives = mixture.bind(names, config.objectives, special)
     weight_J = jnp.array([config.objectives[name].weight for name in names], jnp.float32)
 
-    def loss(params: dict, example: Example, objective_B: jax.Array):
+    def loss(params: dict, rows: tuple[Example, jax.Array]):
+        example, weight_B = rows
         model = transformer.bind(config.model, params)
-        weighted_sum, _, stats = example_loss(
-            model, example, config.loss.chunk, config.loss.z, weight_J[objective_B]
-        )
+        weighted_sum, _, stats = example_loss(model, example, config.loss.chunk, config.loss.z, weight_B)
         return weighted_sum, stats
 
-    def gradients(params: dict, example: Example, objective_B: jax.Array):
-        """Gradients and statistics of all rows, worked through in `config.microbatches` parts."""
-        differentiate = jax.grad(loss, has_aux=True)
-        if config.microbatches == 1:
-            return differentiate(params, example, objective_B)
+    differentiate = jax.grad(loss, has_aux=True)
 
+    def in_parts(params: dict, rows: tuple[Example, jax.Array]):
         def add(total, part):
-            grads, stats = differentiate(params, *part)
+            grads, stats = differentiate(params, part)
             return jax.tree.map(jnp.add, total, grads), stats
 
-        parts = jax.tree.map(lambda a: _interleave(a, config.microbatches), (example, objective_B))
+        parts = jax.tree.map(lambda a: _interleave(a, config.microbatches), rows)
         grads, stats = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
         return grads, jax.tree.map(_undo_interleave, stats)
+
+    def gradients(params: dict, rows: tuple[Example, jax.Array]):
+        """Gradients and statistics of all rows, worked through in `config.microbatches` parts."""
+        if config.microbatches == 1:  # sums over devices of one layer then hide behind the work of another
+            return differentiate(params, rows)
+        return summed_by_device(in_parts)(params, rows)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -148,7 +150,7 @@ def make_train_step(
         example = mixture.rewrite(objectives, row, batch.objective_B, mixture.row_keys(key, rows))
         example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
 
-        grads, stats = gradients(state.params, example, batch.objective_B)
+        grads, stats = gradients(state.params, (example, weight_J[batch.objective_B]))
         weight = jnp.maximum(stats.counted_B.sum(), 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

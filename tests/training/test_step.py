@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dualsm import sharding
+from dualsm.aot.hlo import analyse
 from dualsm.config import default_config
 from dualsm.errors import UserError
 from dualsm.model import transformer
@@ -69,6 +70,31 @@ def test_sharded_equals_unsharded(micro_step, layout):
         assert kernel.addressable_shards[0].data.size * parts == kernel.size
     first = sum(a.addressable_shards[0].data.size for a in jax.tree.leaves(state.opt_state))
     assert first < 1.2 * sum(a.size for a in jax.tree.leaves(expected.opt_state)) / parts
+
+
+@pytest.mark.parametrize(
+    ("layout", "once"),
+    [({"data": 4}, True), ({"replica": 2, "data": 2}, True), ({"data": 2, "fsdp": 2}, False)],
+    ids=str,
+)
+def test_copies_of_the_parameters_add_up_their_gradients_once_a_step(layout, once):
+    """Not once a microbatch, as devices that share the parameters do; the result is that of one device."""
+    config = default_config().mesh
+    config.update(layout)
+    mesh = sharding.make_mesh(config, jax.devices()[:4])
+    micro = Micro(microbatches=2, **{"optimizer.name": "adamw"})
+    places = sharding.tree_shardings(mesh, jax.eval_shape(micro.init))
+    with jax.set_mesh(mesh):
+        state = jax.jit(micro.init, out_shardings=places)()
+        batch = jax.tree.map(lambda rows: sharding.place_rows(mesh, rows), micro.batch())
+        step = jax.jit(micro.step, out_shardings=(places, None)).lower(state, batch).compile()
+        state, _ = step(state, batch)
+    expected = Micro(**{"optimizer.name": "adamw"}).run()
+    assert_trees_close(state.sums, expected.sums, rtol=1e-5)
+    assert_trees_close(state.params, expected.params, atol=2e-5)
+    sent = sum(analyse(step.as_text(), 4).collective_bytes.values())
+    ring = 2 * 3 / 4 * sum(x.nbytes for x in jax.tree.leaves(expected.params))
+    assert (sent < 1.2 * ring) == once
 
 
 def test_the_sums_are_those_of_the_objectives_on_their_own(micro_step):
