@@ -38,6 +38,7 @@ from dualsm.progress import say, table  # noqa: E402
 SHAPES = {
     # layers, width, heads, mlp_width, row_tokens, vocabulary, batch_rows
     "micro": (3, 64, 2, 192, 128, 512, 64),
+    "tiny": (4, 128, 2, 384, 256, 2048, 16),  # as configs/tiny.py
     "reference": (6, 384, 6, 1024, 256, 8192, 8),
 }
 
