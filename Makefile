@@ -13,8 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 demo: $(VENV)/.core
 	$(RUN) -m dualsm.prepare --input=python-stdlib --output=runs/corpus \
 		--vocab_size=2048 --tokenizer_bytes=8000000 --valid_fraction=0.01
-	JAX_NUM_CPU_DEVICES=2 $(RUN) -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny \
-		--config.microbatches=4
+	$(RUN) -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny
 	$(RUN) -m dualsm.sample --workdir=runs/tiny --mode=causal --prompt='def read(self, path):' --tokens=80
 	$(RUN) -m dualsm.sample --workdir=runs/tiny --mode=diffusion --prompt='for <mask:1> in <mask:4>:'
 

@@ -97,6 +97,17 @@ def test_an_uninterrupted_run_leaves_what_it_should(uninterrupted):
     assert expected <= set(records[1])
 
 
+def test_cores_as_devices_train_the_same_run(recipe, uninterrupted, tmp_path, monkeypatch):
+    """The programs of many held-out batches are on their way at once; none takes the last thread."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    flags = ("--config.mesh.data=2", "--config.microbatches=4", "--config.valid.rows=0")
+    finish(start(recipe, tmp_path, *flags))
+    ours, expected = read_metrics(tmp_path), read_metrics(uninterrupted)
+    assert [record["step"] for record in ours] == LOGGED
+    for a, b in zip(ours[1:], expected[1:], strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-3)
+
+
 def interrupted(recipe, workdir, lines: int, *flags: str, **options) -> subprocess.Popen:
     """A run that was sent SIGTERM after so many lines of metrics."""
     process = start(recipe, workdir, *flags, **options)
