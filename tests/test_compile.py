@@ -63,6 +63,8 @@ def test_a_slice_of_a_stack_is_read_not_the_stack():
 
 # What the TPU's compiler makes of a product whose weights come round a ring: a loop whose counter goes up by
 # two, and a convolution where one of the 3 x 3 places along the first dimension meets data for each result.
+# Then a collective that overlaps with other work, so in several fusions, and two sums of shard_map's, which
+# share their channel.
 RING = """
 %body (p: (f32[1,8,4], f32[3,4,2], u32[])) -> (f32[1,8,4], f32[3,4,2], u32[]) {
   %two = u32[] constant(2)
@@ -83,13 +85,24 @@ RING = """
   ROOT %less = pred[] compare(%j, %limit), direction=LT
 }
 
+%starts (v.1: f32[16]) -> f32[64] {
+  %v.1 = f32[16] parameter(0)
+  ROOT %g.1 = f32[64]{0} all-gather(%v.1), channel_id=2, replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+%ends (v.2: f32[16]) -> f32[64] {
+  %v.2 = f32[16] parameter(0)
+  ROOT %g.2 = f32[64]{0} all-gather(%v.2), channel_id=2, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
 ENTRY %main (a: (f32[1,8,4], f32[3,4,2], u32[])) -> f32[64] {
   %a = (f32[1,8,4]{2,1,0}, f32[3,4,2]{2,1,0}, u32[]) parameter(0)
   %loop = (f32[1,8,4]{2,1,0}, f32[3,4,2]{2,1,0}, u32[]) while(%a), condition=%condition, body=%body
   %v = f32[16] constant({...})
-  %g = f32[64]{0} all-gather(%v), channel_id=2, replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}, dimensions={0}
-  %again = f32[64]{0} all-gather(%v), channel_id=2, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
-  ROOT %s = f32[64]{0} all-reduce(%g), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  %g = f32[64]{0} fusion(%v), kind=kCustom, calls=%starts
+  %again = f32[64]{0} fusion(%v), kind=kCustom, calls=%ends
+  %s = f32[64]{0} all-reduce(%g), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %t = f32[64]{0} all-reduce(%s), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
 }
 """  # noqa: E501
 
@@ -97,11 +110,11 @@ ENTRY %main (a: (f32[1,8,4], f32[3,4,2], u32[])) -> f32[64] {
 def test_a_tpu_program():
     work = analyse(RING, devices=8)
     assert work.flops == 4 * (2 * 8 * 4 * 2 * 3)
-    assert work.collective_count == {"collective-permute": 4, "all-gather": 1, "all-reduce": 1}
+    assert work.collective_count == {"collective-permute": 4, "all-gather": 1, "all-reduce": 2}
     assert work.collective_bytes == {
         "collective-permute": 4 * 3 * 4 * 2 * 4,
         "all-gather": 64 * 4 * 3 / 4,
-        "all-reduce": 2 * 64 * 4 * 3 / 4,
+        "all-reduce": 2 * (2 * 64 * 4 * 3 / 4),
     }
 
 

@@ -85,7 +85,7 @@ def analyse(text: str, devices: int, walked: float = 1.0) -> Work:
     computations, entry = _parse(text)
     times, fused = _times(computations, entry)
     flops = hbm_bytes = 0.0
-    collectives: dict = {}
+    collectives = {}
     for name, instructions in computations.items():
         if not times[name]:
             continue
@@ -99,10 +99,9 @@ def analyse(text: str, devices: int, walked: float = 1.0) -> Work:
                 flops += times[name] * walked * _KERNEL_PRODUCTS[kernel[1]] * _flash_product(i, types)
             kind = i.op.removesuffix("-start")
             if kind in COLLECTIVES:
-                # A collective that overlaps with others' work appears once in each, on the same channel.
-                channel = re.search(r"channel_id=(\d+)", i.rest)
-                key = (kind, channel[1] if channel else i.name)
-                collectives[key] = max(collectives.get(key, (0, 0)), (times[name], _sent(i, types, devices)))
+                # A collective that overlaps with others' work appears in each fusion that does, in one chain.
+                chain = re.search(r'chain_id="(\d+)"', i.rest)
+                collectives[kind, chain[1] if chain else i.name] = times[name], _sent(i, types, devices)
             elif name not in fused and i.op not in _MOVES_NOTHING and not i.op.endswith("-done"):
                 hbm_bytes += times[name] * _traffic(i, types, computations)
     sent, count = defaultdict(float), defaultdict(float)
