@@ -86,8 +86,6 @@ def set_up_jax() -> None:
 
     devices = jax.config.jax_num_cpu_devices
     keep_freed_memory(one_arena=devices <= 1)  # many devices: many threads, with small blocks each
-    if devices > 1:  # XLA's sums over devices wait in threads of its pool, which others must not run out of
-        os.environ.setdefault("NPROC", str(4 * devices))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "dualsm", "xla"))

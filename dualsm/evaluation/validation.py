@@ -21,6 +21,9 @@ from dualsm.objectives.options import valid_options
 from dualsm.sharding import constrain, place_rows, replicated
 
 _SEED = 20251214  # of the corruption; never the run's seed, so that runs are compared on the same task
+# Batches on their way at once: enough to keep devices busy. On CPU devices XLA ends the process when more than 32
+# are, as the threads that start programs wait for a place and keep those from running that would give one.
+_AHEAD = 4
 
 
 def valid_rows(documents: Documents, row_tokens: int, rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +103,10 @@ class Validation:
         metrics = {}
         for name in self._names if names is None else names:
             index = self._names.index(name)
-            parts = [self._score(params, *batch, jnp.int32(index)) for batch in self._batches[::every]]
+            parts = []
+            for batch in self._batches[::every]:
+                parts.append(self._score(params, *batch, jnp.int32(index)))
+                jax.block_until_ready(parts[-_AHEAD:][0])
             nats, counted, bytes_ = np.array(jax.device_get(parts), np.float64).sum(0)
             metrics[f"valid/{name}/loss"] = float(nats / max(counted, 1))
             metrics[f"valid/{name}/bits_per_byte"] = float(nats / math.log(2) / max(bytes_, 1))
