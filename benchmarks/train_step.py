@@ -2,12 +2,12 @@
 
     python benchmarks/train_step.py --shape=micro
     python benchmarks/train_step.py --shape=reference
-    JAX_NUM_CPU_DEVICES=2 python benchmarks/train_step.py --shape=micro --microbatches=8
+    JAX_NUM_CPU_DEVICES=1 python benchmarks/train_step.py --shape=micro
 
 All are measured in turn, round after round, in one process; a round's ratio compares what ran within the
 same seconds, and the median over rounds is told. PyTorch (`pip install torch`) is left out where it is
 absent. Both sides use AdamW; PyTorch's step is causal, on rows of one document. Devices share the rows, as
-they do in training.
+they do in training; small models take the cores for devices (dualsm/cores.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from absl import flags  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 from steps import MIXTURES, Steps, random_tokens, repeated  # noqa: E402
 
-from dualsm import cli, sharding  # noqa: E402
+from dualsm import cli, cores, sharding  # noqa: E402
 from dualsm.config import default_config  # noqa: E402
 from dualsm.hardware import measured_flops  # noqa: E402
 from dualsm.memory import keep_freed_memory  # noqa: E402
@@ -45,7 +45,6 @@ SHAPES = {
 _SHAPE = flags.DEFINE_enum("shape", "micro", list(SHAPES), "sizes of the model and the batch")
 _ROUNDS = flags.DEFINE_integer("rounds", 11, "over which the medians are taken", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "each contestant's share of a round")
-_MICROBATCHES = flags.DEFINE_integer("microbatches", 1, "parts of a step's rows", lower_bound=1)
 _KEEP = flags.DEFINE_bool("keep_memory", True, "as commands do; false: the C library's own ways")
 _TORCH = flags.DEFINE_bool("torch", True, "measure PyTorch too")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
@@ -63,13 +62,14 @@ def benchmark_config(shape: str, shares: dict[str, float]) -> ConfigDict:
 
 
 def main(_: Sequence[str]) -> None:
-    if _KEEP.value:
-        keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
     configs = {name: benchmark_config(_SHAPE.value, shares) for name, shares in MIXTURES.items()}
     causal = configs["causal"]
+    if devices := cores.devices(causal):
+        jax.config.update("jax_num_cpu_devices", devices)
+    if _KEEP.value:
+        keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
     mesh = sharding.make_mesh(causal.mesh, jax.devices())
     for config in configs.values():
-        config.microbatches = _MICROBATCHES.value
         config.microbatches = sharding.microbatches(config, mesh)
     contestants = {name: repeated(Steps(config, mesh), _SECONDS.value) for name, config in configs.items()}
     if _TORCH.value and importlib.util.find_spec("torch"):
@@ -112,7 +112,7 @@ def main(_: Sequence[str]) -> None:
         for name, r in results.items()
     ]
     say(f"shape {_SHAPE.value}: {SHAPES[_SHAPE.value]}, {flops / 1e9:.1f} GFLOP a causal step")
-    say(f"{mesh.size} device(s), microbatches {causal.microbatches}")
+    say(f"{mesh.size} device(s), {causal.microbatches} microbatch(es)")
     say(f"matrix products: {statistics.median(peaks) / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
     say(table(["step", "ms", "tokens/s", "of the matrix rate", "time over ours, causal"], rows))
     if _OUTPUT.value:

@@ -80,12 +80,18 @@ def config(flag: flags.FlagHolder):
     return value
 
 
-def set_up_jax() -> None:
-    """Keeps freed memory, and compiled programs between runs (where JAX was told to, if it was)."""
+def set_up_jax(cpu_devices: int = 0) -> None:
+    """Keeps freed memory, and compiled programs between runs (where JAX was told to, if it was).
+
+    Args:
+      cpu_devices: that JAX is to make of a CPU, which it can until its first use; 0: as it was told.
+    """
     import jax
 
-    devices = jax.config.jax_num_cpu_devices
-    keep_freed_memory(one_arena=devices <= 1)  # many devices: many threads, with small blocks each
+    if cpu_devices:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    # Many devices: many threads, with small blocks each.
+    keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "dualsm", "xla"))

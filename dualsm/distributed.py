@@ -26,7 +26,8 @@ LEAVE_SECONDS = 60  # that a process which is done waits for the others
 def job(
     coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Makes this process a part of its job for the time inside; alone, it does nothing.
+    """Makes this process a part of its job for the time inside; alone, it does nothing, and JAX has not
+    looked for its devices yet.
 
     Without arguments TPU slices, SLURM steps, Open MPI and Kubernetes are recognised by their environment.
     Only process 0 prints to stdout. An error in one process ends that process at once, and with it the job.
@@ -40,7 +41,7 @@ def job(
       UserError: when the job cannot be joined.
     """
     _join(coordinator, processes, process_id)
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         yield
         return
     me = f"process {jax.process_index()} of {jax.process_count()}"

@@ -31,6 +31,9 @@ RULES = {
 
 _COPIES = ("replica", "data")  # axes whose devices all hold the whole parameters
 
+# Tokens that a CPU's core works through at once: what a small model's layer makes of them stays in its cache.
+CORE_TOKENS = 512
+
 PARAMETERS = {
     r"embedding/embedding": ("vocabulary", "embed"),
     r"blocks/attention/(query|key|value)/kernel": (None, "embed", "heads"),
@@ -80,7 +83,8 @@ def microbatches(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
     """Parts a step's rows are worked through in.
 
     With `config.device_rows` set they are as few as keep a device at no more than so many rows at once: on
-    fewer devices there are more of them, and the batch stays what it is. Else `config.microbatches`.
+    fewer devices there are more of them, and the batch stays what it is. Else `config.microbatches`; or,
+    where that is 1 and the devices are a CPU's and hold copies, as few as keep one at `CORE_TOKENS`.
 
     Raises:
       UserError: when the devices cannot share the rows.
@@ -92,9 +96,12 @@ def microbatches(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
             f"{parts} devices cannot share config.batch_rows={config.batch_rows} in "
             f"config.microbatches={config.microbatches} parts"
         )
-    if not config.device_rows:
+    most = config.device_rows
+    if not most and config.microbatches == 1 and mesh.devices.flat[0].platform == "cpu" and _has_copies(mesh):
+        most = max(1, CORE_TOKENS // config.row_tokens)
+    if not most:
         return config.microbatches
-    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= config.device_rows)
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -147,7 +154,7 @@ def summed_by_device(function: Callable) -> Callable:
     are divided too that is left to it.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not _divides(mesh) or mesh.size == 1 or mesh.size > math.prod(mesh.shape[axis] for axis in _COPIES):
+    if not (_divides(mesh) and _has_copies(mesh)):
         return function
 
     def on_one_device(params, rows):
@@ -156,6 +163,11 @@ def summed_by_device(function: Callable) -> Callable:
 
     specs = (PartitionSpec(), spec("batch"))
     return jax.shard_map(on_one_device, in_specs=specs, out_specs=specs, check_vma=False)
+
+
+def _has_copies(mesh: Mesh | jax.sharding.AbstractMesh) -> bool:
+    """Whether there are several devices, all with the whole parameters."""
+    return mesh.size > 1 and mesh.size == math.prod(mesh.shape[axis] for axis in _COPIES)
 
 
 def _divides(mesh: jax.sharding.AbstractMesh) -> bool:

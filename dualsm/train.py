@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dualsm import cli, distributed
+from dualsm import cli, cores, distributed
 from dualsm.training.loop import train
 from dualsm.training.profile import parse_window, profiled
 
@@ -37,12 +37,13 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_: Sequence[str]) -> None:
-    cli.set_up_jax()
     status, window = 0, parse_window(_PROFILE.value) if _PROFILE.value is not None else None
     with distributed.job(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value):
+        config, alone = cli.config(_CONFIG), not jax.distributed.is_initialized()
+        cli.set_up_jax(cores.devices(config) if alone else 0)
         stop = distributed.asked_to_stop if jax.process_count() > 1 else _on_signals()
         with profiled(stop, window, _WORKDIR.value) as stop:
-            finished = train(cli.config(_CONFIG), _WORKDIR.value, stop)
+            finished = train(config, _WORKDIR.value, stop)
         if not finished:
             print(f"stopped by a signal; run the same command to resume:\n  {_command()}")
             status = _STOPPED_STATUS.value

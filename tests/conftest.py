@@ -70,8 +70,12 @@ def _no_leaked_mesh():
     assert jax.sharding.get_abstract_mesh().empty, "a test left a mesh behind"
 
 
-def run_command(*arguments: str, devices: int = 1, timeout: float = 300, **options):
-    """Runs `python -m dualsm.NAME ...` or a script, as a user does; returns the finished process."""
+def run_command(*arguments: str, devices: int = 1, timeout: float = 300, env: dict | None = None, **options):
+    """Runs `python -m dualsm.NAME ...` or a script, as a user does, with `env` in its environment.
+
+    Returns:
+      The finished process.
+    """
     by_name = [] if arguments[0].endswith(".py") else ["-m"]
     return subprocess.run(
         [sys.executable, *by_name, *arguments],
@@ -79,7 +83,7 @@ def run_command(*arguments: str, devices: int = 1, timeout: float = 300, **optio
         text=True,
         timeout=timeout,
         cwd=ROOT,
-        env=command_env(devices),
+        env=command_env(devices) | (env or {}),
         **options,
     )
 

@@ -21,8 +21,8 @@ from dualsm.objectives.options import valid_options
 from dualsm.sharding import constrain, place_rows, replicated
 
 _SEED = 20251214  # of the corruption; never the run's seed, so that runs are compared on the same task
-# Batches on their way at once: enough to keep devices busy. On CPU devices XLA ends the process when more than 32
-# are, as the threads that start programs wait for a place and keep those from running that would give one.
+# Batches on their way at once: enough to keep devices busy. With over 32 XLA's CPU devices can stand still
+# and end the process: the threads that start programs wait for a place, and what would make one gets none.
 _AHEAD = 4
 
 

@@ -1,0 +1,73 @@
+"""Small models take a CPU's cores for devices, and work in parts that fit their caches."""
+
+import jax
+import pytest
+
+from dualsm import cores, sharding
+from dualsm.errors import UserError
+from tests.conftest import XLA_FLAGS, run_command
+from tests.micro import micro_config
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A config of 16 rows of 256 tokens, on a machine of 6 cores where JAX was told nothing."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(cores, "_cores", lambda: 6)
+    config = micro_config()
+    config.batch_rows, config.row_tokens, config.model.vocabulary, config.mesh.data = 16, 256, 512, -1
+    return config
+
+
+def test_small_models_take_a_device_a_core(small):
+    assert cores.devices(small) == 4  # which 16 rows can be shared by
+    small.batch_rows = 18
+    assert cores.devices(small) == 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.width": 1024},
+        {"model.vocabulary": 65536},
+        {"row_tokens": 32},  # 512 tokens a step: enough for one core only
+        {"mesh.fsdp": 2},
+        {"mesh.data": 1, "mesh.fsdp": -1},
+    ],
+    ids=str,
+)
+def test_others_take_one(small, changes):
+    small.update_from_flattened_dict(changes)
+    assert cores.devices(small) == 1
+
+
+def test_the_vocabulary_is_the_corpus_s(small, corpus_path):
+    small.model.vocabulary = 0
+    with pytest.raises(UserError, match="data.path"):
+        cores.devices(small)
+    small.data.path = str(corpus_path)
+    assert cores.devices(small) == 4
+
+
+@pytest.mark.parametrize("told", ["", "3"])
+def test_training_takes_them(told, corpus_path, tmp_path):
+    flags = ("--config.mesh.data=-1", "--config.row_tokens=256", "--config.batch_rows=12", "--config.steps=1")
+    env = {"XLA_FLAGS": XLA_FLAGS.split()[0], "JAX_NUM_CPU_DEVICES": told} if told else {"XLA_FLAGS": ""}
+    config = f"--config=tests/micro.py:{corpus_path}"
+    done = run_command("dualsm.train", config, f"--workdir={tmp_path}", *flags, env=env)
+    assert done.returncode == 0, done.stderr
+    expected = told or max(n for n in (1, 2, 3, 4, 6) if n <= cores._cores())
+    assert f"parameters on {expected} x cpu" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("axis", "size", "microbatches", "expected"),
+    [("data", 4, 1, 8), ("data", 4, 2, 2), ("data", 1, 1, 1), ("fsdp", 4, 1, 1)],
+)
+def test_parts_fit_a_core_s_cache(axis, size, microbatches, expected):
+    """Where devices hold copies, and nothing else was asked for."""
+    config = micro_config()
+    config.mesh.update(dict.fromkeys(config.mesh, 1) | {axis: size})
+    config.batch_rows, config.row_tokens, config.microbatches = 64, 256, microbatches
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:size])
+    assert sharding.microbatches(config, mesh) == expected
