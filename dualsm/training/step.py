@@ -19,7 +19,7 @@ from dualsm.model import transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Example, Row, SpecialIds
 from dualsm.objectives.loss import example_loss
-from dualsm.sharding import constrain, summed_by_device
+from dualsm.sharding import constrain, platform, summed_by_device
 
 SPIKE = 8.0  # mean distances above the mean from which on a loss is called a spike
 SPIKE_AFTER = 50  # steps that the means are over before
@@ -138,9 +138,9 @@ def make_train_step(
 
     def gradients(params: dict, rows: tuple[Example, jax.Array]):
         """Gradients and statistics of all rows, worked through in `config.microbatches` parts."""
-        if config.microbatches == 1:  # sums over devices of one layer then hide behind the work of another
-            return differentiate(params, rows)
-        return summed_by_device(in_parts)(params, rows)
+        if config.microbatches == 1 and platform() != "cpu":
+            return differentiate(params, rows)  # sums over devices of one layer hide behind the work of another
+        return summed_by_device(in_parts if config.microbatches > 1 else differentiate)(params, rows)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)

@@ -73,16 +73,21 @@ def test_sharded_equals_unsharded(micro_step, layout):
 
 
 @pytest.mark.parametrize(
-    ("layout", "once"),
-    [({"data": 4}, True), ({"replica": 2, "data": 2}, True), ({"data": 2, "fsdp": 2}, False)],
+    ("layout", "microbatches", "once"),
+    [
+        ({"data": 4}, 1, True),
+        ({"data": 4}, 2, True),
+        ({"replica": 2, "data": 2}, 2, True),
+        ({"data": 2, "fsdp": 2}, 2, False),
+    ],
     ids=str,
 )
-def test_copies_of_the_parameters_add_up_their_gradients_once_a_step(layout, once):
-    """Not once a microbatch, as devices that share the parameters do; the result is that of one device."""
+def test_copies_of_the_parameters_add_up_their_gradients_once_a_step(layout, microbatches, once):
+    """Not once a layer or microbatch, as others do; the result is that of one device."""
     config = default_config().mesh
     config.update(layout)
     mesh = sharding.make_mesh(config, jax.devices()[:4])
-    micro = Micro(microbatches=2, **{"optimizer.name": "adamw"})
+    micro = Micro(microbatches=microbatches, **{"optimizer.name": "adamw"})
     places = sharding.tree_shardings(mesh, jax.eval_shape(micro.init))
     with jax.set_mesh(mesh):
         state = jax.jit(micro.init, out_shardings=places)()
@@ -92,7 +97,9 @@ def test_copies_of_the_parameters_add_up_their_gradients_once_a_step(layout, onc
     expected = Micro(**{"optimizer.name": "adamw"}).run()
     assert_trees_close(state.sums, expected.sums, rtol=1e-5)
     assert_trees_close(state.params, expected.params, atol=2e-5)
-    sent = sum(analyse(step.as_text(), 4).collective_bytes.values())
+    work = analyse(step.as_text(), 4)
+    assert (work.collective_count == {"all-reduce": 1}) == once
+    sent = sum(work.collective_bytes.values())
     ring = 2 * 3 / 4 * sum(x.nbytes for x in jax.tree.leaves(expected.params))
     assert sent > 0.9 * ring
     assert (sent < 1.2 * ring) == once
