@@ -27,7 +27,9 @@ def default_config() -> ConfigDict:
     config.row_tokens = 256  # L, tokens a row
     config.repetitions = 1  # R, how often the run sees each of its unique tokens
     config.microbatches = 1  # parts a step's rows are worked through in; the result does not depend on it
-    config.device_rows = 0  # at most so many rows on a device at once, by more microbatches; 0: as they are
+    # At most so many rows on a device at once, by more microbatches; 0: as they are, and where they are 1 and
+    # cores are devices that hold copies, as many rows as a core's cache does (`sharding.microbatches`).
+    config.device_rows = 0
 
     config.skip_limit = 20  # updates in a row that may be skipped, their numbers not finite
 

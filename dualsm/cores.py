@@ -29,7 +29,7 @@ def devices(config: ml_collections.ConfigDict) -> int:
       Their number; 0: leave it as it is.
 
     Raises:
-      UserError: for impossible configs, and when the corpus cannot be read.
+      UserError: for impossible configs, and for small models when the corpus cannot be read.
     """
     check_config(config)
     flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -39,7 +39,8 @@ def devices(config: ml_collections.ConfigDict) -> int:
     if mesh.data != -1 or mesh.replica * mesh.fsdp * mesh.tensor != 1:
         return 1
     model = config.model.copy_and_resolve_references()
-    model.vocabulary = model.vocabulary or Corpus(config.data.path).vocabulary
+    if not model.vocabulary and matrix_parameters(model) <= SMALL:  # a corpus in a bucket takes time to open
+        model.vocabulary = Corpus(config.data.path).vocabulary
     if matrix_parameters(model) > SMALL:
         return 1
     most = min(_cores(), config.batch_rows * config.row_tokens // CORE_TOKENS)

@@ -41,8 +41,13 @@ def test_others_take_one(small, changes):
     assert cores.devices(small) == 1
 
 
+def test_what_xla_was_told_stays(small, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"{XLA_FLAGS}3")
+    assert cores.devices(small) == 0
+
+
 def test_the_vocabulary_is_the_corpus_s(small, corpus_path):
-    small.model.vocabulary = 0
+    small.model.vocabulary, small.data.path = 0, ""
     with pytest.raises(UserError, match="data.path"):
         cores.devices(small)
     small.data.path = str(corpus_path)

@@ -82,7 +82,7 @@ def _gpus(chip: str, number: str) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(
             platform="cuda", topology_name=chip, topology=f"1x1x{number}", target_config=_target(chip)
         ).devices
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # which is how JAX says that no plugin compiles for a platform
         raise UserError("compiling for GPUs needs JAX's CUDA plugin: pip install 'dualsm[cuda]'") from error
 
 

@@ -138,7 +138,7 @@ def make_train_step(
 
     def gradients(params: dict, rows: tuple[Example, jax.Array]):
         """Gradients and statistics of all rows, worked through in `config.microbatches` parts."""
-        # But on CPUs, sums over devices of one layer hide behind the work of another.
+        # On accelerators sums over devices of one layer hide behind the work of another.
         if config.microbatches == 1 and platform() != "cpu":
             return differentiate(params, rows)
         return summed_by_device(in_parts if config.microbatches > 1 else differentiate)(params, rows)
