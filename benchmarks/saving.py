@@ -1,6 +1,7 @@
 """What a checkpoint costs a run: written in the background, beside waiting for the same save.
 
     JAX_PLATFORMS=cpu python benchmarks/saving.py
+    JAX_PLATFORMS=cpu python benchmarks/saving.py --shape=large --steps=8
 
 In each round the same number of steps is made without a save and with one before them, and a save is waited
 for alone. `standing still` is how long the loop does not go on; `lost` is by how much the steps took
@@ -31,16 +32,25 @@ from dualsm.training.checkpoint import Checkpoints
 from dualsm.training.program import make_program
 from dualsm.training.step import Batch
 
+SHAPES = {
+    # layers, width, heads, mlp_width, vocabulary: with AdamW a state of 84 and one of 792 MB
+    "small": (6, 256, 4, 704, 4096),
+    "large": (10, 512, 8, 1408, 32768),
+}
+
+_SHAPE = flags.DEFINE_enum("shape", "small", list(SHAPES), "sizes of the model")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "over which the medians are taken", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 10, "after a save; they must last longer than its writing")
 _WORKDIR = flags.DEFINE_string("workdir", "", "folder on the disk to write to; empty: the temporary one")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
 
 
-def saved_config() -> ConfigDict:
-    """A model of seven million parameters, whose state with AdamW takes some 80 MB."""
+def saved_config(shape: str) -> ConfigDict:
+    """The default config at that shape, with AdamW and a small batch."""
     config = default_config()
-    config.model.layers, config.model.vocabulary, config.optimizer.name = 6, 4096, "adamw"
+    model = config.model
+    model.layers, model.width, model.heads, model.mlp_width, model.vocabulary = SHAPES[shape]
+    config.optimizer.name = "adamw"
     config.batch_rows, config.row_tokens = 2, 128
     return config
 
@@ -101,8 +111,9 @@ def one_round(run: Run, steps: int) -> dict[str, float]:
 
 
 def main(_: Sequence[str]) -> None:
+    cli.set_up_jax()
     with tempfile.TemporaryDirectory(dir=_WORKDIR.value or None) as workdir:
-        run = Run(saved_config(), workdir)
+        run = Run(saved_config(_SHAPE.value), workdir)
         one_round(run, 2)
         rounds = [one_round(run, _STEPS.value) for _ in range(_ROUNDS.value)]
         run.checkpoints.close()

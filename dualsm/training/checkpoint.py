@@ -14,7 +14,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from dualsm import distributed
 from dualsm.errors import UserError
 from dualsm.progress import warn
-from dualsm.training.checksums import changed, checksums
+from dualsm.training import checksums
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums"
@@ -60,6 +60,7 @@ class Checkpoints:
         """
         self._settle()
         with self._reporting(step):
+            sums = checksums.started(state)  # while the disk is waited for
             before()
             self._probe()
             if self._lost:
@@ -68,9 +69,8 @@ class Checkpoints:
                 self._manager.delete(step)
                 self._damaged.remove(step)
             if step not in self._manager.all_steps():
-                sums = checksums(state)
                 save = ocp.args.StandardSave(state)
-                self._manager.save(step, args=save, custom_metadata={CHECKSUMS: sums})
+                self._manager.save(step, args=save, custom_metadata={CHECKSUMS: sums()})
             self._writing = step
 
     def _probe(self) -> None:
@@ -180,7 +180,7 @@ def _verify(manager: ocp.CheckpointManager, step: int, restored) -> None:
     expected = (manager.metadata(step).custom_metadata or {}).get(CHECKSUMS)
     if not isinstance(expected, dict):
         raise UserError("its checksums are missing")
-    wrong = changed(restored, expected)
+    wrong = checksums.changed(restored, expected)
     if wrong:
         raise UserError(f"{len(wrong)} of its arrays have changed since they were saved ({wrong[0]}, ...)")
 

@@ -23,8 +23,9 @@ def tree() -> dict:
     }
 
 
-def test_each_bit_and_each_place_counts():
-    words = np.arange(64, dtype=np.uint32).reshape(4, 16) * 2654435761
+@pytest.mark.parametrize("shape", [(64,), (4, 16), (16, 4), (2, 4, 8)])
+def test_each_bit_and_each_place_counts(shape):
+    words = np.arange(64, dtype=np.uint32).reshape(shape) * 2654435761
     seen = {checksums({"a": words})["a"]}
     for place in range(64):
         for bit in range(32):
@@ -33,6 +34,21 @@ def test_each_bit_and_each_place_counts():
             seen.add(checksums({"a": flipped})["a"])
     assert len(seen) == 1 + 64 * 32
     assert checksums({"a": words})["a"] != checksums({"a": words[::-1]})["a"]
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (24, 3), (5, 6), (3, 4, 5)])
+def test_a_checksum_is_the_sum_of_hashes_of_words_and_places(shape):
+    """The definition, word by word; with another one, checkpoints of before would seem damaged."""
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+
+    array = np.random.default_rng(0).standard_normal(shape, np.float32)
+    words = np.asarray(array).view(np.uint32).ravel().tolist()
+    expected = sum(mix(word ^ mix(place + 1)) for place, word in enumerate(words)) % 2**32
+    assert checksums({"a": array}) == {"a": expected}
 
 
 def test_the_layout_on_devices_does_not_matter():
@@ -93,9 +109,10 @@ def test_weights_that_are_not_the_saved_ones_are_refused(saved, monkeypatch):
     """Even where the file formats notice nothing."""
     workdir, config, shapes = saved
     wrong = checksums(tree()) | {"params/kernel": 1}
-    monkeypatch.setattr("dualsm.training.checkpoint.checksums", lambda state: wrong)
     checkpoints = Checkpoints(workdir, config)
-    checkpoints.save(2, tree())
+    with monkeypatch.context() as patch:
+        patch.setattr("dualsm.training.checksums.started", lambda state: lambda: wrong)
+        checkpoints.save(2, tree())
     checkpoints.finish()
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(shapes), tree())  # step 1
     assert checkpoints.newest() == 2
