@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dualsm import sharding
 from dualsm.errors import UserError
 from dualsm.model import flash, splash
-from dualsm.model.remat import ATTENDED
+from dualsm.model.remat import ATTENTION
 
 BACKENDS = ("auto", "xla", "splash", "flash")
 KERNELS = {"tpu": "splash", "gpu": "flash"}  # by platform
@@ -45,17 +45,27 @@ def attend(
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
-    if backend == "auto":  # flash must be asked for: it has not been timed on a GPU, see docs/performance.md
-        backend = "xla" if _obstacle("splash", q_BxLxHxK.shape, k_BxLxHxK.shape) else "splash"
+    if backend == "auto":
+        backend = "xla" if plain_because(q_BxLxHxK.shape, k_BxLxHxK.shape) else "splash"
     if backend == "xla":
         out = _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
-        return checkpoint_name(out, ATTENDED)
+        return checkpoint_name(out, ATTENTION)
     if obstacle := _obstacle(backend, q_BxLxHxK.shape, k_BxLxHxK.shape):
         raise UserError(f"config.model.attention={backend} {obstacle}; take auto or xla")
     kernel = {"splash": splash.attend_splash, "flash": flash.attend_flash}[backend]
     heads, ranges = ("batch", None, "heads", None), ("batch", None)
     divided = sharding.by_device(kernel, (heads, heads, heads, ranges, ranges), heads)
     return divided(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+
+
+def plain_because(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
+    """Why "auto" takes plain attention for arrays of these shapes, [B, L, H, K]; None where it does not."""
+    if sharding.platform() == "gpu":
+        return (
+            "the kernel for GPUs must be asked for: it has not been timed on one yet, see docs/performance.md"
+        )
+    obstacle = _obstacle("splash", q_shape, k_shape)
+    return obstacle and f"the kernel {obstacle}"
 
 
 def _obstacle(kernel: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
@@ -85,9 +95,12 @@ def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Arr
     that no L x S array is held.
 
     Heads go in front first: XLA's CPU compiler turns products over [B, L, H, K] into copies, which made the
-    backward pass two to three times slower.
+    backward pass two to three times slower. That is how they are kept for it, scaled and rotated.
     """
-    q_BxHxLxK, k_BxHxSxK, v_BxHxSxK = (x.swapaxes(1, 2) for x in (q_BxLxHxK, k_BxSxHxK, v_BxSxHxK))
+    q_BxHxLxK, k_BxHxSxK, v_BxHxSxK = (
+        checkpoint_name(x.swapaxes(1, 2), ATTENTION)
+        for x in (q_BxLxHxK * q_BxLxHxK.shape[-1] ** -0.5, k_BxSxHxK, v_BxSxHxK)
+    )
     rows, heads, length, width = q_BxHxLxK.shape
     if length <= 2 * QUERIES or length % QUERIES:
         return _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL).swapaxes(1, 2)
@@ -105,11 +118,17 @@ def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Arr
 
 
 def _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL) -> jax.Array:
+    """Attention of scaled queries. The softmax is divided last, on K numbers a query instead of S."""
     mask_BxLxS = range_mask(key_start_BxL, key_end_BxL, k_BxHxSxK.shape[2])
     bias_BxLxS = jnp.where(mask_BxLxS, 0.0, jnp.finfo(jnp.float32).min)
-    scaled_BxHxLxK = q_BxHxLxK * q_BxHxLxK.shape[-1] ** -0.5
-    scores_BxHxLxS = jnp.einsum(
-        "bhlk,bhsk->bhls", scaled_BxHxLxK, k_BxHxSxK, preferred_element_type=jnp.float32
+    scores_BxHxLxS = jnp.einsum("bhlk,bhsk->bhls", q_BxHxLxK, k_BxHxSxK, preferred_element_type=jnp.float32)
+    scores_BxHxLxS += bias_BxLxS[:, None]
+    largest_BxHxLx1 = jax.lax.stop_gradient(scores_BxHxLxS.max(-1, keepdims=True))
+    weights_BxHxLxS = jnp.exp(scores_BxHxLxS - largest_BxHxLx1)
+    attended_BxHxLxK = jnp.einsum(
+        "bhls,bhsk->bhlk",
+        weights_BxHxLxS.astype(v_BxHxSxK.dtype),
+        v_BxHxSxK,
+        preferred_element_type=jnp.float32,
     )
-    weights_BxHxLxS = jax.nn.softmax(scores_BxHxLxS + bias_BxLxS[:, None], axis=-1)
-    return jnp.einsum("bhls,bhsk->bhlk", weights_BxHxLxS.astype(v_BxHxSxK.dtype), v_BxHxSxK)
+    return (attended_BxHxLxK / weights_BxHxLxS.sum(-1, keepdims=True)).astype(v_BxHxSxK.dtype)

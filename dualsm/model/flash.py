@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from dualsm.model.remat import ATTENDED
+from dualsm.model.remat import ATTENTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _forward(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, interpret):
         name="flash_forward",
         **layout.call(FORWARD, interpret),
     )(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, *key_blocks(start_BxL, end_BxL, FORWARD))
-    out, log_sum_BxHxL = (checkpoint_name(x, ATTENDED) for x in (out, log_sum_BxHxL))
+    out, log_sum_BxHxL = (checkpoint_name(x, ATTENTION) for x in (out, log_sum_BxHxL))
     return out, (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, out, log_sum_BxHxL)
 
 

@@ -2,13 +2,14 @@
 
 import jax
 
-ATTENDED = "attended"  # what attention came to, under this name (`jax.ad_checkpoint.checkpoint_name`)
+# What attention came to, and what plain attention works on; by `jax.ad_checkpoint.checkpoint_name`.
+ATTENTION = "attention"
 
 POLICIES = {
     "none": None,  # keeps all
     "full": jax.checkpoint_policies.nothing_saveable,
     "matmuls": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+        jax.checkpoint_policies.save_only_these_names(ATTENTION),
     ),
 }

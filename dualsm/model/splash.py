@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dualsm.model.remat import ATTENDED
+from dualsm.model.remat import ATTENTION
 
 BLOCKS = (512, 256, 128)  # positions a block, the largest that divides L; TPU lanes come by 128
 
@@ -67,7 +67,7 @@ def attend_splash(
         save_residuals=False,
         mask_value=kernel.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=ATTENDED,
+        residual_checkpoint_name=ATTENTION,
         mask_function=lies_before_end,
         interpret=interpret,
     )

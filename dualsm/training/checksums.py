@@ -20,7 +20,7 @@ def checksums(tree) -> dict[str, int]:
 
 
 def started(tree) -> Callable[[], dict[str, int]]:
-    """Starts on the checksums of `tree`, and returns what waits for them. The arrays may be given away then."""
+    """Starts on the checksums of `tree`, whose arrays may then be given away; returns what waits for them."""
     whole = all(x.is_fully_replicated for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
     paths, sums_N = [_name(path) for path, _ in jax.tree.leaves_with_path(tree)], _sums(tree, whole)
     return lambda: dict(zip(paths, jax.device_get(sums_N).tolist(), strict=True))

@@ -25,6 +25,7 @@ from dualsm.data.pipeline import StepRows, read_steps
 from dualsm.errors import UserError
 from dualsm.evaluation.validation import Validation, valid_rows
 from dualsm.hardware import peak_flops
+from dualsm.model.attention import plain_because
 from dualsm.model.flops import train_flops
 from dualsm.objectives import mixture, shares
 from dualsm.progress import bar, say, warn
@@ -320,6 +321,14 @@ class _Run:
         )
         if first:
             say(f"resuming {self.workdir} at step {first} of {config.steps}")
+        model = config.model
+        if model.attention == "auto" and sharding.platform() != "cpu" and distributed.leads():
+            shape = (
+                config.batch_rows // config.microbatches, config.row_tokens, model.heads,
+                model.width // model.heads,
+            )  # fmt: skip
+            if reason := plain_because(shape, shape):
+                warn(f"config.model.attention=auto takes plain attention: {reason}")
 
 
 def _train_line(done: int, steps: int, record: dict, names: list[str]) -> str:

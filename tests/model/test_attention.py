@@ -7,6 +7,7 @@ import pytest
 
 from dualsm.model import attention
 from dualsm.model.attention import attend, range_mask
+from dualsm.training.loop import train
 
 B, L, H, K = 2, 12, 3, 8
 
@@ -83,3 +84,26 @@ def test_bfloat16_in_bfloat16_out(qkv, ranges):
 def test_an_unknown_backend_is_refused(qkv, ranges):
     with pytest.raises(ValueError, match="telepathy"):
         attend(*qkv, *ranges, backend="telepathy")
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "because"),
+    [
+        ("tpu", 256, None),
+        ("tpu", 100, "rows of a multiple of 128 positions, not 100"),
+        ("gpu", 256, "not been timed"),
+    ],
+)
+def test_auto_tells_why_it_takes_plain_attention(monkeypatch, platform, length, because):
+    monkeypatch.setattr("dualsm.sharding.platform", lambda: platform)
+    reason = attention.plain_because((2, length, 4, 64), (2, length, 4, 64))
+    assert reason is None if because is None else because in reason
+
+
+def test_a_run_on_an_accelerator_is_told_of_plain_attention(micro, tmp_path, monkeypatch, capsys):
+    micro.mesh.data = -1
+    train(micro, tmp_path / "cpu", stop=lambda step: True)
+    assert "plain attention" not in capsys.readouterr().err
+    monkeypatch.setattr("dualsm.sharding.platform", lambda: "gpu")
+    train(micro, tmp_path / "gpu", stop=lambda step: True)
+    assert "config.model.attention=auto takes plain attention: " in capsys.readouterr().err
