@@ -17,7 +17,7 @@ from dualsm.model.remat import ATTENTION
 
 BACKENDS = ("auto", "xla", "splash", "flash")
 KERNELS = {"tpu": "splash", "gpu": "flash"}  # by platform
-QUERIES = 128  # at once, in rows of more than twice as many; by benchmarks/attention.py
+QUERIES = 128  # at once, in rows of more than twice as many, to hold less: benchmarks/attention.py
 
 
 def attend(
