@@ -28,6 +28,7 @@ EXCHANGE = ["safetensors>=0.4,<1", "tokenizers>=0.21,<0.24"]
 
 EXTRAS = {
     "analysis": ANALYSIS,
+    "bench": ["torch>=2.5"],  # the peer of benchmarks/train_step.py
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
     "eval": ["lm-eval>=0.4.13,<0.5"],
     "exchange": EXCHANGE,

@@ -5,8 +5,8 @@
     JAX_NUM_CPU_DEVICES=1 python benchmarks/train_step.py --shape=micro
 
 All are measured in turn, round after round, in one process; a round's ratio compares what ran within the
-same seconds, and the median over rounds is told. PyTorch (`pip install torch`) is left out where it is
-absent. Both sides use AdamW; PyTorch's step is causal, on rows of one document. Devices share the rows, as
+same seconds, and the median over rounds is told. PyTorch (extra `bench`) is left out where it is absent.
+Both sides use AdamW; PyTorch's step is causal, on rows of one document. Devices share the rows, as
 they do in training; small models take the cores for devices (dualsm/cores.py).
 """
 
