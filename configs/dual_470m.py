@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
     config = default_config()
     config.steps = 8192
     config.batch_rows = 2048
-    config.row_tokens = 2048  # 34 billion tokens
+    config.row_tokens = 2048  # 34 billion tokens; the paper's 32B are 32 * 2**30
     config.repetitions = args.get("repetitions", 1)
     set_alpha(config, args.get("alpha", 63 / 64))
     config.data.threads = 8

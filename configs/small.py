@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
     config = default_config()
     config.steps = 4096
     config.batch_rows = 256
-    config.row_tokens = 1024  # 1.07 billion tokens, about 40 a parameter
+    config.row_tokens = 1024  # 1.07 billion tokens, about 40 a parameter: some 4 GB of text, or less and repetitions
     config.repetitions = args.get("repetitions", 1)
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
     if "alpha" in args:
@@ -25,6 +25,7 @@ def get_config(arg: str = ""):
     config.model.heads = 6
     config.model.mlp_width = 1024
     config.model.dtype = "bfloat16"
+    config.device_rows = 64  # what fits a v5e chip of 16 GB
 
     config.optimizer.schedule.warmup = 100
     config.checkpoint.every = 512
