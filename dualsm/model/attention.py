@@ -6,6 +6,8 @@ That says all the views used here, document isolation included: causal [doc_star
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -48,8 +50,7 @@ def attend(
     if backend == "auto":
         backend = "xla" if plain_because(q_BxLxHxK.shape, k_BxLxHxK.shape) else "splash"
     if backend == "xla":
-        out = _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
-        return checkpoint_name(out, ATTENTION)
+        return _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
     if obstacle := _obstacle(backend, q_BxLxHxK.shape, k_BxLxHxK.shape):
         raise UserError(f"config.model.attention={backend} {obstacle}; take auto or xla")
     kernel = {"splash": splash.attend_splash, "flash": flash.attend_flash}[backend]
@@ -105,7 +106,8 @@ def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Arr
     if length <= 2 * QUERIES or length % QUERIES:
         return _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL).swapaxes(1, 2)
 
-    @jax.checkpoint  # the backward pass computes the scores of a part again, instead of holding those of all
+    # The backward pass computes the scores of a part again, instead of holding those of all.
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
     def part(queries):
         q_BxHxQxK, key_start_BxQ, key_end_BxQ = queries
         return _masked(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK, key_start_BxQ, key_end_BxQ)
@@ -131,4 +133,25 @@ def _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL) -> jax.
         v_BxHxSxK,
         preferred_element_type=jnp.float32,
     )
-    return (attended_BxHxLxK / weights_BxHxLxS.sum(-1, keepdims=True)).astype(v_BxHxSxK.dtype)
+    return _divide(attended_BxHxLxK, weights_BxHxLxS.sum(-1, keepdims=True), v_BxHxSxK.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _divide(x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x / y as `dtype`, with a gradient by the quotient, which is kept anyway: by x, the attended values
+    would be computed again for it."""
+    return (x / y).astype(dtype)
+
+
+def _divide_forward(x, y, dtype):
+    quotient = checkpoint_name(_divide(x, y, dtype), ATTENTION)
+    return quotient, (quotient, y)
+
+
+def _divide_backward(dtype, kept, gradient):
+    quotient, y = kept
+    gradient_x = gradient.astype(y.dtype) / y
+    return gradient_x, -(gradient_x * quotient).sum(-1, keepdims=True)
+
+
+_divide.defvjp(_divide_forward, _divide_backward)
