@@ -5,7 +5,6 @@ Every command is `python -m dualsm.NAME`, an absl program whose `main` is handed
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import sys
@@ -15,14 +14,8 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from dualsm.errors import UserError
+from dualsm.errors import UNREAD, UserError, explained, unread
 from dualsm.memory import keep_freed_memory
-
-# What a disk does to any command: no rights, no room, no disk.
-DISK_ERRORS = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
-    errno.ENOTCONN, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
-}  # fmt: skip
 
 
 def fail(message: str) -> None:
@@ -36,13 +29,37 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     flags.FLAGS.set_gnu_getopt(True)  # flags may come after a verb, as in `convert import --weights=...`
     try:
         return flags.FLAGS(find_configs(argv))
+    except SystemExit as end:  # absl's --help counts as a failure
+        sys.exit(end.code if _raised_by_config(end) else 0)
     except (flags.Error, UserError) as error:
-        return fail(str(error).split("\n\nTraceback")[0])
-    except AttributeError as error:  # ml_collections' answer to an unknown config key
-        return fail(f"unknown config key {error} on the command line; see dualsm/config.py for all keys")
+        text, _, trace = str(error).partition("\n\nTraceback")
+        return fail(" ".join([text, *trace.splitlines()[-1:]]))
+    except BrokenPipeError:  # of --help, which is printed here
+        raise
     except Exception as error:  # anything a config file, which is code, may raise
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return fail(f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})")
+        if where := _raised_by_config(error):
+            return fail(f"{type(error).__name__}: {_text(error)} ({where})")
+        if isinstance(error, (AttributeError, LookupError)):  # ml_collections' answers to an unknown key
+            known = "see dualsm/config.py for all keys"
+            return fail(f"unknown config key on the command line: {_text(error)} ({known})")
+        return fail(f"{type(error).__name__} on the command line: {_text(error)}")
+
+
+def _raised_by_config(error: BaseException) -> str | None:
+    """File and line at which a config file, or what it called, raised an error that came out of the parser of
+    flags; None if the parser itself did."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        module = frame.f_globals.get("__name__", "")
+        if module != __name__ and module.partition(".")[0] not in ("absl", "ml_collections"):
+            return f"{frame.f_code.co_filename}, line {line}"
+    return None
+
+
+def _text(error: BaseException) -> str:
+    """What an error says, without the quotes that a `KeyError` puts around it."""
+    while len(error.args) == 1 and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 
 def find_configs(argv: Sequence[str]) -> list[str]:
@@ -115,7 +132,7 @@ def _ignore_leftovers(hook: Callable) -> Callable:
 
 
 def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> None:
-    """Runs `main(argv)` as an absl program; a `UserError` ends in one line and exit status 2.
+    """Runs `main(argv)` as an absl program; what the user can mend ends in one line and exit status 2.
 
     Args:
       main: is given the program's name and, if there are verbs, the one that was chosen.
@@ -130,18 +147,23 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
             if len(argv) > 1 + bool(verbs):
                 raise UserError(f"unexpected argument {argv[-1]!r}; flags look like --name=value")
             main(argv)
-        except UserError as error:
-            fail(str(error))
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            fail(f"{error}; see to the room, the rights and the disk there, or choose another folder")
-        except RuntimeError as error:
-            if "Unable to initialize backend" not in str(error):
-                raise
-            fail(f"{error}; install the extra for it (cuda, tpu), or unset JAX_PLATFORMS")
         except KeyboardInterrupt:
             sys.exit(130)
+        except Exception as error:
+            if text := explained(error):
+                fail(text)
+            raise
 
     sys.unraisablehook = _ignore_leftovers(sys.unraisablehook)
-    app.run(guarded, flags_parser=_parse_flags)
+    try:
+        try:
+            app.run(guarded, flags_parser=_parse_flags)
+        except SystemExit:
+            sys.stdout.flush()  # at the interpreter's end nobody could catch its failure
+            raise
+    except BrokenPipeError as error:
+        if not unread(error):
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # it takes what is still to be printed
+        sys.exit(UNREAD)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from dualsm.errors import UserError
+from dualsm.errors import UNREAD, UserError, explained, unread
 
 JOIN_SECONDS = 300  # for all processes to appear
 HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
@@ -53,14 +53,11 @@ def job(
                 silence = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
             yield
-    except UserError as error:
-        _die(f"error: {me}: {error}", 2)
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        _die(f"error: {me} lost the others or its device, run the same command to resume ({reason})", 1)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        _die(f"error: {me} failed", 1)
+    except BaseException as error:
+        told, status = _ending(error)
+        if not told:
+            sys.excepthook(*sys.exc_info())
+        _die(f"error: {me}{told or ' failed'}", status)
     jax.distributed.shutdown()
 
 
@@ -115,8 +112,22 @@ def _join(coordinator: str | None, processes: int | None, process_id: int | None
         ) from error
 
 
+def _ending(error: BaseException) -> tuple[str, int]:
+    """What to tell of the error that ends a process, nothing of a defect; and its exit status."""
+    if text := explained(error):
+        return f": {text}", 2
+    if unread(error):
+        return ": nobody reads what it prints", UNREAD
+    by_gloo = isinstance(error, ValueError) and "Gloo" in str(error)  # between CPUs; raised as either
+    if by_gloo or isinstance(error, jax.errors.JaxRuntimeError):
+        reason = str(error).strip().partition("\n")[0]
+        return f" lost the others or its device, run the same command to resume ({reason})", 1
+    return "", 1
+
+
 def _die(message: str, status: int) -> None:
     """Ends this process at once: leaving in an orderly way would wait for the others."""
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # where nobody reads it
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(status)

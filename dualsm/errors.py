@@ -1,5 +1,48 @@
-"""The one exception for a user's mistake."""
+"""Failures that the user can mend, and the one line that tells of each."""
+
+from __future__ import annotations
+
+import errno
+import select
+import sys
+
+# What a disk does to any command: no rights, no room, no disk.
+DISK_ERRORS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
+    errno.ENOTCONN, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
+
+UNREAD = 141  # exit status of a command whose output is read no more, as if by SIGPIPE
 
 
 class UserError(Exception):
     """A mistake the user can mend: its text says what is wrong, where, and what to do."""
+
+
+def explained(error: BaseException) -> str | None:
+    """What is wrong and what to do, of an error that has its cause outside of the code; None of any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error}; see to the room, the rights and the disk there, or choose another folder"
+    if isinstance(error, RuntimeError):  # as JAX's are
+        text = str(error)
+        if "Unable to initialize backend" in text:
+            return f"{text}; install the extra for it (cuda, tpu), or unset JAX_PLATFORMS"
+        if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+            reason = text.strip().partition("\n")[0]  # accounts of who holds how much follow
+            return (
+                f"the devices' memory does not suffice ({reason}); in training lower "
+                "config.device_rows (or config.batch_rows), set config.model.remat=full, or divide the "
+                "parameters with a larger config.mesh.fsdp"
+            )
+    return None
+
+
+def unread(error: BaseException) -> bool:
+    """Whether an error comes of a reader of stdout that is gone, such as a `head` that has seen enough."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    pipe = select.poll()
+    pipe.register(sys.stdout, 0)
+    return bool(pipe.poll(0))  # which tells of nothing but its end

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dualsm.errors import UserError
@@ -56,7 +57,8 @@ def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) 
       devices: to be used all.
 
     Raises:
-      UserError: when the sizes do not multiply to the number of devices.
+      UserError: when the sizes do not multiply to the number of devices, or `replica` does not lie across the
+        slices of TPUs.
     """
     sizes = [config[axis] for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
@@ -65,9 +67,26 @@ def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) 
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise UserError(f"{_spell(sizes)} needs {math.prod(sizes)} devices, there are {len(devices)}")
-    if devices[0].platform == "cpu":
-        return Mesh(np.array(devices).reshape(sizes), AXES)
-    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    if devices[0].platform != "tpu":
+        # JAX counts the GPUs of a machine as a slice: the last axes lie within one.
+        return Mesh(np.array(sorted(devices, key=_slice)).reshape(sizes), AXES)
+    slices = len({_slice(device) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    if sizes[0] % slices:
+        raise UserError(
+            f"{_spell(sizes)}: the TPUs are {slices} slices, and replica must be {slices} or a multiple of it"
+        )
+    inside = [sizes[0] // slices, *sizes[1:]]
+    laid = mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(laid, AXES)
+
+
+def _slice(device: jax.Device) -> int:
+    """Which of the groups with fast links between their devices it is in; CPUs do not say."""
+    return getattr(device, "slice_index", 0)
 
 
 def _spell(sizes: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ On TPU slices and under SLURM the same command, started once a process, makes on
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ def _stop(number: int, signals: list[str]) -> None:
 
 
 def _command() -> str:
-    return " ".join(["python -m dualsm.train", *sys.argv[1:]])
+    return shlex.join(["python", "-m", "dualsm.train", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 """Commands as a user runs them: a mistake ends in one clear line and a non-zero exit."""
 
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from dualsm import cli
 from dualsm.config import default_config, load_config, save_config
-from tests.conftest import run_command
+from dualsm.errors import unread
+from tests.conftest import ROOT, command_env, run_command
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,7 @@ def assert_one_line(process, *expected: str) -> None:
 BAD_CONFIGS = {
     "mixture": (["--config.mixture.causal=0.4"], ["config.mixture", "0.9"]),
     "unknown key": (["--config.model.widht=64"], ["unknown config key", "widht"]),
+    "unknown node": (["--config.modell.layers=3"], ["unknown config key", "'modell'", "dualsm/config.py"]),
     "wrong type": (["--config.steps=many"], ["config.steps", "many"]),
     "rows and microbatches": (["--config.microbatches=3"], ["config.microbatches=3", "config.batch_rows=8"]),
     "heads": (["--config.model.heads=5"], ["config.model.heads=5", "config.model.width=32"]),
@@ -140,6 +147,81 @@ def test_help_lists_the_flags(command):
     process = run_command(f"dualsm.{command}", "--help")
     assert "--" in process.stdout
     assert "Traceback" not in process.stdout + process.stderr
+    assert process.returncode == 0
+
+
+def parsed(path, monkeypatch, *arguments: str) -> None:
+    """Parses a command line with a config file in this process."""
+    given = ["train", f"--config={path}", *arguments]
+    fresh = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "recipe", flag_values=fresh)
+    monkeypatch.setattr(flags, "FLAGS", fresh)
+    monkeypatch.setattr("sys.argv", given)  # where ml_collections looks for overrides
+    cli._parse_flags(given)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{}['depth']", "KeyError: depth"),
+        ("config['modell']", "KeyError: 'modell'"),
+        ("config.modell.layers = 3", "AttributeError: 'modell'"),
+        ("config.steps = 'many'", "TypeError: Could not override field 'steps'"),
+    ],
+)
+def test_what_a_config_file_raises_is_told_as_its_own(line, expected, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from dualsm.config import default_config\n\n\n"
+        f"def get_config():\n    config = default_config()\n    {line}\n    return config\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        parsed(path, monkeypatch)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1
+    assert expected in told and str(path) in told
+    assert "command line" not in told
+
+
+def test_a_config_file_that_exits_keeps_its_status(tmp_path, monkeypatch):
+    """absl's `--help` leaves the parser in the same way."""
+    path = tmp_path / "recipe.py"
+    path.write_text("import sys\n\n\ndef get_config():\n    sys.exit(1)\n")
+    with pytest.raises(SystemExit) as ended:
+        parsed(path, monkeypatch)
+    assert ended.value.code == 1
+
+
+def test_memory_that_does_not_suffice_ends_in_one_line(tmp_path):
+    script = tmp_path / "huge.py"
+    script.write_text(
+        "import jax.numpy as jnp\nfrom dualsm import cli\n\ncli.run(lambda argv: print(jnp.zeros(2**44)))\n"
+    )
+    process = run_command(str(script))
+    assert_one_line(
+        process, "70368744177664 bytes", "config.device_rows", "config.batch_rows", "config.model.remat",
+        "config.mesh.fsdp",
+    )  # fmt: skip
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_a_command_whose_output_nobody_reads_ends_quietly(arguments, unbuffered, tmp_path):
+    script = tmp_path / "talk.py"
+    script.write_text("from dualsm import cli\n\ncli.run(lambda argv: print('of much'))\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = command_env() | {"PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.run(
+        [sys.executable, str(script), *arguments], stdout=writer, stderr=subprocess.PIPE, env=env
+    )
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_no_end_of_reading():
+    assert not unread(BrokenPipeError())
 
 
 def test_a_platform_that_is_not_there(recipe, tmp_path, monkeypatch):
@@ -155,11 +237,6 @@ def test_importing_starts_no_backend():
         "from jax._src import xla_bridge\n"
         "sys.exit(bool(xla_bridge._backends))"
     )
-    import subprocess
-    import sys
-
-    from tests.conftest import ROOT, command_env
-
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=command_env()).returncode == 0
 
 

@@ -1,14 +1,20 @@
 """Many processes train as one does, save one checkpoint, and end together."""
 
+import errno
 import os
+import re
+import shlex
 import shutil
 import signal
 import time
 
 import jax
 import pytest
+from jax.errors import JaxRuntimeError
 
 from dualsm.config import load_config
+from dualsm.distributed import _ending, job
+from dualsm.errors import UserError
 from dualsm.training.loop import train
 from dualsm.training.metrics import read_metrics
 from tests.processes import MET_TOO_LATE, STOPPED, end, launch, start, write_recipe
@@ -126,13 +132,15 @@ def started(recipe, workdir, tries: int = 3):
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step(endless, tmp_path):
-    processes = started(endless, tmp_path / "run")
+    workdir = tmp_path / "a run's"
+    processes = started(endless, workdir)
     os.kill(processes[1].pid, signal.SIGTERM)
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [STOPPED] * 2, outputs
-    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert read_metrics(tmp_path / "run")[-1]["step"] == int(saved.name)
-    assert "run the same command to resume" in outputs[0][0]
+    (saved,) = (workdir / "checkpoints").iterdir()
+    assert read_metrics(workdir)[-1]["step"] == int(saved.name)
+    _, _, command = outputs[0][0].partition("run the same command to resume:")
+    assert shlex.split(command)[1:] == processes[0].args[1:]  # as a shell reads it
     assert "resume" not in outputs[1][0]
 
 
@@ -159,6 +167,32 @@ def test_a_mistake_is_told_by_every_process_and_ends_the_job(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_disk_that_fails_is_told_in_a_line_and_ends_the_job(recipe):
+    done = launch(2, 1, f"--config={recipe}", "--workdir=/proc/nothing")
+    assert done.returncode == 2, done.stderr
+    assert "error: process 0 of 2: [Errno 2]" in done.stderr
+    assert "'/proc/nothing'; see to the room, the rights and the disk there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "status"),
+    [
+        (UserError("config.steps=0"), ": config.steps=0", 2),
+        (OSError(errno.ENOSPC, "No space left on device"), "see to the room", 2),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 7 bytes.\nWho"), "7 bytes.\\); in training", 2),
+        (JaxRuntimeError("UNAVAILABLE: Task is gone\nDetails"), "lost the others .*Task is gone\\)$", 1),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), "lost the others", 1),
+        (JaxRuntimeError(""), "lost the others", 1),
+        (ValueError("too many values to unpack"), "^$", 1),
+    ],
+)
+def test_what_a_process_tells_of_its_end(error, told, status):
+    """A defect tells nothing here: it shows its traceback."""
+    text, code = _ending(error)
+    assert re.search(told, text) and code == status
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -168,9 +202,6 @@ def test_a_mistake_is_told_by_every_process_and_ends_the_job(recipe, tmp_path):
     ],
 )
 def test_impossible_jobs_are_refused(recipe, tmp_path, arguments, message):
-    from dualsm.distributed import job
-    from dualsm.errors import UserError
-
     values = {part.split("=")[0].strip("-"): part.split("=")[1] for part in arguments}
     coordinator = values.get("coordinator")
     numbers = [int(values[name]) if name in values else None for name in ("processes", "process_id")]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from dualsm.config import freeze
-from dualsm.errors import UserError
+from dualsm.errors import UserError, explained
 from dualsm.evaluation.modes import Scoring
 from dualsm.evaluation.run import open_run
 from dualsm.evaluation.scoring import Item, Scorer
@@ -232,7 +232,7 @@ def register() -> type:
 
 
 def main() -> None:
-    """lm_eval's command line; a user's mistake with our model ends in one line and exit status 2."""
+    """lm_eval's command line; what the user can mend ends in one line and exit status 2."""
     from absl import logging
 
     from dualsm import cli
@@ -245,8 +245,10 @@ def main() -> None:
         cli.set_up_jax()
         sys.argv[0] = "lm_eval"
         cli_evaluate()
-    except UserError as error:
-        cli.fail(str(error))
+    except Exception as error:
+        if text := explained(error):
+            cli.fail(text)
+        raise
 
 
 if __name__ == "__main__":

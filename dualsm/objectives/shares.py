@@ -105,7 +105,7 @@ def set_phases(config: ConfigDict, phases: Sequence[tuple[float, Mapping[str, fl
     done, path = 0.0, []
     for (length, _), (_, shares) in zip(phases, phases[1:], strict=False):
         done += length
-        listed = " ".join(f"{name}={share:g}" for name, share in shares.items())
-        path.append(f"{done / total:.9g} {listed}")
+        listed = " ".join(f"{name}={float(share)}" for name, share in shares.items())
+        path.append(f"{done / total} {listed}")
     config.mixture_schedule.name = "steps" if path else "constant"
     config.mixture_schedule.path = "; ".join(path)

@@ -5,7 +5,7 @@ import pytest
 
 from dualsm.config import check_config
 from dualsm.errors import UserError
-from dualsm.objectives.shares import set_phases, step_shares, trained_objectives
+from dualsm.objectives.shares import points, set_phases, step_shares, trained_objectives
 from tests.micro import micro_config
 
 NAMES = ["causal", "masked_diffusion"]
@@ -53,6 +53,16 @@ def test_phases_of_whole_epochs_change_at_the_borders_of_epochs():
     check_config(config)
     causal_S = step_shares(config, NAMES)[:, 0]
     assert causal_S.tolist() == [1] * 8 + [0] * 32 + [1] * 8
+
+
+def test_phases_keep_their_shares_to_the_last_digit():
+    thirds = dict.fromkeys([*NAMES, "prefix"], 1 / 3)
+    config = scheduled("constant", "", steps=7, causal=1.0)
+    set_phases(config, [(1, {"causal": 1.0}), (6, thirds)])
+    check_config(config)
+    _, second = points(config)
+    assert second.shares == thirds and second.progress == 1 / 7
+    assert step_shares(config, NAMES)[:, 0].tolist() == [1.0] + [1 / 3] * 6
 
 
 def test_an_objective_that_comes_later_is_trained_too():
