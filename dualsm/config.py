@@ -124,7 +124,7 @@ def default_config() -> ConfigDict:
 
     config.start = ConfigDict()  # branch off another run instead of starting from random weights
     config.start.run = ""  # its folder; weights, optimizer and step number are taken over
-    config.start.step = -1  # of its checkpoint; -1: the newest
+    config.start.step = -1  # of its checkpoint; -1: the newest at the first start, filled in by the run
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100  # steps
@@ -135,7 +135,7 @@ def default_config() -> ConfigDict:
     config.valid = ConfigDict()
     config.valid.every = 100  # steps; also after the last, and before the first (an eighth of the rows)
     config.valid.rows = 0  # held-out rows scored; 0: all
-    config.valid.objectives = "causal,prefix,masked_diffusion"  # scored whether trained on or not
+    config.valid.objectives = "causal,prefix,masked_diffusion"  # scored whether trained on or not; "": none
 
     config.log = ConfigDict()
     config.log.every = 10  # steps a log line; losses are means over them
@@ -150,6 +150,9 @@ FREE_KEYS = (
     "checkpoint", "data.ahead", "data.path", "data.threads", "data.verify", "log", "device_rows", "mesh",
     "microbatches", "model.attention", "model.remat", "skip_limit", "valid.every",
 )  # fmt: skip
+
+# Keys that a run fills in, and what leaves them open.
+FILLED_IN = {"data.identity": "", "model.vocabulary": 0, "start.step": -1}
 
 
 def parse_arg(arg: str | None, **types: Callable) -> dict:
@@ -289,12 +292,15 @@ def load_config(text: str) -> ConfigDict:
 
 
 def difference(a: ConfigDict, b: ConfigDict) -> list[str]:
-    """What keeps a run of config `a` from going on with config `b`, one "key: old -> new" each."""
+    """What keeps a run of config `a` from going on with config `b`, one "key: old -> new" each.
+
+    What `b` leaves open for the run to fill in is no difference.
+    """
     flat_a, flat_b = _flat(a), _flat(b)
     return [
         f"{key}: {flat_a.get(key)} -> {flat_b.get(key)}"
         for key in sorted(flat_a.keys() | flat_b.keys())
-        if flat_a.get(key) != flat_b.get(key)
+        if flat_b.get(key) not in (flat_a.get(key), FILLED_IN.get(key, flat_a.get(key)))
         and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
     ]
 

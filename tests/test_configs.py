@@ -84,6 +84,18 @@ def test_only_what_changes_learning_keeps_a_run_from_resuming():
     assert difference(a, b) == ["model.layers: 4 -> 5", "optimizer.beta2: 0.95 -> 0.99"]
 
 
+def test_what_a_run_fills_in_is_no_difference_where_it_is_left_open():
+    run, config = default_config(), default_config()
+    run.model.vocabulary, run.data.identity, run.start.step = 512, "abc", 8
+    assert difference(run, config) == []
+    config.model.vocabulary, config.data.identity, config.start.step = 384, "abd", 4
+    assert [change.split(":")[0] for change in difference(run, config)] == [
+        "data.identity",
+        "model.vocabulary",
+        "start.step",
+    ]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -27,7 +27,7 @@ class Checkpoints:
         """`config` is `config.checkpoint`."""
         self._config = config
         self._folder = _folder(workdir)
-        self._damaged: set[int] = set()  # stay until a whole one of the same step takes their place
+        self._damaged: set[int] = set()  # on disk, passed over by `restore`
         self._writing: int | None = None
         self._failed: list[int] = []  # steps of the saves that failed since the last good one
         self._lost = False  # whether the folder is gone
@@ -50,6 +50,8 @@ class Checkpoints:
     def save(self, step: int, state, before: Callable[[], None] = lambda: None) -> None:
         """Starts writing `state`; returns when the device's memory may change again.
 
+        Damaged checkpoints that `restore` passed over, for a whole one, are deleted before.
+
         Args:
           step: of the state.
           state: a tree of arrays.
@@ -65,12 +67,13 @@ class Checkpoints:
             self._probe()
             if self._lost:
                 self._reopen()
-            if step in self._damaged:
-                self._manager.delete(step)
-                self._damaged.remove(step)
-            if step not in self._manager.all_steps():
-                save = ocp.args.StandardSave(state)
-                self._manager.save(step, args=save, custom_metadata={CHECKSUMS: sums()})
+            # Orbax saves no step before its latest, and counts damaged ones among those to keep.
+            for damaged in sorted(self._damaged.intersection(self._manager.all_steps())):
+                self._manager.delete(damaged)
+            self._damaged.clear()
+            save = ocp.args.StandardSave(state)
+            if not self._manager.save(step, args=save, custom_metadata={CHECKSUMS: sums()}):
+                raise FileExistsError(f"there is one of step {self._manager.latest_step()} already")
             self._writing = step
 
     def _probe(self) -> None:
@@ -166,8 +169,8 @@ class Checkpoints:
         return None
 
     def newest(self) -> int:
-        """The step of the newest checkpoint, 0 when there is none."""
-        return max(set(self._manager.all_steps()) - set(self._failed), default=0)
+        """The step of the newest checkpoint that is not known to be damaged, 0 when there is none."""
+        return max(set(self._manager.all_steps()) - set(self._failed) - self._damaged, default=0)
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -187,12 +190,37 @@ def _verify(manager: ocp.CheckpointManager, step: int, restored) -> None:
 
 def _reason(error: Exception) -> str:
     """What an error of the readers or writers says, without the settings that they append."""
-    return (str(error).splitlines() or [type(error).__name__])[0].partition(" [tensorstore_spec=")[0]
+    return (str(error).splitlines() or [type(error).__name__])[0].partition(" [tensorstore_spec")[0]
 
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
     folder = epath.Path(workdir) / FOLDER
     return folder if "://" in str(folder) else folder.absolute()
+
+
+def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
+    """The step of a run's newest checkpoint; or `step`, where there is one of it.
+
+    Raises:
+      UserError: when there is no such checkpoint.
+    """
+    folder = _folder(workdir)
+    try:
+        missing = not folder.is_dir()
+    except OSError as error:
+        raise UserError(f"no run at {workdir}: {error.strerror or error}") from error
+    if missing:
+        raise UserError(f"no run at {workdir}: {folder} is missing")
+    with _reader(folder) as manager:
+        steps = manager.all_steps()
+    if not steps or (step is not None and step not in steps):
+        raise UserError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}")
+    return max(steps) if step is None else step
+
+
+def _reader(folder: epath.Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def restore_params(
@@ -214,15 +242,8 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
     Raises:
       UserError: when there is no such checkpoint, or it is of another model or optimizer.
     """
-    folder = _folder(workdir)
-    if not folder.is_dir():
-        raise UserError(f"no run at {workdir}: {folder} is missing")
-    options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        steps = manager.all_steps()
-        if not steps or (step is not None and step not in steps):
-            raise UserError(f"{folder} has no checkpoint{f' of step {step}' if step else ''}")
-        step = max(steps) if step is None else step
+    step, folder = find_step(workdir, step), _folder(workdir)
+    with _reader(folder) as manager:
         restore = ocp.args.PyTreeRestore(
             abstract_parts,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_parts),

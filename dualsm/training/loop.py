@@ -29,7 +29,8 @@ from dualsm.model.attention import plain_because
 from dualsm.model.flops import train_flops
 from dualsm.objectives import mixture, shares
 from dualsm.progress import bar, say, warn
-from dualsm.training.checkpoint import Checkpoints, restore_parts
+from dualsm.training.branch import branched_state, start_step
+from dualsm.training.checkpoint import Checkpoints
 from dualsm.training.metrics import MetricsWriter, NoMetrics
 from dualsm.training.program import attended_share, make_program
 from dualsm.training.schedules import learning_rate
@@ -58,10 +59,10 @@ def train(
     configs.check_config(config)
     configs.check_installed(config)
     corpus = Corpus(config.data.path)
-    config = complete(config, corpus)
+    config, workdir = complete(config, corpus), epath.Path(workdir)
+    config.start.step = start_step(config, workdir, corpus)
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     config.microbatches = sharding.microbatches(config, mesh)
-    workdir = epath.Path(workdir)
     run = _Run(config, workdir, corpus, mesh)
     check_claim(workdir, config, corpus)
     if config.data.verify and distributed.leads():
@@ -147,21 +148,17 @@ class _Run:
 
         self.row_flops = train_flops(config.model, config.row_tokens, attended_share(config, special))
         self.peak_flops = peak_flops(mesh.local_devices[0]) * mesh.size
-        self.validation = Validation(
-            config,
-            configs.valid_objectives(config),
-            special,
-            valid_rows(corpus.documents("valid"), config.row_tokens, config.valid.rows, special.pad),
-            tokenizer.token_bytes(),
-            mesh,
-        )
+        self.validation = None
+        if scored := configs.valid_objectives(config):
+            rows = valid_rows(corpus.documents("valid"), config.row_tokens, config.valid.rows, special.pad)
+            self.validation = Validation(config, scored, special, rows, tokenizer.token_bytes(), mesh)
 
     def go(self, stop: Callable[[int], bool]) -> bool:
         """Runs from the newest checkpoint to the end, or until `stop`; returns whether it is the end."""
         with contextlib.closing(Checkpoints(self.workdir, self.config.checkpoint)) as checkpoints:
             state = checkpoints.restore(self.abstract_state)
             if state is None and self.config.start.run:
-                state = self._branch()
+                state = branched_state(self.config, self.workdir, self.abstract_state, self.init)
             first = 0 if state is None else int(state.step)
             self._greet(first)
             if first == self.config.steps:
@@ -172,7 +169,7 @@ class _Run:
             with contextlib.closing(writer):
                 untrained = state is None
                 state = self.init() if untrained else state
-                if first == 0:
+                if first == 0 and self.validation:
                     self._validate_first(state, writer, untrained)
                 return self._train(state, first, checkpoints, writer, stop)
 
@@ -197,7 +194,7 @@ class _Run:
 
                 stopped, last = stop(done), done == config.steps
                 log = last or done % config.log.every == 0
-                validate = last or done % config.valid.every == 0
+                validate = self.validation and (last or done % config.valid.every == 0)
                 save = last or stopped or done % config.checkpoint.every == 0
                 if not (validate or save):
                     unwritten = (done, sums, {}) if log else None
@@ -242,18 +239,6 @@ class _Run:
                 "that are not finite; lower config.optimizer.learning_rate and branch off "
                 + (f"{self.workdir} at step {newest} (config.start)" if newest else "anew")
             )
-
-    def _branch(self) -> TrainState:
-        """The state of another run's checkpoint, as if this run had come to that step itself."""
-        start = self.config.start
-        parts = {name: getattr(self.abstract_state, name) for name in ("step", "params", "opt_state")}
-        step, parts = restore_parts(start.run, parts, start.step if start.step >= 0 else None)
-        if step >= self.config.steps:
-            raise UserError(
-                f"config.start: the checkpoint of step {step} in {start.run} does not lie before the end of "
-                f"this run, config.steps={self.config.steps}"
-            )
-        return self.init()._replace(**parts)
 
     def _batch(self, element: dict[str, np.ndarray]) -> Batch:
         """A step's rows and their objectives, on the devices."""

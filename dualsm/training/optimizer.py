@@ -44,6 +44,15 @@ def make_optimizer(
     return optimizer
 
 
+def at_step(state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """The optimizer's state with its schedules at a step of the run; optax's own count the updates made."""
+
+    def set_count(part):
+        return part._replace(count=step) if isinstance(part, optax.ScaleByScheduleState) else part
+
+    return jax.tree.map(set_count, state, is_leaf=lambda part: isinstance(part, optax.ScaleByScheduleState))
+
+
 def _layers_apart(muon: optax.GradientTransformation) -> optax.GradientTransformation:
     """Muon with the matrices of a layer whole on one device, and the layers on different ones.
 

@@ -20,6 +20,7 @@ from dualsm.objectives import mixture
 from dualsm.objectives.example import Example, Row, SpecialIds
 from dualsm.objectives.loss import example_loss
 from dualsm.sharding import constrain, platform, summed_by_device
+from dualsm.training.optimizer import at_step
 
 SPIKE = 8.0  # mean distances above the mean from which on a loss is called a spike
 SPIKE_AFTER = 50  # steps that the means are over before
@@ -154,7 +155,8 @@ def make_train_step(
         grads, stats = gradients(state.params, (example, weight_J[batch.objective_B]))
         weight = jnp.maximum(stats.counted_B.sum(), 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # The learning rate is that of the step, however many updates were skipped before it.
+        updates, opt_state = optimizer.update(grads, at_step(state.opt_state, state.step), state.params)
         params = optax.apply_updates(state.params, updates)
 
         gradient_norm = optax.global_norm(grads)

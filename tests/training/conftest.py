@@ -13,9 +13,12 @@ from tests.micro import micro_config
 
 
 class Micro:
-    """The training step of a micro config, with random batches of uneven weight."""
+    """The training step of a micro config, with random batches of uneven weight.
 
-    def __init__(self, **changes):
+    The learning rate is constant where no schedule is given.
+    """
+
+    def __init__(self, schedule=None, **changes):
         config = micro_config()
         config.model.vocabulary = 128
         for key, value in changes.items():
@@ -26,7 +29,8 @@ class Micro:
             place[name] = value
         self.config = config
         self.names = trained_objectives(config)
-        self.optimizer = make_optimizer(config.optimizer, lambda _: config.optimizer.learning_rate)
+        schedule = schedule or (lambda _: config.optimizer.learning_rate)
+        self.optimizer = make_optimizer(config.optimizer, schedule)
         self.step = make_train_step(config, self.names, SpecialIds(), self.optimizer)
         self.init = lambda: init_state(config, self.optimizer, len(self.names))
 

@@ -1,13 +1,17 @@
 """A run that branches off another goes on as if it had come to that step itself."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
+from dualsm.data.build import Recipe, build
 from dualsm.errors import UserError
 from dualsm.training.checkpoint import restore_params
 from dualsm.training.loop import train
 from dualsm.training.metrics import read_metrics
+from dualsm.training.workdir import read_config
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,50 @@ def test_impossible_branches_are_refused(trunk, tmp_path, changes, message):
     branch.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         train(branch, tmp_path / "branch")
+    assert (tmp_path / "branch").exists() == ("of another model" in message)
+
+
+def test_the_newest_checkpoint_is_settled_at_the_first_start(trunk, tmp_path, monkeypatch):
+    """A branch killed before its first save goes on from the same one, whatever the trunk did since."""
+    config, folder = trunk
+    moving = tmp_path / "moving"
+    shutil.copytree(folder, moving)
+    shutil.rmtree(moving / "checkpoints" / "12")
+    shutil.move(moving / "checkpoints" / "8", tmp_path / "8")
+    branch = config.copy_and_resolve_references()
+    branch.start.run, branch.valid.objectives = str(moving), ""  # fewer programs to compile
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("dualsm.training.loop.read_steps", _killed)
+        train(branch, tmp_path / "branch")
+    assert read_config(tmp_path / "branch").start.step == 4
+    shutil.move(tmp_path / "8", moving / "checkpoints" / "8")
+    assert train(branch, tmp_path / "branch")  # the same command
+    assert [record["step"] for record in read_metrics(tmp_path / "branch")] == [6, 8, 10, 12]
+
+    shutil.rmtree(moving)  # once it has checkpoints of its own, a branch does not need its trunk
+    assert train(branch, tmp_path / "branch")
+    branch.start.step = 8
+    with pytest.raises(UserError, match="another config .start.step: 4 -> 8"):
+        train(branch, tmp_path / "branch")
+
+
+def _killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_branch_onto_a_corpus_of_another_tokenizer_is_refused(trunk, jsonl, tmp_path):
+    """Its ids are as many, but mean other text."""
+    config, folder = trunk
+    lines = jsonl.read_text().splitlines(keepends=True)
+    (tmp_path / "half.jsonl").write_text("".join(lines[::2]))
+    recipe = Recipe(input=str(tmp_path / "half.jsonl"), vocabulary=512, valid_fraction=0.05)
+    build(recipe, str(tmp_path / "corpus"), workers=1, quiet=True)
+    branch = config.copy_and_resolve_references()
+    branch.start.run, branch.start.step = str(folder), 4
+    branch.data.path = str(tmp_path / "corpus")
+    with pytest.raises(UserError, match=f"another tokenizer .*--tokenizer={folder}/tokenizer.model"):
+        train(branch, tmp_path / "branch")
+    assert not (tmp_path / "branch").exists()
 
 
 def test_the_trunk_is_left_as_it_was(trunk):

@@ -115,14 +115,14 @@ def test_weights_that_are_not_the_saved_ones_are_refused(saved, monkeypatch):
         checkpoints.save(2, tree())
     checkpoints.finish()
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(shapes), tree())  # step 1
-    assert checkpoints.newest() == 2
+    assert checkpoints.newest() == 1
     checkpoints.close()
     with pytest.raises(UserError, match=r"checkpoints/2 is damaged .*params/kernel"):
         restore_parts(workdir, {"params": shapes["params"]})
     assert restore_parts(workdir, {"params": shapes["params"]}, step=1)[0] == 1
 
 
-def test_a_missing_or_shortened_file_is_damage(saved):
+def test_a_missing_or_shortened_file_is_damage(saved, capsys):
     """Each file of a checkpoint, gone or cut in half: refused, or it made no difference."""
     workdir, config, shapes = saved
     refused = set()
@@ -144,3 +144,61 @@ def test_a_missing_or_shortened_file_is_damage(saved):
                 checkpoints.close()
                 path.write_bytes(whole)
     assert {"_METADATA", "_CHECKPOINT_METADATA"} <= refused
+    reasons = [line.partition("passed over: ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert max(map(len, reasons)) < 300 + 4 * len(str(workdir))  # no settings of the readers
+
+
+def damage(checkpoint) -> None:
+    """Cuts the arrays of a checkpoint in half."""
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def steps_in(workdir) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def passed_over(saved):
+    """Opened checkpoints of steps 1, whole, and 8, damaged and passed over."""
+    workdir, config, shapes = saved
+    checkpoints = Checkpoints(workdir, config)
+    checkpoints.save(8, tree())
+    checkpoints.close()
+    damage(workdir / "checkpoints" / "8")
+    checkpoints = Checkpoints(workdir, config)
+    assert checkpoints.restore(shapes) is not None
+    yield workdir, shapes, checkpoints
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("step", [6, 8, 12])
+def test_a_damaged_checkpoint_keeps_no_step_from_being_saved(passed_over, step):
+    """Neither one before its own, nor does it count among those to keep."""
+    workdir, shapes, checkpoints = passed_over
+    assert checkpoints.newest() == 1
+    checkpoints.save(step, tree())
+    checkpoints.finish()
+    assert checkpoints.newest() == step
+    assert steps_in(workdir) == [1, step]
+    assert restore_parts(workdir, {"params": shapes["params"]})[0] == step
+
+
+def test_a_save_that_fails_leaves_the_whole_checkpoint(passed_over, monkeypatch, capsys):
+    workdir, shapes, checkpoints = passed_over
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "save", lambda *args, **kwargs: False)
+        checkpoints.save(6, tree())
+    assert "the checkpoint of step 6 could not be saved" in capsys.readouterr().err
+    assert steps_in(workdir) == [1]
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(shapes), tree())
+
+
+def test_a_save_that_orbax_does_not_make_has_failed(saved):
+    workdir, config, _ = saved
+    config.failed_saves = 0
+    checkpoints = Checkpoints(workdir, config)
+    with pytest.raises(UserError, match="step 0 could not be saved .there is one of step 1 already"):
+        checkpoints.save(0, tree())
+    checkpoints.close()

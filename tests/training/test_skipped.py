@@ -5,26 +5,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dualsm.config import default_config
 from dualsm.errors import UserError
 from dualsm.training.loop import train
 from dualsm.training.metrics import read_metrics
+from dualsm.training.optimizer import OPTIMIZERS
+from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Usual, _watch
 
+from .conftest import Micro
+
 POISON = 100  # a token whose embedding is no number
+
+
+def poisoned(micro):
+    """The state before the first step, of a model that knows a token whose embedding is no number."""
+    state = jax.jit(micro.init)()
+    embedding = state.params["embedding"]["embedding"].at[POISON].set(jnp.nan)
+    return state._replace(params=state.params | {"embedding": {"embedding": embedding}})
+
+
+def batch(micro, number: int, bad: bool):
+    """A batch of a step, with the poisonous token in it or without."""
+    batch = micro.batch(number)
+    tokens = np.where(batch.tokens_BxL1 == POISON, POISON + 1, batch.tokens_BxL1)
+    tokens[2:, 5] = POISON if bad else tokens[2:, 5]
+    return batch._replace(tokens_BxL1=tokens)
 
 
 @pytest.fixture(scope="module")
 def steps(micro_step):
     """State and sums after steps whose batches are good, bad, bad, good."""
-    state = jax.jit(micro_step.init)()
-    embedding = state.params["embedding"]["embedding"].at[POISON].set(jnp.nan)
-    state = state._replace(params=state.params | {"embedding": {"embedding": embedding}})
-    step, after = jax.jit(micro_step.step), []
+    state, step, after = poisoned(micro_step), jax.jit(micro_step.step), []
     for number, bad in enumerate([False, True, True, False]):
-        batch = micro_step.batch(number)
-        tokens = np.where(batch.tokens_BxL1 == POISON, POISON + 1, batch.tokens_BxL1)
-        tokens[2:, 5] = POISON if bad else tokens[2:, 5]
-        state, sums = step(state, batch._replace(tokens_BxL1=tokens))
+        state, sums = step(state, batch(micro_step, number, bad))
         after.append((state, sums))
     return after
 
@@ -53,6 +67,24 @@ def test_bad_batches_do_not_reach_the_log(steps):
     assert all(np.isfinite(jax.tree.leaves(sums)[0]).all() for _, sums in steps)
     (_, first), (_, second), *_ = steps
     assert float(first.loss) == float(second.loss)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_learning_rate_after_skipped_updates_is_that_of_the_step(name):
+    """The one that is logged; so the decay ends with the run, however many updates were skipped."""
+    config = default_config().optimizer
+    rate = learning_rate(config, steps=8)  # falls from step 6 on
+    micro = Micro(rate, **{"optimizer.name": name})
+    state, step = poisoned(micro), jax.jit(micro.step)
+    for number in range(7):
+        state, _ = step(state, batch(micro, number, bad=number % 2 == 1))
+    assert int(state.step) == 7 and float(rate(7)) < float(rate(6))
+    now = Micro(lambda _: rate(7), **{"optimizer.name": name})
+    for ours, expected in zip(
+        *(jax.tree.leaves(jax.jit(m.step)(state, batch(m, 7, False))[0].params) for m in (micro, now)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_a_run_that_diverges_ends_and_names_the_checkpoint_before_it(micro, tmp_path, capsys):

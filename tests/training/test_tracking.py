@@ -7,7 +7,8 @@ import struct
 import pytest
 
 from dualsm.analysis.grid import Cell
-from dualsm.analysis.sweep import Sweep, _Job, job_list
+from dualsm.analysis.jobs import _Job
+from dualsm.analysis.sweep import Sweep, job_list
 from dualsm.training import boards
 from tests.micro import micro_config
 
