@@ -101,7 +101,7 @@ def analyse(text: str, devices: int, walked: float = 1.0) -> Work:
             if kind in COLLECTIVES:
                 # A collective that overlaps with others' work appears in each fusion that does, in one chain.
                 chain = re.search(r'chain_id="(\d+)"', i.rest)
-                collectives[kind, chain[1] if chain else i.name] = times[name], _sent(i, types, devices)
+                collectives[kind, chain[1] if chain else i.name] = times[name], _sent(i, devices)
             elif name not in fused and i.op not in _MOVES_NOTHING and not i.op.endswith("-done"):
                 hbm_bytes += times[name] * _traffic(i, types, computations)
     sent, count = defaultdict(float), defaultdict(float)
@@ -266,16 +266,26 @@ def _group(rest: str, devices: int) -> int:
     return devices
 
 
-def _sent(i: Instruction, types: dict[str, str], devices: int) -> float:
+def _sent(i: Instruction, devices: int) -> float:
     """Bytes a device sends in a collective, see `Work`."""
     kind, parts = i.op.removesuffix("-start"), _group(i.rest, devices)
-    sizes = [size for _, size, _ in _arrays(i.type)]
-    size = max(sizes) if i.op != kind and kind != "all-reduce" else sum(sizes)
+    size = sum(_results(i))
     if kind == "collective-permute":
         return size
     if kind == "reduce-scatter":
         size *= parts
     return size * (parts - 1) / parts * (2 if kind == "all-reduce" else 1)
+
+
+def _results(i: Instruction) -> list[float]:
+    """Bytes of each result of a collective.
+
+    The type of one that only starts lists, nested or not, its operands, as many results, and what else it
+    keeps; an all-reduce's only the results.
+    """
+    sizes, operands = [size for _, size, _ in _arrays(i.type)], len(i.operands)
+    is_listed = i.op.endswith("-start") and i.op != "all-reduce-start"
+    return sizes[operands : 2 * operands] if is_listed else sizes
 
 
 def _traffic(i: Instruction, types: dict[str, str], computations: dict) -> float:

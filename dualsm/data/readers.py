@@ -26,9 +26,11 @@ from dualsm.data.tokenizer import Tokenizer
 from dualsm.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet", ".arrow", ".bin")
+_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (*_LINES, ".txt", ".parquet", ".arrow", ".bin")
 FAULTS = ("bad_json", "no_text", "invalid_utf8", "empty_text", "too_long", "unknown_id")
 _BLOCK_BYTES = 1 << 20
+_ZSTD_PIECE = 128  # compressed bytes taken at once: 32 blocks at most, which unpack to 4 MiB
 _LARGER_WHEN_UNPACKED = {".gz": 4, ".zst": 4, ".parquet": 3, ".bin": 2}  # rough ratios, for sizing only
 
 
@@ -130,7 +132,7 @@ def read_blocks(path: str, text_key: str, max_bytes: int) -> Iterator[Block]:
             yield from _column_blocks(path, text_key, max_bytes)
         elif path.endswith(".bin"):
             yield from _id_blocks(path, max_bytes)
-        elif ".jsonl" in path:
+        elif path.endswith(_LINES):
             yield from _line_blocks(path, max_bytes)
         else:
             size = Path(path).stat().st_size
@@ -196,29 +198,48 @@ def _decompressed(raw: io.BufferedReader, path: str):
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
     if path.endswith(".zst"):
-        import zstandard
-
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(_ZstdReader(reader), 1 << 18)
+        return io.BufferedReader(_ZstdReader(raw), 1 << 18)
     return raw
 
 
 class _ZstdReader(io.RawIOBase):
-    """zstandard's reader with its own error turned into an OSError, as every other reader has it."""
+    """What zstandard frames hold, one after another; an end inside a frame is an error, as it is in gzip.
 
-    def __init__(self, reader):
-        self._reader = reader
+    zstandard's own file-like reader takes any end of the file for the end of the text.
+    """
+
+    def __init__(self, raw: io.BufferedReader):
+        self._raw, self._piece, self._frame = raw, b"", None
+        self._text = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
+        while not self._text:
+            self._piece = self._piece or self._raw.read(_ZSTD_PIECE)
+            if not self._piece and self._frame is None:
+                return 0
+            if not self._piece:
+                raise EOFError("the compressed file is cut short: it ends inside a frame")
+            self._text = memoryview(self._unpack())
+        size = min(len(buffer), len(self._text))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
+
+    def _unpack(self) -> bytes:
+        """What the piece holds of the frame it belongs to; the frames after that stay in the piece."""
         import zstandard
 
+        self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
         try:
-            return self._reader.readinto(buffer)
+            text = self._frame.decompress(self._piece)
         except zstandard.ZstdError as error:
             raise OSError(str(error)) from error
+        self._piece = self._frame.unused_data
+        if self._frame.eof:
+            self._frame = None
+        return text
 
 
 def _lines(stream, max_bytes: int) -> Iterator[bytes | None]:

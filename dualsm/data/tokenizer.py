@@ -186,6 +186,14 @@ def natural(ids: np.ndarray) -> np.ndarray:
     return ids
 
 
+def check_vocabulary(vocabulary: int) -> None:
+    """Raises `UserError` for a number of ids that no tokenizer trained here has."""
+    if vocabulary % 128 or vocabulary < MINIMUM_VOCABULARY:
+        raise UserError(
+            f"--vocab_size={vocabulary} must be a multiple of 128 and at least {MINIMUM_VOCABULARY}"
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> SentencePieceTokenizer:
     """Trains a byte-pair encoding on `texts`, whose size the caller bounds.
 
@@ -196,10 +204,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> SentencePieceToken
     Raises:
       UserError: when the vocabulary is impossible, or too large for the texts.
     """
-    if vocabulary % 128 or vocabulary < MINIMUM_VOCABULARY:
-        raise UserError(
-            f"--vocab_size={vocabulary} must be a multiple of 128 and at least {MINIMUM_VOCABULARY}"
-        )
+    check_vocabulary(vocabulary)
     special = SpecialIds()
     output = io.BytesIO()
     try:

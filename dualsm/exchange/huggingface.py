@@ -18,9 +18,9 @@ from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.evaluation.run import TrainedRun
 from dualsm.exchange import sentencepiece_json, vocabulary
 from dualsm.exchange.model_card import model_card
-from dualsm.exchange.output_folder import new_folder
 from dualsm.exchange.reference import flatten
 from dualsm.exchange.weights import write_safetensors
+from dualsm.output import new_folder
 
 _REMOTE = Path(__file__).parent / "remote"
 _CODE = ("configuration_dualsm.py", "modeling_dualsm.py")
@@ -54,7 +54,7 @@ def export(run: TrainedRun, output: Path) -> str:
     plain = run.config.model.get("head", "projected") == "plain"
     params = vocabulary.to_own(jax.device_get(run.params), run.tokenizer.own_V)
     config = llama_config(run) if plain else dualsm_config(run)
-    with new_folder(output, "output") as folder:
+    with new_folder(output, "--output") as folder:
         write_safetensors(folder / "model.safetensors", named_tensors(params), {"format": "pt"})
         _write(folder / "config.json", config)
         _write(folder / "generation_config.json", generation_config(run.tokenizer))

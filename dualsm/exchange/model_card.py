@@ -10,6 +10,7 @@ from dualsm.data.corpus import MANIFEST
 from dualsm.evaluation.run import TrainedRun
 from dualsm.exchange.run_folder import SOURCE
 from dualsm.training.metrics import read_metrics
+from dualsm.training.workdir import read_config
 
 _MODES = {
     "causal": "each token sees those before it",
@@ -34,7 +35,7 @@ def model_card(run: TrainedRun, plain: bool) -> str:
         "## Training\n\n" + _table(["", ""], _training(run)),
         _mixture(run),
         _scores(run),
-        f"## Config\n\n```json\n{save_config(run.config)}```",
+        f"## Config\n\n```json\n{save_config(read_config(run.workdir))}```",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -105,7 +106,7 @@ def _scores(run: TrainedRun) -> str:
     results = _read(run.workdir / "eval" / f"step_{run.step}.json") or {}
     for task, modes in results.get("tasks", {}).items():
         for mode, result in modes.items():
-            rows.append((task, mode, f"{100 * result['score']:.1f} ± {100 * result['stderr']:.1f} %"))
+            rows.append((task, mode, _score(result)))
     for record in read_metrics(run.workdir) if (run.workdir / "metrics.jsonl").exists() else []:
         if record["step"] == run.step:
             for name, value in record.items():
@@ -114,6 +115,12 @@ def _scores(run: TrainedRun) -> str:
     if not rows:
         return "## Scores\n\nNone were recorded; see `python -m dualsm.evaluate`."
     return "## Scores\n\n" + _table(["of", "mode or objective", "score"], rows)
+
+
+def _score(result: dict) -> str:
+    """A task's accuracy; of a single question there is no standard error."""
+    error = "" if result["stderr"] is None else f" ± {100 * result['stderr']:.1f}"
+    return f"{100 * result['score']:.1f}{error} % (n = {result['n']:,})"
 
 
 def _read(path: Path) -> dict | None:

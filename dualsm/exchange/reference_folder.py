@@ -14,8 +14,8 @@ from dualsm.errors import UserError
 from dualsm.evaluation.run import TrainedRun
 from dualsm.exchange import reference, run_folder, vocabulary
 from dualsm.exchange.huggingface import tokenizer_file
-from dualsm.exchange.output_folder import new_folder
 from dualsm.exchange.weights import read_settings, read_weights, write_safetensors
+from dualsm.output import new_folder
 
 
 def load(weights: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path) -> str:
@@ -56,7 +56,7 @@ def export(run: TrainedRun, output: Path) -> str:
     metadata["vocab_size"] = str(len(params["embedding"]["embedding"]))
     own = run.tokenizer
     text = own.model.decode("utf-8") if isinstance(own, JsonTokenizer) else tokenizer_file(own)
-    with new_folder(output, "output") as folder:
+    with new_folder(output, "--output") as folder:
         write_safetensors(folder / "model.safetensors", reference.from_params(params), metadata)
         (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     return f"weights in the reference format in {output}"

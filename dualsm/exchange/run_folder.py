@@ -13,7 +13,7 @@ from dualsm import sharding
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.errors import UserError
-from dualsm.exchange.output_folder import new_folder
+from dualsm.output import new_folder
 from dualsm.training.checkpoint import Checkpoints
 from dualsm.training.loop import complete
 from dualsm.training.program import make_program
@@ -75,7 +75,7 @@ def write_run(config: ConfigDict, params: dict, tokenizer: Tokenizer, workdir: P
     state = program.init()
     layout = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
     state = state._replace(params=jax.device_put(params, layout))
-    with new_folder(workdir, "workdir") as folder:
+    with new_folder(workdir, "--workdir") as folder:
         (folder / TOKENIZER).write_bytes(tokenizer.model)
         (folder / CONFIG).write_text(configs.save_config(config))
         (folder / SOURCE).write_text(json.dumps(source, indent=1) + "\n")

@@ -172,6 +172,7 @@ def test_a_hopeless_input_stops_long_before_its_end(tmp_path):
         ({"input": "python-stdlib", "vocabulary": 0}, "--vocab_size"),
         ({"input": "python-stdlib", "vocabulary": 512, "tokenizer": "x.model"}, "--vocab_size"),
         ({"input": "python-stdlib", "valid_fraction": 1.5}, "--valid_fraction"),
+        ({"input": "python-stdlib", "valid_fraction": 0.0}, "holds nothing out.*--valid_input"),
         ({"input": "python-stdlib", "tokenizer": "nowhere.model", "vocabulary": 0}, "nowhere.model"),
     ],
 )
@@ -181,18 +182,35 @@ def test_impossible_recipes_are_refused(tmp_path, recipe, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("vocabulary", [100, 256, 1000, 1 << 20])
-def test_impossible_vocabularies_are_refused(tmp_path, texts, vocabulary):
-    with pytest.raises(UserError):
-        make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), vocabulary=vocabulary)
+@pytest.mark.parametrize("vocabulary", [100, 256, 1000])
+def test_impossible_vocabularies_are_refused_before_anything_is_read(tmp_path, vocabulary):
+    (tmp_path / "a.jsonl").write_text("not json\n" * 1000)
+    with pytest.raises(UserError, match="must be a multiple of 128 and at least 384"):
+        make(tmp_path, input=str(tmp_path / "a.jsonl"), vocabulary=vocabulary)
 
 
-def test_a_broken_archive_is_named(tmp_path, texts):
-    path = tmp_path / "a.jsonl.gz"
-    data = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):
-        make(tmp_path, input=str(path))
+def test_a_vocabulary_too_large_for_the_text_is_refused(tmp_path, texts):
+    with pytest.raises(UserError, match="cannot train"):
+        make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), vocabulary=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "message"),
+    [
+        (["one"], None, r"a single document \(a .txt file is one\).*split it.*--valid_input"),
+        (["one", "two", "six"], None, "for the valid split; raise --valid_fraction"),
+        (["one", "two"], [], "--valid_input=.*valid.jsonl holds no documents"),
+        ([], ["one", "two"], "--input=.*train.jsonl holds no documents"),
+        (["one", "two"], ["two", "one"], "--valid_input has all of --input="),
+    ],
+)
+def test_a_split_without_documents_is_refused_with_what_can_help(tmp_path, train, valid, message):
+    recipe = {"input": write_lines(tmp_path / "train.jsonl", train), "valid_fraction": 1e-9}
+    if valid is not None:
+        recipe["valid_input"] = write_lines(tmp_path / "valid.jsonl", valid)
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, **recipe)
+    assert not list(tmp_path.glob("*corpus*"))
 
 
 def test_an_existing_output_is_kept_if_it_is_the_same_and_refused_if_not(tmp_path, texts):
@@ -205,16 +223,53 @@ def test_an_existing_output_is_kept_if_it_is_the_same_and_refused_if_not(tmp_pat
         make(tmp_path, input=path, vocabulary=512)
 
 
-def _prepare(path, output):
+def test_an_existing_output_is_refused_when_its_files_are_others_now(tmp_path, texts):
+    """Others by name or size; where they lie does not matter."""
+    folders = [tmp_path / "text", tmp_path / "moved"]
+    folders[0].mkdir()
+    write_lines(folders[0] / "a.jsonl", texts[:80])
+    first = make(tmp_path, input=f"{folders[0]}/*.jsonl")
+    folders[0].rename(folders[1])
+    pattern = f"{folders[1]}/*.jsonl"
+    assert make(tmp_path, input=pattern) == first
+    with pytest.raises(UserError, match="made of 1 files, and not of the 2 .* now"):
+        make(tmp_path, input=pattern, valid_input=pattern)
+    write_lines(folders[1] / "b.jsonl", texts[80:])
+    with pytest.raises(UserError, match="made of 1 files, and not of the 2 .* now"):
+        make(tmp_path, input=pattern)
+    (folders[1] / "a.jsonl").unlink()
+    with pytest.raises(UserError, match="made of 1 files, and not of the 1 .* now"):
+        make(tmp_path, input=pattern)
+
+
+def test_a_corpus_of_a_version_that_kept_no_hash_of_its_files_is_known_by_its_command(tmp_path, texts):
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    manifest = make(tmp_path, input=path)
+    del manifest["inputs_sha256"]
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    assert make(tmp_path, input=path) == manifest
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match="was not made by this command"):
+        make(tmp_path, input=str(tmp_path / "b.jsonl"))
+
+
+def test_it_is_said_that_nothing_was_read(corpus_path, corpus, capsys):
+    build(Recipe(**corpus.manifest["arguments"]), str(corpus_path), workers=1)
+    assert capsys.readouterr().out == f"{corpus_path} holds this corpus already; nothing was read\n"
+
+
+def _prepare(path, output, pid):
+    os.getpid = lambda: pid
     build(Recipe(input=path, vocabulary=384, valid_fraction=0.2), output, workers=1, quiet=True)
 
 
 def test_an_interrupted_run_leaves_nothing_that_looks_done(tmp_path, texts):
+    """Nor anything in the way of the next, which may have its process number, as in containers."""
     path = write_lines(tmp_path / "a.jsonl", texts)
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_prepare, args=(path, str(tmp_path / "corpus")))
+    process = context.Process(target=_prepare, args=(path, str(tmp_path / "corpus"), os.getpid()))
     process.start()
-    while not list(tmp_path.glob(".corpus.partial-*")):
+    while not list(tmp_path.glob(".corpus.partial-*/buckets")):
         time.sleep(0.01)
         assert process.is_alive()
     os.kill(process.pid, signal.SIGKILL)

@@ -1,10 +1,13 @@
 """Documents come out of other people's formats as they went in; damaged files are refused in one line."""
 
+import gzip
 import json
+import random
 import struct
 
 import numpy as np
 import pytest
+import zstandard
 
 from dualsm.data import readers
 from dualsm.data.build import Recipe, build
@@ -46,6 +49,36 @@ def write_megatron(path, documents, dtype="<u2", split=2):
     header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, TYPES[dtype], len(sequences), len(borders))
     path.with_suffix(".idx").write_bytes(header + lengths.tobytes() + places.tobytes() + borders.tobytes())
     path.write_bytes(b"".join(part.tobytes() for part in sequences))
+
+
+ZSTD = zstandard.ZstdCompressor().compress
+SKIPPED = struct.pack("<II", 0x184D2A50, 4) + b"size"  # a frame of no text, as pzstd writes before each other
+
+
+@pytest.mark.parametrize(
+    "parts", [[ZSTD], [SKIPPED, ZSTD, SKIPPED, ZSTD], [gzip.compress], [gzip.compress] * 2]
+)
+def test_a_compressed_file_is_read_whole_or_refused(tmp_path, parts):
+    """Of one that is cut anywhere inside, no part passes for a smaller file."""
+    texts = [f"{random.Random(i).getrandbits(400)}" for i in range(1500)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    coded = [part if part is SKIPPED else part(lines) for part in parts]
+    path = tmp_path / ("a.jsonl.gz" if gzip.compress in parts else "a.jsonl.zst")
+    path.write_bytes(b"".join(coded))
+    assert read(path) == texts * sum(part is not SKIPPED for part in parts)
+    whole, borders = path.read_bytes(), np.cumsum([0] + [len(part) for part in coded])
+    places = {1, 5, *range(0, len(whole), len(whole) // 20), *(borders[:-1] + 3), *(borders[1:] - 1)}
+    for place in sorted(places - set(borders.tolist())):
+        path.write_bytes(whole[:place])
+        with pytest.raises(UserError, match=f"cannot read .*{path.name}: "):
+            read(path)
+
+
+def test_the_end_of_a_name_says_how_a_file_is_read(tmp_path):
+    folder = tmp_path / "books.jsonl.txts"
+    folder.mkdir()
+    (folder / "1.jsonl.txt").write_text("no JSON")
+    assert read(folder / "*.txt") == ["no JSON"]
 
 
 @pytest.mark.parametrize("form", ["stream", "file"])

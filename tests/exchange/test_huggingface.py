@@ -169,6 +169,25 @@ def test_the_cache_changes_nothing(exported, theirs):
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_given_cache_is_filled_and_used(exported, theirs, name):
+    """Also while it is empty, and without `use_cache`, which decides only whether it is returned."""
+    if name == "cache" and theirs.config.model_type == "llama":
+        pytest.skip("the stock class knows the name that its version has")
+    run, _ = exported
+    own_BxL = own_ids_of_text(run, rows=2)
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        whole = theirs(input_ids=own_BxL, use_cache=False).logits
+        first = theirs(input_ids=own_BxL[:, :7], use_cache=True, **{name: cache})
+        assert first.past_key_values is cache
+        assert cache.get_seq_length() == 7
+        rest = theirs(input_ids=own_BxL[:, 7:], use_cache=False, **{name: cache})
+    assert cache.get_seq_length() == LENGTH
+    assert rest.past_key_values is (cache if theirs.config.model_type == "llama" else None)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, atol=1e-4, rtol=0)
+
+
 def difficult_lines(documents) -> list[str]:
     """A thousand lines: the documents', and random ones of what tokenizers trip over."""
     rng = random.Random(0)
@@ -218,6 +237,9 @@ def test_the_masked_mode_refuses_a_cache(exported, theirs):
     cache = theirs(input_ids=ids).past_key_values
     with pytest.raises(ValueError, match="no use for a cache"):
         theirs(input_ids=ids, past_key_values=cache, mode="masked")
+    empty = transformers.DynamicCache()
+    assert theirs(input_ids=ids, past_key_values=empty, mode="masked").past_key_values is None
+    assert empty.get_seq_length() == 0
     with pytest.raises(ValueError, match="telepathy"):
         theirs(input_ids=ids, mode="telepathy")
 

@@ -161,6 +161,7 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
         prefix_lengths: torch.LongTensor | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        cache=None,
         **unused,
     ) -> CausalLMOutputWithPast:
         """Logits for the token after each position.
@@ -168,7 +169,7 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
         Args:
           input_ids: [batch, length], only what is not in the cache yet.
           attention_mask: [batch, length with the cache]; 0 marks padding, on either side.
-          past_key_values: cache of keys and values.
+          past_key_values: cache of keys and values, empty or not; those of the inputs are added to it.
           labels: [batch, length]; the inputs without masks. Position i is scored on label i + 1 unless that
             is -100.
           use_cache: whether to return a cache; not in the mode "masked".
@@ -177,13 +178,18 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
             in generation what came first.
           logits_to_keep: compute only this many last logits; 0: all.
           return_dict: False returns a tuple.
+          cache: what newer transformers call past_key_values, in `generate` too.
         """
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and mode != "masked"
-        if mode == "masked" and past_key_values is not None and past_key_values.get_seq_length():
-            raise ValueError("the mode 'masked' sees all of its input at once and has no use for a cache")
-        cache = (past_key_values or DynamicCache()) if use_cache else None
+        cache = past_key_values if cache is None else cache
+        if mode == "masked":
+            if cache is not None and cache.get_seq_length():
+                raise ValueError("the mode 'masked' sees all of its input at once and has no use for a cache")
+            cache = None
+        elif cache is None and use_cache:  # an empty one is false, too
+            cache = DynamicCache()
         past = cache.get_seq_length() if cache is not None else 0
 
         length = input_ids.shape[1]
@@ -198,5 +204,6 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        kept = cache if use_cache else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)
         return output.to_tuple() if return_dict is False else output

@@ -1,0 +1,160 @@
+"""What is read from a compiled program's text, checked where it is known."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dualsm.aot.hlo import Work, analyse
+
+
+def work_of(function, *arguments, devices: int = 1) -> Work:
+    return analyse(jax.jit(function).lower(*arguments).compile().as_text(), devices)
+
+
+def test_products_in_nested_loops_count_as_often_as_they_run():
+    def nested(x, w):
+        def outer(x, _):
+            return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=3)[0], None
+
+        return jax.lax.scan(outer, x, None, length=5)[0] @ w
+
+    work = work_of(nested, jnp.ones((4, 8)), jnp.ones((8, 8)))
+    assert work.flops == 2 * 4 * 8 * 8 * (3 * 5 + 1)
+
+
+def test_a_slice_of_a_stack_is_read_not_the_stack():
+    stack = jnp.ones((64, 128, 128))
+    work = work_of(
+        lambda x, ws: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0], jnp.ones((8, 128)), stack
+    )
+    assert stack.nbytes < work.hbm_bytes < 4 * stack.nbytes  # not 64 times
+
+
+# What the TPU's compiler makes of a product whose weights come round a ring: a loop whose counter goes up by
+# two, and a convolution where one of the 3 x 3 places along the first dimension meets data for each result.
+# Then a collective that overlaps with other work, so in several fusions, and two sums of shard_map's, which
+# share their channel.
+RING = """
+%body (p: (f32[1,8,4], f32[3,4,2], u32[])) -> (f32[1,8,4], f32[3,4,2], u32[]) {
+  %two = u32[] constant(2)
+  %p = (f32[1,8,4]{2,1,0}, f32[3,4,2]{2,1,0:S(1)}, u32[]) parameter(0)
+  %x = f32[1,8,4]{2,1,0} get-tuple-element(%p), index=0
+  %w = f32[3,4,2]{2,1,0:S(1)} get-tuple-element(%p), index=1
+  %i = u32[] get-tuple-element(%p), index=2
+  %sent = (f32[3,4,2]{2,1,0}, f32[3,4,2]{2,1,0}, u32[], u32[]) collective-permute-start(%w), channel_id=1
+  %y = f32[3,8,2]{2,1,0} convolution(%x, %w), window={size=3 pad=2_2 rhs_reversal=1}, dim_labels=0bf_0io->0bf
+  %next = u32[] add(%i, %two)
+  ROOT %r = (f32[1,8,4]{2,1,0}, f32[3,4,2]{2,1,0}, u32[]) tuple(%x, %w, %next)
+}
+
+%condition (q: (f32[1,8,4], f32[3,4,2], u32[])) -> pred[] {
+  %limit = u32[] constant(8)
+  %q = (f32[1,8,4]{2,1,0}, f32[3,4,2]{2,1,0}, u32[]) parameter(0)
+  %j = u32[] get-tuple-element(%q), index=2
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+%starts (v.1: f32[16]) -> f32[64] {
+  %v.1 = f32[16] parameter(0)
+  ROOT %g.1 = f32[64]{0} all-gather(%v.1), channel_id=2, replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+%ends (v.2: f32[16]) -> f32[64] {
+  %v.2 = f32[16] parameter(0)
+  ROOT %g.2 = f32[64]{0} all-gather(%v.2), channel_id=2, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+ENTRY %main (a: (f32[1,8,4], f32[3,4,2], u32[])) -> f32[64] {
+  %a = (f32[1,8,4]{2,1,0}, f32[3,4,2]{2,1,0}, u32[]) parameter(0)
+  %loop = (f32[1,8,4]{2,1,0}, f32[3,4,2]{2,1,0}, u32[]) while(%a), condition=%condition, body=%body
+  %v = f32[16] constant({...})
+  %g = f32[64]{0} fusion(%v), kind=kCustom, calls=%starts
+  %again = f32[64]{0} fusion(%v), kind=kCustom, calls=%ends
+  %s = f32[64]{0} all-reduce(%g), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %t = f32[64]{0} all-reduce(%s), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_a_tpu_program():
+    work = analyse(RING, devices=8)
+    assert work.flops == 4 * (2 * 8 * 4 * 2 * 3)
+    assert work.collective_count == {"collective-permute": 4, "all-gather": 1, "all-reduce": 2}
+    assert work.collective_bytes == {
+        "collective-permute": 4 * 3 * 4 * 2 * 4,
+        "all-gather": 64 * 4 * 3 / 4,
+        "all-reduce": 2 * (2 * 64 * 4 * 3 / 4),
+    }
+
+
+# Collectives as GPU programs have them: the type of what starts one lists its operands before its results.
+GPU_COLLECTIVES = """
+ENTRY %main (x: f32[128,2048]) -> f32[32,2048] {
+  %x = f32[128,2048]{1,0} parameter(0)
+  %i = s32[1024]{0} constant({...})
+  %w = f32[32,128]{1,0} constant({...})
+  %f = f32[4096]{0} constant({...})
+  %g = ((s32[1024]{0}, f32[32,128]{1,0}, f32[32,128]{1,0}), (s32[4096]{0}, f32[128,128]{1,0}, f32[128,128]{1,0})) all-gather-start(%i, %w, %w), channel_id=30, replica_groups=mesh['axis_0'=4,'axis_1'=1] {'axis_0'}, dimensions={0}
+  %g.1 = (f32[32,128]{1,0}, f32[128,128]{1,0}) all-gather-start(%w), channel_id=8, replica_groups=[1,4]<=[4], dimensions={0}
+  %t = ((f32[128,2048]{1,0}), f32[128,2048]{1,0}) all-to-all-start(%x), channel_id=50, replica_groups={{0,1,2,3}}
+  %a = (f32[32,128]{1,0}, f32[4096]{0}) all-reduce-start(%w, %f), channel_id=42, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = ((f32[128,2048]{1,0}), f32[32,2048]{1,0}) reduce-scatter-start(%x), channel_id=85, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_gpu_program():
+    """All parts of a combined one count, and its operands do not count beside its results."""
+    work = analyse(GPU_COLLECTIVES, devices=4)
+    assert work.collective_count == {"all-gather": 2, "all-to-all": 1, "all-reduce": 1, "reduce-scatter": 1}
+    assert work.collective_bytes == {
+        "all-gather": 110_592 + 128 * 128 * 4 * 3 / 4,
+        "all-to-all": 128 * 2048 * 4 * 3 / 4,
+        "all-reduce": 2 * (32 * 128 + 4096) * 4 * 3 / 4,
+        "reduce-scatter": 128 * 2048 * 4 * 3 / 4,
+    }
+
+
+# 2 heads of width 64 on 8 blocks of 512 queries, each against 4 blocks of keys.
+KERNEL = """
+ENTRY %main (p: s32[1,8,4]) -> bf16[2,4096,64] {
+  %next = s32[1,8,4]{2,1,0} parameter(0)
+  %seen = s32[1,8,4]{2,1,0} parameter(1)
+  %q = bf16[2,4096,64]{2,1,0} parameter(2)
+  %k = bf16[2,4096,64]{2,1,0} parameter(3)
+  %buffer = bf16[2,4096,64]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %splash_mha_dq_segmented.1 = bf16[2,4096,64]{2,1,0} custom-call(%next, %seen, %q, %k), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+
+
+def test_an_attention_kernel():
+    """Scores, their gradient and that of the queries: a product each, for which 64 is as wide as 128."""
+    whole = 3 * 2 * 2 * 128 * (8 * 4) * 512**2
+    assert analyse(KERNEL, devices=1).flops == whole
+    half = analyse(KERNEL, devices=1, walked=0.5)
+    assert half.flops == whole / 2
+    assert half.hbm_bytes == 3 * 2 * 4096 * 64 * 2 + 2 * 8 * 4 * 4
+
+
+GPU_KERNEL = """
+ENTRY %main (q: bf16[2,256,4,64]) -> bf16[2,256,4,64] {
+  %q = bf16[2,256,4,64]{3,2,1,0} parameter(0)
+  ROOT %pallas_call.1 = bf16[2,256,4,64]{3,2,1,0} custom-call(%q, %q, %q, %q), custom_call_target="__gpu$xla.gpu.triton", backend_config={grid_x = 2 : i32, name = "flash_backward_queries", num_stages = 3 : i32}
+}
+"""  # noqa: E501
+
+
+def test_an_attention_kernel_of_gpus():
+    work = analyse(GPU_KERNEL, devices=1, walked=0.5)
+    assert work.flops == 0.5 * 3 * 2 * (2 * 4) * 256**2 * 64
+    assert work.hbm_bytes == 5 * 2 * 256 * 4 * 64 * 2
+
+
+def test_collectives_of_a_sharded_product():
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("a"))
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)
+    total = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec())).lower(x).compile()
+    work = analyse(total.as_text(), 8)
+    assert work.collective_bytes == {"all-reduce": 2 * 32 * 4 * 7 / 8}

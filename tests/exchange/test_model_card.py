@@ -1,0 +1,23 @@
+"""What the card of an exported run says of its scores and its config."""
+
+import json
+
+from dualsm.config import save_config
+from dualsm.evaluation.run import TrainedRun
+from dualsm.exchange.model_card import model_card
+
+
+def test_scores_come_with_the_questions_asked(micro, tmp_path):
+    trained = micro.copy_and_resolve_references()
+    trained.model.attention = "flash"  # of which an opened run knows nothing
+    (tmp_path / "config.json").write_text(save_config(trained))
+    (tmp_path / "eval").mkdir()
+    modes = {
+        "causal": {"score": 0.75, "stderr": 0.031, "n": 2000},
+        "masked": {"score": 1.0, "stderr": None, "n": 1},  # as of --limit=1
+    }
+    (tmp_path / "eval" / "step_12.json").write_text(json.dumps({"tasks": {"blimp": modes}}))
+    card = model_card(TrainedRun(tmp_path, micro, None, 12, {}, None), plain=False)
+    assert "| blimp | causal | 75.0 ± 3.1 % (n = 2,000) |" in card
+    assert "| blimp | masked | 100.0 % (n = 1) |" in card
+    assert '"attention": "flash"' in card

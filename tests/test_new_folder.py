@@ -1,0 +1,77 @@
+"""A folder that is whole or not there, whoever died while writing it."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from dualsm.errors import UserError
+from dualsm.output import new_folder
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(target, part="part") -> None:
+    with new_folder(target, "--output") as aside:
+        (aside / "part").write_text(part)
+
+
+def write_for_long(target) -> None:
+    with new_folder(target, "--output") as aside:
+        (aside / "part").touch()
+        time.sleep(60)
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that is writing the folder "a b[1]"."""
+    process = multiprocessing.get_context("spawn").Process(target=write_for_long, args=(tmp_path / "a b[1]",))
+    process.start()
+    while not list(tmp_path.glob(".a b*/part")):
+        time.sleep(0.01)
+        assert process.is_alive()
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_what_a_process_writes_stays_while_it_lives_and_no_longer(tmp_path, writer):
+    target = tmp_path / "a b[1]"
+    (aside,) = tmp_path.iterdir()
+    write(tmp_path / "a b1")  # another one, which the pattern of the first would match
+    write(target)
+    assert names(tmp_path) == sorted([aside.name, target.name, "a b1"])
+    assert names(target) == ["part"]
+
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    assert aside.exists()
+    with pytest.raises(UserError, match="is there already"):
+        write(target)
+    assert names(tmp_path) == sorted([target.name, "a b1"])
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "deep" / "a", "--output") as aside:
+        (aside / "part").touch()
+        raise RuntimeError
+    assert names(tmp_path / "deep") == []
+
+
+def test_two_that_write_the_same_folder(tmp_path):
+    """The first that is done makes it; the other is told, and leaves nothing."""
+    target = tmp_path / "a"
+    with pytest.raises(UserError, match="is there already"), new_folder(target, "--output"):
+        write(target, "first")
+    assert names(tmp_path) == ["a"]
+    assert (target / "part").read_text() == "first"
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="^--output=.*file/a cannot be made"):
+        write(tmp_path / "file" / "a")
