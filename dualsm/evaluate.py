@@ -24,20 +24,14 @@ from dualsm.errors import UserError
 from dualsm.evaluation import harness_results
 from dualsm.evaluation.judging import adjusted, by_group, judge, right_answers
 from dualsm.evaluation.modes import MODES, Scoring
+from dualsm.evaluation.results import HELD_OUT, OBJECTIVES, Asked, merge, read_results, results_file
 from dualsm.evaluation.run import TrainedRun, open_run
-from dualsm.evaluation.scoring import Item, Scorer
+from dualsm.evaluation.scoring import Item, Scorer, rows_at_once
 from dualsm.evaluation.tasks import TASKS, Question, load_task
 from dualsm.evaluation.validation import Validation, valid_rows
+from dualsm.output import check_output, make_folder, write_output
 from dualsm.progress import say, table, warn
-
-HELD_OUT = "valid"
-# What a mode is on held-out text.
-OBJECTIVES = {
-    "causal": "causal",
-    "prefix": "prefix",
-    "masked": "masked_diffusion",
-    "monte_carlo": "masked_diffusion",
-}
+from dualsm.sharding import batch_devices
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of the checkpoint; default: the newest")
@@ -49,15 +43,22 @@ _SAMPLES = flags.DEFINE_integer("samples", 128, "monte_carlo: draws an item", lo
 _VALID_SAMPLES = flags.DEFINE_integer("valid_samples", 4, "held-out text: draws of a row", lower_bound=1)
 _LIMIT = flags.DEFINE_integer("limit", 0, "items a task; 0: all", lower_bound=0)
 _DATA = flags.DEFINE_string("data", "", "corpus of the held-out text; default: the run's own")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; default: eval/ in the run's folder")
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    "",
+    "JSON file for the results of this call; default: eval/step_N.json in the run's folder, which keeps what "
+    "was measured of other tasks, modes and objectives",
+)
 _HARNESS_OUTPUT = flags.DEFINE_string(
     "harness_output", "", "folder for the results as lm-evaluation-harness writes them, a file for each mode"
 )
 flags.mark_flags_as_required(["workdir"])
 
 
-def evaluate_task(name: str, questions: Sequence[Question], scorer: Scorer, scoring: Scoring) -> dict:
-    """Results of one task in one mode, as they go into the JSON file."""
+def evaluate_task(
+    name: str, questions: Sequence[Question], scorer: Scorer, scoring: Scoring, limit: int = 0
+) -> dict:
+    """Results of one task in one mode, as they go into the JSON file; `limit` is what it was asked with."""
     start, task = time.perf_counter(), TASKS[name]
     label = f"{name}, {scoring.mode}"
     borders = np.cumsum([len(question.items) for question in questions])[:-1]
@@ -76,6 +77,7 @@ def evaluate_task(name: str, questions: Sequence[Question], scorer: Scorer, scor
         "stderr": main.stderr,
         "normalised": main.normalised,
         "n": len(questions),
+        "limit": limit,
         "seconds": time.perf_counter() - start,
         "contexts_cut": scores.cut,
         "metrics": {metric: judgement._asdict() for metric, judgement in judgements.items()},
@@ -92,13 +94,17 @@ def evaluate_held_out(run: TrainedRun, data: str, objectives: Sequence[str], sam
     corpus.verify("valid")
     tokens, special = run.config.row_tokens, run.tokenizer.special
     rows = valid_rows(corpus.documents("valid"), tokens, 0, special.pad)
+    devices = batch_devices(run.mesh)
+    enough = -(-len(rows[0]) * samples // devices) * devices
     validation = Validation(
-        run.config, objectives, special, rows, run.tokenizer.token_bytes(), run.mesh, samples
-    )
+        run.config, objectives, special, rows, run.tokenizer.token_bytes(), run.mesh, samples,
+        at_once=min(rows_at_once(run.mesh, tokens), enough),
+    )  # fmt: skip
     results = {}
     for name in objectives:
         start = time.perf_counter()
-        scores = validation(run.params, [name])
+        with jax.set_mesh(run.mesh):
+            scores = validation(run.params, [name])
         loss = scores[f"valid/{name}/loss"]
         if not loss < 700:  # beyond it the perplexity is no number
             raise UserError(f"the held-out loss of {name} is {loss} nats a token; the training diverged")
@@ -114,88 +120,74 @@ def evaluate_held_out(run: TrainedRun, data: str, objectives: Sequence[str], sam
     return results
 
 
-def _check_flags() -> None:
-    for mode in _MODES.value:
-        if mode not in MODES:
-            raise UserError(f"--modes: {mode!r} is none of {', '.join(MODES)}")
-    for task in _TASKS.value:
-        if task != HELD_OUT and task not in TASKS:
-            raise UserError(f"--tasks: {task!r} is none of {HELD_OUT}, {', '.join(TASKS)}")
-        if task != HELD_OUT and not _TASK_DATA.value:
-            raise UserError(f"--tasks={task} needs --task_data=FOLDER with {task}/*.jsonl in it")
-    if not all(n.isdigit() and int(n) > 0 for n in _MASKS.value):
+def _asked() -> Asked:
+    """What the flags ask for. Raises `UserError`, naming the flag, for what cannot be done."""
+    tasks, modes = (list(dict.fromkeys(flag.value)) for flag in (_TASKS, _MODES))
+    asked = Asked(tasks, modes, _TASK_DATA.value, _LIMIT.value)
+    asked.check()
+    if not _MASKS.value or not all(n.isdigit() and int(n) > 0 for n in _MASKS.value):
         raise UserError(f"--masks={','.join(_MASKS.value)} must be positive numbers")
+    return asked
 
 
 def main(_: Sequence[str]) -> None:
     started = time.time()
     cli.set_up_jax()
-    _check_flags()
-    names = [task for task in _TASKS.value if task != HELD_OUT]
-    tasks = {name: load_task(name, _TASK_DATA.value, _LIMIT.value) for name in names}
+    asked = _asked()
+    names = [task for task in asked.tasks if task != HELD_OUT]
+    tasks = {name: load_task(name, asked.task_data, asked.limit) for name in names}
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
-    for mode in _MODES.value if names else ():
+    for mode in asked.modes if names else ():
         run.check_mode(mode)
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
 
-    path = Path(_OUTPUT.value) if _OUTPUT.value else run.workdir / "eval" / f"step_{run.step}.json"
-    _make_folder(path.parent, "--output")
+    kept = results_file(run.workdir, run.step)
+    path = Path(_OUTPUT.value) if _OUTPUT.value else kept
+    check_output(path, "--output")
+    if not _OUTPUT.value:
+        read_results(kept)  # so that a damaged file is told of before the work
     if _HARNESS_OUTPUT.value:
-        _make_folder(Path(_HARNESS_OUTPUT.value), "--harness_output")
+        make_folder(Path(_HARNESS_OUTPUT.value), "--harness_output")
     results: dict = {"workdir": str(run.workdir), "checkpoint": run.step, "tasks": {}}
     for name, questions in tasks.items():
         results["tasks"][name] = {
-            mode: evaluate_task(name, questions, scorer, _scoring(mode, run)) for mode in _MODES.value
+            mode: evaluate_task(name, questions, scorer, _scoring(mode, run), asked.limit)
+            for mode in asked.modes
         }
-    if HELD_OUT in _TASKS.value:
+    if HELD_OUT in asked.tasks:
         data = _DATA.value or run.config.data.path
-        objectives = list(dict.fromkeys(OBJECTIVES[mode] for mode in _MODES.value))
-        results["held_out"] = evaluate_held_out(run, data, objectives, _VALID_SAMPLES.value)
+        results["held_out"] = evaluate_held_out(run, data, asked.objectives(), _VALID_SAMPLES.value)
 
-    _print(results)
-    _write(path, results, "--output")
+    _print(results, asked.modes)
+    _write(path, results if _OUTPUT.value else merge(read_results(kept), results), "--output")
     say(f"\nresults: {path}")
     if _HARNESS_OUTPUT.value:
-        _write_for_harness(results, run, tasks, started)
+        _write_for_harness(results, asked, run, tasks, started)
 
 
 def _write_for_harness(
-    results: dict, run: TrainedRun, tasks: dict[str, Sequence[Question]], started: float
+    results: dict, asked: Asked, run: TrainedRun, tasks: dict[str, Sequence[Question]], started: float
 ) -> None:
     """Writes the results once more, a file a mode, in the layout of lm-evaluation-harness."""
-    limit, held_out = _LIMIT.value or None, results.get("held_out", {})
+    limit, held_out = asked.limit or None, results.get("held_out", {})
     config = {
         "model_num_parameters": sum(p.size for p in jax.tree.leaves(run.params)),
         "model_dtype": run.config.model.dtype,
         "limit": limit,
     }
-    everything = {name: load_task(name, _TASK_DATA.value) for name in tasks} if limit else tasks
-    for mode in _MODES.value:
+    everything = {name: load_task(name, asked.task_data) for name in tasks} if limit else tasks
+    for mode in asked.modes:
         converted = harness_results.layout(
             results, mode, everything, held_out.get(OBJECTIVES[mode]), config, started, time.time() - started
         )
         path = harness_results.results_path(Path(_HARNESS_OUTPUT.value), converted)
-        _make_folder(path.parent, "--harness_output")
+        make_folder(path.parent, "--harness_output")
         _write(path, converted, "--harness_output")
         say(f"for lm-evaluation-harness's readers: {path}")
 
 
-def _make_folder(folder: Path, flag: str) -> None:
-    """Before the work, so that an impossible folder does not cost it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag}: cannot make the folder {folder}: {error.strerror}") from error
-
-
 def _write(path: Path, results: dict, flag: str) -> None:
-    """Writes aside and renames, so that nobody reads half a file."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        aside.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write {path}: {error.strerror}") from error
+    write_output(path, json.dumps(results, indent=1, allow_nan=False) + "\n", flag)
 
 
 def _scoring(mode: str, run: TrainedRun) -> Scoring:
@@ -203,13 +195,13 @@ def _scoring(mode: str, run: TrainedRun) -> Scoring:
     return Scoring(mode, masks=masks, samples=_SAMPLES.value, longest=run.config.row_tokens)
 
 
-def _print(results: dict) -> None:
+def _print(results: dict, modes: Sequence[str]) -> None:
     tasks, held_out = results["tasks"], results.get("held_out")
     say(f"{results['workdir']}, step {results['checkpoint']}")
     if tasks:
-        say("\naccuracy in percent, with its standard error\n" + _task_table(tasks))
-        for name, modes in tasks.items():
-            cut = max(result["contexts_cut"] for result in modes.values())
+        say("\naccuracy in percent, with its standard error\n" + _task_table(tasks, modes))
+        for name, by_mode in tasks.items():
+            cut = max(result["contexts_cut"] for result in by_mode.values())
             if cut:
                 warn(f"{name}: {cut} contexts were longer than the model's rows and lost their beginning")
     if held_out:
@@ -226,15 +218,15 @@ def _print(results: dict) -> None:
         say("\n" + table(["held-out text", "nats a token", "perplexity", "bits a byte", "draws"], rows))
 
 
-def _task_table(tasks: dict) -> str:
+def _task_table(tasks: dict, modes: Sequence[str]) -> str:
     """Tasks down, modes across; the last line is comparable between models."""
     rows = []
-    for name, modes in tasks.items():
-        first = next(iter(modes.values()))
-        rows.append([name, first["metric"], first["n"], *map(_cell, modes.values())])
-    means = [f"{np.mean([m[mode]['normalised'] for m in tasks.values()]):.1f}" for mode in _MODES.value]
+    for name, by_mode in tasks.items():
+        first = by_mode[modes[0]]
+        rows.append([name, first["metric"], first["n"], *(_cell(by_mode[mode]) for mode in modes)])
+    means = [f"{np.mean([m[mode]['normalised'] for m in tasks.values()]):.1f}" for mode in modes]
     rows.append(["mean (0 guessing, 100 perfect)", "", "", *means])
-    return table(["task", "metric", "n", *_MODES.value], rows)
+    return table(["task", "metric", "n", *modes], rows)
 
 
 def _cell(result: dict) -> str:

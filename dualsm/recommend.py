@@ -18,6 +18,7 @@ from dualsm import cli
 from dualsm.analysis.advice import DEFAULT_METRIC
 from dualsm.analysis.answer import advise, describe
 from dualsm.errors import UserError
+from dualsm.output import check_output, write_output
 
 _UNIQUE = flags.DEFINE_float("unique_tokens", None, "tokens of text there are", lower_bound=1)
 _BUDGET = flags.DEFINE_float("budget", None, "tokens to train on, repeated ones included", lower_bound=1)
@@ -35,22 +36,14 @@ def main(_: Sequence[str]) -> None:
     unique, budget = _UNIQUE.value, _BUDGET.value
     if not (math.isfinite(unique) and math.isfinite(budget)):
         raise UserError(f"--unique_tokens={unique} and --budget={budget} must be finite numbers")
+    if _OUTPUT.value:
+        check_output(Path(_OUTPUT.value), "--output")
     advice = advise(max(budget / unique, 1.0), _SWEEP.value, _METRIC.value)
     print(describe(advice, unique, budget, _SWEEP.value))
     if _OUTPUT.value:
         answer = {"unique_tokens": unique, "budget_tokens": budget} | dataclasses.asdict(advice)
-        write_json(Path(_OUTPUT.value), answer | {"sweep": _SWEEP.value or None})
-
-
-def write_json(path: Path, answer: dict) -> None:
-    """Writes a JSON file, whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(answer, indent=1) + "\n")
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"--output={path}: {error.strerror}") from error
+        text = json.dumps(answer | {"sweep": _SWEEP.value or None}, indent=1) + "\n"
+        write_output(Path(_OUTPUT.value), text, "--output")
 
 
 if __name__ == "__main__":

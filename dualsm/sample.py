@@ -24,6 +24,7 @@ from dualsm.evaluation.run import TrainedRun, open_run
 from dualsm.generation import causal, diffusion
 from dualsm.generation.pick import Picking
 from dualsm.generation.prompts import encode_prompt, read_prompts
+from dualsm.output import check_output, write_output
 from dualsm.progress import warn
 
 MODES = (*causal.MODES, "diffusion")
@@ -87,6 +88,8 @@ def main(_: Sequence[str]) -> None:
     prompts = [encode_prompt(run.tokenizer, text) for text in texts]
     if _MODE.value != "diffusion" and any(run.tokenizer.special.mask in p for p in prompts):
         raise UserError(f"--mode={_MODE.value} cannot fill in <mask>; use --mode=diffusion")
+    if _OUTPUT.value:
+        check_output(Path(_OUTPUT.value), "--output")
 
     _warn_of_length(prompts, run)
 
@@ -109,7 +112,8 @@ def main(_: Sequence[str]) -> None:
             {"prompt": prompt, "text": text, "tokens": tokens, "mode": _MODE.value}
             for prompt, text, tokens in zip(texts, shown, states, strict=True)
         ]
-        _write(Path(_OUTPUT.value), "".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_output(Path(_OUTPUT.value), text, "--output")
 
 
 def _warn_of_length(prompts: list[list[int]], run: TrainedRun) -> None:
@@ -117,16 +121,6 @@ def _warn_of_length(prompts: list[list[int]], run: TrainedRun) -> None:
     longest = max(len(prompt) + (0 if mask in prompt else _TOKENS.value) for prompt in prompts)
     if longest > run.config.row_tokens:
         warn(f"texts of up to {longest} tokens; the model was trained on {run.config.row_tokens} at most")
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes aside and renames, so that nobody reads half a file."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"--output: cannot write {path}: {error.strerror}") from error
 
 
 def _report(times: list[float], counts_SxB: np.ndarray) -> str:

@@ -5,12 +5,12 @@
         --rule='repetitions=64: optimizer.learning_rate=0.005'
     python -m dualsm.sweep ... --launch=slurm > sweep.sbatch
 
-The same command again goes on with what is missing. Cells that fail or diverge are recorded as such.
+The same command again goes on with what is missing. Cells that fail or diverge are recorded as such; it is an
+error when all that ran have failed.
 """
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from ml_collections import config_flags
 
 from dualsm import cli
 from dualsm.analysis.grid import make_cells, parse_axis, parse_cell, parse_rule
-from dualsm.analysis.sweep import Sweep, job_list, run_missing
+from dualsm.analysis.jobs import check_outcomes, run_missing
+from dualsm.analysis.sweep import Sweep, job_list
+from dualsm.evaluation.results import Asked
 from dualsm.progress import say
 
 GRID = ("repetitions=1,4,16,64", "alpha=0,1/8,1/2,7/8,1")
@@ -37,9 +39,9 @@ _JOBS = flags.DEFINE_integer(
     "jobs", 1, "cells that run at the same time, each on its part of the cores", lower_bound=1
 )
 _LAUNCH = flags.DEFINE_enum("launch", "here", ("here", "slurm", "tpu"), "run here, or print the job list")
-_TASKS = flags.DEFINE_string("tasks", "", "tasks to evaluate each cell on, as in dualsm.evaluate")
+_TASKS = flags.DEFINE_list("tasks", [], "tasks to evaluate each cell on, as in dualsm.evaluate")
 _TASK_DATA = flags.DEFINE_string("task_data", "", "folder with the tasks' files")
-_MODES = flags.DEFINE_string("modes", "causal,prefix,masked", "modes to evaluate in")
+_MODES = flags.DEFINE_list("modes", ["causal", "prefix", "masked"], "modes to evaluate in")
 _LIMIT = flags.DEFINE_integer("limit", 0, "items a task; 0: all", lower_bound=0)
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -50,24 +52,25 @@ def main(_: Sequence[str]) -> None:
     config = cli.config(_CONFIG)
     flag = flags.FLAGS["config"]
     recipe, given = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
-    evaluation = [
-        f"--tasks={_TASKS.value}", f"--task_data={_TASK_DATA.value}", f"--modes={_MODES.value}",
-        f"--limit={_LIMIT.value}",
-    ]  # fmt: skip
-    sweep = Sweep(Path(_WORKDIR.value), recipe, given, config, cells, evaluation if _TASKS.value else [])
+    asked = None
+    if _TASKS.value:
+        asked = Asked(_TASKS.value, _MODES.value, _TASK_DATA.value, _LIMIT.value)
+        asked.check()
+    sweep = Sweep(Path(_WORKDIR.value), recipe, given, config, cells, asked)
     if _LAUNCH.value != "here":
         print(job_list(sweep, _LAUNCH.value))
         return
+    sweep.check()
     sweep.folder.mkdir(parents=True, exist_ok=True)
     sweep.write_plan(axes)
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    run_missing(sweep, _JOBS.value)
+    outcomes = run_missing(sweep, _JOBS.value)
 
     from dualsm.analysis.reporting import as_text, report
 
     for path in report(sweep.folder):
         say(f"written: {path}")
     say(as_text(sweep.folder))
+    check_outcomes(sweep, outcomes)
 
 
 if __name__ == "__main__":

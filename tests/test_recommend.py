@@ -76,6 +76,11 @@ def test_by_a_sweep_of_ones_own(sweep, tmp_path):
         assert text in printed, text
 
 
+def test_a_folder_for_the_answer_is_refused_before_it_is_sought(tmp_path):
+    fail_with("--output=", "is a folder", arguments=[f"--output={tmp_path}/", "--sweep=nowhere"])
+    assert not list(tmp_path.parent.glob(f"*{tmp_path.name}.*"))
+
+
 def test_a_table_answers_as_its_sweep(sweep, table):
     assert answer.advise(50, table) == answer.advise(50, sweep)
 
@@ -153,7 +158,11 @@ ERRORS = {
     "a word": ([], {"unique": "much"}, ["--unique_tokens"]),
     "not finite": ([], {"budget": "inf"}, ["--budget", "finite"]),
     "no such metric": (["--sweep={table}", "--metric=speed"], {}, ["speed", "there are", LOSS]),
-    "no place for the output": (["--sweep={table}", "--output={table}/a.json"], {}, ["--output="]),
+    "no place for the output": (
+        ["--sweep={table}", "--output={table}/a.json"],
+        {},
+        ["--output: cannot make the folder"],
+    ),
     "no sweep there": (["--sweep={sweep}/cells"], {}, ["no sweep at", "sweep.json"]),
     "no table": (["--sweep={sweep}/sweep.json"], {}, ["no column"]),
 }

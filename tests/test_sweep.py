@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from dualsm.analysis.grid import Cell
-from dualsm.analysis.sweep import Sweep, _divergence, run_missing
+from dualsm.analysis.grid import Cell, make_cells
+from dualsm.analysis.jobs import run_missing
+from dualsm.analysis.sweep import Sweep, _divergence
+from dualsm.errors import UserError
+from dualsm.evaluation.results import OBJECTIVES, Asked
 from dualsm.training.metrics import read_metrics
 from tests.conftest import ROOT, command_env, run_command
 from tests.micro import micro_config
@@ -99,7 +104,7 @@ def test_the_report_has_every_cell(sweep):
 
 def test_the_same_sweep_again_runs_only_what_failed(sweep, corpus_path, monkeypatch):
     started = []
-    monkeypatch.setattr("dualsm.analysis.sweep._Job", lambda sweep, cell, *_: started.append(cell.name))
+    monkeypatch.setattr("dualsm.analysis.jobs._Job", lambda sweep, cell, *_: started.append(cell.name))
     cells = [
         Cell(name, values) for name, values in json.loads((sweep / "sweep.json").read_text())["cells"].items()
     ]
@@ -140,6 +145,12 @@ def test_a_tpu_slice_is_asked_for_each_cell(recipe, tmp_path):
         (("--grid=repetitions",), "does not read"),
         (("--grid=repetitoins=1,2",), "unknown config key 'repetitoins'"),
         (("--grid=alpha=2",), "cell alpha=2: config.mixture.causal=2 must lie in [0, 1]"),
+        (("--grid=alpha=0,l/8",), "cell alpha=l_8: grid value alpha='l/8' is no number"),
+        (("--grid=repetitions=1,4,",), "does not read"),
+        (("--tasks=blimp",), "needs --task_data"),
+        (("--tasks=valid", "--modes="), "--modes= must name"),
+        (("--config.data.path=nowhere",), "no corpus at 'nowhere'"),
+        (("--cell=data.path=nowhere",), "no corpus at 'nowhere'"),
     ],
 )
 def test_impossible_grids_are_refused_in_one_line(recipe, tmp_path, more, message):
@@ -154,3 +165,116 @@ def test_another_recipe_is_refused(recipe, sweep):
     done = run_command(*arguments(recipe, sweep, *GRID, "--config.seed=1"))
     assert done.returncode == 2
     assert "holds a sweep of" in done.stderr
+
+
+@pytest.fixture
+def one_cell(sweep, corpus_path, tmp_path):
+    """A function that makes a sweep of one finished cell, to be evaluated on what is asked for."""
+    (cell,) = make_cells({"repetitions": [1], "alpha": [0]})
+    shutil.copytree(sweep / "cells" / cell.name, tmp_path / "cells" / cell.name)
+
+    def make(asked: Asked | None = None, **values) -> tuple[Sweep, Cell]:
+        changed = Cell(cell.name, cell.values | values)
+        return Sweep(tmp_path, "micro.py", {}, micro_config(corpus_path), [changed], asked), changed
+
+    return make
+
+
+def test_cells_of_another_config_are_refused_before_anything_is_written(recipe, sweep):
+    plan = (sweep / "sweep.json").read_bytes()
+    rule = "--rule=repetitions=4: optimizer.learning_rate=0.005"
+    done = run_command(*arguments(recipe, sweep, *GRID, rule))
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    for text in (f"cell {NAMES[2]}", "(optimizer.learning_rate: ", " -> 0.005)", "delete that folder"):
+        assert text in done.stderr
+    assert (sweep / "sweep.json").read_bytes() == plan
+
+
+def test_a_cell_may_change_in_what_does_not_change_the_run(one_cell):
+    one_cell()[0].check()
+    one_cell(microbatches=2)[0].check()
+    with pytest.raises(UserError, match=r"steps: 12 -> 24"):
+        one_cell(steps=24)[0].check()
+
+
+def test_only_what_was_not_measured_as_asked_is_evaluated(one_cell):
+    asked = Asked(["blimp", "piqa", "valid"], ["causal", "masked"], "eval", limit=5)
+    sweep, cell = one_cell(asked)
+
+    def measured(step=12, limit=5, tasks=asked.tasks[:2], modes=asked.modes, held_out=OBJECTIVES):
+        folder = sweep.path(cell) / "eval"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        tasks = {task: {mode: {"limit": limit} for mode in modes} for task in tasks}
+        results = {"tasks": tasks, "held_out": {OBJECTIVES[mode]: {} for mode in held_out}}
+        (folder / f"step_{step}.json").write_text(json.dumps(results))
+        return [command[1] for command in sweep.remaining(cell)]
+
+    assert measured() == []
+    for lacking in (
+        {"step": 8}, {"limit": 0}, {"tasks": ["blimp"]}, {"modes": ["causal"]}, {"held_out": ["causal"]},
+    ):  # fmt: skip
+        assert measured(**lacking) == ["dualsm.evaluate"], lacking
+    shutil.rmtree(sweep.path(cell) / "checkpoints")
+    assert measured(limit=0) == ["dualsm.train", "dualsm.evaluate"]
+
+
+def test_a_finished_cell_is_evaluated_on_more(one_cell):
+    sweep, cell = one_cell(Asked(["valid"], ["causal"]))
+    (sweep.path(cell) / "cell.json").write_text(json.dumps({"status": "done", "seconds": 1000}))
+    assert run_missing(sweep, jobs=1)[cell.name]["status"] == "done"
+    results = json.loads((sweep.path(cell) / "eval" / "step_12.json").read_text())
+    assert list(results["held_out"]) == ["causal"]
+    assert json.loads((sweep.path(cell) / "cell.json").read_text())["seconds"] > 1000  # training is in it
+    assert "training" not in (sweep.folder / "logs" / f"{cell.name}.log").read_text()
+    assert run_missing(sweep, jobs=1) == {}
+
+
+def test_a_damaged_record_is_made_anew(one_cell):
+    sweep, cell = one_cell()
+    record = sweep.path(cell) / "cell.json"
+    for content in ('{"status": "do', "[1]", '{"status": "dreaming"}'):
+        record.write_text(content)
+        assert run_missing(sweep, jobs=1) == {}
+        assert json.loads(record.read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"cells": 3}', '{"cells": {}}'])
+def test_the_folder_of_something_else_is_refused(one_cell, content):
+    sweep, _ = one_cell()
+    (sweep.folder / "sweep.json").write_text(content)
+    with pytest.raises(UserError, match=r"no file of dualsm.sweep|holds a sweep of None"):
+        sweep.check()
+
+
+def test_a_sweep_of_failures_fails(recipe, tmp_path):
+    folder = tmp_path / "sweep"
+    done = run_command(*arguments(recipe, folder, "--grid=batch_rows=100000", "--grid=alpha=0,1"))
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: all 2 cells that ran failed; batch_rows=100000,alpha=0: ")
+    assert status(folder, "batch_rows=100000,alpha=0")["reason"].removeprefix("error: ") in done.stderr
+    assert (folder / "table.csv").exists()
+
+
+def test_a_terminals_interrupt_costs_no_steps(recipe, tmp_path):
+    """Ctrl-C reaches all processes of a terminal's foreground; the cell's must still hear of it once."""
+    folder = tmp_path / "sweep"
+    long = ("--config.steps=20000", "--config.checkpoint.every=20000", "--config.valid.every=20000")
+    command = arguments(recipe, folder, *long, "--grid=repetitions=200", "--grid=alpha=1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    cell, deadline = folder / "cells" / "repetitions=200,alpha=1", time.monotonic() + 120
+    while len(read_metrics(cell)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    log = (folder / "logs" / f"{cell.name}.log").read_text()
+    assert log.count("finishing the step and saving") == 1
+    (step,) = [int(path.name) for path in (cell / "checkpoints").iterdir() if path.name.isdigit()]
+    assert read_metrics(cell)[-1]["step"] <= step < 20000

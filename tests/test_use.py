@@ -83,6 +83,47 @@ def test_held_out_scores_are_those_of_training(workdir):
     )
 
 
+def test_a_run_keeps_what_is_not_measured_anew(workdir, task_data, tmp_path):
+    run = shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    path = run / "eval" / "step_12.json"
+
+    def evaluate(*arguments):
+        process = run_command("dualsm.evaluate", f"--workdir={run}", f"--task_data={task_data}", *arguments)
+        assert process.returncode == 0, process.stderr
+        return without_seconds(json.loads(path.read_text()))
+
+    first = evaluate("--tasks=blimp,valid", "--modes=causal,prefix", "--valid_samples=1")
+    second = evaluate("--tasks=arc_easy,valid", "--modes=causal,causal", "--limit=2", "--valid_samples=2")
+    assert second["tasks"]["blimp"] == first["tasks"]["blimp"]
+    assert list(second["tasks"]["arc_easy"]) == ["causal"]
+    assert [second["tasks"]["arc_easy"]["causal"][key] for key in ("n", "limit")] == [2, 2]
+    assert second["held_out"]["prefix"] == first["held_out"]["prefix"]
+    assert [r["held_out"]["causal"]["settings"]["samples"] for r in (first, second)] == [1, 2]
+    path.write_text("{")
+    assert_one_line(run_command("dualsm.evaluate", f"--workdir={run}"), "step_12.json", "move it away")
+
+
+def test_how_a_run_was_trained_does_not_bind_its_use(workdir, tmp_path):
+    """A kernel of GPUs; and rows at once that the devices here cannot share."""
+    run = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["attention"], config["microbatches"] = "flash", 8
+    (run / "config.json").write_text(json.dumps(config))
+    losses = []
+    for number, folder in enumerate((workdir, run)):
+        output = tmp_path / f"{number}.json"
+        process = run_command(
+            "dualsm.evaluate", f"--workdir={folder}", "--tasks=valid", "--modes=causal,masked",
+            f"--output={output}", devices=4 if folder == run else 1,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        held_out = json.loads(output.read_text())["held_out"]
+        losses.append([result["nats_per_token"] for result in held_out.values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    process = run_command("dualsm.sample", f"--workdir={run}", "--mode=diffusion", "--tokens=3")
+    assert process.returncode == 0, process.stderr
+
+
 @pytest.mark.parametrize("mode", ["causal", "prefix", "diffusion"])
 def test_sample_generates_in_every_mode(workdir, tmp_path, mode):
     output = tmp_path / "texts.jsonl"
@@ -189,8 +230,22 @@ BAD = {
     "task": (["dualsm.evaluate", "--workdir={workdir}", "--tasks=telepathy"], "telepathy"),
     "task data": (["dualsm.evaluate", "--workdir={workdir}", "--tasks=blimp"], "--task_data"),
     "mode": (["dualsm.evaluate", "--workdir={workdir}", "--modes=telepathy"], "telepathy"),
+    "no task": (["dualsm.evaluate", "--workdir={workdir}", "--tasks="], "--tasks="),
+    "no mode": (
+        ["dualsm.evaluate", "--workdir={workdir}", "--tasks=blimp", "--task_data=x", "--modes="],
+        "--modes=",
+    ),
     "masks": (["dualsm.evaluate", "--workdir={workdir}", "--masks=0"], "--masks"),
+    "no masks": (["dualsm.evaluate", "--workdir={workdir}", "--masks="], "--masks"),
     "output": (["dualsm.evaluate", "--workdir={workdir}", "--output=setup.py/a.json"], "--output"),
+    "output folder": (
+        ["dualsm.evaluate", "--workdir={workdir}", "--data=nowhere", "--output=tests/"],
+        "--output=tests is a folder",
+    ),
+    "texts folder": (
+        ["dualsm.sample", "--workdir={workdir}", "--output=tests/"],
+        "--output=tests is a folder",
+    ),
     "harness": (
         ["dualsm.evaluate", "--workdir={workdir}", "--harness_output=setup.py/a"],
         "--harness_output",

@@ -90,20 +90,32 @@ def curve(workdir: str | Path, metric: str) -> tuple[list[float], list[float]]:
         return [], []
 
 
-def _outcome(workdir: Path, row: Row) -> Row:
-    """What the sweep said of the cell, or what its files say while it has not."""
+def read_outcome(workdir: Path) -> dict | None:
+    """What the sweep said of a cell in its `cell.json`: `status`, `reason`, `seconds`; None while it has not.
+
+    Raises:
+      ValueError: when the file is damaged.
+    """
     path = workdir / CELL
     if not path.exists():
-        metrics = workdir / METRICS
-        return {"status": "running" if metrics.exists() and metrics.stat().st_size else "missing"}
+        return None
     outcome = _read_object(path)
     if outcome.get("status") not in STATUSES[:3]:
         raise ValueError(f"{CELL}: unknown status {outcome.get('status')!r}")
+    return outcome | {"seconds": _number(outcome.get("seconds"))}
+
+
+def _outcome(workdir: Path, row: Row) -> Row:
+    """What the sweep said of the cell, or what its files say while it has not."""
+    outcome = read_outcome(workdir)
+    if outcome is None:
+        metrics = workdir / METRICS
+        return {"status": "running" if metrics.exists() and metrics.stat().st_size else "missing"}
     reason = outcome.get("reason")
     return {
         "status": outcome["status"],
         "reason": " ".join(str(reason).split()) if reason else None,
-        "seconds": _number(outcome.get("seconds")),
+        "seconds": outcome["seconds"],
     }
 
 

@@ -35,23 +35,24 @@ def parse_value(text: str) -> Value:
     for read in (int, float, lambda t: float(Fraction(t))):
         try:
             return read(text)
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ArithmeticError):
             pass
     return text
 
 
-def parse_axis(text: str) -> tuple[str, list[Value]]:
+def parse_axis(text: str, flag: str = "--grid") -> tuple[str, list[Value]]:
     """Reads "repetitions=1,4,16". Raises `UserError` when it does not read so."""
-    key, _, values = text.partition("=")
-    if not key.strip() or not values:
-        raise UserError(f"--grid: {text!r} does not read KEY=VALUE,VALUE,...")
-    return key.strip(), [parse_value(value.strip()) for value in values.split(",")]
+    key, _, listed = text.partition("=")
+    values = [value.strip() for value in listed.split(",")]
+    if not key.strip() or not all(values):
+        raise UserError(f"{flag}: {text!r} does not read KEY=VALUE,VALUE,...")
+    return key.strip(), [parse_value(value) for value in values]
 
 
 def parse_cell(text: str, flag: str = "--cell") -> dict[str, Value]:
     """Reads "repetitions=16,steps=120,alpha=1". Raises `UserError` when it does not read so."""
     pairs = [part.partition("=") for part in text.split(",")]
-    if not all(key.strip() and value for key, _, value in pairs):
+    if not all(key.strip() and value.strip() for key, _, value in pairs):
         raise UserError(f"{flag}: {text!r} does not read KEY=VALUE,KEY=VALUE,...")
     return {key.strip(): parse_value(value.strip()) for key, _, value in pairs}
 
@@ -61,7 +62,7 @@ def parse_rule(text: str) -> Rule:
     where, colon, values = text.partition(":")
     if not colon:
         raise UserError(f"--rule: {text!r} does not read KEY=VALUE,...: KEY=VALUE,...")
-    key, listed = parse_axis(where)
+    key, listed = parse_axis(where, "--rule")
     return Rule({key: listed}, parse_cell(values, "--rule"))
 
 
@@ -113,7 +114,10 @@ def apply(config: ConfigDict, values: Mapping[str, Value]) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     if ALPHA in values:
-        set_alpha(config, float(values[ALPHA]))
+        try:
+            set_alpha(config, float(values[ALPHA]))
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"grid value {ALPHA}={values[ALPHA]!r} is no number from 0 to 1") from error
     for key, value in values.items():
         if key == ALPHA:
             continue

@@ -1,4 +1,4 @@
-"""Running a sweep: a folder of cells, each an ordinary run directory with a record of how it ended."""
+"""A sweep: a folder of cells, each an ordinary run directory with a record of how it ended."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
-import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from dualsm.analysis.cells import CELL, CELLS, CONFIG, SWEEP, read_outcome, read_sweep
 from dualsm.analysis.grid import ALPHA, Cell, apply
-from dualsm.config import check_config, valid_objectives
+from dualsm.config import check_config, difference, valid_objectives
+from dualsm.data.corpus import Corpus
 from dualsm.errors import UserError
-from dualsm.progress import Board
+from dualsm.evaluation.results import Asked, read_results, results_file
+from dualsm.training.checkpoint import FOLDER
 from dualsm.training.metrics import read_metrics
+from dualsm.training.workdir import read_config
 
 
 class Sweep:
@@ -32,7 +32,7 @@ class Sweep:
         given: dict,
         config: ConfigDict,
         cells: Sequence[Cell],
-        evaluation: Sequence[str] = (),
+        asked: Asked | None = None,
     ):
         """
         Args:
@@ -41,13 +41,13 @@ class Sweep:
           given: config key -> value given on the command line for all cells.
           config: recipe and given values together.
           cells: to run.
-          evaluation: flags of `dualsm.evaluate` for each finished cell; empty: do not evaluate.
+          asked: what each finished cell is evaluated on; None: do not evaluate.
 
         Raises:
           UserError: when a cell's config is impossible, naming the cell.
         """
         self.folder, self.recipe, self.given = folder, recipe, given
-        self.cells, self.evaluation = list(cells), list(evaluation)
+        self.cells, self.asked = list(cells), asked
         self.configs: dict[str, ConfigDict] = {}
         for cell in self.cells:
             try:
@@ -57,7 +57,7 @@ class Sweep:
                 raise UserError(f"cell {cell.name}: {error}") from error
 
     def path(self, cell: Cell) -> Path:
-        return self.folder / "cells" / cell.name
+        return self.folder / CELLS / cell.name
 
     def commands(self, cell: Cell) -> list[list[str]]:
         """What runs a cell: the training and, where tasks are asked for, the evaluation."""
@@ -67,30 +67,66 @@ class Sweep:
         overrides = [f"--config.{key}={value}" for key, value in values.items()]
         workdir = f"--workdir={self.path(cell)}"
         train = ["-m", "dualsm.train", f"--config={self.recipe}", workdir, *overrides]
-        return [train, ["-m", "dualsm.evaluate", workdir, *self.evaluation]] if self.evaluation else [train]
+        if self.asked is None:
+            return [train]
+        asked = self.asked
+        evaluate = [
+            "-m", "dualsm.evaluate", workdir, f"--tasks={','.join(asked.tasks)}",
+            f"--task_data={asked.task_data}", f"--modes={','.join(asked.modes)}", f"--limit={asked.limit}",
+        ]  # fmt: skip
+        return [train, evaluate]
+
+    def remaining(self, cell: Cell) -> list[list[str]]:
+        """The commands that are still to be run for a cell."""
+        if self.outcome(cell):
+            return []
+        return self.commands(cell)[1 if self._trained(cell) else 0 :]
 
     def environment(self) -> dict[str, str]:
         """What the cells' processes find set, so that Weights & Biases shows them as one group."""
         return {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or self.folder.absolute().name}
 
+    def check(self) -> None:
+        """Sees that the folder is this sweep's and that what is to be run can begin.
+
+        Raises:
+          UserError: when the folder holds another sweep, when a cell there was trained with another config
+            than is asked for now, and when a corpus is missing.
+        """
+        path = self.folder / SWEEP
+        old = read_sweep(self.folder) if path.exists() else None
+        if old and (old.get("config"), old.get("given")) != (self.recipe, self.given):
+            given = old.get("given") or "no overrides"
+            raise UserError(
+                f"{self.folder} holds a sweep of {old.get('config')} with {given}; choose another --workdir"
+            )
+        for cell in self.cells:
+            self._check_cell(cell)
+        to_train = [cell for cell in self.cells if not self.outcome(cell) and not self._trained(cell)]
+        for path in dict.fromkeys(self.configs[cell.name].data.path for cell in to_train):
+            Corpus(path)
+
+    def _check_cell(self, cell: Cell) -> None:
+        """Raises `UserError` when a cell's folder holds a run of another config than it has now."""
+        folder = self.path(cell)
+        if not (folder / CONFIG).exists():
+            return
+        if changes := difference(read_config(folder), self.configs[cell.name]):
+            raise UserError(
+                f"cell {cell.name}: {folder} holds a run of another config ({'; '.join(changes)}); delete "
+                "that folder to train it anew, or choose another --workdir"
+            )
+
     def write_plan(self, grid: dict) -> None:
         """Writes `sweep.json`; the cells of earlier calls stay in it."""
-        path = self.folder / "sweep.json"
-        plan = {"config": self.recipe, "given": self.given, "grid": grid, "cells": {}}
-        if path.exists():
-            old = json.loads(path.read_text())
-            if (old["config"], old["given"]) != (plan["config"], plan["given"]):
-                raise UserError(
-                    f"{self.folder} holds a sweep of {old['config']} with {old['given'] or 'no overrides'}; "
-                    "choose another --workdir"
-                )
-            plan["cells"] = old["cells"]
-        plan["cells"] |= {cell.name: cell.values for cell in self.cells}
-        _write_json(path, plan)
+        path = self.folder / SWEEP
+        cells = read_sweep(self.folder)["cells"] if path.exists() else {}
+        cells |= {cell.name: cell.values for cell in self.cells}
+        _write_json(path, {"config": self.recipe, "given": self.given, "grid": grid, "cells": cells})
 
     def outcome(self, cell: Cell) -> dict | None:
         """What came of a cell: done, diverged, or None while it is to be run or run on."""
-        recorded = self._recorded(cell)
+        recorded = self.recorded(cell)
         if recorded.get("status") == "diverged":
             return recorded
         records = read_metrics(self.path(cell))
@@ -100,23 +136,41 @@ class Sweep:
             return None
         if reason := _divergence(records):
             return {"status": "diverged", "reason": reason}
-        evaluated = not self.evaluation or any((self.path(cell) / "eval").glob("*.json"))
-        return {"status": "done", "reason": ""} if evaluated else None
+        return {"status": "done", "reason": ""} if self._evaluated(cell) else None
+
+    def _trained(self, cell: Cell) -> bool:
+        """Whether a cell's last log line and its last checkpoint are there."""
+        records, steps = read_metrics(self.path(cell)), self.configs[cell.name].steps
+        logged = bool(records) and records[-1]["step"] >= steps
+        return logged and (self.path(cell) / FOLDER / str(steps)).is_dir()
+
+    def _evaluated(self, cell: Cell) -> bool:
+        """Whether the file of a cell's last checkpoint has all that is asked for."""
+        if self.asked is None:
+            return True
+        try:
+            results = read_results(results_file(self.path(cell), self.configs[cell.name].steps))
+        except UserError:  # which the evaluation tells
+            return False
+        return self.asked.answered_by(results)
 
     def record(self, cell: Cell, outcome: dict, seconds: float | None) -> None:
         """Writes a cell's `cell.json`."""
-        path = self.path(cell) / "cell.json"
+        path = self.path(cell) / CELL
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_json(path, outcome | {"seconds": seconds})
 
-    def _recorded(self, cell: Cell) -> dict:
-        path = self.path(cell) / "cell.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+    def recorded(self, cell: Cell) -> dict:
+        """A cell's `cell.json`; {} where there is none, or a damaged one: the run tells what it said."""
+        try:
+            return read_outcome(self.path(cell)) or {}
+        except (OSError, ValueError):
+            return {}
 
     def row(self, cell: Cell) -> list[str]:
         """A cell's line in the live table."""
         records = read_metrics(self.path(cell))
-        recorded = self._recorded(cell)
+        recorded = self.recorded(cell)
         step, steps = (records[-1]["step"] if records else 0), self.configs[cell.name].steps
         scores = [r for r in records if any(name.startswith("valid/") for name in r)]
         losses = [scores[-1].get(f"valid/{name}/loss") if scores else None for name in self.names()]
@@ -146,74 +200,6 @@ def _divergence(records: list[dict]) -> str:
             f"the untrained model had {max(untrained):.3g}"
         )
     return ""
-
-
-class _Job:
-    """A cell that is running: one process after another."""
-
-    def __init__(self, sweep: Sweep, cell: Cell, slot: int, jobs: int):
-        self.sweep, self.cell, self.slot, self.jobs = sweep, cell, slot, jobs
-        self.start, self.waiting = time.monotonic(), deque(sweep.commands(cell))
-        self.log = sweep.folder / "logs" / f"{cell.name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        _clear(sweep.path(cell))
-        self.process = self._next()
-
-    def _next(self) -> subprocess.Popen:
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        own = cores[self.slot :: self.jobs] or cores
-        command, env = [sys.executable, *self.waiting.popleft()], os.environ | self.sweep.environment()
-        with self.log.open("a") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-        if own and self.jobs > 1:  # before its imports are done it has no other threads
-            os.sched_setaffinity(process.pid, own)
-        return process
-
-    def finished(self) -> bool:
-        """Whether the cell has come to its end, recorded then."""
-        if self.process.poll() is None:
-            return False
-        if self.process.returncode == 0 and self.waiting:
-            self.process = self._next()
-            return False
-        outcome = self.sweep.outcome(self.cell) if self.process.returncode == 0 else None
-        self.sweep.record(self.cell, outcome or self._failure(), time.monotonic() - self.start)
-        return True
-
-    def _failure(self) -> dict:
-        """What the log says last; a run that gave up on its numbers says that it diverged."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        reason = lines[-1][-500:] if lines else f"exit status {self.process.returncode}"
-        _, error, line = reason.rpartition("error: ")  # which a progress bar may precede in its line
-        reason = error + line
-        return {"status": "diverged" if "error: diverged" in reason else "failed", "reason": reason}
-
-
-def run_missing(sweep: Sweep, jobs: int) -> None:
-    """Runs the cells that are neither done nor diverged, `jobs` at a time, and shows how they stand."""
-    waiting: deque[Cell] = deque()
-    for cell in sweep.cells:
-        outcome = sweep.outcome(cell)
-        if outcome is None:
-            waiting.append(cell)
-        elif not (sweep.path(cell) / "cell.json").exists():  # run elsewhere
-            sweep.record(cell, outcome, None)
-    running: dict[int, _Job] = {}
-    board = Board(sweep.header())
-    try:
-        while waiting or running:
-            for slot in range(jobs):
-                if slot not in running and waiting:
-                    running[slot] = _Job(sweep, waiting.popleft(), slot, jobs)
-            board.show([sweep.row(cell) for cell in sweep.cells])
-            time.sleep(0.5)
-            running = {slot: job for slot, job in running.items() if not job.finished()}
-        board.show([sweep.row(cell) for cell in sweep.cells], final=True)
-    finally:
-        for job in running.values():
-            job.process.terminate()  # it saves, so that the sweep can go on from there
-        for job in running.values():
-            job.process.wait()
 
 
 def job_list(sweep: Sweep, launcher: str) -> str:
@@ -251,13 +237,6 @@ def _tpu_jobs(sweep: Sweep) -> str:
         + ["# When they are done, fetch the runs; the sweep command without --launch then reports on them:"]
         + fetches
     )
-
-
-def _clear(folder: Path) -> None:
-    """Takes away what an earlier try recorded, so that the folder is a run directory or nothing."""
-    (folder / "cell.json").unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -26,7 +26,7 @@ class TrainedRun:
 
     Attributes:
       workdir: its folder.
-      config: its config.
+      config: its config; how attention is computed is left to the device it is used on.
       tokenizer: its tokenizer.
       step: the checkpoint's.
       params: laid out on `mesh`.
@@ -70,6 +70,7 @@ def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
     """
     workdir = Path(workdir)
     config = read_config(workdir)
+    config.model.attention = "auto"  # kernels of the machine it was trained on bind nobody here
     mesh_config = configs.default_config().mesh  # use is data-parallel, however the run was trained
     mesh = sharding.make_mesh(mesh_config, jax.devices())
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))

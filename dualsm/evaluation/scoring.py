@@ -75,6 +75,11 @@ def encode_pair(tokenizer: Tokenizer, item: Item) -> tuple[list[int], list[int]]
     return whole[: len(first)], whole[len(first) :]
 
 
+def rows_at_once(mesh: jax.sharding.Mesh, length: int) -> int:
+    """How many rows of `length` tokens the devices of a mesh score at once, all of them together."""
+    return batch_devices(mesh) * max(1, _BATCH_TOKENS // length)
+
+
 class Scorer:
     """Scores items with a model's parameters."""
 
@@ -152,7 +157,7 @@ class Scorer:
         return fitting, cut
 
     def _batch_rows(self, length: int) -> int:
-        return batch_devices(self._mesh) * max(1, _BATCH_TOKENS // length)
+        return rows_at_once(self._mesh, length)
 
     def _score(self, batch: list[Row]) -> tuple[jax.Array, jax.Array]:
         """Sum of nll and whether all targets are the likeliest, for each row of a batch of one shape."""

@@ -55,6 +55,7 @@ class Validation:
         token_bytes_V: np.ndarray,
         mesh: jax.sharding.Mesh,
         samples: int = 1,
+        at_once: int | None = None,
     ):
         """
         Args:
@@ -63,14 +64,15 @@ class Validation:
           special: the tokenizer's special ids.
           rows: from `valid_rows`.
           token_bytes_V: bytes of text that each token stands for.
-          mesh: whose devices share the rows, as many at once as in a microbatch of training.
+          mesh: whose devices share the rows.
           samples: how often each row is scored, with other corruption each time.
+          at_once: rows scored at once, over all devices; None: as many as in a microbatch of training.
         """
         self._names = list(names)
         rows = tuple(np.tile(a, (samples, 1)) for a in rows)
+        at_once = at_once or config.batch_rows // config.microbatches
         self._batches = [
-            tuple(place_rows(mesh, part) for part in batch)
-            for batch in _batches(rows, config.batch_rows // config.microbatches, special.pad)
+            tuple(place_rows(mesh, part) for part in batch) for batch in _batches(rows, at_once, special.pad)
         ]
         self._strata = len(rows[0])
         objectives = mixture.bind(names, valid_options(config.objectives), special)

@@ -46,11 +46,21 @@ def test_a_cells_config_differs_from_the_recipe_in_its_values_alone():
 
 @pytest.mark.parametrize(
     ("read", "text"),
-    [(parse_axis, "repetitions"), (parse_axis, "=1"), (parse_cell, "a=1,b"), (parse_rule, "a=1,b=2")],
-)
+    [
+        (parse_axis, "repetitions"), (parse_axis, "=1"), (parse_axis, "a=1,"), (parse_axis, "a=,1"),
+        (parse_cell, "a=1,b"), (parse_cell, "a=1, b= "), (parse_rule, "a=1,b=2"), (parse_rule, "a=1,: b=2"),
+    ],
+)  # fmt: skip
 def test_what_does_not_read_is_refused(read, text):
-    with pytest.raises(UserError, match="does not read"):
+    flag = {parse_axis: "grid", parse_cell: "cell", parse_rule: "rule"}[read]
+    with pytest.raises(UserError, match=f"^--{flag}: .*does not read"):
         read(text)
+
+
+@pytest.mark.parametrize("text", ["l/8", "1/0", "1e400x", "9" * 400, "9" * 400 + "/1"])
+def test_an_alpha_that_is_no_share_is_refused(text):
+    with pytest.raises(UserError, match="alpha="):
+        apply(micro_config(), {"alpha": parse_axis(f"alpha={text}")[1][0]})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""The cells of a sweep run on this machine, some at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dualsm.analysis.cells import CELL
+from dualsm.analysis.grid import Cell
+from dualsm.analysis.sweep import Sweep
+from dualsm.errors import UserError
+from dualsm.progress import Board, say
+
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # what ends a sweep and its cells
+
+
+class _Job:
+    """A cell that is running: one process after another."""
+
+    def __init__(self, sweep: Sweep, cell: Cell, slot: int, jobs: int):
+        self.sweep, self.cell, self.slot, self.jobs = sweep, cell, slot, jobs
+        self.start, self.waiting, self.outcome = time.monotonic(), deque(sweep.remaining(cell)), {}
+        only_evaluated = len(self.waiting) < len(sweep.commands(cell))
+        self.before = (sweep.recorded(cell).get("seconds") or 0.0) if only_evaluated else 0.0
+        self.log = log_file(sweep, cell)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        _clear(sweep.path(cell))
+        self.process = self._next()
+
+    def _next(self) -> subprocess.Popen:
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        own = cores[self.slot :: self.jobs] or cores
+        command, env = [sys.executable, *self.waiting.popleft()], os.environ | self.sweep.environment()
+        with self.log.open("a") as log:
+            # In a session of its own: what a terminal sends to the sweep's processes would come twice, and a
+            # second signal ends a run without saving.
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+        if own and self.jobs > 1:  # before its imports are done it has no other threads
+            os.sched_setaffinity(process.pid, own)
+        return process
+
+    def finished(self) -> bool:
+        """Whether the cell has come to its end, recorded then."""
+        if self.process.poll() is None:
+            return False
+        if self.process.returncode == 0 and self.waiting:
+            self.process = self._next()
+            return False
+        outcome = self.sweep.outcome(self.cell) if self.process.returncode == 0 else None
+        self.outcome = outcome or self._failure()
+        self.sweep.record(self.cell, self.outcome, self.before + time.monotonic() - self.start)
+        return True
+
+    def _failure(self) -> dict:
+        """What the log says last; a run that gave up on its numbers says that it diverged."""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        reason = lines[-1][-500:] if lines else f"exit status {self.process.returncode}"
+        _, error, line = reason.rpartition("error: ")  # which a progress bar may precede in its line
+        reason = error + line
+        return {"status": "diverged" if "error: diverged" in reason else "failed", "reason": reason}
+
+
+def log_file(sweep: Sweep, cell: Cell) -> Path:
+    """What a cell's processes print."""
+    return sweep.folder / "logs" / f"{cell.name}.log"
+
+
+def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
+    """Runs the cells that are neither done nor diverged, `jobs` at a time, and shows how they stand.
+
+    Returns:
+      What came of each cell that was run, by its name.
+
+    Raises:
+      KeyboardInterrupt: after a signal that asks to stop, once the cells have saved and ended.
+    """
+    waiting: deque[Cell] = deque()
+    for cell in sweep.cells:
+        outcome = sweep.outcome(cell)
+        if outcome is None:
+            waiting.append(cell)
+        elif not sweep.recorded(cell):  # run elsewhere
+            sweep.record(cell, outcome, None)
+    running: dict[int, _Job] = {}
+    outcomes: dict[str, dict] = {}
+    board = Board(sweep.header())
+    with _noted_signals() as signals:
+        try:
+            while (waiting or running) and not signals:
+                for slot in range(jobs):
+                    if slot not in running and waiting:
+                        running[slot] = _Job(sweep, waiting.popleft(), slot, jobs)
+                board.show([sweep.row(cell) for cell in sweep.cells])
+                time.sleep(0.5)
+                ended = {slot: job for slot, job in running.items() if job.finished()}
+                outcomes |= {job.cell.name: job.outcome for job in ended.values()}
+                running = {slot: job for slot, job in running.items() if slot not in ended}
+            if signals:
+                name = signal.Signals(signals[0]).name
+                say(f"\n{name}: the cells finish their step and save (again: quit at once)")
+                raise KeyboardInterrupt
+            board.show([sweep.row(cell) for cell in sweep.cells], final=True)
+        finally:
+            _end([job.process for job in running.values()], signals)
+    return outcomes
+
+
+def check_outcomes(sweep: Sweep, outcomes: Mapping[str, dict]) -> None:
+    """Raises `UserError` with the first cell's reason when all cells that were run have failed."""
+    if not outcomes or any(outcome["status"] != "failed" for outcome in outcomes.values()):
+        return
+    first = next(cell for cell in sweep.cells if cell.name in outcomes)
+    reason = outcomes[first.name]["reason"].removeprefix("error: ")
+    count = f"all {len(outcomes)} cells" if len(outcomes) > 1 else "the one cell"
+    raise UserError(f"{count} that ran failed; {first.name}: {reason} (see {log_file(sweep, first)})")
+
+
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """The signals that ask to stop, in the order they come.
+
+    Raised where they happen to come they could lose a process that has just been started.
+    """
+    noted: list[int] = []
+    heeded = [number for number in _STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # as by nohup
+    before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in heeded}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(processes: Sequence[subprocess.Popen], signals: list[int]) -> None:
+    """Has processes save and end; those that another signal finds still at it are killed."""
+    for process in processes:
+        process.terminate()
+    known = len(signals)
+    while any(process.poll() is None for process in processes):
+        if len(signals) > known:
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+
+
+def _clear(folder: Path) -> None:
+    """Takes away what an earlier try recorded, so that the folder is a run directory or nothing."""
+    (folder / CELL).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,61 @@
+"""The file of a checkpoint's results: what is measured anew takes its place there, all else stays."""
+
+import json
+
+import pytest
+
+from dualsm.errors import UserError
+from dualsm.evaluation.results import Asked, merge, read_results
+
+
+def results(step=12, **parts) -> dict:
+    return {"workdir": "run", "checkpoint": step, "tasks": {}} | parts
+
+
+def test_each_task_mode_and_objective_is_replaced_alone():
+    old = results(
+        tasks={"blimp": {"causal": {"score": 1}, "masked": {"score": 2}}, "piqa": {"causal": {"score": 3}}},
+        held_out={"causal": {"n": 4}, "prefix": {"n": 5}},
+    )
+    new = results(
+        tasks={"blimp": {"masked": {"score": 6}, "prefix": {"score": 7}}}, held_out={"prefix": {"n": 8}}
+    )
+    assert merge(old, new) == results(
+        tasks={
+            "blimp": {"causal": {"score": 1}, "masked": {"score": 6}, "prefix": {"score": 7}},
+            "piqa": {"causal": {"score": 3}},
+        },
+        held_out={"causal": {"n": 4}, "prefix": {"n": 8}},
+    )
+    assert old["tasks"]["blimp"]["masked"] == {"score": 2}
+
+
+def test_the_first_results_are_merged_into_nothing(tmp_path):
+    new = results(tasks={"blimp": {"causal": {"score": 1}}})
+    assert json.dumps(merge(read_results(tmp_path / "none.json"), new)) == json.dumps(new)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", b"\xff", '{"tasks": 3}', '{"tasks": {"blimp": 3}}', '{"held_out": {"causal": 3}}'],
+)
+def test_damaged_results_are_told_in_one_line(tmp_path, content):
+    path = tmp_path / "step_12.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"step_12.json is no file of dualsm.evaluate"):
+        read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "modes", "text"),
+    [
+        ([], ["causal"], "--tasks="),
+        (["valid"], [], "--modes="),
+        (["valid"], ["telepathy"], "'telepathy'"),
+        (["telepathy"], ["causal"], "'telepathy'"),
+        (["blimp"], ["causal"], "--task_data"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(tasks, modes, text):
+    with pytest.raises(UserError, match=text):
+        Asked(tasks, modes).check()

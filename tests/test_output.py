@@ -1,0 +1,32 @@
+"""Files of results: whole or not there, and impossible ones are told of before the work."""
+
+import pytest
+
+from dualsm.errors import UserError
+from dualsm.output import check_output, write_output
+
+
+def test_a_file_and_its_folder_are_made(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    check_output(path, "--output")
+    for text in ("first", "second"):
+        write_output(path, text, "--output")
+        assert path.read_text() == text
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_no_file_and_nothing_is_left_aside(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="^--output=.* is a folder"):
+        check_output(tmp_path / "a", "--output")
+    with pytest.raises(UserError, match="^--output: cannot write"):
+        write_output(tmp_path / "a", "text", "--output")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(UserError, match="^--output: cannot make the folder"):
+        check_output(tmp_path / "a" / "b.json", "--output")
+    with pytest.raises(UserError, match="^--output: cannot write"):
+        write_output(tmp_path / "a" / "b.json", "text", "--output")
