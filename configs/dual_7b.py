@@ -27,7 +27,7 @@ def get_config(arg: str = ""):
     config.model.vocabulary = 51_200
     config.model.dtype = "bfloat16"
     config.model.remat = "matmuls"  # takes 28 of the 96 GiB of a chip
-    config.mesh.data, config.mesh.fsdp = 8, -1  # a chip has 64 rows of a matrix; fewer cost 1.4 times to gather
+    config.mesh.data, config.mesh.fsdp = 8, -1  # 64 rows of a matrix a chip; fewer cost 1.4 times to gather
     config.device_rows = 4
     config.loss.chunk = 1024  # its gradient is summed over the chips once a chunk
 

@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
     config = default_config()
     config.steps = 4096
     config.batch_rows = 256
-    config.row_tokens = 1024  # 1.07 billion tokens, about 40 a parameter: some 4 GB of text, or less and repetitions
+    config.row_tokens = 1024  # 1.07 billion tokens, 40 a parameter; some 4 GB of text, or less, repeated
     config.repetitions = args.get("repetitions", 1)
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
     if "alpha" in args:
