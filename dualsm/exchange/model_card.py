@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dualsm.config import save_config
 from dualsm.data.corpus import MANIFEST
+from dualsm.evaluation.results import results_file
 from dualsm.evaluation.run import TrainedRun
 from dualsm.exchange.run_folder import SOURCE
 from dualsm.training.metrics import read_metrics
@@ -103,7 +104,7 @@ def _mixture(run: TrainedRun) -> str:
 
 def _scores(run: TrainedRun) -> str:
     rows = []
-    results = _read(run.workdir / "eval" / f"step_{run.step}.json") or {}
+    results = _read(results_file(run.workdir, run.step)) or {}
     for task, modes in results.get("tasks", {}).items():
         for mode, result in modes.items():
             rows.append((task, mode, _score(result)))
