@@ -25,6 +25,7 @@ _FLASH = re.compile(r'name = "flash_(forward|backward_queries|backward_keys)"')
 _KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "forward": 2, "backward_queries": 3, "backward_keys": 4}
 _KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _MOVES_NOTHING = (
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call", "conditional",
     "after-all", "iota", "partition-id", "replica-id", "opt-barrier",
@@ -158,7 +159,7 @@ def _times(computations: dict, entry: str) -> tuple[dict[str, float], set[str]]:
             elif i.op == "conditional":
                 often_inside = often
                 branches = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
-                called = re.findall(r"[\w.\-]+", branches[1]) if branches else []
+                called = re.findall(r"[\w.\-]+", branches[1]) if branches else _BRANCHES.findall(i.rest)
             elif i.op in ("fusion", "call") or i.op.startswith("async"):
                 often_inside = often
             else:

@@ -155,13 +155,16 @@ def make_train_step(
         grads, stats = gradients(state.params, (example, weight_J[batch.objective_B]))
         weight = jnp.maximum(stats.counted_B.sum(), 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        # The learning rate is that of the step, however many updates were skipped before it.
-        updates, opt_state = optimizer.update(grads, at_step(state.opt_state, state.step), state.params)
-        params = optax.apply_updates(state.params, updates)
-
         gradient_norm = optax.global_norm(grads)
         finite = jnp.isfinite(gradient_norm) & jnp.isfinite(stats.nll_B.sum())
-        params, opt_state = _where(finite, (params, opt_state), (state.params, state.opt_state))
+
+        def update(params: dict, opt_state: optax.OptState):
+            # The learning rate is that of the step, however many updates were skipped before it.
+            updates, opt_state = optimizer.update(grads, at_step(opt_state, state.step), params)
+            return optax.apply_updates(params, updates), opt_state
+
+        # By a branch, not leaf by leaf with `where`, for which XLA's CPU compiler copies the state.
+        params, opt_state = jax.lax.cond(finite, update, lambda *old: old, state.params, state.opt_state)
 
         objective_BxJ = jax.nn.one_hot(batch.objective_B, len(names))
         new = Sums(

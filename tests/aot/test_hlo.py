@@ -22,6 +22,37 @@ def test_products_in_nested_loops_count_as_often_as_they_run():
     assert work.flops == 2 * 4 * 8 * 8 * (3 * 5 + 1)
 
 
+def test_products_in_branches_count():
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+    of_two = work_of(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: x, x), x, w)
+    of_more = work_of(lambda i, x, w: jax.lax.switch(i, [lambda x: x @ w, jnp.sin, jnp.cos], x), 1, x, w)
+    assert of_two.flops == of_more.flops == 2 * 4 * 8 * 8
+    # The GPUs' compiler writes a branch of two by names of its own.
+    text = BRANCH.replace("BRANCHES", "true_computation=%yes, false_computation=%no")
+    assert analyse(text, 1).flops == 2 * 4 * 8 * 8
+    text = BRANCH.replace("BRANCHES", "branch_computations={%no, %yes}")
+    assert analyse(text, 1).flops == 2 * 4 * 8 * 8
+
+
+BRANCH = """
+%yes (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %w = f32[8,8]{1,0} constant({...})
+  ROOT %y = f32[4,8]{1,0} dot(%p, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%no (q: f32[4,8]) -> f32[4,8] {
+  ROOT %q = f32[4,8]{1,0} parameter(0)
+}
+
+ENTRY %main (is: pred[], x: f32[4,8]) -> f32[4,8] {
+  %is = pred[] parameter(0)
+  %x = f32[4,8]{1,0} parameter(1)
+  ROOT %c = f32[4,8]{1,0} conditional(%is, %x, %x), BRANCHES
+}
+"""
+
+
 def test_a_slice_of_a_stack_is_read_not_the_stack():
     stack = jnp.ones((64, 128, 128))
     work = work_of(
