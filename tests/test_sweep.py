@@ -263,11 +263,14 @@ def test_a_terminals_interrupt_costs_no_steps(recipe, tmp_path):
     folder = tmp_path / "sweep"
     long = ("--config.steps=20000", "--config.checkpoint.every=20000", "--config.valid.every=20000")
     command = arguments(recipe, folder, *long, "--grid=repetitions=200", "--grid=alpha=1")
+    # Tests that a script runs in the background ignore SIGINT; processes inherit that, but no handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     cell, deadline = folder / "cells" / "repetitions=200,alpha=1", time.monotonic() + 120
     while len(read_metrics(cell)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
