@@ -45,8 +45,6 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,  # damaged metadata is met at restore, where it is passed over
             ),
-            # Compressing took most of a save's time, from the steps' cores too, for a seventh of the size.
-            item_handlers=ocp.PyTreeCheckpointHandler(use_compression=False),
         )
 
     def save(self, step: int, state, before: Callable[[], None] = lambda: None) -> None:
@@ -73,7 +71,7 @@ class Checkpoints:
             for damaged in sorted(self._damaged.intersection(self._manager.all_steps())):
                 self._manager.delete(damaged)
             self._damaged.clear()
-            save = ocp.args.PyTreeSave(state)
+            save = ocp.args.StandardSave(state)
             if not self._manager.save(step, args=save, custom_metadata={CHECKSUMS: sums()}):
                 raise FileExistsError(f"there is one of step {self._manager.latest_step()} already")
             self._writing = step
@@ -155,7 +153,7 @@ class Checkpoints:
         for step in steps:
             state, reason = None, "another process could not read it"
             try:
-                restored = self._manager.restore(step, args=_into(abstract_state))
+                restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
                 _verify(self._manager, step, restored)
                 state = restored
             except Exception as error:  # whatever a damaged file makes the readers raise
@@ -178,12 +176,6 @@ class Checkpoints:
         """Waits for what is being written."""
         with contextlib.suppress(Exception):  # a failed save was or is being reported
             self._manager.close()
-
-
-def _into(abstract_tree, **options) -> ocp.args.PyTreeRestore:
-    """What has Orbax restore into the shapes, types and layouts of `abstract_tree`."""
-    layouts = ocp.checkpoint_utils.construct_restore_args(abstract_tree)
-    return ocp.args.PyTreeRestore(abstract_tree, restore_args=layouts, **options)
 
 
 def _verify(manager: ocp.CheckpointManager, step: int, restored) -> None:
@@ -252,8 +244,13 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
     """
     step, folder = find_step(workdir, step), _folder(workdir)
     with _reader(folder) as manager:
+        restore = ocp.args.PyTreeRestore(
+            abstract_parts,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_parts),
+            partial_restore=True,
+        )
         try:
-            parts = manager.restore(step, args=_into(abstract_parts, partial_restore=True))
+            parts = manager.restore(step, args=restore)
             _verify(manager, step, parts)
         except Exception as error:  # whatever a damaged file makes the readers raise
             raise UserError(
