@@ -11,7 +11,8 @@ import abc
 import dataclasses
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece as spm
@@ -24,6 +25,9 @@ SPECIAL_PIECES = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>", "
 BYTE_PIECES = 256
 MINIMUM_VOCABULARY = 384  # the least multiple of 128 above RESERVED_IDS + BYTE_PIECES
 _SPACE_MARK = "\u2581"
+# Protocol buffers merge a message that is appended: these overwrite `normalizer_spec` fields of a model.
+_PLAIN_EDGES = bytes.fromhex("1a04 1800 2000")  # add_dummy_prefix, remove_extra_whitespaces: false
+_NO_NORMALISER = bytes.fromhex("1a06 1200 1800 2000")  # and an empty precompiled_charsmap
 _PIECE_BYTES = 2000  # text is cut into pieces of about this size to train on
 
 
@@ -75,12 +79,14 @@ class Tokenizer(abc.ABC):
       vocabulary: number of ids.
       special: the special ids.
       own_V: int32; the id that the file itself gives to each of our ids, -1 for ids it does not know.
+      lossless: the file guarantees `decode(encode([text])[0]) == text` for every text.
     """
 
     model: bytes
     vocabulary: int
     special: SpecialIds
     own_V: np.ndarray
+    lossless: bool
 
     @staticmethod
     def load(path: str) -> Tokenizer:
@@ -102,8 +108,14 @@ class Tokenizer(abc.ABC):
             raise UserError(f"tokenizer {path}: {error}") from error
 
     @abc.abstractmethod
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without `<s>` and `</s>`; text never becomes a special id."""
+    def encode(self, texts: Sequence[str], inside: bool = False) -> list[list[int]]:
+        """Returns the token ids of each text, without `<s>` and `</s>`; text never becomes a special id.
+
+        Args:
+          texts: any text.
+          inside: the texts continue other text. The tokenizer then does not treat their edges as those of a
+            document: it does not prepend a space and does not strip whitespace.
+        """
 
     @abc.abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
@@ -115,7 +127,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text that each id stands for, int32 of shape [vocabulary]; 0 for special ids."""
+        """Returns the bytes of text that each id stands for, int32 of shape [vocabulary]; 0 for special ids.
+
+        Only for lossless tokenizers is their sum the size of the encoded text.
+        """
 
     @abc.abstractmethod
     def from_own(self, own_S: np.ndarray) -> np.ndarray:
@@ -132,11 +147,11 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes):
         """Raises `UserError` when `model` is no SentencePiece model or lacks the special pieces."""
         self.model = model
-        self._processor = spm.SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(model)
+            self._processor = _processor(model)
             self.vocabulary = self._processor.vocab_size()
             pieces = self._processor.id_to_piece(list(range(self.vocabulary)))  # all must be UTF-8
+            self._inside = _processor(model + _PLAIN_EDGES)
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"not a SentencePiece model ({error})") from error
         self.special = SpecialIds(vocabulary=self.vocabulary)
@@ -148,18 +163,29 @@ class SentencePieceTokenizer(Tokenizer):
                     "train one with `python -m dualsm.prepare`, without --tokenizer"
                 )
         self.own_V = np.arange(self.vocabulary, dtype=np.int32)
+        self.lossless = self._is_lossless()
+        # SentencePiece spells a space as U+2581. Bytes keep the character itself, and keep spaces where the
+        # vocabulary has no U+2581.
+        self._as_bytes = re.compile(f"({_SPACE_MARK})" if _SPACE_MARK in pieces else f"([ {_SPACE_MARK}])")
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [
-            self._processor.encode(text) if _SPACE_MARK not in text else self._encode_marks(text)
-            for text in texts
-        ]
+    def _is_lossless(self) -> bool:
+        """Returns True for a model that neither normalises text nor lacks a byte."""
+        unchanged = _processor(self.model + _NO_NORMALISER).serialized_model_proto()
+        has_bytes = sum(self._processor.is_byte(list(range(self.vocabulary)))) == BYTE_PIECES
+        return has_bytes and self._processor.serialized_model_proto() == unchanged
 
-    def _encode_marks(self, text: str) -> list[int]:
-        """SentencePiece spells a space as U+2581; where a text has that character, bytes keep it."""
-        mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode("utf-8")]
-        first, *rest = self._processor.encode(text.split(_SPACE_MARK))
-        return first + [token for part in rest for token in (*mark, *part)]
+    def encode(self, texts: Sequence[str], inside: bool = False) -> list[list[int]]:
+        first = self._inside if inside else self._processor
+        return [self._encode(text, first) for text in texts]
+
+    def _encode(self, text: str, first: spm.SentencePieceProcessor) -> list[int]:
+        start, *others = self._as_bytes.split(text)
+        tokens = first.encode(start)
+        for character, part in zip(others[::2], others[1::2], strict=True):
+            for byte in character.encode("utf-8"):
+                tokens.append(self._processor.piece_to_id(f"<0x{byte:02X}>"))
+            tokens += self._inside.encode(part)
+        return tokens
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._processor.decode([int(t) for t in tokens if t >= RESERVED_IDS])
@@ -177,6 +203,13 @@ class SentencePieceTokenizer(Tokenizer):
             is_byte = self._processor.is_byte(token)
             sizes_V[token] = 1 if is_byte else len(piece.replace(_SPACE_MARK, " ").encode("utf-8"))
         return sizes_V
+
+
+def _processor(model: bytes) -> spm.SentencePieceProcessor:
+    """Loads a SentencePiece model."""
+    processor = spm.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
+    return processor
 
 
 def natural(ids: np.ndarray) -> np.ndarray:
@@ -215,6 +248,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> SentencePieceToken
             vocab_size=vocabulary,
             byte_fallback=True,
             character_coverage=0.9999,
+            required_chars=_SPACE_MARK,  # or texts without spaces give a vocabulary without them
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

@@ -8,7 +8,7 @@ special. Weights that come in or go out are permuted accordingly (dualsm/exchang
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -17,14 +17,20 @@ from dualsm.errors import UserError
 
 _REQUIRED = ("bos", "mask")  # without these no objective but the causal one would mean anything
 _HIGHEST_ID = (1 << 24) - 1  # there are arrays of that length
+_NESTED = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers")
+_NO_NORMALISER = {"type": "Sequence", "normalizers": []}
 _MULTIPLE = 128  # the vocabulary is filled up to one, as those trained here are
 
 
-class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` with its ids renumbered.
+_PROBES = (
+    " a  b \t\r\n c \u3000\u00a0\u200b\u2581 </s> ## \0\x7f\x85\ufeff",
+    "Aa \u00e9 e\u0301 \uff21 \ufb01 \u0130 \u4e00 \U0001f642\u200d \U0010ffff",
+    "do n't , ok . `` ''",
+)  # what normalisers, pre-tokenizers and decoders change most often
 
-    Whether text survives it unchanged, and so what bits per byte mean, is up to the file's normaliser.
-    """
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` with its ids renumbered."""
 
     def __init__(self, model: bytes):
         """Raises `UserError` for what is no tokenizer, and when `<mask>` or `<s>` is missing."""
@@ -34,17 +40,20 @@ class JsonTokenizer(Tokenizer):
             raise UserError("a tokenizer.json needs the extra: pip install 'dualsm[exchange]'") from error
         self.model = model
         try:
+            content = json.loads(model)
             self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
-            self._kinds = _kinds(json.loads(model))
+            self._inside = tokenizers.Tokenizer.from_str(json.dumps(_without_edges(content)))
+            self._kinds = _kinds(content)
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"not a tokenizer.json ({error})") from error
         for name in _REQUIRED:
             if self._tokenizer.token_to_id(SPECIAL_PIECES[name]) is None:
                 raise UserError(f"it has no {SPECIAL_PIECES[name]}; add it to the file as a special token")
-        self._tokenizer.add_special_tokens(list(SPECIAL_PIECES.values()))  # those there are keep their ids
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
+        for tokenizer in (self._tokenizer, self._inside):
+            tokenizer.add_special_tokens(list(SPECIAL_PIECES.values()))  # those there are keep their ids
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
 
         named = {name: self._tokenizer.token_to_id(piece) for name, piece in SPECIAL_PIECES.items()}
         added = self._tokenizer.get_added_tokens_decoder()
@@ -58,9 +67,14 @@ class JsonTokenizer(Tokenizer):
         known = np.flatnonzero(self.own_V >= 0)
         self._ours = np.full(self.own_V.max() + 1, self.special.unk)
         self._ours[self.own_V[known]] = known
+        # Normalisers may change texts that no probe has, so that a file with one guarantees nothing.
+        self.lossless = content.get("normalizer") is None and all(
+            self.decode(tokens) == text for text, tokens in zip(_PROBES, self.encode(_PROBES), strict=True)
+        )
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+    def encode(self, texts: Sequence[str], inside: bool = False) -> list[list[int]]:
+        tokenizer = self._inside if inside else self._tokenizer
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         return [self._ours[encoding.ids].tolist() if encoding.ids else [] for encoding in encodings]
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -110,6 +124,22 @@ def own_ids(named: dict[str, int], special: list[int], ids: list[int]) -> np.nda
     text = [token for token in ids if token not in taken]
     filling = [-1] * (-(RESERVED_IDS + len(text)) % _MULTIPLE)
     return np.concatenate([own, np.array([*text, *filling], np.int32)])
+
+
+def _without_edges(node):
+    """Returns the file's content without the parts that add or strip whitespace at the edges of a text."""
+    if isinstance(node, list):
+        return [_without_edges(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    inner = {key: _without_edges(node[key]) if key in _NESTED else value for key, value in node.items()}
+    if node.get("type") in ("Prepend", "Strip"):
+        return _NO_NORMALISER
+    if "add_prefix_space" in node:
+        inner["add_prefix_space"] = False
+    if "prepend_scheme" in node:
+        inner["prepend_scheme"] = "never"
+    return inner
 
 
 def _kinds(node) -> set[str]:

@@ -9,15 +9,37 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from dualsm.data.tokenizer import SPECIAL_PIECES, SentencePieceTokenizer
+from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SentencePieceTokenizer
+from dualsm.data.tokenizer_json import JsonTokenizer
+from dualsm.errors import UserError
 
 _SPACE_MARK = "\u2581"
 
 
 def to_json(tokenizer: SentencePieceTokenizer) -> str:
-    """The text of the `tokenizer.json`."""
+    """Returns the text of the `tokenizer.json`.
+
+    Raises:
+      UserError: when the file would encode text in another way, as for models with a normaliser or of
+        another type than BPE.
+    """
+    content = _convert(tokenizer)
+    # All pieces, in a fixed order other than their own, so that pieces meet that are no words together.
+    order = np.random.default_rng(0).permutation(np.arange(RESERVED_IDS, tokenizer.vocabulary))
+    text = tokenizer.decode(order)
+    if not tokenizer.lossless or JsonTokenizer(content.encode()).encode([text]) != tokenizer.encode([text]):
+        raise UserError(
+            "this SentencePiece model cannot be written as a tokenizer.json that encodes alike; export "
+            "supports BPE models without a normaliser, as `python -m dualsm.prepare --vocab_size` trains them"
+        )
+    return content
+
+
+def _convert(tokenizer: SentencePieceTokenizer) -> str:
+    """Returns the `tokenizer.json` of a BPE model without a normaliser."""
     model = SentencePieceProcessor()
     model.LoadFromSerializedProto(tokenizer.model)
     pieces = [model.id_to_piece(i).replace(_SPACE_MARK, " ") for i in range(tokenizer.vocabulary)]

@@ -54,10 +54,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
         raise UserError("a prompt is no valid Unicode: it holds half a surrogate pair") from error
     tokens, position = [tokenizer.special.bos], 0
     for match in _MASKS.finditer(prompt):
-        tokens += tokenizer.encode([prompt[position : match.start()]])[0]
+        tokens += tokenizer.encode([prompt[position : match.start()]], inside=position > 0)[0]
         tokens += [tokenizer.special.mask] * _count(match[1] or "1")
         position = match.end()
-    return tokens + tokenizer.encode([prompt[position:]])[0]
+    return tokens + tokenizer.encode([prompt[position:]], inside=position > 0)[0]
 
 
 def _count(digits: str) -> int:

@@ -1,10 +1,18 @@
 """The tokenizer is lossless and keeps its reserved ids."""
 
+import io
+import random
+
 import numpy as np
 import pytest
+import sentencepiece as spm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dualsm.data.tokenizer import RESERVED_IDS, SentencePieceTokenizer, Tokenizer, train_tokenizer
+from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.errors import UserError
+from dualsm.exchange.sentencepiece_json import to_json
 
 DIFFICULT = [
     "plain words",
@@ -58,11 +66,103 @@ def test_training_is_deterministic(documents):
     assert train_tokenizer(documents[:100], 384).model == train_tokenizer(documents[:100], 384).model
 
 
+ALPHABETS = {
+    "latin": "abcdefghijklmnopqrstuvwxyzäéßABC .,\n",
+    "han": "".join(map(chr, range(0x4E00, 0x4E80))),  # and not a single space
+    "arabic": "".join(map(chr, range(0x621, 0x64B))) + "\u064b\u0651 \u060c",
+    "emoji": "🙂🙃😀🎉👩👧\u200d\ufe0f🏽🇩🇪",
+    "code": "abcdefi_=()[]{}:#'\"\\ \n\t0123",
+}
+ODD = "\u2581 \0\ufffd\u2028\r\x85\ufeff\U0010ffff<mask></s>"
+
+
+def random_lines(alphabet, lines=300, size=60):
+    rng = random.Random(0)
+    return ["".join(rng.choice(alphabet) for _ in range(size)) for _ in range(lines)]
+
+
+@pytest.fixture(scope="module")
+def by_script():
+    return {name: train_tokenizer(random_lines(letters), 512) for name, letters in ALPHABETS.items()}
+
+
+def test_ten_thousand_strings_come_back_from_tokenizers_of_five_scripts(by_script):
+    sizes = {name: tokenizer.token_bytes() for name, tokenizer in by_script.items()}
+    exported = {name: JsonTokenizer(to_json(tokenizer).encode()) for name, tokenizer in by_script.items()}
+    seen = 0
+
+    @settings(max_examples=10_000, deadline=None, derandomize=True, database=None)
+    @given(st.one_of(st.text(), *(st.text(letters + ODD) for letters in ALPHABETS.values())))
+    def check(text):
+        nonlocal seen
+        seen += 1
+        for name, tokenizer in by_script.items():
+            tokens = tokenizer.encode([text])[0]
+            assert tokenizer.decode(tokens) == text
+            assert sizes[name][tokens].sum() == len(text.encode())
+            assert exported[name].encode([text])[0] == tokens
+
+    check()
+    assert seen >= 10_000
+
+
+def test_spaces_have_a_piece_in_a_vocabulary_of_text_without_spaces(by_script):
+    tokenizer = by_script["han"]
+    assert [tokenizer.piece(token) for token in tokenizer.encode(["丁 丂"])[0]] == ["丁", "▁", "丂"]
+
+
+def custom_model(texts, **options):
+    """A SentencePiece model with the special ids but other options than those of `train_tokenizer`."""
+    output = io.BytesIO()
+    settings = {
+        "vocab_size": 400,
+        "hard_vocab_limit": False,
+        "byte_fallback": True,
+        "pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "pad_piece": "<pad>",
+        "control_symbols": ["<mask>"] + [f"<reserved_{i}>" for i in range(5, RESERVED_IDS)],
+        "minloglevel": 2,
+    }  # fmt: skip
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=output, **(settings | options))
+    return SentencePieceTokenizer(output.getvalue())
+
+
+PLAIN = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+
+
+def test_a_vocabulary_without_a_piece_for_spaces_spells_them_in_bytes():
+    """Earlier versions trained such vocabularies."""
+    tokenizer = custom_model(random_lines(ALPHABETS["han"]), model_type="bpe", **PLAIN)
+    assert "▁" not in [tokenizer.piece(token) for token in range(tokenizer.vocabulary)]
+    text = " 丁 ▁ 丂"
+    tokens = tokenizer.encode([text])[0]
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.token_bytes()[tokens].sum() == len(text.encode())
+    assert JsonTokenizer(to_json(tokenizer).encode()).encode([text])[0] == tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "lossless"),
+    [
+        ({}, True),
+        ({"add_dummy_prefix": True}, False),
+        ({"remove_extra_whitespaces": True}, False),
+        ({"normalization_rule_name": "nfkc"}, False),
+        ({"byte_fallback": False, "vocab_size": 60}, False),
+    ],
+)
+def test_only_models_without_a_normaliser_are_lossless(options, lossless):
+    assert custom_model(random_lines(ALPHABETS["latin"]), **(PLAIN | options)).lossless is lossless
+
+
+def test_text_inside_other_text_gets_no_space_in_front():
+    tokenizer = custom_model(random_lines(ALPHABETS["latin"]), add_dummy_prefix=True)
+    assert tokenizer.piece(tokenizer.encode(["b"])[0][0]).startswith("▁")
+    for text in ("b", "  b "):
+        pieces = [tokenizer.piece(token) for token in tokenizer.encode([text], inside=True)[0]]
+        assert "".join(pieces) == text.replace(" ", "▁")
+
+
 def test_a_foreign_model_is_refused(tmp_path):
-    import io
-
-    import sentencepiece as spm
-
     output = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(["some words to train on"] * 10),

@@ -36,6 +36,19 @@ def make_tokenizer_json(texts, special=SPECIAL, seed=None) -> str:
     return json.dumps(content)
 
 
+def with_normalizers(tokenizer_json: str, *normalizers: dict) -> str:
+    """The same `tokenizer.json` with a normaliser."""
+    return json.dumps(
+        json.loads(tokenizer_json) | {"normalizer": {"type": "Sequence", "normalizers": list(normalizers)}}
+    )
+
+
+ADDING = (  # normalisers that add characters
+    {"type": "Prepend", "prepend": " "},
+    {"type": "Replace", "pattern": {"String": "\n"}, "content": "\n "},
+)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_json(documents) -> str:
     """A `tokenizer.json` whose special tokens lie anywhere among its ids."""

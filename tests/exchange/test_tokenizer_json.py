@@ -11,8 +11,9 @@ from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds, Toke
 from dualsm.data.tokenizer_json import JsonTokenizer, own_ids
 from dualsm.errors import UserError
 from dualsm.exchange.sentencepiece_json import to_json
-from tests.data.test_tokenizer import DIFFICULT
-from tests.exchange.conftest import SPECIAL, VOCABULARY, make_tokenizer_json
+from dualsm.generation.prompts import encode_prompt
+from tests.data.test_tokenizer import DIFFICULT, PLAIN, custom_model, random_lines
+from tests.exchange.conftest import ADDING, SPECIAL, VOCABULARY, make_tokenizer_json, with_normalizers
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,63 @@ def test_ours_as_json_is_the_same_tokenizer(corpus):
     np.testing.assert_array_equal(theirs.token_bytes(), ours.token_bytes())
     assert theirs.encode(DIFFICULT) == ours.encode(DIFFICULT)
     assert [theirs.piece(i) for i in range(300)] == [ours.piece(i).replace("\u2581", " ") for i in range(300)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, PLAIN, PLAIN | {"model_type": "bpe", "byte_fallback": False, "vocab_size": 60}]
+)
+def test_a_sentencepiece_model_that_would_encode_otherwise_as_json_is_refused(options):
+    with pytest.raises(UserError, match="cannot be written as a tokenizer.json"):
+        to_json(custom_model(random_lines("abcdef "), **options))
+
+
+NFC, STRIP = {"type": "NFC"}, {"type": "Strip", "strip_left": True, "strip_right": True}
+
+
+@pytest.mark.parametrize("normalizers", [(NFC,), (STRIP,), ADDING])
+def test_only_files_without_a_normaliser_are_lossless(tokenizer, tokenizer_json, normalizers):
+    assert tokenizer.lossless
+    assert not JsonTokenizer(with_normalizers(tokenizer_json, *normalizers).encode()).lossless
+
+
+def test_files_that_add_spaces_or_lack_characters_are_not_lossless(tokenizer_json):
+    content = json.loads(tokenizer_json)
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    assert not JsonTokenizer(json.dumps(content).encode()).lossless
+    content = json.loads(tokenizer_json)
+    lost = content["model"]["vocab"].pop("\u00f4")  # the byte that begins U+100000 and above
+    content["model"]["vocab"]["filler"] = lost
+    assert not JsonTokenizer(json.dumps(content).encode()).lossless
+
+
+def prefixing(tokenizer_json: str, how: str) -> JsonTokenizer:
+    """The tokenizer with one of the parts that put a space in front of a text."""
+    content = json.loads(tokenizer_json)
+    if how == "normalizer":
+        content = json.loads(with_normalizers(tokenizer_json, ADDING[0], STRIP, ADDING[0]))
+    elif how == "pre-tokenizer":
+        content["pre_tokenizer"]["add_prefix_space"] = True
+    else:
+        metaspace = {"type": "Metaspace", "replacement": " ", "prepend_scheme": how, "split": False}
+        content["pre_tokenizer"] = {
+            "type": "Sequence", "pretokenizers": [metaspace, content["pre_tokenizer"]]
+        }  # fmt: skip
+    return JsonTokenizer(json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("how", ["normalizer", "pre-tokenizer", "always", "first"])
+def test_text_inside_other_text_gets_no_space_in_front(tokenizer, tokenizer_json, how):
+    other = prefixing(tokenizer_json, how)
+    assert other.encode(["def"]) == tokenizer.encode([" def"])
+    for text in ("def", "  def ", "\n"):
+        assert other.encode([text], inside=True) == tokenizer.encode([text])
+
+
+@pytest.mark.parametrize("how", ["normalizer", "pre-tokenizer", "always", "first"])
+def test_a_prompt_gets_no_space_after_its_masks(tokenizer, tokenizer_json, how):
+    tokens = encode_prompt(prefixing(tokenizer_json, how), "def<mask:2>(self)<mask> return")
+    a, b, c = tokenizer.encode([" def", "(self)", " return"])
+    assert tokens == [2, *a, 4, 4, *b, 4, *c]
 
 
 def test_a_corpus_can_be_prepared_with_it(jsonl, tokenizer_json, documents, tmp_path):
