@@ -28,7 +28,7 @@ from dualsm.evaluation.results import HELD_OUT, OBJECTIVES, Asked, merge, read_r
 from dualsm.evaluation.run import TrainedRun, open_run
 from dualsm.evaluation.scoring import Item, Scorer, rows_at_once
 from dualsm.evaluation.tasks import TASKS, Question, load_task
-from dualsm.evaluation.validation import Validation, valid_rows
+from dualsm.evaluation.validation import BYTES_OF_TOKENS, Validation, valid_rows
 from dualsm.output import check_output, make_folder, write_output
 from dualsm.progress import say, table, warn
 from dualsm.sharding import batch_devices
@@ -93,11 +93,11 @@ def evaluate_held_out(run: TrainedRun, data: str, objectives: Sequence[str], sam
         raise UserError(f"--data={data} was made with another tokenizer than the run")
     corpus.verify("valid")
     tokens, special = run.config.row_tokens, run.tokenizer.special
-    rows = valid_rows(corpus.documents("valid"), tokens, 0, special.pad)
+    rows = valid_rows(corpus.documents("valid"), tokens, 0, special, run.tokenizer.token_bytes())
     devices = batch_devices(run.mesh)
     enough = -(-len(rows[0]) * samples // devices) * devices
     validation = Validation(
-        run.config, objectives, special, rows, run.tokenizer.token_bytes(), run.mesh, samples,
+        run.config, objectives, special, rows, run.mesh, samples,
         at_once=min(rows_at_once(run.mesh, tokens), enough),
     )  # fmt: skip
     results = {}
@@ -112,6 +112,7 @@ def evaluate_held_out(run: TrainedRun, data: str, objectives: Sequence[str], sam
             "nats_per_token": loss,
             "perplexity": math.exp(loss),
             "bits_per_byte": scores[f"valid/{name}/bits_per_byte"],
+            "bytes_of": "documents" if rows.exact else "tokens",
             "n": len(rows[0]),
             "samples": samples,
             "seconds": time.perf_counter() - start,
@@ -216,6 +217,8 @@ def _print(results: dict, modes: Sequence[str]) -> None:
             for name, r in held_out.items()
         ]
         say("\n" + table(["held-out text", "nats a token", "perplexity", "bits a byte", "draws"], rows))
+        if any(r["bytes_of"] == "tokens" for r in held_out.values()):
+            warn(BYTES_OF_TOKENS)
 
 
 def _task_table(tasks: dict, modes: Sequence[str]) -> str:

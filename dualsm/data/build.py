@@ -13,6 +13,7 @@ Everything is written to a folder beside the output, which is renamed when it is
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gzip
 import hashlib
@@ -32,11 +33,13 @@ from dualsm.data.tokenizer import Tokenizer, train_tokenizer
 from dualsm.data.workers import in_order, pool_of
 from dualsm.errors import UserError
 from dualsm.output import new_folder
-from dualsm.progress import bar, say
+from dualsm.progress import bar, say, warn
 
 _BUCKET_BYTES = 32 << 20  # text a worker holds at once
 _MINIMUM_BUCKETS = 8
 _ENCODE_BYTES = 1 << 20  # text handed to SentencePiece at once
+_ROUND_TRIP = ("documents", "identical", "bytes", "surviving_bytes")
+_VERIFIED_BYTES = 1 << 20  # text of each shard that is decoded again
 
 
 def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dict:
@@ -74,6 +77,8 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
         shutil.rmtree(aside / "buckets")
         manifest = _manifest(recipe, inputs, aside, tokenizer, counts, shards)
         (aside / corpus.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    if not quiet:
+        _warn_of_losses(manifest["round_trip"])
     return manifest
 
 
@@ -108,6 +113,15 @@ def _existing(recipe: Recipe, target: Path, inputs: dict) -> dict:
     return manifest
 
 
+def _warn_of_losses(sample: dict) -> None:
+    if sample["identical"] < sample["documents"]:
+        warn(
+            f"the tokenizer changes text: {sample['identical']:,} of {sample['documents']:,} documents of a "
+            f"sample come back as they were, and {sample['surviving_bytes'] / sample['bytes']:.2%} of their "
+            "bytes survive; bits per byte divide by all bytes"
+        )
+
+
 # --- tokenizer and second pass: sort, encode, write ----------------------------------------------------
 
 
@@ -132,11 +146,16 @@ def _train(recipe: Recipe, folder: Path, buckets: int, quiet: bool) -> Tokenizer
 
 @dataclasses.dataclass
 class _Shard:
-    """One bucket as written: per split a file, its numbers, and the lengths of its documents."""
+    """One bucket as written: per split a file, its numbers, and the documents' lengths and bytes.
+
+    `round_trip` counts documents and bytes of the sample that was decoded again, over both splits.
+    """
 
     splits: dict[str, dict]
     lengths: dict[str, np.ndarray]
+    bytes: dict[str, np.ndarray]
     duplicates: int
+    round_trip: collections.Counter
 
 
 def _encode(
@@ -161,14 +180,16 @@ class _Encoder:
         """Worker: sorts, de-duplicates, encodes and writes one bucket."""
         tokenizer = Tokenizer.load(str(self.folder / corpus.TOKENIZER))
         documents, duplicates = read_bucket(self.folder / "buckets", bucket)
-        shard = _Shard({}, {}, duplicates)
+        shard = _Shard({}, {}, {}, duplicates, collections.Counter())
         for split in corpus.SPLITS:
             texts = [text for valid, text in documents if valid == (split == "valid")]
             if not texts:
                 continue
             name = f"{split}-{bucket:05d}-of-{self.buckets:05d}.array_record"
             lengths = self._write(self.folder / name, texts, tokenizer)
+            shard.round_trip += _verify(self.folder / name, texts, lengths, tokenizer)
             shard.lengths[split] = lengths
+            shard.bytes[split] = np.array([len(text) for text in texts], "<i8")
             shard.splits[split] = {
                 "file": name,
                 "documents": len(texts),
@@ -199,6 +220,55 @@ class _Encoder:
         return np.array(lengths, "<i4")
 
 
+def _verify(path: Path, texts: list[bytes], lengths: np.ndarray, tokenizer: Tokenizer) -> collections.Counter:
+    """Decodes the first documents of a shard, read from disk, and compares them with their texts.
+
+    Documents are in the order of their hash, so that the first ones are a fair sample.
+
+    Returns:
+      Counts of the sample: documents, those that are identical, bytes, and bytes that survive.
+
+    Raises:
+      UserError: when a lossless tokenizer does not return a text.
+    """
+    sample = collections.Counter(dict.fromkeys(_ROUND_TRIP, 0))
+    reader = array_record_module.ArrayRecordReader(str(path))
+    dtype, first = corpus.token_dtype(tokenizer.vocabulary), 0
+    for text, length in zip(texts, lengths, strict=True):
+        last = first + int(corpus.record_count(length))
+        tokens = np.frombuffer(b"".join(reader.read(first, last)), dtype)
+        first, decoded = last, tokenizer.decode(tokens).encode("utf-8")
+        if tokenizer.lossless and decoded != text:
+            raise UserError(_difference(path.name, sample["documents"], text, decoded))
+        sample["documents"] += 1
+        sample["identical"] += decoded == text
+        sample["bytes"] += len(text)
+        sample["surviving_bytes"] += surviving_bytes(text.decode("utf-8"), decoded.decode("utf-8"))
+        if sample["bytes"] >= _VERIFIED_BYTES:
+            break
+    reader.close()
+    return sample
+
+
+def _difference(shard: str, number: int, text: bytes, decoded: bytes) -> str:
+    """Returns the message for a document that a lossless tokenizer changes."""
+    same = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), None)
+    at = min(len(text), len(decoded)) if same is None else same
+    before, after = (part[at : at + 12] for part in (text, decoded))
+    return (
+        f"{shard}: document {number} does not decode to its text, although the tokenizer is lossless; "
+        f"{before} became {after} at byte {at}; try again, and if that fails too report the document"
+    )
+
+
+def surviving_bytes(text: str, decoded: str) -> int:
+    """Returns the bytes of the characters of `text` that are in `decoded` as well, in any order."""
+    if text == decoded:
+        return len(text.encode("utf-8"))
+    common = collections.Counter(text) & collections.Counter(decoded)
+    return sum(count * len(character.encode("utf-8")) for character, count in common.items())
+
+
 def _batches(texts: list[bytes], size: int) -> Iterator[list[bytes]]:
     batch, held = [], 0
     for text in texts:
@@ -222,6 +292,12 @@ def _manifest(
         keys = ["documents", "tokens", "bytes"] + ["gzip_bytes"] * (split == "valid")
         splits[split] = {key: sum(part[key] for part in parts) for key in keys}
         splits[split] |= {"lengths": name, "lengths_sha256": corpus.sha256(aside / name), "shards": parts}
+    bytes_N = np.concatenate([shard.bytes["valid"] for shard in shards if "valid" in shard.bytes])
+    (aside / "valid-bytes.int64").write_bytes(bytes_N.tobytes())
+    splits["valid"] |= {
+        "document_bytes": "valid-bytes.int64",
+        "document_bytes_sha256": corpus.sha256(aside / "valid-bytes.int64"),
+    }
     identity = hashlib.sha256(tokenizer.model)
     for split in corpus.SPLITS:
         for part in splits[split]["shards"]:
@@ -236,6 +312,10 @@ def _manifest(
         "documents_read": counts.read,
         "documents_faulty": {kind: counts.faults[kind] for kind in readers.FAULTS},
         "documents_duplicate": sum(shard.duplicates for shard in shards),
+        "round_trip": {
+            "lossless": tokenizer.lossless,
+            **{key: sum(shard.round_trip[key] for shard in shards) for key in _ROUND_TRIP},
+        },
         "splits": splits,
         "arguments": dataclasses.asdict(recipe),
         "dualsm": __version__,

@@ -49,6 +49,11 @@ def sha256(path: epath.PathLike) -> str:
     return digest.hexdigest()
 
 
+def _array_keys(split: dict) -> list[str]:
+    """Returns the keys of a split's files that hold one number for each document."""
+    return ["lengths", *(["document_bytes"] if "document_bytes" in split else [])]
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -67,16 +72,21 @@ class Documents:
       lengths_N: tokens of each document, `<s>` and `</s>` included, int32.
       tokens: their sum.
       bytes: bytes of text of the split.
+      bytes_N: bytes of text of each document, int64; None for the training split, and for corpora that were
+        prepared by an earlier version.
     """
 
     def __init__(self, folder: epath.Path, split: dict, dtype: np.dtype):
         """Raises `UserError` when the files do not fit together."""
         self.tokens: int = split["tokens"]
         self.bytes: int = split["bytes"]
+        self.bytes_N = None
         self._dtype, self._remote = dtype, "://" in str(folder)
         try:
             self._source = ArrayRecordDataSource([str(folder / s["file"]) for s in split["shards"]])
             self.lengths_N = np.frombuffer((folder / split["lengths"]).read_bytes(), "<i4")
+            if "document_bytes" in split:
+                self.bytes_N = np.frombuffer((folder / split["document_bytes"]).read_bytes(), "<i8")
             records = len(self._source)
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"corpus {folder} is damaged: {_first_line(error)}") from error
@@ -85,6 +95,10 @@ class Documents:
         if records_N.sum() != records or self.lengths_N.sum(dtype=np.int64) != self.tokens:
             raise UserError(
                 f"corpus {folder}: {split['lengths']} does not fit its shards; prepare the corpus anew"
+            )
+        if self.bytes_N is not None and (len(self.bytes_N), self.bytes_N.sum()) != (len(self), self.bytes):
+            raise UserError(
+                f"corpus {folder}: {split['document_bytes']} does not fit its shards; prepare the corpus anew"
             )
 
     def __len__(self) -> int:
@@ -160,7 +174,7 @@ class Corpus:
         self.identity: str = self.manifest["identity"]
         for split in (self.manifest["splits"][name] for name in SPLITS):
             _positive(split["tokens"]), _positive(split["bytes"])
-            for name in [split["lengths"], *(s["file"] for s in split["shards"])]:
+            for name in [split[key] for key in _array_keys(split)] + [s["file"] for s in split["shards"]]:
                 if not re.fullmatch(r"\w[\w.-]*", name):
                     raise UserError(f"{self.folder / MANIFEST} names a file outside its folder: {name}")
             for shard in split["shards"]:
@@ -187,14 +201,20 @@ class Corpus:
 
     def documents(self, split: str) -> Documents:
         """The documents of "train" or "valid"."""
-        lengths = self.folder / self.manifest["splits"][split]["lengths"]
+        parts = self.manifest["splits"][split]
+        for key in _array_keys(parts):
+            self._check_array(self.folder / parts[key], parts[f"{key}_sha256"])
+        return Documents(self.folder, parts, token_dtype(self.vocabulary))
+
+    @staticmethod
+    def _check_array(path: epath.Path, expected: str) -> None:
+        """Raises `UserError` for a file that is missing or has changed."""
         try:
-            changed = sha256(lengths) != self.manifest["splits"][split]["lengths_sha256"]
+            changed = sha256(path) != expected
         except OSError as error:
-            raise UserError(f"{lengths} cannot be read: {error.strerror or error}") from error
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         if changed:
-            raise UserError(f"{lengths} is damaged: its content is not what was written")
-        return Documents(self.folder, self.manifest["splits"][split], token_dtype(self.vocabulary))
+            raise UserError(f"{path} is damaged: its content is not what was written")
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the corpus was made with."""

@@ -23,7 +23,7 @@ from dualsm.data.corpus import Corpus
 from dualsm.data.order import RowOrder
 from dualsm.data.pipeline import StepRows, read_steps
 from dualsm.errors import UserError
-from dualsm.evaluation.validation import Validation, valid_rows
+from dualsm.evaluation.validation import BYTES_OF_TOKENS, Validation, valid_rows
 from dualsm.hardware import peak_flops
 from dualsm.model.attention import plain_because
 from dualsm.model.flops import train_flops
@@ -150,8 +150,16 @@ class _Run:
         self.peak_flops = peak_flops(mesh.local_devices[0]) * mesh.size
         self.validation = None
         if scored := configs.valid_objectives(config):
-            rows = valid_rows(corpus.documents("valid"), config.row_tokens, config.valid.rows, special.pad)
-            self.validation = Validation(config, scored, special, rows, tokenizer.token_bytes(), mesh)
+            rows = valid_rows(
+                corpus.documents("valid"),
+                config.row_tokens,
+                config.valid.rows,
+                special,
+                tokenizer.token_bytes(),
+            )
+            if not rows.exact and distributed.leads():
+                warn(BYTES_OF_TOKENS)
+            self.validation = Validation(config, scored, special, rows, mesh)
 
     def go(self, stop: Callable[[int], bool]) -> bool:
         """Runs from the newest checkpoint to the end, or until `stop`; returns whether it is the end."""
