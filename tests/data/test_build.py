@@ -13,6 +13,7 @@ import pytest
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
 from dualsm.errors import UserError
+from tests.exchange.conftest import ADDING, make_tokenizer_json, with_normalizers
 
 
 def write_lines(path, texts):
@@ -45,6 +46,76 @@ def test_every_document_comes_back_byte_for_byte(tmp_path, texts):
     splits = manifest["splits"]
     assert sum(split["documents"] for split in splits.values()) == len(wanted)
     assert sum(split["bytes"] for split in splits.values()) == sum(len(t.encode()) for t in wanted)
+
+
+def make_with(tmp_path, texts, content: str, **options) -> dict:
+    """The manifest of a corpus whose tokenizer is the given `tokenizer.json`."""
+    (tmp_path / "tokenizer.json").write_text(content)
+    recipe = {"vocabulary": 0, "tokenizer": str(tmp_path / "tokenizer.json")} | options
+    return make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), **recipe)
+
+
+def test_the_manifest_has_the_bytes_of_each_held_out_document(tmp_path, texts):
+    texts += ["naïve 🙂 \u2028 line", "▁ piece", "中" * 5000]
+    make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), valid_fraction=0.5)
+    bytes_N = Corpus(str(tmp_path / "corpus")).documents("valid").bytes_N
+    assert bytes_N.tolist() == [len(text.encode()) for text in texts_of(tmp_path / "corpus", "valid")]
+
+
+def test_every_document_of_a_small_corpus_is_verified(tmp_path, texts):
+    manifest = make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts))
+    number = sum(split["documents"] for split in manifest["splits"].values())
+    size = sum(split["bytes"] for split in manifest["splits"].values())
+    assert manifest["round_trip"] == {
+        "lossless": True,
+        "documents": number,
+        "identical": number,
+        "bytes": size,
+        "surviving_bytes": size,
+    }
+
+
+def test_a_tokenizer_that_breaks_its_promise_fails_and_leaves_nothing(tmp_path, texts):
+    content = json.loads(make_tokenizer_json(texts))
+    rule = {"type": "Replace", "pattern": {"String": "qqq"}, "content": "q"}
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], rule]}
+    make_with(tmp_path, texts, json.dumps(content))
+    broken = (
+        r"-of-00008.array_record: document .* does not decode to its text.* b'qq\\n' became b'\\n' at byte 3"
+    )
+    with pytest.raises(UserError, match=broken):
+        make_with(tmp_path, [*texts, "a qqq\n"], json.dumps(content), name="other")
+    assert not list(tmp_path.glob("*other*"))
+
+
+@pytest.mark.parametrize(
+    ("normalizers", "identical", "surviving"),
+    [
+        ([{"type": "Lowercase"}], ["all small", "äö"], len("all smallapitalsäö".encode())),
+        ([{"type": "Replace", "pattern": {"String": "ä"}, "content": ""}], ["all small", "Capitals"], 19),
+        (ADDING, [], len("all smallCapitalsäö".encode())),
+    ],
+)
+def test_the_manifest_tells_how_much_text_survives(tmp_path, documents, normalizers, identical, surviving):
+    texts = ["all small", "Capitals", "äö"]
+    content = with_normalizers(make_tokenizer_json(documents[:50]), *normalizers)
+    manifest = make_with(tmp_path, texts, content, valid_fraction=0.7)
+    assert manifest["round_trip"] == {
+        "lossless": False,
+        "documents": 3,
+        "identical": len(identical),
+        "bytes": 21,
+        "surviving_bytes": surviving,
+    }
+
+
+def test_lost_text_is_told_of(tmp_path, documents, capsys):
+    content = with_normalizers(make_tokenizer_json(documents[:50]), {"type": "Lowercase"})
+    (tmp_path / "tokenizer.json").write_text(content)
+    path = write_lines(tmp_path / "a.jsonl", [f"Text {i}" for i in range(100)])
+    recipe = Recipe(input=path, tokenizer=str(tmp_path / "tokenizer.json"), valid_fraction=0.2)
+    build(recipe, str(tmp_path / "corpus"), workers=1)
+    assert "0 of 100 documents of a sample come back as they were, and 85.51% of" in capsys.readouterr().err
 
 
 def test_documents_start_and_end_with_their_marks(corpus):

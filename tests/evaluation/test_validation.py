@@ -1,6 +1,8 @@
 """Validation: the same task for every run, whatever the batch, and bits per byte that mean bits per byte."""
 
+import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,12 @@ import numpy as np
 import pytest
 
 from dualsm import sharding
+from dualsm.data.build import Recipe, build
+from dualsm.data.corpus import Corpus
 from dualsm.evaluation.validation import Validation, valid_rows
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.mixture import OBJECTIVES
+from tests.exchange.conftest import ADDING, make_tokenizer_json, with_normalizers
 
 
 def rows_of(corpus, length=32, count=0):
@@ -96,6 +101,81 @@ def test_causal_loss_and_bits_per_byte_by_hand(micro, corpus, rows, params):
                 targets.append(tokens[i + 1])
     assert scores["valid/causal/loss"] == pytest.approx(nats / len(targets), rel=1e-4)
     bits = nats / math.log(2) / sizes_V[np.array(targets)].sum()
+    assert scores["valid/causal/bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def adding(documents, tmp_path_factory):
+    """A corpus whose tokenizer adds characters to the text and does not know `#`."""
+    folder = tmp_path_factory.mktemp("adding")
+    content = json.loads(with_normalizers(make_tokenizer_json(documents[:50]), *ADDING))
+    content["model"]["vocab"]["filler"] = content["model"]["vocab"].pop("#")
+    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "#" not in "".join(pair)]
+    content["model"]["unk_token"] = "<unk>"
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:60]))
+    recipe = Recipe(
+        input=str(folder / "a.jsonl"), tokenizer=str(folder / "tokenizer.json"), valid_fraction=0.5
+    )
+    build(recipe, str(folder / "corpus"), workers=1, quiet=True)
+    return Corpus(str(folder / "corpus"))
+
+
+def scored_bytes(rows, unk=True) -> float:
+    """Bytes that the rows' targets stand for, with or without `<unk>`."""
+    tokens, documents, scale = rows[:3]
+    scored = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
+    scored &= unk | (tokens[:, 1:] != 1)
+    return float((scored * scale[:, :-1] * rows.token_bytes_V[tokens[:, 1:]]).sum(dtype=np.float64))
+
+
+def test_scored_bytes_are_those_of_the_documents_however_their_tokens_are_counted(adding):
+    documents, sizes_V = adding.documents("valid"), adding.tokenizer().token_bytes()
+    read = documents.read(range(len(documents)))
+    assert sum(sizes_V[tokens].sum() for tokens in read) > documents.bytes  # which would flatter
+    unknown = sum(int((tokens == 1).sum()) for tokens in read)
+    assert unknown > 3
+    rows = rows_of(adding)
+    assert rows.exact
+    assert scored_bytes(rows) == pytest.approx(documents.bytes, rel=1e-5)
+    # What never scores <unk> does not get its bytes.
+    assert scored_bytes(rows, unk=False) < documents.bytes
+    # Of a document that the last row cuts, its part: of bytes as of tokens.
+    for count in (1, 2, 7):
+        few, end = rows_of(adding, count=count), 32 * count + 1
+        np.testing.assert_array_equal(few.scale_VxL1[0], rows.scale_VxL1[0])
+        whole = int(np.searchsorted(np.cumsum(documents.lengths_N), end))
+        lower, upper = documents.bytes_N[:whole].sum(), documents.bytes_N[: whole + 1].sum()
+        assert lower * (1 - 1e-5) <= scored_bytes(few) <= upper * (1 + 1e-5)
+
+
+def test_rows_of_a_lossless_tokenizer_need_no_correction(corpus, rows):
+    assert rows.exact and (rows.scale_VxL1 == 1).all()
+    np.testing.assert_array_equal(rows.token_bytes_V, corpus.tokenizer().token_bytes())
+    assert scored_bytes(rows) == corpus.documents("valid").bytes
+
+
+def test_a_corpus_of_an_earlier_version_falls_back_to_the_bytes_of_tokens(corpus_path, rows, tmp_path):
+    shutil.copytree(corpus_path, tmp_path / "corpus")
+    manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
+    for key in ("document_bytes", "document_bytes_sha256"):
+        del manifest["splits"]["valid"][key]
+    del manifest["round_trip"]
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "corpus" / "valid-bytes.int64").unlink()
+    older = rows_of(Corpus(str(tmp_path / "corpus")))
+    assert not older.exact
+    for one, other in zip(older[:4], rows[:4], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_bits_per_byte_divide_by_the_bytes_of_the_documents(micro, adding):
+    micro.model.vocabulary = adding.vocabulary
+    documents, rows = adding.documents("valid"), rows_of(adding)
+    params = init_params(micro.model, jax.random.key(0))
+    scores = validation(micro, adding, rows, names=("causal",))(params)
+    nats = scores["valid/causal/loss"] * (documents.lengths_N - 1).sum()
+    bits = nats / math.log(2) / documents.bytes
     assert scores["valid/causal/bits_per_byte"] == pytest.approx(bits, rel=1e-4)
 
 
