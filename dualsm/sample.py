@@ -18,12 +18,11 @@ from absl import flags
 
 from dualsm import cli
 from dualsm.config import freeze
-from dualsm.data.tokenizer import RESERVED_IDS, Tokenizer
 from dualsm.errors import UserError
 from dualsm.evaluation.run import TrainedRun, open_run
 from dualsm.generation import causal, diffusion
 from dualsm.generation.pick import Picking
-from dualsm.generation.prompts import encode_prompt, read_prompts
+from dualsm.generation.prompts import encode_prompt, read_prompts, show
 from dualsm.output import check_output, write_output
 from dualsm.progress import warn
 
@@ -66,18 +65,6 @@ def run_mode(run: TrainedRun, prompts: list[list[int]]) -> Iterator[list[list[in
     unmasking = diffusion.Unmasking(_ORDER.value, _STEPS.value, _THRESHOLD.value, _BLOCK.value)
     texts = [p if special.mask in p else p + [special.mask] * _TOKENS.value for p in prompts]
     yield from diffusion.fill(config, run.params, texts, picking, unmasking, special, _SEED.value)
-
-
-def show(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """A text with its masks visible."""
-    parts, run = [], []
-    for token in tokens:
-        if token >= RESERVED_IDS:
-            run.append(token)
-        elif token == tokenizer.special.mask:
-            parts += [tokenizer.decode(run), "░"]
-            run = []
-    return "".join([*parts, tokenizer.decode(run)])
 
 
 def main(_: Sequence[str]) -> None:

@@ -174,6 +174,8 @@ class Corpus:
         self.identity: str = self.manifest["identity"]
         for split in (self.manifest["splits"][name] for name in SPLITS):
             _positive(split["tokens"]), _positive(split["bytes"])
+            if not all(isinstance(split[f"{key}_sha256"], str) for key in _array_keys(split)):
+                raise TypeError("a hash that is not a string")
             for name in [split[key] for key in _array_keys(split)] + [s["file"] for s in split["shards"]]:
                 if not re.fullmatch(r"\w[\w.-]*", name):
                     raise UserError(f"{self.folder / MANIFEST} names a file outside its folder: {name}")

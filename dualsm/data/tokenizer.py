@@ -118,8 +118,13 @@ class Tokenizer(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Text of token ids; special ids are left out."""
+    def decode(self, tokens: Iterable[int], inside: bool = False) -> str:
+        """Returns the text of token ids; special ids are left out.
+
+        Args:
+          tokens: ids.
+          inside: the tokens continue other text, so that a space in front is part of it.
+        """
 
     @abc.abstractmethod
     def piece(self, token: int) -> str:
@@ -187,8 +192,9 @@ class SentencePieceTokenizer(Tokenizer):
             tokens += self._inside.encode(part)
         return tokens
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        return self._processor.decode([int(t) for t in tokens if t >= RESERVED_IDS])
+    def decode(self, tokens: Iterable[int], inside: bool = False) -> str:
+        processor = self._inside if inside else self._processor
+        return processor.decode([int(t) for t in tokens if t >= RESERVED_IDS])
 
     def piece(self, token: int) -> str:
         return self._processor.id_to_piece(int(token))

@@ -17,8 +17,8 @@ from dualsm.errors import UserError
 
 _REQUIRED = ("bos", "mask")  # without these no objective but the causal one would mean anything
 _HIGHEST_ID = (1 << 24) - 1  # there are arrays of that length
-_NESTED = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers")
-_NO_NORMALISER = {"type": "Sequence", "normalizers": []}
+_NESTED = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers", "decoder", "decoders")
+_NOTHING = {"type": "Sequence", "normalizers": [], "decoders": []}  # as a normaliser or decoder
 _MULTIPLE = 128  # the vocabulary is filled up to one, as those trained here are
 
 
@@ -77,9 +77,10 @@ class JsonTokenizer(Tokenizer):
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         return [self._ours[encoding.ids].tolist() if encoding.ids else [] for encoding in encodings]
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Iterable[int], inside: bool = False) -> str:
+        tokenizer = self._inside if inside else self._tokenizer
         own = [int(self.own_V[token]) for token in tokens if token >= RESERVED_IDS]
-        return self._tokenizer.decode([t for t in own if t >= 0], skip_special_tokens=False)
+        return tokenizer.decode([t for t in own if t >= 0], skip_special_tokens=False)
 
     def piece(self, token: int) -> str:
         own = int(self.own_V[token])
@@ -134,7 +135,7 @@ def _without_edges(node):
         return node
     inner = {key: _without_edges(node[key]) if key in _NESTED else value for key, value in node.items()}
     if node.get("type") in ("Prepend", "Strip"):
-        return _NO_NORMALISER
+        return _NOTHING
     if "add_prefix_space" in node:
         inner["add_prefix_space"] = False
     if "prepend_scheme" in node:

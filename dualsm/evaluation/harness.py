@@ -155,7 +155,8 @@ class HarnessModel:
     def _settled(self, tokens: list[int]) -> str:
         """The text before the first mask."""
         mask = self._run.tokenizer.special.mask
-        return self._run.tokenizer.decode(tokens[: tokens.index(mask)] if mask in tokens else tokens)
+        settled = tokens[: tokens.index(mask)] if mask in tokens else tokens
+        return self._run.tokenizer.decode(settled, inside=True)
 
 
 def read_masks(masks: int | str | Sequence[int]) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def _convert(tokenizer: SentencePieceTokenizer) -> str:
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [_added(i, pieces[i]) for i in special],
+            "added_tokens": [added_token(i, pieces[i]) for i in special],
             "normalizer": None,
             "pre_tokenizer": None,
             "post_processor": begin_with_bos(tokenizer.special.bos),
@@ -105,6 +105,7 @@ def _sequence(name: str, kind: int) -> dict:
     return {"Sequence": {"id": name, "type_id": kind}}
 
 
-def _added(token: int, piece: str) -> dict:
+def added_token(token: int, piece: str) -> dict:
+    """Returns the entry of a special token."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token, "content": piece, **flags, "special": True}

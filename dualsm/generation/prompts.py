@@ -1,4 +1,4 @@
-"""Prompts out of files, and as token ids."""
+"""Prompts from files, as token ids, and as text with visible masks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer import RESERVED_IDS, Tokenizer
 from dualsm.errors import UserError
 
 _MASKS = re.compile(r"<mask(?::(\d+))?>")
@@ -58,6 +58,18 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
         tokens += [tokenizer.special.mask] * _count(match[1] or "1")
         position = match.end()
     return tokens + tokenizer.encode([prompt[position:]], inside=position > 0)[0]
+
+
+def show(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """Returns the text of token ids with its masks visible."""
+    parts, run = [], []
+    for token in tokens:
+        if token >= RESERVED_IDS:
+            run.append(token)
+        elif token == tokenizer.special.mask:
+            parts += [tokenizer.decode(run, inside=bool(parts)), "░"]
+            run = []
+    return "".join([*parts, tokenizer.decode(run, inside=bool(parts))])
 
 
 def _count(digits: str) -> int:

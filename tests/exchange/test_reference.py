@@ -1,5 +1,6 @@
 """The paper's released weights become a run and come back, unchanged, whatever the ids of their tokenizer."""
 
+import json
 import pickle
 import shutil
 
@@ -121,6 +122,23 @@ def test_the_run_trains_on_with_the_recipe_it_was_imported_for(bare, corpus_of_i
     assert losses[0] == pytest.approx(losses[-1], abs=1e-4)
     scores = evaluate_held_out(after, str(corpus_of_its_own), ["causal"], samples=1)
     assert scores["causal"]["nats_per_token"] == pytest.approx(losses[-1], rel=0.05)  # rows are more there
+    assert scores["causal"]["bytes_of"] == "documents"
+
+
+def test_bytes_that_are_summed_over_tokens_are_named(bare, corpus_of_its_own, tmp_path, capsys):
+    """As for corpora that earlier versions prepared."""
+    older, workdir = tmp_path / "corpus", tmp_path / "run"
+    shutil.copytree(corpus_of_its_own, older)
+    manifest = json.loads((older / "manifest.json").read_text())
+    for key in ("document_bytes", "document_bytes_sha256"):
+        del manifest["splits"]["valid"][key]
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    config = recipe_for(older)
+    load(bare / "model.safetensors", "", config, workdir)
+    assert train(config, workdir)
+    assert "bits per byte divide by bytes summed over tokens" in capsys.readouterr().err
+    scores = evaluate_held_out(open_run(workdir), str(older), ["causal"], samples=1)
+    assert scores["causal"]["bytes_of"] == "tokens"
 
 
 def test_export_gives_back_what_was_imported(imported, bare, tmp_path):

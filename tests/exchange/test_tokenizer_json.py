@@ -10,8 +10,8 @@ from dualsm.data.corpus import Corpus
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds, Tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer, own_ids
 from dualsm.errors import UserError
-from dualsm.exchange.sentencepiece_json import to_json
-from dualsm.generation.prompts import encode_prompt
+from dualsm.exchange.sentencepiece_json import added_token, to_json
+from dualsm.generation.prompts import encode_prompt, show
 from tests.data.test_tokenizer import DIFFICULT, PLAIN, custom_model, random_lines
 from tests.exchange.conftest import ADDING, SPECIAL, VOCABULARY, make_tokenizer_json, with_normalizers
 
@@ -155,6 +155,38 @@ def test_a_prompt_gets_no_space_after_its_masks(tokenizer, tokenizer_json, how):
     tokens = encode_prompt(prefixing(tokenizer_json, how), "def<mask:2>(self)<mask> return")
     a, b, c = tokenizer.encode([" def", "(self)", " return"])
     assert tokens == [2, *a, 4, 4, *b, 4, *c]
+
+
+@pytest.mark.parametrize("metaspace", [None, "first", "always"])
+def test_spaces_between_masks_are_shown(metaspace):
+    """With tokenizers like Llama's, which decode a text without the space that they put in front of it."""
+    letters = [*"abc", "\u2581", *(f"<0x{byte:02X}>" for byte in range(256))]
+    space, byte = (
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+    )
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    put = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": metaspace, "split": False}
+    content = {
+        "added_tokens": [added_token(i, piece) for i, piece in enumerate(SPECIAL_PIECES.values())],
+        "normalizer": None,
+        "pre_tokenizer": put,
+        "decoder": {**put, "type": "Metaspace"},
+        "model": {
+            "type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "merges": [],
+            "vocab": {piece: i for i, piece in enumerate([*SPECIAL_PIECES.values(), *letters])},
+        },
+    }  # fmt: skip
+    if metaspace is None:
+        prepend = {"type": "Prepend", "prepend": "\u2581"}
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        content["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
+        content["pre_tokenizer"] = None
+        content["decoder"] = {"type": "Sequence", "decoders": [space, byte, {"type": "Fuse"}, strip]}
+    tokenizer = JsonTokenizer(json.dumps(content).encode())
+    assert show(tokenizer, encode_prompt(tokenizer, "a b<mask> c <mask>c")) == "a b\u2591 c \u2591c"
+    assert tokenizer.decode(tokenizer.encode(["a b"])[0]) == "a b"
+    assert tokenizer.decode(tokenizer.encode([" b"], inside=True)[0], inside=True) == " b"
 
 
 def test_a_corpus_can_be_prepared_with_it(jsonl, tokenizer_json, documents, tmp_path):
