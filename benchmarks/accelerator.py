@@ -35,7 +35,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", "configs/dual_470m.py", "rec
 _ROWS = flags.DEFINE_integer("rows", 64, "a step and device, instead of the recipe's batch", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "over which the medians are taken", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "each contestant's share of a round")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 
 
 def check_attention(config: ConfigDict) -> None:

@@ -40,7 +40,7 @@ _WIDTH = flags.DEFINE_integer("width", 64, "numbers a head", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "of queries, keys and values")
 _QUERIES = flags.DEFINE_multi_integer("queries", [128, 256, 512], "queries of plain attention at a time")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "over which the medians are taken", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 
 PEER = "all queries"
 VOCABULARY = 512  # which tokens there are does not matter here

@@ -39,7 +39,7 @@ _TOPOLOGY = flags.DEFINE_string(
     "",
     "slice of a chip that the steps whose memory is looked at are compiled for; empty: this machine",
 )
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 
 SHALLOW, DEEP = 4, 24  # layers
 ROW_TOKENS, VOCABULARY = 2048, 51_200

@@ -31,12 +31,12 @@ from dualsm.data.order import RowOrder
 from dualsm.data.pipeline import StepRows, read_steps
 from dualsm.progress import say, table
 
-_CORPUS = flags.DEFINE_string("corpus", None, "folder made by `python -m dualsm.prepare`")
+_CORPUS = cli.DEFINE_path("corpus", None, "folder made by `python -m dualsm.prepare`")
 _INPUT = flags.DEFINE_string("input", readers.PYTHON_STDLIB, "text for `prepare`, as its own --input")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "over which the medians are taken", lower_bound=1)
 _PREPARES = flags.DEFINE_integer("prepares", 3, "rounds of `prepare`; 0: leave it out", lower_bound=0)
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "of reading, in each round")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 flags.mark_flags_as_required(["corpus"])
 
 SHAPES = ((8, 2048), (128, 128))  # rows a step, tokens a row

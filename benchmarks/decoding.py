@@ -28,10 +28,10 @@ from dualsm.generation.pick import Picking
 from dualsm.model.transformer import bind
 from dualsm.progress import say, table
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run")
 _POSITIONS = flags.DEFINE_list("positions", ["20", "200"], "where in the text to measure")
 _REPEATS = flags.DEFINE_integer("repeats", 60, "measurements at each position; their median counts")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 flags.mark_flags_as_required(["workdir"])
 
 _TOKENS = 8  # decoded in one measurement, around the position

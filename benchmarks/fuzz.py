@@ -29,7 +29,7 @@ _CASES = flags.DEFINE_integer("cases", 10_000, "files damaged, over all targets"
 _PROCESSES = flags.DEFINE_integer("processes", 3, "runs of every command as a process", lower_bound=0)
 _ONLY = flags.DEFINE_string("only", "", "targets whose names begin so; empty: all")
 _SEED = flags.DEFINE_integer("seed", 0, "of the cases")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 
 
 def main(_: Sequence[str]) -> None:

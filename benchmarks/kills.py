@@ -26,7 +26,7 @@ from tests.killing import STAGES, Kill, Killing, problems
 
 _KILLS = flags.DEFINE_integer("kills", 200, "how many", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of the moments")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 
 
 def main(_: Sequence[str]) -> None:

@@ -27,10 +27,10 @@ from dualsm.data.corpus import SPLITS, Corpus
 from dualsm.errors import UserError
 from dualsm.progress import say, table
 
-_CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "recipe, see configs/")
-_CORPUS = flags.DEFINE_string("corpus", None, "folder made by `python -m dualsm.prepare`")
+_CONFIG = cli.DEFINE_path("config", "configs/tiny.py", "recipe, see configs/")
+_CORPUS = cli.DEFINE_path("corpus", None, "folder made by `python -m dualsm.prepare`")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "over which the medians are taken", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 flags.mark_flags_as_required(["corpus"])
 
 # Stage -> what the first line after it begins with or holds; the stages follow each other.

@@ -26,7 +26,7 @@ _WORKDIR = flags.DEFINE_multi_string(
     "workdir", None, "folder of a run, or a pattern of such; repeat for each"
 )
 _PIECES = flags.DEFINE_integer("pieces", 500, "pieces of text, a row long, from the held-out documents")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 flags.mark_flags_as_required(["workdir"])
 
 

@@ -41,8 +41,8 @@ SHAPES = {
 _SHAPE = flags.DEFINE_enum("shape", "small", list(SHAPES), "sizes of the model")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "over which the medians are taken", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 10, "after a save; they must last longer than its writing")
-_WORKDIR = flags.DEFINE_string("workdir", "", "folder on the disk to write to; empty: the temporary one")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_WORKDIR = cli.DEFINE_path("workdir", "", "folder on the disk to write to; empty: the temporary one")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 
 
 def saved_config(shape: str) -> ConfigDict:

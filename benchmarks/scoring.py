@@ -27,11 +27,11 @@ from dualsm.evaluation.scoring import Scorer
 from dualsm.evaluation.tasks import Question, load_task
 from dualsm.progress import say, table
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
-_TASK_DATA = flags.DEFINE_string("task_data", None, "folder that holds blimp/*.jsonl")
+_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run")
+_TASK_DATA = cli.DEFINE_path("task_data", None, "folder that holds blimp/*.jsonl")
 _PAIRS = flags.DEFINE_integer("pairs", 1000, "pairs, spread evenly over the files", lower_bound=2)
 _SAMPLES = flags.DEFINE_integer("samples", 128, "draws of monte_carlo; 0: leave it out", lower_bound=0)
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 flags.mark_flags_as_required(["workdir", "task_data"])
 
 

@@ -33,7 +33,7 @@ _EVERY = flags.DEFINE_float("every", 0.5, "seconds between samples", lower_bound
 _WARM_UP = flags.DEFINE_float(
     "warm_up", 0.4, "share of the steps that is left out; memory settles late", lower_bound=0, upper_bound=0.9
 )
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results, all samples included; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results, all samples included; empty: none")
 
 STRETCHES = 20
 QUANTILE = 2.101  # of Student's t, 18 degrees of freedom, two-sided 95 percent

@@ -47,7 +47,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 11, "over which the medians are taken",
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "each contestant's share of a round")
 _KEEP = flags.DEFINE_bool("keep_memory", True, "as commands do; false: the C library's own ways")
 _TORCH = flags.DEFINE_bool("torch", True, "measure PyTorch too")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 
 
 def benchmark_config(shape: str, shares: dict[str, float]) -> ConfigDict:

@@ -17,6 +17,23 @@ from absl import app, flags, logging
 from dualsm.errors import UNREAD, UserError, explained, unread
 from dualsm.memory import keep_freed_memory
 
+flags.disclaim_key_flags()  # those of `DEFINE_path` belong to the command that calls it
+
+
+class _PathParser(flags.ArgumentParser):
+    """Expands `~`, which shells leave alone in `--flag=~/folder`."""
+
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def DEFINE_path(name: str, default: str | None, help: str) -> flags.FlagHolder[str]:
+    """Defines a flag for the path of a file or folder; `~` is expanded in its value."""
+    return flags.DEFINE(_PathParser(), name, default, help)
+
 
 def fail(message: str) -> None:
     """Prints one line to stderr and exits with status 2."""
@@ -63,9 +80,9 @@ def _text(error: BaseException) -> str:
 
 
 def find_configs(argv: Sequence[str]) -> list[str]:
-    """Arguments with `--config=dualsm:NAME` turned into the path of NAME, one of dualsm's own configs.
+    """Arguments with the paths of their configs: `~` expanded, and `--config=dualsm:NAME` turned into a path.
 
-    They lie in the installed package, or beside it in a checkout.
+    NAME is one of dualsm's own configs, in the installed package or beside it in a checkout.
 
     Raises:
       UserError: when there is no such config.
@@ -76,13 +93,14 @@ def find_configs(argv: Sequence[str]) -> list[str]:
         folder = package.parent / "configs"
     found = []
     for before, argument in itertools.pairwise(["", *argv]):
-        flag, is_own, value = argument.partition("dualsm:")
-        name, colon, rest = value.partition(":")
-        if is_own and (flag in ("--config=", "-config=") or (not flag and before in ("--config", "-config"))):
-            if not (name.isidentifier() and (folder / f"{name}.py").exists()):
+        flag = next((start for start in ("--config=", "-config=") if argument.startswith(start)), "")
+        if flag or before in ("--config", "-config"):
+            path = os.path.expanduser(argument.removeprefix(flag))
+            is_own, (name, colon, rest) = path.startswith("dualsm:"), path[7:].partition(":")
+            if is_own and not (name.isidentifier() and (folder / f"{name}.py").exists()):
                 names = ", ".join(sorted(path.stem for path in folder.glob("[a-z]*.py")))
                 raise UserError(f"--config=dualsm:{name}: there is no such config; there are {names}")
-            argument = f"{flag}{folder / name}.py{colon}{rest}"
+            argument = f"{flag}{folder / name}.py{colon}{rest}" if is_own else flag + path
         found.append(argument)
     return found
 

@@ -30,8 +30,8 @@ from dualsm.training.program import make_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, see configs/")
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"such as v5e:4x4, or h200:8; chips: {', '.join(CHIPS)}")
-_OUTPUT = flags.DEFINE_string("output", None, "file for the report as JSON")
-_HLO = flags.DEFINE_string("hlo", None, "file for the compiled program's text")
+_OUTPUT = cli.DEFINE_path("output", None, "file for the report as JSON")
+_HLO = cli.DEFINE_path("hlo", None, "file for the compiled program's text")
 flags.mark_flags_as_required(["config", "topology"])
 
 

@@ -18,14 +18,14 @@ from dualsm.evaluation.run import open_run
 from dualsm.exchange import huggingface, reference_folder
 
 _FORMAT = flags.DEFINE_string("format", None, "import: reference; export: huggingface or reference")
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; import makes it")
-_WEIGHTS = flags.DEFINE_string("weights", "", "import: safetensors file, or one that torch saved")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "import: default is tokenizer.json beside the weights")
+_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run; import makes it")
+_WEIGHTS = cli.DEFINE_path("weights", "", "import: safetensors file, or one that torch saved")
+_TOKENIZER = cli.DEFINE_path("tokenizer", "", "import: default is tokenizer.json beside the weights")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "import: recipe to train on with; default: the paper's, in the weights' shape"
 )
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "export: step; default: the newest")
-_OUTPUT = flags.DEFINE_string("output", "", "export: folder to make")
+_OUTPUT = cli.DEFINE_path("output", "", "export: folder to make")
 flags.mark_flags_as_required(["format", "workdir"])
 
 

@@ -33,23 +33,23 @@ from dualsm.output import check_output, make_folder, write_output
 from dualsm.progress import say, table, warn
 from dualsm.sharding import batch_devices
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run")
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of the checkpoint; default: the newest")
 _TASKS = flags.DEFINE_list("tasks", [HELD_OUT], f"{HELD_OUT} (held-out text), {', '.join(TASKS)}")
-_TASK_DATA = flags.DEFINE_string("task_data", "", "folder with the tasks' files")
+_TASK_DATA = cli.DEFINE_path("task_data", "", "folder with the tasks' files")
 _MODES = flags.DEFINE_list("modes", ["causal", "prefix", "masked"], f"of {', '.join(MODES)}")
 _MASKS = flags.DEFINE_list("masks", ["1", "4"], "masked: numbers of masks to average over")
 _SAMPLES = flags.DEFINE_integer("samples", 128, "monte_carlo: draws an item", lower_bound=1)
 _VALID_SAMPLES = flags.DEFINE_integer("valid_samples", 4, "held-out text: draws of a row", lower_bound=1)
 _LIMIT = flags.DEFINE_integer("limit", 0, "items a task; 0: all", lower_bound=0)
-_DATA = flags.DEFINE_string("data", "", "corpus of the held-out text; default: the run's own")
-_OUTPUT = flags.DEFINE_string(
+_DATA = cli.DEFINE_path("data", "", "corpus of the held-out text; default: the run's own")
+_OUTPUT = cli.DEFINE_path(
     "output",
     "",
     "JSON file for the results of this call; default: eval/step_N.json in the run's folder, which keeps what "
     "was measured of other tasks, modes and objectives",
 )
-_HARNESS_OUTPUT = flags.DEFINE_string(
+_HARNESS_OUTPUT = cli.DEFINE_path(
     "harness_output", "", "folder for the results as lm-evaluation-harness writes them, a file for each mode"
 )
 flags.mark_flags_as_required(["workdir"])

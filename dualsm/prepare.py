@@ -13,17 +13,20 @@ from absl import flags
 
 from dualsm import cli
 from dualsm.data.build import Recipe, build
+from dualsm.data.readers import SUFFIXES
+from dualsm.data.streams import COMPRESSIONS
 
 _INPUT = flags.DEFINE_string(
     "input",
     None,
-    "python-stdlib, or comma-separated files and globs (.jsonl[.gz|.zst] .txt .parquet .arrow .bin)",
+    f"python-stdlib, or comma-separated files and globs: {' '.join(SUFFIXES)}; "
+    f"text also compressed: {' '.join(COMPRESSIONS)}",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "folder to make")
+_OUTPUT = cli.DEFINE_path("output", None, "folder to make")
 _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", 0, "ids of the SentencePiece tokenizer to train, a multiple of 128", lower_bound=0
 )
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "tokenizer to use instead of training one")
+_TOKENIZER = cli.DEFINE_path("tokenizer", "", "tokenizer to use instead of training one")
 _TOKENIZER_BYTES = flags.DEFINE_integer(
     "tokenizer_bytes", Recipe.tokenizer_bytes, "bytes of text to train the tokenizer on", lower_bound=1
 )

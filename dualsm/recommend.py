@@ -22,13 +22,13 @@ from dualsm.output import check_output, write_output
 
 _UNIQUE = flags.DEFINE_float("unique_tokens", None, "tokens of text there are", lower_bound=1)
 _BUDGET = flags.DEFINE_float("budget", None, "tokens to train on, repeated ones included", lower_bound=1)
-_SWEEP = flags.DEFINE_string(
+_SWEEP = cli.DEFINE_path(
     "sweep", "", "folder of a sweep, or its table.csv; default: the table that comes with dualsm, if any"
 )
 _METRIC = flags.DEFINE_string(
     "metric", None, f"column of the table to do best in; default: {DEFAULT_METRIC} (the paper's rules: none)"
 )
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the answer")
+_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the answer")
 flags.mark_flags_as_required(["unique_tokens", "budget"])
 
 

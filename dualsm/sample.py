@@ -28,15 +28,13 @@ from dualsm.progress import warn
 
 MODES = (*causal.MODES, "diffusion")
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run")
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of the checkpoint; default: the newest")
 _MODE = flags.DEFINE_enum("mode", "causal", MODES, "how to generate")
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "prompt; repeat the flag for several, which are run together"
 )
-_PROMPTS = flags.DEFINE_string(
-    "prompts", "", "file of prompts: .jsonl with a field `prompt`, or a prompt a line"
-)
+_PROMPTS = cli.DEFINE_path("prompts", "", "file of prompts: .jsonl with a field `prompt`, or a prompt a line")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "tokens to add to a prompt without masks", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "draw among this many likeliest tokens; 0: all")
@@ -48,7 +46,7 @@ _THRESHOLD = flags.DEFINE_float("threshold", 0.0, "diffusion: settle all above t
 _BLOCK = flags.DEFINE_integer(
     "block", 0, "diffusion: settle blocks of this many tokens left to right; 0: all"
 )
-_OUTPUT = flags.DEFINE_string("output", "", "file for the texts, as JSON lines")
+_OUTPUT = cli.DEFINE_path("output", "", "file for the texts, as JSON lines")
 _WATCH = flags.DEFINE_bool("watch", None, "show tokens as they settle; default: on a terminal")
 flags.mark_flags_as_required(["workdir"])
 

@@ -27,7 +27,7 @@ from dualsm.progress import say
 GRID = ("repetitions=1,4,16,64", "alpha=0,1/8,1/2,7/8,1")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe of all cells, see configs/")
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the sweep")
+_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the sweep")
 _GRID = flags.DEFINE_multi_string(
     "grid", list(GRID), "KEY=VALUE,VALUE,...; repeat for each axis; alpha is the share of causal rows"
 )
@@ -40,7 +40,7 @@ _JOBS = flags.DEFINE_integer(
 )
 _LAUNCH = flags.DEFINE_enum("launch", "here", ("here", "slurm", "tpu"), "run here, or print the job list")
 _TASKS = flags.DEFINE_list("tasks", [], "tasks to evaluate each cell on, as in dualsm.evaluate")
-_TASK_DATA = flags.DEFINE_string("task_data", "", "folder with the tasks' files")
+_TASK_DATA = cli.DEFINE_path("task_data", "", "folder with the tasks' files")
 _MODES = flags.DEFINE_list("modes", ["causal", "prefix", "masked"], "modes to evaluate in")
 _LIMIT = flags.DEFINE_integer("limit", 0, "items a task; 0: all", lower_bound=0)
 flags.mark_flags_as_required(["config", "workdir"])

@@ -24,7 +24,7 @@ from dualsm.training.loop import train
 from dualsm.training.profile import parse_window, profiled
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, see configs/")
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; one that holds this run is resumed")
+_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run; one that holds this run is resumed")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where it is not recognised")
 _PROCESSES = flags.DEFINE_integer("processes", None, "of this job; 1 is this process alone", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)

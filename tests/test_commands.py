@@ -1,6 +1,7 @@
 """Commands as a user runs them: a mistake ends in one clear line and a non-zero exit."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from ml_collections import config_flags
 
 from dualsm import cli
 from dualsm.config import default_config, load_config, save_config
+from dualsm.data.corpus import Corpus
 from dualsm.errors import unread
 from tests.conftest import ROOT, command_env, run_command
 
@@ -258,3 +260,28 @@ def test_only_what_orbax_leaves_behind_is_dropped():
     for error in [*ours, left("x", "/orbax/read.py"), left("Event loop is closed", None)]:
         hook(error)
     assert shown == ours
+
+
+def test_a_home_folder_is_expanded_in_every_path(tmp_path, jsonl, monkeypatch):
+    """Shells leave the `~` of `--flag=~/folder` alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(jsonl, tmp_path / "d.jsonl")
+    process = run_command("dualsm.prepare", "--input=~/d.jsonl", "--output=~/c", "--vocab_size=512",
+                          "--tokenizer_bytes=50000", "--valid_fraction=0.05")  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "c" / "manifest.json").exists()
+    assert Corpus("~/c").vocabulary == 512
+    (tmp_path / "recipe.py").write_text("from tests.micro import micro_config as get_config\n")
+    assert_one_line(run_command("dualsm.train", "--config=~/recipe.py:~/none", "--workdir=~/w"), "no corpus")
+    assert_one_line(run_command("dualsm.sample", "--workdir=~/w"), f"{tmp_path}/w")
+    names = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}
+    assert names == {"d.jsonl", "c", "recipe.py"}
+
+
+def test_every_flag_for_a_path_is_defined_as_one():
+    modules = [*(ROOT / "dualsm").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    sources = [module.read_text() for module in modules]
+    paths = {name for source in sources for name in re.findall(r'cli\.DEFINE_path\(\s*"(\w+)"', source)}
+    strings = {name for source in sources for name in re.findall(r'flags\.DEFINE_string\(\s*"(\w+)"', source)}
+    assert {"workdir", "output", "tokenizer", "task_data"} <= paths
+    assert not paths & strings

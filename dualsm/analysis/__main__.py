@@ -12,7 +12,7 @@ from absl import flags
 from dualsm import cli
 from dualsm.analysis.reporting import as_text, report
 
-_SWEEP = flags.DEFINE_string("sweep", None, "folder of the sweep; it need not be finished")
+_SWEEP = cli.DEFINE_path("sweep", None, "folder of the sweep; it need not be finished")
 flags.mark_flags_as_required(["sweep"])
 
 

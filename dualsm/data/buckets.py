@@ -30,22 +30,23 @@ class Counts:
       held_out: usable documents of the split "valid", duplicates included.
       bytes: of usable text.
       faults: how many documents had each of `readers.FAULTS`.
-      last_fault: where the last one was.
+      last_faults: the place of the last one of each kind, and more about it.
     """
 
     read: int = 0
     held_out: int = 0
     bytes: int = 0
     faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    last_fault: str = ""
+    last_faults: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def judge(self, allowed: float, at_least: int) -> None:
         """Raises `UserError` when more than the allowed share of documents is faulty."""
         bad = self.faults.total()
         if bad > allowed * max(self.read, at_least):
             kinds = ", ".join(f"{n} {kind}" for kind, n in self.faults.most_common())
+            last = self.last_faults[self.faults.most_common(1)[0][0]]
             raise UserError(
-                f"{bad} of {self.read} documents are unusable ({kinds}), the last at {self.last_fault}; "
+                f"{bad} of {self.read} documents are unusable ({kinds}), the last at {last}; "
                 f"mend the input or raise --max_bad_fraction (now {allowed})"
             )
 
@@ -58,8 +59,8 @@ class Counts:
             raise UserError(f"--valid_input={recipe.valid_input} holds no documents")
         if usable == 1:
             raise UserError(
-                f"--input={recipe.input} is a single document (a .txt file is one), which cannot be both "
-                "trained on and held out; split it into several, or give --valid_input=FILES"
+                f"--input={recipe.input} is a single document, which cannot be both trained on and held out; "
+                "split it into several, or give --valid_input=FILES"
             )
         if self.held_out in (0, usable):
             split, hint = ("train", "lower") if self.held_out else ("valid", "raise")
@@ -91,8 +92,8 @@ class Scatter:
         counts = Counts()
         total = sum(readers.input_bytes(train_files + valid_files))
         blocks = itertools.chain(
-            ((b, False) for path in train_files for b in self._blocks(path)),
-            ((b, True) for path in valid_files for b in self._blocks(path)),
+            ((b, False) for path in train_files for b in self._blocks(path, len(train_files) == 1)),
+            ((b, True) for path in valid_files for b in self._blocks(path, len(valid_files) == 1)),
         )
         with bar(total=total, desc="reading", unit="B", unit_scale=True, disable=quiet) as progress:
             for read, held, size, faults, consumed in in_order(pool, self.one_block, blocks, 4 * workers):
@@ -102,7 +103,7 @@ class Scatter:
                 counts.bytes += size
                 for kind, where in faults:
                     counts.faults[kind] += 1
-                    counts.last_fault = f"{where} ({kind})"
+                    counts.last_faults[kind] = where
                 counts.judge(self.recipe.max_bad_fraction, _FAULTS_JUDGED_AFTER)
         counts.judge(self.recipe.max_bad_fraction, 0)
         counts.check_splits(self.recipe)
@@ -117,8 +118,8 @@ class Scatter:
         buckets = (read_bucket(self.folder, bucket)[0] for bucket in range(self.buckets))
         return any(not valid for documents in buckets for valid, _ in documents)
 
-    def _blocks(self, path: str) -> Iterator[readers.Block]:
-        return readers.read_blocks(path, self.recipe.text_key, self.recipe.max_document_bytes)
+    def _blocks(self, path: str, divide: bool) -> Iterator[readers.Block]:
+        return readers.read_blocks(path, self.recipe.text_key, self.recipe.max_document_bytes, divide)
 
     def _parse(self, item: bytes | None, form: str) -> str:
         return readers.parse(item, form, self.recipe.text_key, self.recipe.tokenizer)
@@ -136,7 +137,7 @@ class Scatter:
             try:
                 text = self._parse(item, block.form).encode("utf-8")
             except readers.Fault as fault:
-                faults.append((fault.kind, f"{block.path}, line {block.first + offset}"))
+                faults.append((fault.kind, f"{block.place(offset)} ({fault})"))
                 continue
             size += len(text)
             digest = hashlib.blake2b(text, digest_size=16).digest()

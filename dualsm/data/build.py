@@ -55,7 +55,7 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
       UserError: for bad input, or when `output` holds something else.
     """
     recipe.check()
-    target = Path(output)
+    target = Path(output).expanduser()
     train_files = readers.find_inputs(recipe.input)
     valid_files = readers.find_inputs(recipe.valid_input) if recipe.valid_input else []
     inputs = _inputs(train_files, valid_files)

@@ -150,7 +150,7 @@ class Corpus:
 
     def __init__(self, path: str):
         """Raises `UserError` when `path` holds no whole corpus."""
-        self.folder = epath.Path(path)
+        self.folder = epath.Path(path).expanduser()
         try:
             self.manifest = json.loads((self.folder / MANIFEST).read_text())
         except OSError as error:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
-import gzip
-import io
 import json
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -20,18 +19,22 @@ from pathlib import Path
 
 import numpy as np
 
+from dualsm.data import streams
 from dualsm.data.columns import read_column
 from dualsm.data.megatron import read_documents
+from dualsm.data.text import likely_encoding, parse_json, without_bom
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
-_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES = (*_LINES, ".txt", ".parquet", ".arrow", ".bin")
+_LINES = (".jsonl", ".ndjson", ".json")
+_DIVIDED = (".train", ".dev", ".test")  # BabyLM's, whose files are of many documents
+_TEXTS = (".txt", *_DIVIDED)
+_COLUMNS = (".parquet", ".arrow")
+SUFFIXES = (*_LINES, *_TEXTS, *_COLUMNS, ".bin")
 FAULTS = ("bad_json", "no_text", "invalid_utf8", "empty_text", "too_long", "unknown_id")
-_BLOCK_BYTES = 1 << 20
-_ZSTD_PIECE = 128  # compressed bytes taken at once: 32 blocks at most, which unpack to 4 MiB
-_LARGER_WHEN_UNPACKED = {".gz": 4, ".zst": 4, ".parquet": 3, ".bin": 2}  # rough ratios, for sizing only
+_MOST_KEYS = 8  # of a JSON object, in an error
+_LARGER_WHEN_UNPACKED = dict.fromkeys(streams.COMPRESSIONS, 4) | {".parquet": 3, ".bin": 2}  # roughly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Block:
 
     Attributes:
       path: the file.
-      form: "jsonl" (each item is a line of JSON), "text" (each item is a document) or "ids" (each item is
-        a document as int64 token ids).
+      form: "jsonl" (each item is a line of JSON), "json" (each item is a JSON object), "text" (each item is a
+        document) or "ids" (each item is a document as int64 token ids).
       first: number of the first item in its file, counted from 1 (lines of .jsonl, rows of .parquet).
       items: the undecoded documents; None stands for one that was longer than allowed.
       consumed: bytes of the input this block accounts for, for progress.
@@ -53,12 +56,16 @@ class Block:
     items: list[bytes | None]
     consumed: int
 
+    def place(self, index: int) -> str:
+        """Returns the file and number of an item, for people."""
+        return f"{self.path}, {'line' if self.form == 'jsonl' else 'document'} {self.first + index}"
+
 
 class Fault(ValueError):
-    """A document that cannot be used; `kind` is one of `FAULTS`."""
+    """A document that cannot be used; `kind` is one of `FAULTS`, and its text says more."""
 
-    def __init__(self, kind: str):
-        super().__init__(kind)
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind = kind
 
 
@@ -67,7 +74,7 @@ def find_inputs(pattern: str) -> list[str]:
 
     Args:
       pattern: `python-stdlib`, or comma-separated paths and globs (`**` crosses folders). A folder must be
-        one that the library `datasets` saved.
+        one that the library `datasets` saved. A file that exists is not taken for a glob or a list.
 
     Raises:
       UserError: when a part of the pattern matches nothing, or a file of unknown kind.
@@ -77,20 +84,44 @@ def find_inputs(pattern: str) -> list[str]:
         skip = {"site-packages", "dist-packages", "__pycache__"}
         paths = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
         return [str(p) for p in sorted(paths) if p.stat().st_size > 0]
+    is_one = os.path.exists(os.path.expanduser(pattern))
     paths = []
-    for part in filter(None, pattern.split(",")):
-        is_folder = Path(part).is_dir()
-        matches = _saved_dataset(part) if is_folder else sorted(glob.glob(part, recursive=True))
-        matches = [path for path in matches if Path(path).is_file()]
+    for part in [pattern] if is_one else filter(None, pattern.split(",")):
+        matches = [path for path in _matches(os.path.expanduser(part)) if os.path.isfile(path)]
         if not matches:
-            raise UserError(f"--input: no file matches {part!r}")
+            raise UserError(f"--input: no file matches {part!r}; check the path, or quote the glob")
         paths += matches
     if not paths:
         raise UserError("--input is empty; give files, globs or python-stdlib")
     for path in paths:
-        if not path.endswith(SUFFIXES):
-            raise UserError(f"--input: {path} is none of {', '.join(SUFFIXES)}")
-    return paths
+        if _suffix(path) not in SUFFIXES:
+            raise UserError(
+                f"--input: {path} is none of {', '.join(SUFFIXES)}; text may be compressed too "
+                f"({', '.join(streams.COMPRESSIONS)})"
+            )
+    return list(dict.fromkeys(paths))
+
+
+def _matches(part: str) -> list[str]:
+    """A file or folder of that name, else what the glob matches; folders that exist are not globs."""
+    if os.path.isdir(part):
+        return _saved_dataset(part)
+    if os.path.exists(part):
+        return [part]
+    folder, names = "", part.split("/")
+    while len(names) > 1 and os.path.isdir(f"{folder}{names[0]}/"):
+        folder += f"{names.pop(0)}/"
+    found = glob.glob("/".join(names), root_dir=folder or None, recursive=True)
+    return [folder + name for name in sorted(found)]
+
+
+def _suffix(path: str) -> str:
+    """The end of a name that says how a file is read; compressed files other than text have none."""
+    stem, suffix = os.path.splitext(path.lower())
+    if suffix not in streams.COMPRESSIONS:
+        return suffix
+    suffix = os.path.splitext(stem)[1]
+    return suffix if suffix in (*_LINES, *_TEXTS) else ""
 
 
 def _saved_dataset(folder: str) -> list[str]:
@@ -116,28 +147,26 @@ def unpacked_bytes(paths: list[str]) -> int:
     return sum(Path(path).stat().st_size * _LARGER_WHEN_UNPACKED.get(Path(path).suffix, 1) for path in paths)
 
 
-def read_blocks(path: str, text_key: str, max_bytes: int) -> Iterator[Block]:
+def read_blocks(path: str, text_key: str, max_bytes: int, divide: bool = False) -> Iterator[Block]:
     """Blocks of one file, bounded in memory whatever the size of the file.
 
     Args:
       path: the file; its suffix says how to read it.
       text_key: column of the text in a .parquet or .arrow file.
       max_bytes: documents longer than this are passed over (as None).
+      divide: cut a text file into documents at blank lines; otherwise it is one document.
 
     Raises:
-      UserError: when the file cannot be read or its compression is broken, with its name.
+      UserError: when the file cannot be read, its compression is broken or it is not UTF-8, with its name.
     """
     try:
-        if path.endswith((".parquet", ".arrow")):
+        suffix = _suffix(path)
+        if suffix in _COLUMNS:
             yield from _column_blocks(path, text_key, max_bytes)
-        elif path.endswith(".bin"):
+        elif suffix == ".bin":
             yield from _id_blocks(path, max_bytes)
-        elif path.endswith(_LINES):
-            yield from _line_blocks(path, max_bytes)
         else:
-            size = Path(path).stat().st_size
-            item = Path(path).read_bytes() if size <= max_bytes else None
-            yield Block(path, "text", 1, [item], size)
+            yield from _text_blocks(path, max_bytes, divide or suffix in _DIVIDED)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -157,105 +186,67 @@ def parse(item: bytes | None, form: str, text_key: str, tokenizer: str = "") -> 
     if item is None:
         raise Fault("too_long")
     try:
-        text = item.decode("utf-8") if form != "ids" else _spell_out(item, tokenizer)
-    except UnicodeDecodeError as error:
-        raise Fault("invalid_utf8") from error
-    if form == "jsonl":
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise Fault("bad_json") from error
-        text = value.get(text_key) if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            raise Fault("no_text")
-        try:
+        if form == "ids":
+            text = _spell_out(item, tokenizer)
+        elif form == "text":
+            text = without_bom(item).decode("utf-8")
+        else:
+            text = _field(item, text_key)
             text.encode("utf-8")  # JSON can spell lone surrogates, which are no text
-        except UnicodeEncodeError as error:
-            raise Fault("invalid_utf8") from error
+    except UnicodeDecodeError as error:
+        raise Fault("invalid_utf8", likely_encoding(item)) from error
+    except UnicodeEncodeError as error:
+        detail = "lone surrogates" if item.isascii() else likely_encoding(item)
+        raise Fault("invalid_utf8", detail) from error
     if not text.strip():
         raise Fault("empty_text")
     return text
 
 
-def _line_blocks(path: str, max_bytes: int) -> Iterator[Block]:
-    """Blocks of lines; `consumed` counts compressed bytes."""
-    with open(path, "rb", _BLOCK_BYTES) as raw, _decompressed(raw, path) as stream:
-        number, position = 0, 0
-        items: list[bytes | None] = []
-        held = 0
-        for line in _lines(stream, max_bytes):
-            number += 1
-            items.append(line)
-            held += len(line or b"") + 64
-            if held >= _BLOCK_BYTES:
-                consumed, position = raw.tell() - position, raw.tell()
-                yield Block(path, "jsonl", number - len(items) + 1, items, consumed)
-                items, held = [], 0
-        yield Block(path, "jsonl", number - len(items) + 1, items, raw.tell() - position)
-
-
-def _decompressed(raw: io.BufferedReader, path: str):
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if path.endswith(".zst"):
-        return io.BufferedReader(_ZstdReader(raw), 1 << 18)
-    return raw
-
-
-class _ZstdReader(io.RawIOBase):
-    """What zstandard frames hold, one after another; an end inside a frame is an error, as it is in gzip.
-
-    zstandard's own file-like reader takes any end of the file for the end of the text.
-    """
-
-    def __init__(self, raw: io.BufferedReader):
-        self._raw, self._piece, self._frame = raw, b"", None
-        self._text = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._text:
-            self._piece = self._piece or self._raw.read(_ZSTD_PIECE)
-            if not self._piece and self._frame is None:
-                return 0
-            if not self._piece:
-                raise EOFError("the compressed file is cut short: it ends inside a frame")
-            self._text = memoryview(self._unpack())
-        size = min(len(buffer), len(self._text))
-        buffer[:size], self._text = self._text[:size], self._text[size:]
-        return size
-
-    def _unpack(self) -> bytes:
-        """What the piece holds of the frame it belongs to; the frames after that stay in the piece."""
-        import zstandard
-
-        self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-        try:
-            text = self._frame.decompress(self._piece)
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from error
-        self._piece = self._frame.unused_data
-        if self._frame.eof:
-            self._frame = None
+def _field(item: bytes, text_key: str) -> str:
+    """The text of a JSON object, with lone surrogates in place of what is not UTF-8."""
+    try:
+        value = parse_json(item)
+    except ValueError as error:
+        item.decode("utf-8")  # bytes that are not UTF-8 are the better reason
+        raise Fault("bad_json") from error
+    text = value.get(text_key) if isinstance(value, dict) else None
+    if isinstance(text, str):
         return text
+    if not isinstance(value, dict):
+        raise Fault("no_text", "not a JSON object")
+    keys = [repr(key[:40]) for key in value][:_MOST_KEYS] + ["..."] * (len(value) > _MOST_KEYS)
+    found = "is not a string" if text_key in value else "is not there"
+    raise Fault("no_text", f"--text_key={text_key} {found}; the keys are {', '.join(keys) or 'none'}")
 
 
-def _lines(stream, max_bytes: int) -> Iterator[bytes | None]:
-    """Non-blank lines of a binary stream; None for one that is too long, which is never held whole.
+def _text_blocks(path: str, max_bytes: int, divide: bool) -> Iterator[Block]:
+    """Blocks of a text file; `consumed` counts compressed bytes."""
+    with streams.open_text(path) as (raw, stream, head):
+        if _suffix(path) not in _LINES:
+            form = "text"
+            items = streams.documents(stream, max_bytes) if divide else [_whole(stream, max_bytes)]
+        elif streams.holds_objects(head):
+            form, items = "json", streams.objects(stream, max_bytes)
+        else:
+            form, items = "jsonl", streams.lines(stream, max_bytes)
+        number, position = 0, 0
+        held: list[bytes | None] = []
+        size = 0
+        for item in items:
+            number += 1
+            held.append(item)
+            size += len(item or b"") + 64
+            if size >= streams.BLOCK_BYTES:
+                consumed, position = raw.tell() - position, raw.tell()
+                yield Block(path, form, number - len(held) + 1, held, consumed)
+                held, size = [], 0
+        yield Block(path, form, number - len(held) + 1, held, raw.tell() - position)
 
-    Blank lines are yielded too (they count as faults), except a last empty one.
-    """
-    limit = max_bytes + 1
-    while line := stream.readline(limit):
-        if len(line) < limit or line.endswith(b"\n"):
-            yield line
-            continue
-        while rest := stream.readline(_BLOCK_BYTES):
-            if rest.endswith(b"\n"):
-                break
-        yield None
+
+def _whole(stream, max_bytes: int) -> bytes | None:
+    content = stream.read(max_bytes + 1)
+    return content if len(content) <= max_bytes else None
 
 
 def _column_blocks(path: str, text_key: str, max_bytes: int) -> Iterator[Block]:
@@ -272,7 +263,7 @@ def _id_blocks(path: str, max_bytes: int) -> Iterator[Block]:
     for ids in read_documents(path, max_bytes):
         items.append(None if ids is None else ids.astype("<i8").tobytes())
         held += 0 if ids is None else len(ids)
-        if held >= _BLOCK_BYTES:
+        if held >= streams.BLOCK_BYTES:
             yield Block(path, "ids", first, items, 2 * held)  # about two bytes an id, for progress only
             first, held, items = first + len(items), 0, []
     yield Block(path, "ids", first, items, 2 * held)

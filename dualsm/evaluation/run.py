@@ -68,7 +68,7 @@ def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
     Raises:
       UserError: when there is no such run or checkpoint.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     config = read_config(workdir)
     config.model.attention = "auto"  # kernels of the machine it was trained on bind nobody here
     mesh_config = configs.default_config().mesh  # use is data-parallel, however the run was trained

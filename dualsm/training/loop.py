@@ -59,7 +59,7 @@ def train(
     configs.check_config(config)
     configs.check_installed(config)
     corpus = Corpus(config.data.path)
-    config, workdir = complete(config, corpus), epath.Path(workdir)
+    config, workdir = complete(config, corpus), epath.Path(workdir).expanduser()
     config.start.step = start_step(config, workdir, corpus)
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     config.microbatches = sharding.microbatches(config, mesh)

@@ -268,7 +268,7 @@ def test_a_vocabulary_too_large_for_the_text_is_refused(tmp_path, texts):
 @pytest.mark.parametrize(
     ("train", "valid", "message"),
     [
-        (["one"], None, r"a single document \(a .txt file is one\).*split it.*--valid_input"),
+        (["one"], None, "a single document, which.*split it.*--valid_input"),
         (["one", "two", "six"], None, "for the valid split; raise --valid_fraction"),
         (["one", "two"], [], "--valid_input=.*valid.jsonl holds no documents"),
         ([], ["one", "two"], "--input=.*train.jsonl holds no documents"),

@@ -1,7 +1,10 @@
 """Documents come out of other people's formats as they went in; damaged files are refused in one line."""
 
+import bz2
+import codecs
 import gzip
 import json
+import lzma
 import random
 import struct
 
@@ -18,11 +21,11 @@ TEXTS = ["first", "  second\twith tab", "third 🙂\nand a line", "naïve \x00"]
 TYPES = {"<u2": 8, "<i4": 4, "<i8": 5}
 
 
-def read(pattern, text_key="text", max_bytes=1 << 20, tokenizer="") -> list[str]:
+def read(pattern, text_key="text", max_bytes=1 << 20, tokenizer="", divide=False) -> list[str]:
     """Texts of all documents; faults by their kind in angle brackets."""
     found = []
     for path in readers.find_inputs(str(pattern)):
-        for block in readers.read_blocks(path, text_key, max_bytes):
+        for block in readers.read_blocks(path, text_key, max_bytes, divide):
             assert block.first == sum(1 for text in found if text[0] == path) + 1
             for item in block.items:
                 try:
@@ -52,18 +55,27 @@ def write_megatron(path, documents, dtype="<u2", split=2):
 
 
 ZSTD = zstandard.ZstdCompressor().compress
+LINE = '{"text": "é"}\n'.encode()
 SKIPPED = struct.pack("<II", 0x184D2A50, 4) + b"size"  # a frame of no text, as pzstd writes before each other
 
 
 @pytest.mark.parametrize(
-    "parts", [[ZSTD], [SKIPPED, ZSTD, SKIPPED, ZSTD], [gzip.compress], [gzip.compress] * 2]
+    ("suffix", "parts"),
+    [
+        ("zst", [ZSTD]),
+        ("zst", [SKIPPED, ZSTD, SKIPPED, ZSTD]),
+        ("gz", [gzip.compress]),
+        ("gz", [gzip.compress] * 2),
+        ("bz2", [bz2.compress] * 2),
+        ("xz", [lzma.compress] * 2),
+    ],
 )
-def test_a_compressed_file_is_read_whole_or_refused(tmp_path, parts):
+def test_a_compressed_file_is_read_whole_or_refused(tmp_path, suffix, parts):
     """Of one that is cut anywhere inside, no part passes for a smaller file."""
     texts = [f"{random.Random(i).getrandbits(400)}" for i in range(1500)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     coded = [part if part is SKIPPED else part(lines) for part in parts]
-    path = tmp_path / ("a.jsonl.gz" if gzip.compress in parts else "a.jsonl.zst")
+    path = tmp_path / f"a.jsonl.{suffix}"
     path.write_bytes(b"".join(coded))
     assert read(path) == texts * sum(part is not SKIPPED for part in parts)
     whole, borders = path.read_bytes(), np.cumsum([0] + [len(part) for part in coded])
@@ -72,6 +84,241 @@ def test_a_compressed_file_is_read_whole_or_refused(tmp_path, parts):
         path.write_bytes(whole[:place])
         with pytest.raises(UserError, match=f"cannot read .*{path.name}: "):
             read(path)
+
+
+def test_a_damaged_second_stream_is_not_taken_for_the_end(tmp_path):
+    for compress, suffix in (
+        (bz2.compress, "bz2"),
+        (lzma.compress, "xz"),
+        (gzip.compress, "gz"),
+        (ZSTD, "zst"),
+    ):
+        (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(LINE) + b"x" + compress(LINE)[1:])
+        with pytest.raises(UserError, match="cannot read"):
+            read(tmp_path / f"a.jsonl.{suffix}")
+
+
+def test_a_compression_is_known_by_its_content(tmp_path):
+    for number, compress in enumerate([bz2.compress, lzma.compress, gzip.compress, ZSTD]):
+        path = tmp_path / f"{number}.jsonl{'.gz' * (number % 2)}"
+        path.write_bytes(compress(LINE))
+        assert read(path) == ["é"]
+
+
+def test_a_zstandard_window_beyond_the_default_limit_is_read(tmp_path):
+    """As `zstd --long=30` writes it; zstandard refuses windows above 128 MiB unless told otherwise."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=30)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(compressor.compress(LINE) + compressor.flush())
+    with pytest.raises(zstandard.ZstdError, match="too much memory"):
+        zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
+    assert read(path) == ["é"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"PK\x03\x04....", "ZIP"), (b"\x04\x22\x4d\x18..", "LZ4"), (b"PAR1....", "Parquet")],
+)
+def test_files_of_another_kind_are_refused_by_name(tmp_path, content, kind):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.txt is .*{kind}"):
+        read(tmp_path / "a.txt")
+
+
+# --- encodings ---
+
+SPOKEN = {
+    "English": "Plain words and nothing else.",
+    "Russian": "Съешь же ещё этих мягких французских булок.",
+    "Hindi": "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता प्राप्त है।",
+}
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl", "jsonl.gz", "json"])
+def test_a_byte_order_mark_is_stripped_from_every_file(tmp_path, form):
+    for name in ("a", "b"):
+        content = codecs.BOM_UTF8 + (b"first" if form == "txt" else b'{"text": "first"}\n')
+        (tmp_path / f"{name}.{form}").write_bytes(gzip.compress(content) if form.endswith("gz") else content)
+    assert read(tmp_path / f"*.{form}") == ["first"] * 2
+
+
+def test_a_byte_order_mark_inside_a_concatenated_file_is_stripped(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes((codecs.BOM_UTF8 + b'{"text": "first"}\n') * 2)
+    assert read(tmp_path / "a.jsonl") == ["first"] * 2
+
+
+@pytest.mark.parametrize("language", SPOKEN)
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [(f"utf-{bits}{order}", f"UTF-{bits}") for bits in (16, 32) for order in ("", "-le", "-be")],
+)
+def test_other_encodings_that_pass_for_utf8_are_refused_by_name(tmp_path, language, form, encoding, name):
+    text = SPOKEN[language] + "\n"
+    lines = text if form == "txt" else json.dumps({"text": text}, ensure_ascii=False) + "\n"
+    (tmp_path / f"a.{form}").write_bytes((lines * 20).encode(encoding))
+    with pytest.raises(UserError, match=rf"a\.{form} is encoded in {name}; convert it to UTF-8"):
+        read(tmp_path / f"a.{form}")
+
+
+def test_escaped_character_sets_are_refused_by_name(tmp_path):
+    for encoding in ("iso2022_jp", "iso2022_kr"):
+        (tmp_path / "a.txt").write_bytes(
+            "日本語 한국어"[: 3 if encoding.endswith("jp") else None][-3:].encode(encoding)
+        )
+        with pytest.raises(UserError, match="ISO-2022"):
+            read(tmp_path / "a.txt")
+
+
+def test_text_with_odd_characters_is_utf8(tmp_path):
+    """Zeros, tabs and one-letter lines are not taken for another encoding."""
+    for text in ("naïve \x00", "a\nb\nc\nd\n", "a\tb\tc\td\t", "\x1b[1mbold\x1b(B\n", "+/version", "~{x~}"):
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        assert read(tmp_path / "a.txt") == [text]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "guess"),
+    [
+        ("déjà vu, naïve café", "latin-1", "Latin-1"),
+        ("Съешь ещё этих булок", "cp1251", "Windows-1251"),
+        ("吾輩は猫である。名前はまだ無い。", "shift_jis", "Shift_JIS"),
+    ],
+)
+def test_the_fault_of_other_bytes_guesses_their_encoding(text, encoding, guess):
+    for form, item in (("text", text.encode(encoding)), ("jsonl", f'{{"text": "{text}"}}'.encode(encoding))):
+        with pytest.raises(readers.Fault, match=f"invalid_utf8: .*{guess}"):
+            readers.parse(item, form, "text")
+    damaged = "日本語日本語".encode()[:-1]
+    with pytest.raises(readers.Fault, match="damaged UTF-8"):
+        readers.parse(damaged, "text", "text")
+
+
+# --- JSON ---
+
+ODD_FIELDS = {
+    "digits": "1" * 5000,
+    "exponent": "1e99999",
+    "not a number": "NaN",
+    "nested": "[" * 5000 + '"]}"' + "]" * 5000,
+    "objects": '{"a":' * 5000 + "{}" + "}" * 5000,
+    "tab": '"\t"',
+    "surrogate": r'"\ud800"',
+    "bytes": b'"\xff"',
+}
+
+
+@pytest.mark.parametrize("name", ODD_FIELDS)
+def test_a_document_is_not_lost_because_of_a_field_beside_its_text(tmp_path, name):
+    odd = ODD_FIELDS[name] if isinstance(ODD_FIELDS[name], bytes) else ODD_FIELDS[name].encode()
+    for number, line in enumerate((b'{"odd": %s, "text": "a \\" b"}', b'{"text": "a \\" b", "odd": %s}')):
+        (tmp_path / f"{number}.jsonl").write_bytes(line % odd + b"\n")
+    assert read(tmp_path / "*.jsonl") == ['a " b'] * 2
+    for text in (ODD_FIELDS["surrogate"].encode(), ODD_FIELDS["bytes"]):
+        with pytest.raises(readers.Fault, match="invalid_utf8"):
+            readers.parse(b'{"text": %s}' % text, "jsonl", "text")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("suffix", [".json", ".json.gz", ".jsonl"])
+def test_json_arrays_are_read_as_their_objects(tmp_path, monkeypatch, indent, suffix):
+    monkeypatch.setattr(readers.streams, "BLOCK_BYTES", 7)
+    texts = ['a "}{" \\', "b\n[1]", "🙂 \\\\", "{"]
+    values = [{"id": [i, {"x": "]}"}], "text": text} for i, text in enumerate(texts)]
+    content = json.dumps(values, indent=indent).encode()
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    assert read(path) == texts
+    for end in (len(content) - 1, len(content) // 2):
+        path.write_bytes(gzip.compress(content[:end]) if suffix.endswith("gz") else content[:end])
+        with pytest.raises(UserError, match="ends inside a JSON value"):
+            read(path)
+
+
+def test_objects_over_several_lines_are_read(tmp_path):
+    values = [{"text": "a"}, {"text": "b", "more": {"c": [1]}}]
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(value, indent=2) for value in values))
+    assert read(tmp_path / "a.json") == ["a", "b"]
+    (tmp_path / "a.json").write_text(json.dumps(values[0]))
+    assert read(tmp_path / "a.json") == ["a"]
+    (tmp_path / "a.json").write_text('[{"text": "a"}, "stray", 7]')
+    assert read(tmp_path / "a.json") == ["a", "<bad_json>"]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a" * 100}, {"text": "b"}]))
+    assert read(tmp_path / "a.json", max_bytes=50) == ["<too_long>", "b"]
+
+
+def test_a_wrong_text_key_is_told_with_the_keys_there_are():
+    with pytest.raises(readers.Fault, match=r"--text_key=text is not there; the keys are 'content', 'id'"):
+        readers.parse(b'{"content": "x", "id": 7}', "jsonl", "text")
+    with pytest.raises(readers.Fault, match=r"--text_key=id is not a string; the keys are 'content', 'id'"):
+        readers.parse(b'{"content": "x", "id": 7}', "jsonl", "id")
+
+
+# --- text ---
+
+
+def test_a_single_text_is_divided_at_blank_lines(tmp_path):
+    paragraphs = [f"  Paragraph {i}.\r\nIts second line." + " More." * (i % 50) for i in range(300)]
+    path = tmp_path / "input.txt"
+    path.write_bytes("\r\n\r\n".join(paragraphs).encode())
+    found = read(path, divide=True)
+    assert "\r\n\r\n".join(found) == "\r\n\r\n".join(paragraphs)
+    assert all(len(text) <= 2048 for text in found)
+    assert all(len(a) + len(b.split("\r\n\r\n")[0]) > 2000 for a, b in zip(found, found[1:], strict=False))
+    assert read(path) == ["\r\n\r\n".join(paragraphs)]
+    build(Recipe(input=str(path), vocabulary=384, valid_fraction=0.1), str(tmp_path / "c"), 1, quiet=True)
+    documents = Corpus(str(tmp_path / "c")).manifest["splits"]
+    assert documents["train"]["documents"] + documents["valid"]["documents"] == len(found)
+
+
+@pytest.mark.parametrize("suffix", ["train", "dev", "test.gz"])
+def test_texts_without_blank_lines_are_divided_at_line_ends(tmp_path, suffix):
+    lines = [f"*MOT: utterance {i} ." for i in range(2000)]
+    content = "\n".join(lines).encode()
+    for name in ("childes", "switchboard"):
+        (tmp_path / f"{name}.{suffix}").write_bytes(
+            gzip.compress(content) if suffix.endswith("gz") else content
+        )
+    found = read(tmp_path / f"*.{suffix}")
+    assert "\n".join(found) == "\n".join(lines * 2)
+    assert all(2000 < len(text) <= 4096 for text in found[: len(found) // 2 - 1])
+
+
+def test_of_several_texts_each_is_a_document(tmp_path):
+    for name in "abc":
+        text = "\n\n".join(f"{name} {random.Random(i).random()}" for i in range(1000))
+        (tmp_path / f"{name}.txt").write_text(text)
+    recipe = Recipe(input=f"{tmp_path}/[ab].txt", valid_input=f"{tmp_path}/c.txt", vocabulary=384)
+    splits = build(recipe, str(tmp_path / "corpus"), workers=1, quiet=True)["splits"]
+    assert splits["train"]["documents"] == 2
+    assert splits["valid"]["documents"] > 5  # the only one of its flag
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    "name", ["d[1].jsonl", "a,b.jsonl", "a *.jsonl", "~x.jsonl", "A.JSONL", "d[1]/e.jsonl"]
+)
+def test_a_file_that_exists_is_not_a_glob(tmp_path, monkeypatch, name):
+    (tmp_path / "d[1]").mkdir()
+    for other in ("d1.jsonl", "a b.jsonl", "b.jsonl", name):
+        (tmp_path / other).write_text(json.dumps({"text": other}))
+    assert read(tmp_path / name) == [name]
+    monkeypatch.chdir(tmp_path)
+    assert read(name) == [name]
+    if "," not in name:
+        assert read(f"b.jsonl,{name}") == ["b.jsonl", name]
+    if name.startswith("d[1]/"):
+        assert read("d[1]/*.jsonl") == [name]
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}')
+    assert read("~/d.jsonl") == read("~/*.jsonl,~/d.jsonl") == ["a"]
+    assert readers.find_inputs("~/d.jsonl") == [str(tmp_path / "d.jsonl")]
 
 
 def test_the_end_of_a_name_says_how_a_file_is_read(tmp_path):
