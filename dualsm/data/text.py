@@ -60,7 +60,7 @@ def likely_encoding(content: bytes) -> str:
     return "perhaps GB18030, Shift_JIS, Windows-1251 or the like"
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes | str) -> Any:
     """Returns a JSON value, whatever stands in those parts of it that are not used.
 
     Integers beyond Python's limit of digits become floats, control characters may stand in strings, invalid
@@ -69,7 +69,9 @@ def parse_json(content: bytes) -> Any:
     Raises:
       ValueError: when the content is not JSON.
     """
-    text = without_bom(content).decode("utf-8", "surrogateescape")
+    text = content
+    if isinstance(content, bytes):
+        text = without_bom(content).decode("utf-8", "surrogateescape")
     try:
         return _DECODER.decode(text)
     except RecursionError:

@@ -6,6 +6,7 @@ are asked in cloze form, the answers being scored as text, since small models ca
 
 from __future__ import annotations
 
+import collections
 import csv
 import json
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dualsm.data.text import foreign_encoding, likely_encoding, parse_json, without_bom
 from dualsm.errors import UserError
 from dualsm.evaluation.scoring import Item
 
@@ -48,7 +50,8 @@ class Task(NamedTuple):
         characters) or "acc_uncond" (minus that of the answer after a neutral context).
       neutral: that context; None where it makes no sense.
       splits: of several files, those with the first of these in their names are read. The test split
-        where its answers are public, else the validation split.
+        where its answers are public, else the validation split. A file with none of these in its name belongs
+        to the split that its folder is named after.
     """
 
     parse: Callable[[Any], Question]
@@ -153,6 +156,7 @@ def _texts(values) -> list[str]:
 
 
 _LONGEST_LINE = 16 << 20  # bytes
+_NAMED_FILES = 4  # more are only counted
 _HIDDEN_TEST = ("val", "dev")  # for tasks whose test answers are not public
 
 TASKS = {
@@ -177,11 +181,12 @@ def load_task(name: str, folder: str | Path, limit: int = 0) -> list[Question]:
       limit: at most this many, spread evenly over the files; 0: all.
 
     Raises:
-      UserError: when there is no such task or file, or a line cannot be read, with file and line.
+      UserError: when there is no such task or file, a line cannot be read (with file and line), or two files
+        hold the same questions.
     """
-    if name not in TASKS:
-        raise UserError(f"--tasks: {name!r} is none of {', '.join(TASKS)}")
-    questions = [_parse(name, row) for path in _files(name, Path(folder)) for row in _rows(path)]
+    by_file = {path: [_parse(name, row) for row in _rows(path)] for path in task_files(name, Path(folder))}
+    _refuse_duplicates(by_file)
+    questions = [question for part in by_file.values() for question in part]
     if not questions:
         raise UserError(f"{folder}: task {name} has no questions")
     if limit:
@@ -196,42 +201,90 @@ def _parse(name: str, row: Row) -> Question:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{row.path}, line {row.line}: not in the format of {name} ({reason})") from error
+    try:
+        json.dumps([*question.items, question.group], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{row.path}, line {row.line}: no valid Unicode (half a surrogate pair)") from error
     if not all(item.completion.strip() for item in question.items):
         raise UserError(f"{row.path}, line {row.line}: an empty answer cannot be scored")
     return question
 
 
-def _files(name: str, folder: Path) -> list[Path]:
+def _refuse_duplicates(by_file: dict[Path, list[Question]]) -> None:
+    """Raises `UserError` when most questions of a file are in another file too, as in copies and extensions."""
+    first: dict[Question, Path] = {}
+    for path, questions in by_file.items():
+        doubled = collections.Counter(first[question] for question in questions if question in first)
+        if 2 * doubled.total() > len(questions):
+            other = doubled.most_common(1)[0][0]
+            raise UserError(
+                f"{path} has {doubled.total()} questions that {other} has too; remove one of the two files"
+            )
+        first |= dict.fromkeys(questions, path)
+
+
+def task_files(name: str, folder: str | Path) -> list[Path]:
+    """Returns the files that the questions of a task are read from.
+
+    Leaves out hidden files and folders, such as Jupyter's `.ipynb_checkpoints`, and copies that editors keep.
+
+    Raises:
+      UserError: when there is no such task or file.
+    """
+    if name not in TASKS:
+        raise UserError(f"--tasks: {name!r} is none of {', '.join(TASKS)}")
+    folder = Path(folder).expanduser()
     alone = folder / f"{name}.jsonl"
     if alone.is_file():
         return [alone]
     suffixes = (".jsonl", ".csv") if name == "mmlu" else (".jsonl",)
     inside = folder / name
-    paths = sorted(path for path in inside.rglob("*") if path.suffix in suffixes and path.is_file())
+    paths = sorted(
+        path
+        for path in inside.rglob("*")
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith((".", "~")) for part in path.relative_to(inside).parts)
+        and path.is_file()
+    )
     if not paths:
         raise UserError(f"--task_data={folder} has neither {name}.jsonl nor {name}/*{' or '.join(suffixes)}")
     for split in TASKS[name].splits:
         in_name = re.compile(rf"(^|[^a-z]){split}")
-        chosen = [path for path in paths if in_name.search(str(path.relative_to(inside)).lower())]
-        if chosen:
+        if chosen := [path for path in paths if in_name.search(path.stem.lower())]:
+            return chosen
+    for split in TASKS[name].splits:
+        is_folder = re.compile(rf"{split}(s|id|idation|elopment)?")
+        if chosen := [path for path in paths if is_folder.fullmatch(path.parent.name.lower())]:
             return chosen
     return paths
 
 
+def describe_files(paths: Sequence[Path]) -> str:
+    """Returns one line about the files that were read: their names, or their number and folder."""
+    if len(paths) <= _NAMED_FILES:
+        return ", ".join(map(str, paths))
+    return f"{len(paths)} files, {paths[0]} to {paths[-1].name}"
+
+
 def _rows(path: Path) -> Iterator[Row]:
-    return _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
+    return _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
 
 
 def _lines(path: Path) -> Iterator[str]:
+    """Lines of a file, without byte-order marks."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
                 if len(line) > _LONGEST_LINE:
                     raise UserError(f"{path}, line {number} is longer than {_LONGEST_LINE >> 20} MiB")
                 try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}, line {number}: no UTF-8 ({error})") from error
+                    text = without_bom(line).decode("utf-8")
+                except UnicodeDecodeError:
+                    text = None
+                if text is None or (number == 1 and foreign_encoding(line)):
+                    reason = f"no UTF-8, but {likely_encoding(line)}; convert the file"
+                    raise UserError(f"{path}, line {number}: {reason}")
+                yield text
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -244,8 +297,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{path}, line {number}: no JSON ({error})") from error
         if not isinstance(value, dict):
             raise UserError(f"{path}, line {number}: no JSON object")
