@@ -27,7 +27,7 @@ from dualsm.evaluation.modes import MODES, Scoring
 from dualsm.evaluation.results import HELD_OUT, OBJECTIVES, Asked, merge, read_results, results_file
 from dualsm.evaluation.run import TrainedRun, open_run
 from dualsm.evaluation.scoring import Item, Scorer, rows_at_once
-from dualsm.evaluation.tasks import TASKS, Question, load_task
+from dualsm.evaluation.tasks import TASKS, Question, describe_files, load_task, task_files
 from dualsm.evaluation.validation import BYTES_OF_TOKENS, Validation, valid_rows
 from dualsm.output import check_output, make_folder, write_output
 from dualsm.progress import say, table, warn
@@ -137,6 +137,9 @@ def main(_: Sequence[str]) -> None:
     asked = _asked()
     names = [task for task in asked.tasks if task != HELD_OUT]
     tasks = {name: load_task(name, asked.task_data, asked.limit) for name in names}
+    for name, questions in tasks.items():
+        files = describe_files(task_files(name, asked.task_data))
+        say(f"{name}: {len(questions):,} questions from {files}")
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
     for mode in asked.modes if names else ():
         run.check_mode(mode)

@@ -52,7 +52,7 @@ def read_table(path: str | Path) -> list[Row]:
       UserError: when it cannot be read or is no table of cells.
     """
     try:
-        with Path(path).open(encoding="utf-8", newline="") as file:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
             lines = [line for line in csv.reader(file, strict=True) if line]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a sweep's folder or its {TABLE}") from error

@@ -32,6 +32,9 @@ def read_column(path: str, column: str, max_bytes: int) -> Iterator[tuple[list[b
             consumed = min(left, round(size * share))
             left -= consumed
             yield [_value(value, max_bytes) for value in _as_bytes(values)], consumed
+    except pyarrow.ArrowNotImplementedError as error:
+        reason = f"the column {column!r} is not text ({error}); see --text_key"
+        raise UserError(f"cannot read {path}: {reason}") from error
     except pyarrow.ArrowException as error:
         raise UserError(f"cannot read {path}: {error}") from error
 

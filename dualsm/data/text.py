@@ -55,7 +55,7 @@ def likely_encoding(content: bytes) -> str:
     high, valid_high = (sum(byte > 127 for byte in part) for part in (content, valid))
     if valid_high > high - valid_high:
         return "damaged UTF-8"
-    if high < sum(byte < 128 for byte in content) / 2:
+    if high <= sum(byte < 128 for byte in content) / 2:
         return "perhaps Latin-1 or Windows-1252"
     return "perhaps GB18030, Shift_JIS, Windows-1251 or the like"
 

@@ -211,7 +211,7 @@ def _parse(name: str, row: Row) -> Question:
 
 
 def _refuse_duplicates(by_file: dict[Path, list[Question]]) -> None:
-    """Raises `UserError` when most questions of a file are in another file too, as in copies and extensions."""
+    """Raises `UserError` when most questions of a file are in another file too, as in copies."""
     first: dict[Question, Path] = {}
     for path, questions in by_file.items():
         doubled = collections.Counter(first[question] for question in questions if question in first)

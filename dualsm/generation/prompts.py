@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from dualsm.data.text import foreign_encoding, likely_encoding, parse_json, without_bom
 from dualsm.data.tokenizer import RESERVED_IDS, Tokenizer
 from dualsm.errors import UserError
 
 _MASKS = re.compile(r"<mask(?::(\d+))?>")
 _MOST_MASKS = 65536  # in one place
+_HEAD_BYTES = 1 << 16
 
 
 def read_prompts(path: str) -> list[str]:
@@ -20,25 +21,32 @@ def read_prompts(path: str) -> list[str]:
       UserError: with the line of what cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
+        content = Path(path).expanduser().read_bytes()
+    except OSError as error:
         raise UserError(f"--prompts: cannot read {path}: {error}") from error
+    if encoding := foreign_encoding(content[:_HEAD_BYTES]):
+        raise UserError(f"--prompts: {path} is encoded in {encoding}; convert it to UTF-8")
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(map(without_bom, re.split(rb"\r\n?|\n", content)), 1):
         if line.strip():
-            prompts.append(_prompt_of(line, f"{path}, line {number}") if path.endswith(".jsonl") else line)
+            prompts.append(_prompt_of(line, path.endswith(".jsonl"), f"{path}, line {number}"))
     if not prompts:
         raise UserError(f"--prompts: {path} has no prompts")
     return prompts
 
 
-def _prompt_of(line: str, where: str) -> str:
+def _prompt_of(line: bytes, is_json: bool, where: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        prompt = parse_json(line)["prompt"] if is_json else line.decode("utf-8", "surrogateescape")
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}: no JSON object with a field `prompt`") from error
     if not isinstance(prompt, str):
         raise UserError(f"{where}: the field `prompt` is no text")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        reason = "lone surrogates" if line.isascii() else likely_encoding(line)
+        raise UserError(f"{where}: no UTF-8, but {reason}") from error
     return prompt
 
 

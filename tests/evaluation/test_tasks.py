@@ -8,7 +8,7 @@ import pytest
 from dualsm.errors import UserError
 from dualsm.evaluation.judging import by_group, judge
 from dualsm.evaluation.scoring import Item
-from dualsm.evaluation.tasks import TASKS, Question, load_task
+from dualsm.evaluation.tasks import TASKS, Question, describe_files, load_task, task_files
 
 LABELLED = {"text": ["a cell", "a rock"], "label": ["A", "B"]}
 AS_PUBLISHED = [{"text": "a cell", "label": "A"}, {"text": "a rock", "label": "B"}]
@@ -55,9 +55,16 @@ ROWS = {
 ROWS["arc_challenge"] = ROWS["arc_easy"]
 
 
-def write(folder, name, rows):
-    (folder / name).mkdir(parents=True)
-    (folder / name / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write(folder, name, rows, file="val.jsonl"):
+    path = folder / name / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def numbered(name, count):
+    """So many rows of a task, all of them different."""
+    texts = {"blimp": "sentence_good", "piqa": "goal", "siqa": "context", "openbookqa": "question_stem"}
+    return [ROWS[name][0] | {texts[name]: f"It is {number}."} for number in range(count)]
 
 
 def test_every_task_has_rows_here():
@@ -135,6 +142,103 @@ def test_of_published_splits_the_one_with_public_answers_is_read(tmp_path, name,
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name][:1] * (number + 1)))
     assert len(load_task(name, tmp_path)) == read + 1
+
+
+@pytest.mark.parametrize(("name", "archive"), [("siqa", "socialiqa"), ("piqa", "physicaliqa")])
+def test_the_name_of_an_archive_is_not_that_of_a_split(tmp_path, name, archive):
+    """As AI2's archives unpack; `dev` in the name of the folder is not the split of `train.jsonl`."""
+    for split, count in (("train", 9), ("dev", 3)):
+        rows = [{k: v for k, v in row.items() if k != "label"} for row in numbered(name, count)]
+        write(tmp_path, name, rows, f"{archive}-train-dev/{split}.jsonl")
+        (tmp_path / name / f"{archive}-train-dev" / f"{split}-labels.lst").write_text("1\n" * count)
+    assert len(load_task(name, tmp_path)) == 3
+
+
+def test_a_folder_that_is_named_after_a_split_is_one(tmp_path):
+    for folder, count in (("train", 4), ("validation", 2), ("test", 3)):
+        write(tmp_path, "piqa", numbered("piqa", count), f"{folder}/part-0.jsonl")
+    assert len(load_task("piqa", tmp_path)) == 2
+
+
+HIDDEN = [
+    ".ipynb_checkpoints/val-checkpoint.jsonl", ".val.jsonl", "._val.jsonl", "__MACOSX/._val.jsonl",
+    ".git/a/val.jsonl", "val.jsonl~", "#val.jsonl#", ".#val.jsonl", "val.jsonl.bak", ".val.jsonl.swp",
+    "~$val.jsonl", "val.jsonl.orig",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("copy", HIDDEN)
+def test_hidden_files_and_backups_are_not_read(tmp_path, copy):
+    write(tmp_path, "blimp", numbered("blimp", 3))
+    write(tmp_path, "blimp", numbered("blimp", 5), copy)
+    assert len(load_task("blimp", tmp_path)) == 3
+    assert task_files("blimp", tmp_path) == [tmp_path / "blimp" / "val.jsonl"]
+
+
+@pytest.mark.parametrize("copy", ["val copy.jsonl", "val (1).jsonl", "old/val.jsonl"])
+def test_a_copy_of_a_file_is_refused(tmp_path, copy):
+    write(tmp_path, "blimp", numbered("blimp", 3))
+    write(tmp_path, "blimp", numbered("blimp", 4), copy)  # edited since
+    with pytest.raises(UserError, match=r"has 3 questions that .* has too; remove one of the two"):
+        load_task("blimp", tmp_path)
+
+
+def test_extended_rows_of_the_same_questions_are_refused(tmp_path):
+    """As OpenBookQA's archive has them, in `Data/Main` and `Data/Additional`."""
+    rows = numbered("openbookqa", 3)
+    write(tmp_path, "openbookqa", rows, "Data/Main/test.jsonl")
+    extended = [row | {"fact1": "cells live", "turkIdAnonymized": "x"} for row in rows]
+    write(tmp_path, "openbookqa", extended, "Data/Additional/test_complete.jsonl")
+    with pytest.raises(
+        UserError, match=r"Main/test\.jsonl has 3 questions that .*test_complete\.jsonl has too"
+    ):
+        load_task("openbookqa", tmp_path)
+
+
+def test_some_questions_in_two_files_are_no_copy(tmp_path):
+    write(tmp_path, "blimp", numbered("blimp", 4), "a.jsonl")
+    write(tmp_path, "blimp", [*numbered("blimp", 9)[7:], *numbered("blimp", 2)], "b.jsonl")
+    assert len(load_task("blimp", tmp_path)) == 8
+
+
+def test_files_are_described_in_a_line(tmp_path):
+    for number in range(6):
+        write(tmp_path, "blimp", numbered("blimp", 1), f"{number}.jsonl")
+    paths = task_files("blimp", tmp_path)
+    folder = tmp_path / "blimp"
+    assert describe_files(paths[:2]) == f"{folder / '0.jsonl'}, {folder / '1.jsonl'}"
+    assert describe_files(paths) == f"6 files, {folder / '0.jsonl'} to 5.jsonl"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_other_encodings_are_refused_by_name(tmp_path, encoding):
+    write(tmp_path, "blimp", [])
+    line = json.dumps(ROWS["blimp"][0]) + "\n"
+    (tmp_path / "blimp" / "val.jsonl").write_bytes(line.encode(encoding))
+    with pytest.raises(UserError, match=rf"val\.jsonl, line 1: no UTF-8, but {encoding[:6].upper()}"):
+        load_task("blimp", tmp_path)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_lone_surrogates_are_refused_with_their_line(tmp_path, name):
+    row = json.dumps(ROWS[name][0])
+    texts = {"a rock": r"a \ud800", "heat it": r"\udfff", "he sang": r"\ud800 \ud800", "flies.": r"\ud800",
+             "It run.": r"a \ud800"}  # fmt: skip
+    for text, odd in texts.items():
+        row = row.replace(text, odd)
+    write(tmp_path, name, ROWS[name][:1])
+    with (tmp_path / name / "val.jsonl").open("a") as file:
+        file.write(row)
+    with pytest.raises(UserError, match=r"val\.jsonl, line 2: .*surrogate"):
+        load_task(name, tmp_path)
+
+
+def test_a_question_is_not_lost_because_of_a_field_beside_it(tmp_path):
+    write(tmp_path, "piqa", [])
+    row = json.dumps(ROWS["piqa"][0])[:-1]
+    odd = ["1" * 5000, "[" * 5000 + "]" * 5000, '"\t"', r'"\ud800"', "NaN"]
+    (tmp_path / "piqa" / "val.jsonl").write_text("".join(f'{row}, "odd": {value}}}\n' for value in odd))
+    assert [question.gold for question in load_task("piqa", tmp_path)] == [0] * 5
 
 
 def test_files_of_other_kinds_beside_are_left_alone(tmp_path):

@@ -1,5 +1,7 @@
 """Prompts as token ids; what cannot be one is refused before a model is loaded with it."""
 
+import codecs
+
 import pytest
 
 from dualsm.errors import UserError
@@ -26,4 +28,26 @@ def test_files_of_prompts(tmp_path):
     assert read_prompts(str(tmp_path / "a.txt")) == ["one", "two"]
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
     with pytest.raises(UserError, match="line 2"):
+        read_prompts(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_prompts_of_other_writers(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    lines = "a é\r\n\r\nb\r\n"
+    if suffix == "jsonl":
+        lines = '{"prompt": "a é"}\r\n\r\n{"prompt": "b", "n": 1' + "0" * 5000 + "}"
+    path.write_bytes(codecs.BOM_UTF8 + lines.encode())
+    assert read_prompts(str(path)) == ["a é", "b"]
+    path.write_bytes(lines.encode("utf-16"))
+    with pytest.raises(UserError, match=f"a.{suffix} is encoded in UTF-16; convert it"):
+        read_prompts(str(path))
+    path.write_bytes(lines.encode("latin-1"))
+    with pytest.raises(UserError, match=f"a.{suffix}, line 1: no UTF-8, but perhaps Latin-1"):
+        read_prompts(str(path))
+
+
+def test_a_prompt_of_half_a_surrogate_pair_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": "a \\ud800"}\n')
+    with pytest.raises(UserError, match="line 2: no UTF-8, but lone surrogates"):
         read_prompts(str(tmp_path / "a.jsonl"))
