@@ -13,6 +13,7 @@ from tests.fuzzing.tasks import TASK_FILES
 CASES = 12
 NAMES = (
     "corpus", "corpus, by its hashes", "prepare, new tokenizer", *(f"prepare {form}" for form in FORMATS),
+    "encodings", "compressions", "odd paths", "odd JSON", "hidden files",
     *(f"task {name}" for name in TASK_FILES), "tokenizer.model", "tokenizer.json", "prompts",
     "table of a sweep", "folder of a sweep", "released weights", "run", "config of a run",
     "config on the command line",

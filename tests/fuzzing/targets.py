@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.fuzzing import corpora, runs, settings, tasks
+from tests.fuzzing import corpora, inputs, runs, settings, tasks
 from tests.fuzzing.artefacts import Target, real_texts
 
 
@@ -14,6 +14,7 @@ def make_targets(scratch: Path) -> dict[str, Target]:
     corpus = corpora.make_corpus(scratch, texts)
     return {
         **corpora.targets(corpus, texts, scratch),
+        **inputs.targets(),
         **tasks.targets(),
         **runs.targets(corpus, texts, scratch),
         **settings.targets(corpus, scratch),
