@@ -57,7 +57,7 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
     recipe.check()
     target = Path(output).expanduser()
     train_files = readers.find_inputs(recipe.input)
-    valid_files = readers.find_inputs(recipe.valid_input) if recipe.valid_input else []
+    valid_files = readers.find_inputs(recipe.valid_input, "--valid_input") if recipe.valid_input else []
     inputs = _inputs(train_files, valid_files)
     if target.exists():
         manifest = _existing(recipe, target, inputs)

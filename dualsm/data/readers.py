@@ -69,12 +69,13 @@ class Fault(ValueError):
         self.kind = kind
 
 
-def find_inputs(pattern: str) -> list[str]:
+def find_inputs(pattern: str, flag: str = "--input") -> list[str]:
     """The files a pattern means, in a fixed order.
 
     Args:
       pattern: `python-stdlib`, or comma-separated paths and globs (`**` crosses folders). A folder must be
         one that the library `datasets` saved. A file that exists is not taken for a glob or a list.
+      flag: that the pattern comes from, for errors.
 
     Raises:
       UserError: when a part of the pattern matches nothing, or a file of unknown kind.
@@ -87,25 +88,25 @@ def find_inputs(pattern: str) -> list[str]:
     is_one = os.path.exists(os.path.expanduser(pattern))
     paths = []
     for part in [pattern] if is_one else filter(None, pattern.split(",")):
-        matches = [path for path in _matches(os.path.expanduser(part)) if os.path.isfile(path)]
+        matches = [path for path in _matches(os.path.expanduser(part), flag) if os.path.isfile(path)]
         if not matches:
-            raise UserError(f"--input: no file matches {part!r}; check the path, or quote the glob")
+            raise UserError(f"{flag}: no file matches {part!r}; check the path, or quote the glob")
         paths += matches
     if not paths:
-        raise UserError("--input is empty; give files, globs or python-stdlib")
+        raise UserError(f"{flag} is empty; give files, globs or python-stdlib")
     for path in paths:
         if _suffix(path) not in SUFFIXES:
             raise UserError(
-                f"--input: {path} is none of {', '.join(SUFFIXES)}; text may be compressed too "
+                f"{flag}: {path} is none of {', '.join(SUFFIXES)}; text may be compressed too "
                 f"({', '.join(streams.COMPRESSIONS)})"
             )
     return list(dict.fromkeys(paths))
 
 
-def _matches(part: str) -> list[str]:
+def _matches(part: str, flag: str) -> list[str]:
     """A file or folder of that name, else what the glob matches; folders that exist are not globs."""
     if os.path.isdir(part):
-        return _saved_dataset(part)
+        return _saved_dataset(part, flag)
     if os.path.exists(part):
         return [part]
     folder, names = "", part.split("/")
@@ -124,17 +125,17 @@ def _suffix(path: str) -> str:
     return suffix if suffix in (*_LINES, *_TEXTS) else ""
 
 
-def _saved_dataset(folder: str) -> list[str]:
+def _saved_dataset(folder: str, flag: str) -> list[str]:
     """The files of a Hugging Face dataset saved with `save_to_disk`, in its own order."""
     if (Path(folder) / "dataset_dict.json").exists():
-        raise UserError(f"--input: {folder} holds several splits; give the folder of one, as {folder}/train")
+        raise UserError(f"{flag}: {folder} holds several splits; give the folder of one, as {folder}/train")
     try:
-        state = json.loads((Path(folder) / "state.json").read_text())
+        state = json.loads((Path(folder) / "state.json").read_text("utf-8"))
         return [str(Path(folder) / Path(file["filename"]).name) for file in state["_data_files"]]
     except OSError as error:
-        raise UserError(f"--input: {folder} is a folder; give its files, as in '{folder}/*.jsonl'") from error
+        raise UserError(f"{flag}: {folder} is a folder; give its files, as in '{folder}/*.jsonl'") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--input: {folder}/state.json is damaged") from error
+        raise UserError(f"{flag}: {folder}/state.json is damaged") from error
 
 
 def input_bytes(paths: list[str]) -> list[int]:

@@ -226,6 +226,22 @@ def test_too_many_faults_stop_with_file_and_line(tmp_path, texts, kind):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
 
 
+def test_a_wrong_text_key_is_refused_with_the_keys_there_are(tmp_path):
+    lines = [b'{"content": "text %d", "id": %d}\n' % (i, i) for i in range(300)]
+    (tmp_path / "a.jsonl").write_bytes(b"".join([*lines, b"not JSON\n"]))
+    expected = (
+        "301 of 301 .*300 no_text.*line 300 .*--text_key=text is not there; the keys are 'content', 'id'"
+    )
+    with pytest.raises(UserError, match=expected):
+        make(tmp_path, input=str(tmp_path / "a.jsonl"))
+
+
+def test_text_in_another_encoding_is_refused_with_a_guess(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Déjà vu, naïve café.\n\n".encode("latin-1") * 300)
+    with pytest.raises(UserError, match="invalid_utf8: perhaps Latin-1"):
+        make(tmp_path, input=str(tmp_path / "a.txt"))
+
+
 def test_a_hopeless_input_stops_long_before_its_end(tmp_path):
     """Half a million bad lines are not read to the end before saying so."""
     path = tmp_path / "a.jsonl"
@@ -240,6 +256,7 @@ def test_a_hopeless_input_stops_long_before_its_end(tmp_path):
     [
         ({"input": "nowhere/*.jsonl"}, "no file matches"),
         ({"input": __file__}, "is none of"),
+        ({"input": "python-stdlib", "valid_input": "nowhere"}, "--valid_input: no file matches 'nowhere'"),
         ({"input": "python-stdlib", "vocabulary": 0}, "--vocab_size"),
         ({"input": "python-stdlib", "vocabulary": 512, "tokenizer": "x.model"}, "--vocab_size"),
         ({"input": "python-stdlib", "valid_fraction": 1.5}, "--valid_fraction"),
