@@ -127,6 +127,19 @@ def test_files_that_add_spaces_or_lack_characters_are_not_lossless(tokenizer_jso
     assert not JsonTokenizer(json.dumps(content).encode()).lossless
 
 
+def test_a_file_that_cannot_spell_unknown_characters_is_not_lossless():
+    vocab = {piece: i for i, piece in enumerate([*SPECIAL_PIECES.values(), "a"])}
+    content = {
+        "added_tokens": [added_token(i, piece) for i, piece in enumerate(SPECIAL_PIECES.values())],
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "nowhere"},
+    }
+    tokenizer = JsonTokenizer(json.dumps(content).encode())
+    assert not tokenizer.lossless
+    assert tokenizer.decode(tokenizer.encode(["a"])[0]) == "a"
+    with pytest.raises(UserError, match="cannot encode a text .*unk_token"):
+        tokenizer.encode(["b"])
+
+
 def prefixing(tokenizer_json: str, how: str) -> JsonTokenizer:
     """The tokenizer with one of the parts that put a space in front of a text."""
     content = json.loads(tokenizer_json)
