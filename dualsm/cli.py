@@ -16,6 +16,7 @@ from absl import app, flags, logging
 
 from dualsm.errors import UNREAD, UserError, explained, unread
 from dualsm.memory import keep_freed_memory
+from dualsm.progress import escape_unprintable
 
 flags.disclaim_key_flags()  # those of `DEFINE_path` belong to the command that calls it
 
@@ -173,6 +174,7 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
             raise
 
     sys.unraisablehook = _ignore_leftovers(sys.unraisablehook)
+    escape_unprintable()
     try:
         try:
             app.run(guarded, flags_parser=_parse_flags)

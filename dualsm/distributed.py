@@ -50,7 +50,7 @@ def job(
     try:
         with contextlib.ExitStack() as stack:
             if not leads():
-                silence = stack.enter_context(open(os.devnull, "w"))
+                silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
             yield
     except BaseException as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,13 @@ def bar(**options) -> tqdm:
     if not interactive:
         options |= {"ncols": 100, "maxinterval": 30, "ascii": True}
     return tqdm(file=sys.stderr, **options)
+
+
+def escape_unprintable() -> None:
+    """Makes stdout and stderr escape the characters that their encoding lacks, instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

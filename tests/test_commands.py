@@ -222,6 +222,21 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(arguments, unbuffered,
     assert (process.returncode, process.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "cp1252"])
+def test_any_text_is_printed_in_any_encoding(encoding, tmp_path):
+    script = tmp_path / "talk.py"
+    script.write_text(
+        "from dualsm import cli\nfrom dualsm.progress import say, warn\n\n"
+        "text = '\\xb1 \\u2581 \\ud800'\ncli.run(lambda argv: (print(text), say(text), warn(text)))\n"
+    )
+    env = command_env() | {"PYTHONIOENCODING": encoding}
+    process = subprocess.run([sys.executable, str(script)], capture_output=True, env=env)
+    expected = "\xb1 \u2581 \ud800".encode(encoding, errors="backslashreplace")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == [expected] * 2
+    assert process.stderr.splitlines() == [b"warning: " + expected]
+
+
 def test_a_broken_pipe_that_is_not_stdout_is_no_end_of_reading():
     assert not unread(BrokenPipeError())
 
