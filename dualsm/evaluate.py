@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 
 import jax
@@ -58,40 +59,74 @@ flags.mark_flags_as_required(["workdir"])
 def evaluate_task(
     name: str, questions: Sequence[Question], scorer: Scorer, scoring: Scoring, limit: int = 0
 ) -> dict:
-    """Results of one task in one mode, as they go into the JSON file; `limit` is what it was asked with."""
+    """Returns the results of one task in one mode, as they are written into the JSON file.
+
+    Questions with an answer that has too many tokens for a row are skipped.
+
+    Args:
+      name: of the task.
+      questions: of the task.
+      scorer: of the model.
+      scoring: how to score.
+      limit: the limit that the questions were loaded with, for the record.
+    """
     start, task = time.perf_counter(), TASKS[name]
     label = f"{name}, {scoring.mode}"
-    borders = np.cumsum([len(question.items) for question in questions])[:-1]
-    items = [item for question in questions for item in question.items]
-    scores = scorer(items, scoring, label)
-    answers, bare = np.split(scores.log_likelihood_N, borders), None
+    scores = scorer(_items(questions), scoring, label)
+    answers, cut = (_by_question(questions, a) for a in (scores.log_likelihood_N, scores.cut_N))
+    fits = [not np.isnan(values).any() for values in answers]
+    kept, answers, cut = (list(compress(part, fits)) for part in (questions, answers, cut))
+    bare = None
     if task.neutral is not None:
-        alone = [Item(task.neutral, item.completion) for item in items]
-        bare = np.split(scorer(alone, scoring, f"{label}, answers alone").log_likelihood_N, borders)
-    judgements = judge(questions, answers, bare)
+        alone = [Item(task.neutral, item.completion) for item in _items(kept)]
+        bare = _by_question(kept, scorer(alone, scoring, f"{label}, answers alone").log_likelihood_N)
+    judgements = judge(kept, answers, bare)
     main = judgements[task.main]
-    right_N = right_answers(questions, adjusted(questions, answers, bare)[task.main])
+    right_N = right_answers(kept, adjusted(kept, answers, bare)[task.main])
     return {
         "metric": task.main,
         "score": main.accuracy,
         "stderr": main.stderr,
         "normalised": main.normalised,
-        "n": len(questions),
+        "n": len(kept),
+        "skipped": len(questions) - len(kept),
+        "ties": main.ties,
         "limit": limit,
         "seconds": time.perf_counter() - start,
-        "contexts_cut": scores.cut,
+        "contexts_cut": int(sum(answers_cut.any() for answers_cut in cut)),
         "metrics": {metric: judgement._asdict() for metric, judgement in judgements.items()},
-        "groups": by_group(questions, right_N),
+        "groups": by_group(kept, right_N),
         "settings": scoring.settings(),
     }
 
 
-def evaluate_held_out(run: TrainedRun, data: str, objectives: Sequence[str], samples: int) -> dict[str, dict]:
-    """Loss of each objective on the held-out documents, as it goes into the JSON file."""
+def _items(questions: Sequence[Question]) -> list[Item]:
+    return [item for question in questions for item in question.items]
+
+
+def _by_question(questions: Sequence[Question], values: np.ndarray) -> list[np.ndarray]:
+    """Splits one value per answer into one array per question."""
+    return np.split(values, np.cumsum([len(question.items) for question in questions]))[:-1]
+
+
+def open_held_out(run: TrainedRun, data: str) -> Corpus:
+    """Opens and verifies the corpus whose held-out documents are scored.
+
+    Raises:
+      UserError: when it is damaged, has no held-out documents, or was made with another tokenizer.
+    """
     corpus = Corpus(data)
     if corpus.manifest["tokenizer_sha256"] != run.tokenizer.sha256():
         raise UserError(f"--data={data} was made with another tokenizer than the run")
     corpus.verify("valid")
+    corpus.documents("valid")  # reads their lengths
+    return corpus
+
+
+def evaluate_held_out(
+    run: TrainedRun, corpus: Corpus, objectives: Sequence[str], samples: int
+) -> Iterator[tuple[str, dict]]:
+    """Yields each objective and its loss on the held-out documents, as it is written into the JSON file."""
     tokens, special = run.config.row_tokens, run.tokenizer.special
     rows = valid_rows(corpus.documents("valid"), tokens, 0, special, run.tokenizer.token_bytes())
     devices = batch_devices(run.mesh)
@@ -100,7 +135,6 @@ def evaluate_held_out(run: TrainedRun, data: str, objectives: Sequence[str], sam
         run.config, objectives, special, rows, run.mesh, samples,
         at_once=min(rows_at_once(run.mesh, tokens), enough),
     )  # fmt: skip
-    results = {}
     for name in objectives:
         start = time.perf_counter()
         with jax.set_mesh(run.mesh):
@@ -108,7 +142,7 @@ def evaluate_held_out(run: TrainedRun, data: str, objectives: Sequence[str], sam
         loss = scores[f"valid/{name}/loss"]
         if not loss < 700:  # beyond it the perplexity is no number
             raise UserError(f"the held-out loss of {name} is {loss} nats a token; the training diverged")
-        results[name] = {
+        result = {
             "nats_per_token": loss,
             "perplexity": math.exp(loss),
             "bits_per_byte": scores[f"valid/{name}/bits_per_byte"],
@@ -116,9 +150,9 @@ def evaluate_held_out(run: TrainedRun, data: str, objectives: Sequence[str], sam
             "n": len(rows[0]),
             "samples": samples,
             "seconds": time.perf_counter() - start,
-            "settings": {"data": str(data), "row_tokens": tokens, "samples": samples},
+            "settings": {"data": str(corpus.folder), "row_tokens": tokens, "samples": samples},
         }
-    return results
+        yield name, result
 
 
 def _asked() -> Asked:
@@ -140,46 +174,62 @@ def main(_: Sequence[str]) -> None:
     for name, questions in tasks.items():
         files = describe_files(task_files(name, asked.task_data))
         say(f"{name}: {len(questions):,} questions from {files}")
+    sizes = tasks
+    if _HARNESS_OUTPUT.value and asked.limit:
+        sizes = {name: load_task(name, asked.task_data) for name in names}
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
     for mode in asked.modes if names else ():
         run.check_mode(mode)
-    scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
-
+    held_out = None
+    if HELD_OUT in asked.tasks:
+        held_out = open_held_out(run, _DATA.value or run.config.data.path)
     kept = results_file(run.workdir, run.step)
     path = Path(_OUTPUT.value) if _OUTPUT.value else kept
     check_output(path, "--output")
     if not _OUTPUT.value:
-        read_results(kept)  # so that a damaged file is told of before the work
+        read_results(kept)  # a damaged file ends the command before the work
     if _HARNESS_OUTPUT.value:
         make_folder(Path(_HARNESS_OUTPUT.value), "--harness_output")
+
+    for results in _evaluate(run, asked, tasks, held_out):
+        _write(path, results if _OUTPUT.value else merge(read_results(kept), results), "--output")
+    written = [f"results: {path}"]
+    if _HARNESS_OUTPUT.value:
+        for path in _write_for_harness(results, asked, run, sizes, started):
+            written.append(f"for lm-evaluation-harness's readers: {path}")
+    _print(results, asked.modes)
+    say("\n" + "\n".join(written))
+
+
+def _evaluate(
+    run: TrainedRun, asked: Asked, tasks: dict[str, Sequence[Question]], held_out: Corpus | None
+) -> Iterator[dict]:
+    """Yields the results so far after each task and mode, and after each objective on held-out text."""
+    scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
     results: dict = {"workdir": str(run.workdir), "checkpoint": run.step, "tasks": {}}
     for name, questions in tasks.items():
-        results["tasks"][name] = {
-            mode: evaluate_task(name, questions, scorer, _scoring(mode, run), asked.limit)
-            for mode in asked.modes
-        }
-    if HELD_OUT in asked.tasks:
-        data = _DATA.value or run.config.data.path
-        results["held_out"] = evaluate_held_out(run, data, asked.objectives(), _VALID_SAMPLES.value)
-
-    _print(results, asked.modes)
-    _write(path, results if _OUTPUT.value else merge(read_results(kept), results), "--output")
-    say(f"\nresults: {path}")
-    if _HARNESS_OUTPUT.value:
-        _write_for_harness(results, asked, run, tasks, started)
+        results["tasks"][name] = {}
+        for mode in asked.modes:
+            result = evaluate_task(name, questions, scorer, _scoring(mode, run), asked.limit)
+            results["tasks"][name][mode] = result
+            yield results
+    if held_out:
+        results["held_out"] = {}
+        for name, result in evaluate_held_out(run, held_out, asked.objectives(), _VALID_SAMPLES.value):
+            results["held_out"][name] = result
+            yield results
 
 
 def _write_for_harness(
-    results: dict, asked: Asked, run: TrainedRun, tasks: dict[str, Sequence[Question]], started: float
-) -> None:
-    """Writes the results once more, a file a mode, in the layout of lm-evaluation-harness."""
+    results: dict, asked: Asked, run: TrainedRun, everything: dict[str, Sequence[Question]], started: float
+) -> Iterator[Path]:
+    """Writes the results in the layout of lm-evaluation-harness, one file per mode, and yields the paths."""
     limit, held_out = asked.limit or None, results.get("held_out", {})
     config = {
         "model_num_parameters": sum(p.size for p in jax.tree.leaves(run.params)),
         "model_dtype": run.config.model.dtype,
         "limit": limit,
     }
-    everything = {name: load_task(name, asked.task_data) for name in tasks} if limit else tasks
     for mode in asked.modes:
         converted = harness_results.layout(
             results, mode, everything, held_out.get(OBJECTIVES[mode]), config, started, time.time() - started
@@ -187,7 +237,7 @@ def _write_for_harness(
         path = harness_results.results_path(Path(_HARNESS_OUTPUT.value), converted)
         make_folder(path.parent, "--harness_output")
         _write(path, converted, "--harness_output")
-        say(f"for lm-evaluation-harness's readers: {path}")
+        yield path
 
 
 def _write(path: Path, results: dict, flag: str) -> None:
@@ -205,9 +255,18 @@ def _print(results: dict, modes: Sequence[str]) -> None:
     if tasks:
         say("\naccuracy in percent, with its standard error\n" + _task_table(tasks, modes))
         for name, by_mode in tasks.items():
-            cut = max(result["contexts_cut"] for result in by_mode.values())
+            cut, skipped = (max(r[key] for r in by_mode.values()) for key in ("contexts_cut", "skipped"))
+            longest = max(result["settings"]["longest"] for result in by_mode.values())
             if cut:
-                warn(f"{name}: {cut} contexts were longer than the model's rows and lost their beginning")
+                warn(
+                    f"{name}: {cut} contexts lost their beginning; with the answer and `<s>` they have more "
+                    f"than the {longest} tokens of the model's rows"
+                )
+            if skipped:
+                warn(
+                    f"{name}: {skipped} questions were skipped; an answer has no tokens, or with `<s>` more "
+                    f"than the {longest} tokens of the model's rows"
+                )
     if held_out:
         rows = [
             [
@@ -230,12 +289,15 @@ def _task_table(tasks: dict, modes: Sequence[str]) -> str:
     for name, by_mode in tasks.items():
         first = by_mode[modes[0]]
         rows.append([name, first["metric"], first["n"], *(_cell(by_mode[mode]) for mode in modes)])
-    means = [f"{np.mean([m[mode]['normalised'] for m in tasks.values()]):.1f}" for mode in modes]
-    rows.append(["mean (0 guessing, 100 perfect)", "", "", *means])
+    means = [[by_mode[mode]["normalised"] for by_mode in tasks.values()] for mode in modes]
+    cells = ["" if None in values else f"{np.mean(values):.1f}" for values in means]
+    rows.append(["mean (0 guessing, 100 perfect)", "", "", *cells])
     return table(["task", "metric", "n", *modes], rows)
 
 
 def _cell(result: dict) -> str:
+    if result["score"] is None:
+        return ""
     accuracy, stderr = 100 * result["score"], result["stderr"]
     return f"{accuracy:.1f}" if stderr is None else f"{accuracy:.1f} ± {100 * stderr:.1f}"
 

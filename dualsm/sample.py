@@ -87,18 +87,18 @@ def main(_: Sequence[str]) -> None:
         if screen:
             screen.draw([show(run.tokenizer, tokens) for tokens in states])
     shown = [show(run.tokenizer, tokens) for tokens in states]
-    if screen:
-        screen.finish(shown)
-    else:
-        print("\n\n".join(shown))
-    print(_report(times, np.array(counts)), file=sys.stderr)
-    if _OUTPUT.value:
+    if _OUTPUT.value:  # before printing, which fails when stdout is closed
         lines = [
             {"prompt": prompt, "text": text, "tokens": tokens, "mode": _MODE.value}
             for prompt, text, tokens in zip(texts, shown, states, strict=True)
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_output(Path(_OUTPUT.value), text, "--output")
+    if screen:
+        screen.finish(shown)
+    else:
+        print("\n\n".join(shown))
+    print(_report(times, np.array(counts)), file=sys.stderr)
 
 
 def _warn_of_length(prompts: list[list[int]], run: TrainedRun) -> None:

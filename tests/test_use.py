@@ -1,12 +1,16 @@
 """Evaluating and sampling a trained run, as a user does."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 
 from dualsm.training.loop import train
-from tests.conftest import run_command
+from tests.conftest import ROOT, command_env, run_command
 from tests.test_commands import assert_one_line
 
 
@@ -69,6 +73,64 @@ def without_seconds(tree):
     if isinstance(tree, dict):
         return {key: without_seconds(value) for key, value in tree.items() if key != "seconds"}
     return tree
+
+
+def test_a_question_with_too_long_an_answer_is_skipped(workdir, tmp_path):
+    """Also where no question is left; and in an encoding without "±"."""
+    from tests.evaluation.test_tasks import FALL, ROWS, write
+
+    (good,), long = ROWS["piqa"], "heat it " * 32
+    write(tmp_path, "piqa", [good, good | {"sol2": long}, good | {"goal": "Boil water " * 32}])
+    write(tmp_path, "siqa", [FALL | {"label": "1", "answerB": long}])
+    write(tmp_path, "blimp", ROWS["blimp"] * 2)
+    process = run_command(
+        "dualsm.evaluate", f"--workdir={workdir}", f"--task_data={tmp_path}", "--tasks=piqa,siqa,blimp",
+        "--modes=causal,masked", f"--output={tmp_path / 'a.json'}",
+        f"--harness_output={tmp_path / 'harness'}", env={"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert r"\xb1" in process.stdout
+    assert "piqa: 1 questions were skipped" in process.stderr
+    assert "siqa: 1 questions were skipped" in process.stderr
+    assert "piqa: 1 contexts lost their beginning" in process.stderr
+    tasks = json.loads((tmp_path / "a.json").read_text())["tasks"]
+    for mode in ("causal", "masked"):
+        counts = {name: [tasks[name][mode][key] for key in ("n", "skipped")] for name in tasks}
+        assert counts == {"piqa": [2, 1], "siqa": [0, 1], "blimp": [2, 0]}
+        assert tasks["piqa"][mode]["contexts_cut"] == 1  # with two answers
+        assert tasks["piqa"][mode]["score"] is not None
+        assert tasks["siqa"][mode]["score"] is tasks["siqa"][mode]["normalised"] is None
+        (path,) = (tmp_path / "harness" / f"run-12-{mode}").glob("results_*.json")
+        assert json.loads(path.read_text())["results"]["siqa"]["sample_len"] == 0
+
+
+def test_inputs_are_checked_before_the_first_score(workdir, task_data, tmp_path):
+    process = run_command(
+        "dualsm.evaluate", f"--workdir={workdir}", "--tasks=blimp,valid", f"--task_data={task_data}",
+        "--data=nowhere", f"--output={tmp_path / 'a.json'}",
+    )  # fmt: skip
+    assert_one_line(process, "nowhere")
+    assert "blimp" not in process.stderr  # the progress bar's label
+
+
+def test_results_are_written_after_each_mode(workdir, task_data, tmp_path):
+    """The process is killed while it scores the second mode."""
+    path = tmp_path / "a.json"
+    command = [
+        sys.executable, "-m", "dualsm.evaluate", f"--workdir={workdir}", "--tasks=blimp",
+        f"--task_data={task_data}", "--modes=causal,monte_carlo", "--samples=1000000", f"--output={path}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, env=command_env(), stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 300
+        while not path.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    tasks = json.loads(path.read_text())["tasks"]
+    assert list(tasks["blimp"]) == ["causal"]
+    assert tasks["blimp"]["causal"]["n"] == 1
 
 
 def test_held_out_scores_are_those_of_training(workdir):
@@ -173,6 +235,22 @@ def test_prompts_from_a_file(workdir, tmp_path):
     assert outputs[0] == outputs[1]
 
 
+def test_texts_are_written_although_nobody_reads_stdout(workdir, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [
+        sys.executable, "-m", "dualsm.sample", f"--workdir={workdir}", "--prompt=\u2581\xe9", "--tokens=1",
+        f"--output={path}",
+    ]  # fmt: skip
+    process = subprocess.run(
+        command, cwd=ROOT, env=command_env() | {"PYTHONIOENCODING": "ascii"}, stdout=writer, timeout=300
+    )
+    os.close(writer)
+    assert process.returncode == 141
+    assert json.loads(path.read_text())["text"].startswith("\u2581\xe9")
+
+
 def test_a_bad_prompt_is_named_with_its_line(workdir, tmp_path):
     path = tmp_path / "prompts.jsonl"
     for line, message in (('{"prompt": 7}', "is no text"), ('{"text": "b"}', "no JSON object with a field")):
@@ -207,7 +285,7 @@ def test_the_benchmarks_run(workdir, tmp_path):
     assert process.returncode == 0, process.stderr
     modes = json.loads((tmp_path / "scoring.json").read_text())["modes"]
     assert list(modes) == ["causal", "masked {1}", "masked {1,4}", "monte_carlo 4"]
-    assert modes["causal"]["forwards"] == 6
+    assert modes["causal"]["forwards"] == 2  # equal sentences are scored once
     process = run_command("benchmarks.attention", "--length=768", "--heads=1", "--width=8", "--rounds=1")
     assert process.returncode == 0, process.stderr
     process = run_command(

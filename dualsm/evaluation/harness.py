@@ -18,10 +18,10 @@ from dualsm.config import freeze
 from dualsm.errors import UserError, explained
 from dualsm.evaluation.modes import Scoring
 from dualsm.evaluation.run import open_run
-from dualsm.evaluation.scoring import Item, Scorer
+from dualsm.evaluation.scoring import Item, Scorer, encode_pair
 from dualsm.generation import causal, diffusion
 from dualsm.generation.pick import Picking
-from dualsm.progress import bar
+from dualsm.progress import bar, escape_unprintable, warn
 
 NAME = "dualsm"
 _ROWS = 16  # texts generated together
@@ -93,25 +93,44 @@ class HarnessModel:
         }
 
     def loglikelihood(self, requests: Sequence, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score of each (context, continuation), and whether it is what the model finds likeliest."""
-        items = [Item(*request.args) for request in requests]
-        scores = self._scorer(items, self._scoring, quiet=disable_tqdm)
-        return list(zip(scores.log_likelihood_N.tolist(), scores.greedy_N.tolist(), strict=True))
+        """Returns the score of each (context, continuation), and True where the model finds it likeliest.
+
+        A continuation that is longer than the model's rows is scored piece by piece, because the harness
+        accepts nothing but a number.
+        """
+        pairs = [encode_pair(self._run.tokenizer, Item(*request.args)) for request in requests]
+        longest = self._scoring.longest
+        if long := sum(len(continuation) >= longest for _, continuation in pairs):
+            warn(
+                f"{long} continuations are longer than the {longest} tokens of the model's rows; "
+                "they are scored piece by piece"
+            )
+        answers = self._score(pairs, disable_tqdm)
+        if ties := _count_ties(requests, [score for score, _ in answers]):
+            warn(f"{ties} questions have two best answers with equal scores; lm_eval takes the first of them")
+        return answers
 
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
         """Score of each whole text, `(text,)`; one longer than the model's rows goes piece by piece."""
         texts = self._run.tokenizer.encode([request.args[0] for request in requests])
-        pieces = [(number, pair) for number, text in enumerate(texts) for pair in self._pieces(text)]
-        scores = self._scorer.score_tokens([pair for _, pair in pieces], self._scoring, quiet=disable_tqdm)
-        totals = [0.0] * len(texts)
-        for (number, _), score in zip(pieces, scores.log_likelihood_N.tolist(), strict=True):
-            totals[number] += score
-        return totals
+        return [score for score, _ in self._score([([], text) for text in texts], disable_tqdm)]
 
-    def _pieces(self, text: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], quiet: bool) -> list[tuple[float, bool]]:
+        """Scores token ids of any length, and tells which continuations are the likeliest."""
+        pieces = [(number, piece) for number, pair in enumerate(pairs) for piece in self._pieces(*pair)]
+        scores = self._scorer.score_tokens([piece for _, piece in pieces], self._scoring, quiet=quiet)
+        answers = [(0.0, True)] * len(pairs)
+        parts = zip(scores.log_likelihood_N.tolist(), scores.greedy_N.tolist(), strict=True)
+        for (number, _), (score, greedy) in zip(pieces, parts, strict=True):
+            total, so_far = answers[number]
+            answers[number] = total + score, so_far and greedy
+        return answers
+
+    def _pieces(self, context: list[int], text: list[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Every token once: full rows, and the rest after as much context as fits (cut by the scorer)."""
         size = self._scoring.longest - 1
-        return ((text[:start], text[start : start + size]) for start in range(0, len(text), size))
+        for start in range(0, len(text), size):
+            yield context + text[:start], text[start : start + size]
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
         """A continuation of each `(context, options)`, without the string that ended it."""
@@ -157,6 +176,15 @@ class HarnessModel:
         mask = self._run.tokenizer.special.mask
         settled = tokens[: tokens.index(mask)] if mask in tokens else tokens
         return self._run.tokenizer.decode(settled, inside=True)
+
+
+def _count_ties(requests: Sequence, scores: Sequence[float]) -> int:
+    """Counts the questions whose two best answers have the same score."""
+    questions: dict[tuple, list[float]] = {}
+    for request, score in zip(requests, scores, strict=True):
+        questions.setdefault((request.task_name, request.doc_id), []).append(score)
+    best = [sorted(answers)[-2:] for answers in questions.values() if len(answers) > 1]
+    return sum(first == second for first, second in best)
 
 
 def read_masks(masks: int | str | Sequence[int]) -> tuple[int, ...]:
@@ -238,6 +266,7 @@ def main() -> None:
 
     from dualsm import cli
 
+    escape_unprintable()
     logging.set_verbosity(logging.ERROR)  # Orbax tells its life story below it
     try:
         register()

@@ -5,7 +5,6 @@ Its layout has one number for a task and metric, so each mode is a model of its 
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,7 +41,7 @@ def layout(
 
     Returns:
       A JSON object. Tasks with groups (BLiMP's paradigms, MMLU's subjects) are a group there with a task
-      each; their standard errors are those of shares of right answers, sqrt(p (1 - p) / (n - 1)).
+      each.
     """
     scores, subtasks, arguments = {}, {}, {}
     for name, modes in results["tasks"].items():
@@ -51,7 +50,7 @@ def layout(
         judged = {key: (j["accuracy"], j["stderr"]) for key, j in result["metrics"].items()}
         scores[name] = _scores(name, result["n"], judged)
         for group, part in result["groups"].items():
-            judged = {result["metric"]: (part["score"], _stderr(part["score"], part["n"]))}
+            judged = {result["metric"]: (part["score"], part["stderr"])}
             scores[f"{name}_{group}"] = _scores(f"{name}_{group}", part["n"], judged)
         if result["groups"]:
             subtasks[name] = [f"{name}_{group}" for group in result["groups"]]
@@ -102,6 +101,8 @@ def _scores(name: str, n: int, judged: Mapping[str, tuple[float, float | None]])
     """A task's entry. `none` is the filter that the answers went through."""
     entry: dict = {"name": name, "alias": name, "sample_len": n}
     for metric, (value, stderr) in judged.items():
+        if value is None:  # every question was skipped
+            continue
         entry[f"{metric},none"] = value
         entry[f"{metric}_stderr,none"] = "N/A" if stderr is None else stderr
     return entry
@@ -110,10 +111,6 @@ def _scores(name: str, n: int, judged: Mapping[str, tuple[float, float | None]])
 def _metrics(entry: Mapping) -> list[str]:
     names = [key.removesuffix(",none") for key in entry if key.endswith(",none")]
     return [name for name in names if not name.endswith("_stderr")]
-
-
-def _stderr(share: float, n: int) -> float | None:
-    return math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
 
 
 def _task_config(name: str, metrics: Sequence[str]) -> dict:

@@ -39,25 +39,27 @@ class Scores(NamedTuple):
     """Results for N items, in order.
 
     Attributes:
-      log_likelihood_N: nats; the mode's score of each completion.
-      greedy_N: whether the completion is what the model finds likeliest, token by token (one forward;
-        means something in the causal and prefix modes).
+      log_likelihood_N: nats; NaN for a completion without tokens or with too many for a row.
+      greedy_N: True where each token of the completion is the likeliest one (one forward; only meaningful in
+        the modes causal and prefix).
       tokens_N: tokens of each completion.
-      cut: how many contexts lost their beginning.
+      cut_N: True where the context lost its beginning.
       forwards: rows that went through the model.
     """
 
     log_likelihood_N: np.ndarray
     greedy_N: np.ndarray
     tokens_N: np.ndarray
-    cut: int
+    cut_N: np.ndarray
     forwards: int
 
 
 def encode_pair(tokenizer: Tokenizer, item: Item) -> tuple[list[int], list[int]]:
-    """Tokens of context and completion, such that together they are the tokens of the whole text.
+    """Returns the tokens of context and completion; those of the completion decode to the completion.
 
-    Blanks at the end of the context belong to the completion, as in EleutherAI's harness.
+    Together they are the tokens of the whole text, unless one of its tokens spans the border. The two are
+    then encoded separately, because the completion would otherwise lose its first characters. Whitespace at
+    the end of the context belongs to the completion, as in EleutherAI's harness.
 
     Raises:
       UserError: when the completion is empty.
@@ -69,10 +71,10 @@ def encode_pair(tokenizer: Tokenizer, item: Item) -> tuple[list[int], list[int]]
     if blanks:
         context, completion = context[:-blanks], context[-blanks:] + completion
     whole, first = tokenizer.encode([context + completion, context])
-    if len(first) >= len(whole):  # the completion was merged into the context's last token
-        first, rest = tokenizer.encode([context, completion])
-        return first, rest
-    return whole[: len(first)], whole[len(first) :]
+    rest = whole[len(first) :]
+    if not rest or whole[: len(first)] != first:
+        (rest,) = tokenizer.encode([completion], inside=bool(context))
+    return first, rest
 
 
 def rows_at_once(mesh: jax.sharding.Mesh, length: int) -> int:
@@ -99,7 +101,7 @@ class Scorer:
         """Scores items of text.
 
         Raises:
-          UserError: for an empty completion, or one longer than `scoring.longest`.
+          UserError: for an empty completion, and when the model's scores are not finite.
         """
         pairs = [encode_pair(self._tokenizer, item) for item in items]
         return self.score_tokens(pairs, scoring, label, quiet)
@@ -113,48 +115,43 @@ class Scorer:
     ) -> Scores:
         """Scores items of token ids (without `<s>`, which is put in front).
 
+        Equal items are scored once, so that their scores are equal to the last bit.
+
         Raises:
-          UserError: for a completion that is empty or longer than `scoring.longest`, and when the model's
-            scores are not finite.
+          UserError: when the model's scores are not finite.
         """
-        fitting, cut = self._fit(pairs, scoring.longest)
-        total_N, greedy_N = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        rows_N = np.zeros(len(pairs), int)
+        special = self._tokenizer.special
+        tokens_N = np.array([len(completion) for _, completion in pairs], int)
+        room_N = scoring.longest - 1 - tokens_N
+        scored_N = (tokens_N > 0) & (room_N >= 0)
+        cut_N = scored_N & (np.array([len(context) for context, _ in pairs], int) > room_N)
+        distinct: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        number_N = np.full(len(pairs), -1)
+        for i in np.flatnonzero(scored_N):
+            context, completion = pairs[i]
+            kept = context[max(0, len(context) - room_N[i]) :]
+            number_N[i] = distinct.setdefault((tuple(kept), tuple(completion)), len(distinct))
+        totals, greedy = np.zeros(len(distinct) + 1), np.ones(len(distinct) + 1, bool)
+        totals[-1], greedy[-1] = np.nan, False  # of the items that are not scored
+        rows_of = np.zeros(len(distinct), int)
 
         def rows() -> Iterator[Row]:
-            for item, (context, completion) in enumerate(fitting):
-                made = make_rows(item, context, completion, scoring, self._tokenizer.special.mask)
-                rows_N[item] = len(made)
+            for number, (context, completion) in enumerate(distinct):
+                made = make_rows(number, [special.bos, *context], list(completion), scoring, special.mask)
+                rows_of[number] = len(made)
                 yield from made
 
-        with bar(total=len(pairs), desc=label or scoring.mode, unit="item", disable=quiet) as progress:
+        with bar(total=len(distinct), desc=label or scoring.mode, unit="item", disable=quiet) as progress:
             done = 0.0
             for batch, results in _one_ahead(_batches(rows(), self._batch_rows), self._score):
-                for row, nll, greedy in zip(batch, *jax.device_get(results), strict=False):
-                    total_N[row.item] -= row.weight * nll
-                    greedy_N[row.item] &= bool(greedy)
-                done += sum(1 / rows_N[row.item] for row in batch)
+                for row, nll, likeliest in zip(batch, *jax.device_get(results), strict=False):
+                    totals[row.item] -= row.weight * nll
+                    greedy[row.item] &= bool(likeliest)
+                done += sum(1 / rows_of[row.item] for row in batch)
                 progress.update(round(done) - progress.n)
-        if not np.isfinite(total_N).all():
+        if not np.isfinite(totals[:-1]).all():
             raise UserError("the model's scores are not finite; its training diverged")
-        tokens_N = np.array([len(completion) for _, completion in pairs])
-        return Scores(total_N, greedy_N, tokens_N, cut, int(rows_N.sum()))
-
-    def _fit(self, pairs, longest: int) -> tuple[list[tuple[list[int], list[int]]], int]:
-        """The pairs with `<s>` in front and no longer than `longest`, and how many contexts were cut."""
-        fitting, cut = [], 0
-        for context, completion in pairs:
-            if not completion:
-                raise UserError("an empty completion cannot be scored")
-            room = longest - 1 - len(completion)
-            if room < 0:
-                raise UserError(
-                    f"a completion of {len(completion)} tokens is longer than the model's rows "
-                    f"({longest} tokens)"
-                )
-            cut += len(context) > room
-            fitting.append(([self._tokenizer.special.bos, *(context[-room:] if room else [])], completion))
-        return fitting, cut
+        return Scores(totals[number_N], greedy[number_N], tokens_N, cut_N, int(rows_of.sum()))
 
     def _batch_rows(self, length: int) -> int:
         return rows_at_once(self._mesh, length)

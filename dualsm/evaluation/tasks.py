@@ -48,7 +48,7 @@ class Task(NamedTuple):
       parse: from a line's value to a question; may raise KeyError, TypeError, ValueError, AttributeError.
       main: the metric to report first: "acc" (sum of log p), "acc_norm" (divided by the answer's
         characters) or "acc_uncond" (minus that of the answer after a neutral context).
-      neutral: that context; None where it makes no sense.
+      neutral: that context, for "acc_uncond" only: the task's own prompt without the question.
       splits: of several files, those with the first of these in their names are read. The test split
         where its answers are public, else the validation split. A file with none of these in its name belongs
         to the split that its folder is named after.
@@ -56,8 +56,11 @@ class Task(NamedTuple):
 
     parse: Callable[[Any], Question]
     main: str
-    neutral: str | None = "Answer:"
+    neutral: str | None = None
     splits: tuple[str, ...] = ("test", "val", "dev")
+
+
+_ANSWER = "Answer:"  # the end of a prompt
 
 
 def _blimp(value) -> Question:
@@ -101,7 +104,7 @@ def _stem(value) -> str:
 
 
 def _arc(value) -> Question:
-    return _lettered(value, f"Question: {_stem(value)}\nAnswer:")
+    return _lettered(value, f"Question: {_stem(value)}\n{_ANSWER}")
 
 
 def _openbookqa(value) -> Question:
@@ -109,7 +112,7 @@ def _openbookqa(value) -> Question:
 
 
 def _piqa(value) -> Question:
-    context = f"Question: {_text(value['goal'])}\nAnswer:"
+    context = f"Question: {_text(value['goal'])}\n{_ANSWER}"
     return _question(context, [value["sol1"], value["sol2"]], _gold(value["label"]))
 
 
@@ -120,7 +123,7 @@ def _siqa(value) -> Question:
 
 
 def _mmlu(value) -> Question:
-    context = f"Question: {_text(value['question']).strip()}\nAnswer:"
+    context = f"Question: {_text(value['question']).strip()}\n{_ANSWER}"
     question = _question(context, value["choices"], _gold(value["answer"], "ABCD"))
     return question._replace(group=str(value.get("subject", "")))
 
@@ -160,14 +163,14 @@ _NAMED_FILES = 4  # more are only counted
 _HIDDEN_TEST = ("val", "dev")  # for tasks whose test answers are not public
 
 TASKS = {
-    "blimp": Task(_blimp, "acc", neutral=None, splits=()),
+    "blimp": Task(_blimp, "acc", splits=()),
     "hellaswag": Task(_hellaswag, "acc_norm", splits=_HIDDEN_TEST),
     "arc_easy": Task(_arc, "acc_norm"),
-    "arc_challenge": Task(_arc, "acc_uncond"),
+    "arc_challenge": Task(_arc, "acc_uncond", neutral=_ANSWER),
     "piqa": Task(_piqa, "acc_norm", splits=_HIDDEN_TEST),
-    "openbookqa": Task(_openbookqa, "acc_uncond"),
+    "openbookqa": Task(_openbookqa, "acc_uncond", neutral=""),
     "siqa": Task(_siqa, "acc_norm", splits=_HIDDEN_TEST),
-    "commonsenseqa": Task(_arc, "acc_uncond", splits=_HIDDEN_TEST),
+    "commonsenseqa": Task(_arc, "acc_uncond", neutral=_ANSWER, splits=_HIDDEN_TEST),
     "mmlu": Task(_mmlu, "acc_norm"),
 }
 

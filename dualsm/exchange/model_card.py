@@ -120,6 +120,8 @@ def _scores(run: TrainedRun) -> str:
 
 def _score(result: dict) -> str:
     """A task's accuracy; of a single question there is no standard error."""
+    if result["score"] is None:
+        return "every question was skipped"
     error = "" if result["stderr"] is None else f" ± {100 * result['stderr']:.1f}"
     return f"{100 * result['score']:.1f}{error} % (n = {result['n']:,})"
 

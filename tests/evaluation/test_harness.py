@@ -55,7 +55,7 @@ def model(workdir):
 
 def requests(*args):
     """What the harness hands over, as far as the adapter looks at it."""
-    return [SimpleNamespace(args=a) for a in args]
+    return [SimpleNamespace(args=a, task_name="task", doc_id=i) for i, a in enumerate(args)]
 
 
 def own_scorer(run):
@@ -73,6 +73,30 @@ def test_loglikelihood_is_our_own_score_whatever_else_is_asked(model, run, mode)
     np.testing.assert_allclose([score for score, _ in answers], ours.log_likelihood_N, atol=1e-3)
     assert [greedy for _, greedy in answers] == ours.greedy_N.tolist()
     assert answers[1] == answers[3]
+
+
+@pytest.mark.parametrize("mode", ["causal", "masked"])
+def test_a_long_continuation_is_scored_piece_by_piece(model, run, mode, capsys):
+    context, text = "import os", "import sys\nimport json\n" * 6
+    tokens, start = (run.tokenizer.encode([part])[0] for part in (context + text, context))
+    rest = tokens[len(start) :]
+    assert tokens[: len(start)] == start
+    assert 31 < len(rest) < 62
+    answers = model(mode).loglikelihood(requests((context, text), PAIRS[0]), disable_tqdm=True)
+    pairs = [([], rest[:31]), (tokens[-31 : len(start) + 31], rest[31:])]
+    ours = own_scorer(run).score_tokens(pairs, scoring(mode), quiet=True)
+    assert answers[0][0] == pytest.approx(ours.log_likelihood_N.sum(), abs=1e-3)
+    assert answers[0][1] == ours.greedy_N.all()
+    assert "1 continuations are longer than the 32 tokens" in capsys.readouterr().err
+
+
+def test_ties_are_reported_because_the_harness_takes_the_first(model, capsys):
+    asked = requests(("", "same"), ("", "same"), ("", "other"), ("", "import os"), ("", "os import"))
+    for request, question in zip(asked, (0, 0, 0, 1, 1), strict=True):
+        request.doc_id = question
+    scores = [score for score, _ in model("causal").loglikelihood(asked, disable_tqdm=True)]
+    assert scores[0] == scores[1] > scores[2]
+    assert "1 questions have two best answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["causal", "masked"])

@@ -12,7 +12,7 @@ import pytest
 from dualsm import sharding
 from dualsm.config import default_config, freeze
 from dualsm.errors import UserError
-from dualsm.evaluation.modes import Scoring
+from dualsm.evaluation.modes import MODES, Scoring
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
 from dualsm.model.transformer import bind, init_params
 from tests.micro import micro_config
@@ -158,10 +158,31 @@ def test_long_contexts_are_cut_from_the_left_and_counted(scorer):
     result = scorer.score_tokens(
         [(long, COMPLETION), (long[-10:], COMPLETION)], Scoring("causal", longest=16), quiet=True
     )
-    assert result.cut == 1
+    assert result.cut_N.tolist() == [True, False]
     assert result.log_likelihood_N[0] == pytest.approx(result.log_likelihood_N[1], abs=1e-4)
-    with pytest.raises(UserError, match="longer than"):
-        scorer.score_tokens([([], long)], Scoring("causal", longest=16), quiet=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_completions_that_fit_no_row_are_not_scored(scorer, mode):
+    scoring = Scoring(mode, samples=2, longest=16)
+    fits, long = list(range(100, 115)), list(range(100, 116))
+    pairs = [(CONTEXT, COMPLETION), (CONTEXT, long), (CONTEXT, []), (CONTEXT, fits)]
+    result = scorer.score_tokens(pairs, scoring, quiet=True)
+    assert np.isnan(result.log_likelihood_N).tolist() == [False, True, True, False]
+    assert result.cut_N.tolist() == [False, False, False, True]
+    assert not result.greedy_N[1:3].any()
+    expected = score(scorer, scoring, (CONTEXT, COMPLETION), ([], fits))
+    np.testing.assert_allclose(result.log_likelihood_N[[0, 3]], expected, atol=1e-3)
+
+
+def test_equal_items_have_equal_scores(scorer):
+    """To the last bit, in whatever batch they would be, and for the forwards of one of them."""
+    rng = np.random.default_rng(1)
+    pairs = [(rng.integers(16, 512, n).tolist(), COMPLETION) for n in range(1, 40)]
+    result = scorer.score_tokens([*pairs, *pairs[::-1]], Scoring("causal"), quiet=True)
+    first, second = result.log_likelihood_N[: len(pairs)], result.log_likelihood_N[len(pairs) :]
+    assert first.tolist() == second[::-1].tolist()
+    assert result.forwards == len(pairs)
 
 
 def test_empty_completions_are_refused(scorer):
@@ -176,6 +197,17 @@ def test_pairs_are_the_tokens_of_the_whole_text(corpus):
         assert tokenizer.decode(first + rest) == context + completion
         assert rest
         assert tokenizer.decode(rest).endswith(completion)
+
+
+def test_the_tokens_of_a_completion_decode_to_it(corpus, documents):
+    """Wherever a text is cut; most cuts inside a word are inside a token."""
+    tokenizer, rng = corpus.tokenizer(), np.random.default_rng(0)
+    for text in documents[:200]:
+        places = [i for i in range(1, len(text)) if not text[i - 1].isspace()]
+        cut = int(rng.choice(places))
+        first, rest = encode_pair(tokenizer, Item(text[:cut], text[cut:]))
+        assert tokenizer.decode(first) == text[:cut]
+        assert tokenizer.decode(rest) == text[cut:]
 
 
 def test_equal_forwards_are_made_once(scorer):

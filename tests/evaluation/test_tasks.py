@@ -1,12 +1,13 @@
 """Task files in their published formats, judging, and faults with file and line."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from dualsm.errors import UserError
-from dualsm.evaluation.judging import by_group, judge
+from dualsm.evaluation.judging import by_group, judge, right_answers
 from dualsm.evaluation.scoring import Item
 from dualsm.evaluation.tasks import TASKS, Question, describe_files, load_task, task_files
 
@@ -355,6 +356,45 @@ def test_judging_by_each_metric():
     assert judgements["acc_norm"].accuracy == 1  # -10/5 against -20/20
     assert judgements["acc_uncond"].accuracy == 1  # -9 against -1
     assert set(judge([question], [scores], None)) == {"acc", "acc_norm"}
+    assert all(judgement.ties == 0 for judgement in judgements.values())
+
+
+@pytest.mark.parametrize("gold", [0, 1])
+def test_a_tie_is_half_right_wherever_the_right_answer_stands(gold):
+    same = Question((Item("", "same"), Item("", "same")), gold)
+    for judgement in judge([same, same], [np.array([-3.0, -3.0])] * 2, [np.array([-1.0, -1.0])] * 2).values():
+        assert judgement == (0.5, 0.0, 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "right"),
+    [
+        ([-1.0, -1.0, -1.0, -1.0], 0.25),
+        ([-1.0, -1.0, -2.0, -2.0], 0.5),
+        ([-2.0, -1.0, -1.0, -1.0], 0.0),
+        ([-20.000001, -20.0, -30.0, -30.0], 0.5),  # float32 has rounding errors of that size
+        ([-20.001, -20.0, -30.0, -30.0], 0.0),
+    ],
+)
+def test_answers_that_tie_share_the_question(values, right):
+    question = Question(tuple(Item("", letter) for letter in "abcd"), 0)
+    assert right_answers([question], [np.array(values)]).tolist() == [right]
+
+
+def test_without_questions_there_is_no_accuracy():
+    assert judge([], [], None) == {"acc": (None, None, None, 0), "acc_norm": (None, None, None, 0)}
+
+
+def test_a_neutral_prompt_is_the_task_s_own_without_the_question(tmp_path):
+    """It is how the prompts of different questions end."""
+    for name, task in TASKS.items():
+        assert (task.neutral is not None) == (task.main == "acc_uncond")
+        if task.neutral is None:
+            continue
+        row = json.loads(json.dumps(ROWS[name][0]).replace("What lives?", "Who sleeps"))
+        write(tmp_path, name, [ROWS[name][0], row])
+        first, second = (question.items[0].context for question in load_task(name, tmp_path))
+        assert os.path.commonprefix([first[::-1], second[::-1]])[::-1].strip() == task.neutral
 
 
 def test_standard_error_and_normalised_score():
@@ -369,7 +409,7 @@ def test_standard_error_and_normalised_score():
 def test_accuracy_by_group():
     questions = [Question((Item("", "a"), Item("", "b")), 0, group) for group in "xyx"]
     assert by_group(questions, np.array([True, True, False])) == {
-        "x": {"score": 0.5, "n": 2},
-        "y": {"score": 1.0, "n": 1},
+        "x": {"score": 0.5, "stderr": 0.5, "n": 2},
+        "y": {"score": 1.0, "stderr": None, "n": 1},
     }
     assert by_group(questions[:1], np.array([True])) == {}

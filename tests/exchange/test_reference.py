@@ -12,7 +12,7 @@ import pytest
 from dualsm.data.build import Recipe, build
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.errors import UserError
-from dualsm.evaluate import evaluate_held_out
+from dualsm.evaluate import evaluate_held_out, open_held_out
 from dualsm.evaluation.run import open_run
 from dualsm.exchange import reference
 from dualsm.exchange.reference_folder import load
@@ -120,7 +120,8 @@ def test_the_run_trains_on_with_the_recipe_it_was_imported_for(bare, corpus_of_i
         record["valid/causal/loss"] for record in read_metrics(workdir) if "valid/causal/loss" in record
     ]
     assert losses[0] == pytest.approx(losses[-1], abs=1e-4)
-    scores = evaluate_held_out(after, str(corpus_of_its_own), ["causal"], samples=1)
+    held_out = open_held_out(after, str(corpus_of_its_own))
+    scores = dict(evaluate_held_out(after, held_out, ["causal"], samples=1))
     assert scores["causal"]["nats_per_token"] == pytest.approx(losses[-1], rel=0.05)  # rows are more there
     assert scores["causal"]["bytes_of"] == "documents"
 
