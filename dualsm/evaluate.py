@@ -11,7 +11,6 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from itertools import compress
 from pathlib import Path
 
 import jax
@@ -23,11 +22,11 @@ from dualsm.config import freeze
 from dualsm.data.corpus import Corpus
 from dualsm.errors import UserError
 from dualsm.evaluation import harness_results
-from dualsm.evaluation.judging import adjusted, by_group, judge, right_answers
+from dualsm.evaluation.judging import evaluate_task
 from dualsm.evaluation.modes import MODES, Scoring
 from dualsm.evaluation.results import HELD_OUT, OBJECTIVES, Asked, merge, read_results, results_file
 from dualsm.evaluation.run import TrainedRun, open_run
-from dualsm.evaluation.scoring import Item, Scorer, rows_at_once
+from dualsm.evaluation.scoring import Scorer, rows_at_once
 from dualsm.evaluation.tasks import TASKS, Question, describe_files, load_task, task_files
 from dualsm.evaluation.validation import BYTES_OF_TOKENS, Validation, valid_rows
 from dualsm.output import check_output, make_folder, write_output
@@ -54,59 +53,6 @@ _HARNESS_OUTPUT = cli.DEFINE_path(
     "harness_output", "", "folder for the results as lm-evaluation-harness writes them, a file for each mode"
 )
 flags.mark_flags_as_required(["workdir"])
-
-
-def evaluate_task(
-    name: str, questions: Sequence[Question], scorer: Scorer, scoring: Scoring, limit: int = 0
-) -> dict:
-    """Returns the results of one task in one mode, as they are written into the JSON file.
-
-    Questions with an answer that has too many tokens for a row are skipped.
-
-    Args:
-      name: of the task.
-      questions: of the task.
-      scorer: of the model.
-      scoring: how to score.
-      limit: the limit that the questions were loaded with, for the record.
-    """
-    start, task = time.perf_counter(), TASKS[name]
-    label = f"{name}, {scoring.mode}"
-    scores = scorer(_items(questions), scoring, label)
-    answers, cut = (_by_question(questions, a) for a in (scores.log_likelihood_N, scores.cut_N))
-    fits = [not np.isnan(values).any() for values in answers]
-    kept, answers, cut = (list(compress(part, fits)) for part in (questions, answers, cut))
-    bare = None
-    if task.neutral is not None:
-        alone = [Item(task.neutral, item.completion) for item in _items(kept)]
-        bare = _by_question(kept, scorer(alone, scoring, f"{label}, answers alone").log_likelihood_N)
-    judgements = judge(kept, answers, bare)
-    main = judgements[task.main]
-    right_N = right_answers(kept, adjusted(kept, answers, bare)[task.main])
-    return {
-        "metric": task.main,
-        "score": main.accuracy,
-        "stderr": main.stderr,
-        "normalised": main.normalised,
-        "n": len(kept),
-        "skipped": len(questions) - len(kept),
-        "ties": main.ties,
-        "limit": limit,
-        "seconds": time.perf_counter() - start,
-        "contexts_cut": int(sum(answers_cut.any() for answers_cut in cut)),
-        "metrics": {metric: judgement._asdict() for metric, judgement in judgements.items()},
-        "groups": by_group(kept, right_N),
-        "settings": scoring.settings(),
-    }
-
-
-def _items(questions: Sequence[Question]) -> list[Item]:
-    return [item for question in questions for item in question.items]
-
-
-def _by_question(questions: Sequence[Question], values: np.ndarray) -> list[np.ndarray]:
-    """Splits one value per answer into one array per question."""
-    return np.split(values, np.cumsum([len(question.items) for question in questions]))[:-1]
 
 
 def open_held_out(run: TrainedRun, data: str) -> Corpus:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
-from dualsm.evaluation.tasks import Question
+from dualsm.evaluation.modes import Scoring
+from dualsm.evaluation.scoring import Item, Scorer
+from dualsm.evaluation.tasks import TASKS, Question
 
 _NOISE = 1e-6  # differences below it, relative or absolute, are rounding errors of float32
 
@@ -27,6 +31,59 @@ class Judgement(NamedTuple):
     stderr: float | None
     normalised: float | None
     ties: int
+
+
+def evaluate_task(
+    name: str, questions: Sequence[Question], scorer: Scorer, scoring: Scoring, limit: int = 0
+) -> dict:
+    """Returns the results of one task in one mode, as they are written into the JSON file.
+
+    Questions with an answer that has too many tokens for a row are skipped.
+
+    Args:
+      name: of the task.
+      questions: of the task.
+      scorer: of the model.
+      scoring: how to score.
+      limit: the limit that the questions were loaded with, for the record.
+    """
+    start, task = time.perf_counter(), TASKS[name]
+    label = f"{name}, {scoring.mode}"
+    scores = scorer(_items(questions), scoring, label)
+    answers, cut = (_by_question(questions, a) for a in (scores.log_likelihood_N, scores.cut_N))
+    fits = [not np.isnan(values).any() for values in answers]
+    kept, answers, cut = (list(compress(part, fits)) for part in (questions, answers, cut))
+    bare = None
+    if task.neutral is not None:
+        alone = [Item(task.neutral, item.completion) for item in _items(kept)]
+        bare = _by_question(kept, scorer(alone, scoring, f"{label}, answers alone").log_likelihood_N)
+    judgements = judge(kept, answers, bare)
+    main = judgements[task.main]
+    right_N = right_answers(kept, adjusted(kept, answers, bare)[task.main])
+    return {
+        "metric": task.main,
+        "score": main.accuracy,
+        "stderr": main.stderr,
+        "normalised": main.normalised,
+        "n": len(kept),
+        "skipped": len(questions) - len(kept),
+        "ties": main.ties,
+        "limit": limit,
+        "seconds": time.perf_counter() - start,
+        "contexts_cut": int(sum(answers_cut.any() for answers_cut in cut)),
+        "metrics": {metric: judgement._asdict() for metric, judgement in judgements.items()},
+        "groups": by_group(kept, right_N),
+        "settings": scoring.settings(),
+    }
+
+
+def _items(questions: Sequence[Question]) -> list[Item]:
+    return [item for question in questions for item in question.items]
+
+
+def _by_question(questions: Sequence[Question], values: np.ndarray) -> list[np.ndarray]:
+    """Splits one value per answer into one array per question."""
+    return np.split(values, np.cumsum([len(question.items) for question in questions]))[:-1]
 
 
 def judge(

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dualsm.evaluate import evaluate_task
 from dualsm.evaluation.harness_results import layout, results_path
+from dualsm.evaluation.judging import evaluate_task
 from dualsm.evaluation.modes import Scoring
 from dualsm.evaluation.scoring import Item
 from dualsm.evaluation.tasks import Question

@@ -199,14 +199,26 @@ def test_pairs_are_the_tokens_of_the_whole_text(corpus):
         assert tokenizer.decode(rest).endswith(completion)
 
 
-def test_the_tokens_of_a_completion_decode_to_it(corpus, documents):
+def prepending(documents):
+    """A tokenizer that prepends a space to every text."""
+    pytest.importorskip("tokenizers", reason="needs tokenizers: pip install 'dualsm[exchange]'")
+    from dualsm.data.tokenizer_json import JsonTokenizer
+    from tests.exchange.conftest import make_tokenizer_json, with_normalizers
+
+    file = with_normalizers(make_tokenizer_json(documents[:200]), {"type": "Prepend", "prepend": " "})
+    return JsonTokenizer(file.encode())
+
+
+@pytest.mark.parametrize("prepended", ["", " "])
+def test_the_tokens_of_a_completion_decode_to_it(corpus, documents, prepended):
     """Wherever a text is cut; most cuts inside a word are inside a token."""
-    tokenizer, rng = corpus.tokenizer(), np.random.default_rng(0)
+    tokenizer = prepending(documents) if prepended else corpus.tokenizer()
+    rng = np.random.default_rng(0)
     for text in documents[:200]:
         places = [i for i in range(1, len(text)) if not text[i - 1].isspace()]
         cut = int(rng.choice(places))
         first, rest = encode_pair(tokenizer, Item(text[:cut], text[cut:]))
-        assert tokenizer.decode(first) == text[:cut]
+        assert tokenizer.decode(first) == prepended + text[:cut]
         assert tokenizer.decode(rest) == text[cut:]
 
 
