@@ -14,7 +14,7 @@ from dualsm.evaluation import harness
 from dualsm.evaluation.judging import judge
 from dualsm.evaluation.modes import MODES, Scoring
 from dualsm.evaluation.run import open_run
-from dualsm.evaluation.scoring import Item, Scorer
+from dualsm.evaluation.scoring import Item, Scorer, encode_pair
 from dualsm.evaluation.tasks import load_task
 from dualsm.generation import causal, diffusion
 from dualsm.generation.pick import Picking
@@ -77,13 +77,13 @@ def test_loglikelihood_is_our_own_score_whatever_else_is_asked(model, run, mode)
 
 @pytest.mark.parametrize("mode", ["causal", "masked"])
 def test_a_long_continuation_is_scored_piece_by_piece(model, run, mode, capsys):
-    context, text = "import os", "import sys\nimport json\n" * 6
-    tokens, start = (run.tokenizer.encode([part])[0] for part in (context + text, context))
-    rest = tokens[len(start) :]
-    assert tokens[: len(start)] == start
-    assert 31 < len(rest) < 62
-    answers = model(mode).loglikelihood(requests((context, text), PAIRS[0]), disable_tqdm=True)
-    pairs = [([], rest[:31]), (tokens[-31 : len(start) + 31], rest[31:])]
+    texts = [Item("def main", "(self):\n    return self\n" * n) for n in range(1, 31)]
+    pairs = [encode_pair(run.tokenizer, text) for text in texts]
+    number = next(n for n, (_, rest) in enumerate(pairs) if len(rest) > 31)
+    start, rest = pairs[number]
+    assert len(rest) < 62  # so that there are two pieces
+    answers = model(mode).loglikelihood(requests(texts[number], PAIRS[0]), disable_tqdm=True)
+    pairs = [([], rest[:31]), (start + rest[:31], rest[31:])]
     ours = own_scorer(run).score_tokens(pairs, scoring(mode), quiet=True)
     assert answers[0][0] == pytest.approx(ours.log_likelihood_N.sum(), abs=1e-3)
     assert answers[0][1] == ours.greedy_N.all()

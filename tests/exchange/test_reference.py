@@ -138,7 +138,8 @@ def test_bytes_that_are_summed_over_tokens_are_named(bare, corpus_of_its_own, tm
     load(bare / "model.safetensors", "", config, workdir)
     assert train(config, workdir)
     assert "bits per byte divide by bytes summed over tokens" in capsys.readouterr().err
-    scores = evaluate_held_out(open_run(workdir), str(older), ["causal"], samples=1)
+    run = open_run(workdir)
+    scores = dict(evaluate_held_out(run, open_held_out(run, str(older)), ["causal"], samples=1))
     assert scores["causal"]["bytes_of"] == "tokens"
 
 
