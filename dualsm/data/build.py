@@ -26,20 +26,18 @@ import numpy as np
 from array_record.python import array_record_module
 
 from dualsm import __version__
-from dualsm.data import corpus, readers
+from dualsm.data import corpus, readers, round_trip
 from dualsm.data.buckets import Counts, Scatter, read_bucket
 from dualsm.data.recipe import Recipe
 from dualsm.data.tokenizer import Tokenizer, train_tokenizer
 from dualsm.data.workers import in_order, pool_of
 from dualsm.errors import UserError
 from dualsm.output import new_folder
-from dualsm.progress import bar, say, warn
+from dualsm.progress import bar, say
 
 _BUCKET_BYTES = 32 << 20  # text a worker holds at once
 _MINIMUM_BUCKETS = 8
 _ENCODE_BYTES = 1 << 20  # text handed to SentencePiece at once
-_ROUND_TRIP = ("documents", "identical", "bytes", "surviving_bytes")
-_VERIFIED_BYTES = 1 << 20  # text of each shard that is decoded again
 
 
 def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dict:
@@ -78,7 +76,7 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
         manifest = _manifest(recipe, inputs, aside, tokenizer, counts, shards)
         (aside / corpus.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     if not quiet:
-        _warn_of_losses(manifest["round_trip"])
+        round_trip.warn_of_losses(manifest["round_trip"])
     return manifest
 
 
@@ -111,15 +109,6 @@ def _existing(recipe: Recipe, target: Path, inputs: dict) -> dict:
             f"{inputs['files_read']} that --input means now (by name and size); remove it or choose another"
         )
     return manifest
-
-
-def _warn_of_losses(sample: dict) -> None:
-    if sample["identical"] < sample["documents"]:
-        warn(
-            f"the tokenizer changes text: {sample['identical']:,} of {sample['documents']:,} documents of a "
-            f"sample come back as they were, and {sample['surviving_bytes'] / sample['bytes']:.2%} of their "
-            "bytes survive; bits per byte divide by all bytes"
-        )
 
 
 # --- tokenizer and second pass: sort, encode, write ----------------------------------------------------
@@ -187,7 +176,7 @@ class _Encoder:
                 continue
             name = f"{split}-{bucket:05d}-of-{self.buckets:05d}.array_record"
             lengths = self._write(self.folder / name, texts, tokenizer)
-            shard.round_trip += _verify(self.folder / name, texts, lengths, tokenizer)
+            shard.round_trip += round_trip.verify(self.folder / name, texts, lengths, tokenizer)
             shard.lengths[split] = lengths
             shard.bytes[split] = np.array([len(text) for text in texts], "<i8")
             shard.splits[split] = {
@@ -218,55 +207,6 @@ class _Encoder:
                 lengths.append(len(document))
         writer.close()
         return np.array(lengths, "<i4")
-
-
-def _verify(path: Path, texts: list[bytes], lengths: np.ndarray, tokenizer: Tokenizer) -> collections.Counter:
-    """Decodes the first documents of a shard, read from disk, and compares them with their texts.
-
-    Documents are in the order of their hash, so that the first ones are a fair sample.
-
-    Returns:
-      Counts of the sample: documents, those that are identical, bytes, and bytes that survive.
-
-    Raises:
-      UserError: when a lossless tokenizer does not return a text.
-    """
-    sample = collections.Counter(dict.fromkeys(_ROUND_TRIP, 0))
-    reader = array_record_module.ArrayRecordReader(str(path))
-    dtype, first = corpus.token_dtype(tokenizer.vocabulary), 0
-    for text, length in zip(texts, lengths, strict=True):
-        last = first + int(corpus.record_count(length))
-        tokens = np.frombuffer(b"".join(reader.read(first, last)), dtype)
-        first, decoded = last, tokenizer.decode(tokens).encode("utf-8")
-        if tokenizer.lossless and decoded != text:
-            raise UserError(_difference(path.name, sample["documents"], text, decoded))
-        sample["documents"] += 1
-        sample["identical"] += decoded == text
-        sample["bytes"] += len(text)
-        sample["surviving_bytes"] += surviving_bytes(text.decode("utf-8"), decoded.decode("utf-8"))
-        if sample["bytes"] >= _VERIFIED_BYTES:
-            break
-    reader.close()
-    return sample
-
-
-def _difference(shard: str, number: int, text: bytes, decoded: bytes) -> str:
-    """Returns the message for a document that a lossless tokenizer changes."""
-    same = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), None)
-    at = min(len(text), len(decoded)) if same is None else same
-    before, after = (part[at : at + 12] for part in (text, decoded))
-    return (
-        f"{shard}: document {number} does not decode to its text, although the tokenizer is lossless; "
-        f"{before} became {after} at byte {at}; try again, and if that fails too report the document"
-    )
-
-
-def surviving_bytes(text: str, decoded: str) -> int:
-    """Returns the bytes of the characters of `text` that are in `decoded` as well, in any order."""
-    if text == decoded:
-        return len(text.encode("utf-8"))
-    common = collections.Counter(text) & collections.Counter(decoded)
-    return sum(count * len(character.encode("utf-8")) for character, count in common.items())
 
 
 def _batches(texts: list[bytes], size: int) -> Iterator[list[bytes]]:
@@ -314,7 +254,7 @@ def _manifest(
         "documents_duplicate": sum(shard.duplicates for shard in shards),
         "round_trip": {
             "lossless": tokenizer.lossless,
-            **{key: sum(shard.round_trip[key] for shard in shards) for key in _ROUND_TRIP},
+            **{key: sum(shard.round_trip[key] for shard in shards) for key in round_trip.COUNTS},
         },
         "splits": splits,
         "arguments": dataclasses.asdict(recipe),
