@@ -4,10 +4,10 @@ same, then what each takes.
     python benchmarks/attention.py --dtype=bfloat16 --rows=18       # on an accelerator
     JAX_PLATFORMS=cpu python benchmarks/attention.py
 
-The peer is plain attention with all queries of a row at once, which holds the L x L scores; beside it stand
-plain attention with fewer queries at a time, and the kernel of the platform where there is one. All are
-measured in turn, round after round; a round's ratio compares what ran within the same seconds. What differs
-from the peer by more than the rounding of products ends the script with an error.
+The peer is plain attention with all queries of a row at once, which holds the L x L scores. It is compared
+with plain attention with fewer queries at a time, with the platform's kernel where there is one and, on NVIDIA
+GPUs, with cuDNN's attention, which takes the ranges as a mask. All are measured in turn, round after round;
+each ratio compares runs of the same round. A difference from the peer beyond rounding is an error.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "over which the medians are taken", 
 _OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
 
 PEER = "all queries"
+CUDNN = "cuDNN with a mask"
 VOCABULARY = 512  # which tokens there are does not matter here
 
 
@@ -64,12 +65,19 @@ def key_ranges(rows: int, length: int) -> tuple[jax.Array, jax.Array]:
 
 def both_passes(ranges: tuple[jax.Array, jax.Array], backend: str) -> Callable:
     """A function of (q, k, v): attended values, and the gradients of a weighting of them."""
+    attend = attend_cudnn if backend == CUDNN else functools.partial(attention.attend, backend=backend)
 
     def run(q, k, v):
-        out, pull = jax.vjp(lambda *qkv: attention.attend(*qkv, *ranges, backend), q, k, v)
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, *ranges), q, k, v)
         return out, *pull(jnp.cos(out))
 
     return run
+
+
+def attend_cudnn(q, k, v, key_start_BxL, key_end_BxL) -> jax.Array:
+    """cuDNN's attention; it holds the mask, [B, L, L]."""
+    mask_Bx1xLxL = attention.range_mask(key_start_BxL, key_end_BxL, k.shape[1])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask_Bx1xLxL, implementation="cudnn")
 
 
 def compiled_ways(qkv: Sequence[jax.Array], ranges: tuple[jax.Array, jax.Array]) -> dict:
@@ -78,6 +86,8 @@ def compiled_ways(qkv: Sequence[jax.Array], ranges: tuple[jax.Array, jax.Array])
     ways |= {f"{queries} queries at a time": ("xla", queries) for queries in _QUERIES.value}
     if kernel := attention.KERNELS.get(jax.default_backend()):
         ways[kernel] = (kernel, _LENGTH.value)
+    if jax.default_backend() == "gpu" and _DTYPE.value == "bfloat16":  # it supports half precision only
+        ways[CUDNN] = (CUDNN, _LENGTH.value)
     compiled = {}
     for name, (backend, queries) in ways.items():
         with mock.patch.object(attention, "QUERIES", queries):

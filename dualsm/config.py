@@ -93,7 +93,7 @@ def default_config() -> ConfigDict:
     # What the forward pass keeps for the backward: the results of "matmuls" and attention, nothing ("full"),
     # or all ("none"). On CPU "matmuls" is the fastest, and on accelerators it saves memory.
     config.model.remat = "matmuls"
-    config.model.attention = "auto"  # or "xla"; "splash" on TPUs; "flash" on GPUs; see model/attention.py
+    config.model.attention = "auto"  # "splash" on TPUs, "flash" on GPUs, else "xla"; see model/attention.py
 
     config.loss = ConfigDict()
     config.loss.z = 1e-4  # weight of the squared log normaliser

@@ -36,8 +36,8 @@ def attend(
       q_BxLxHxK, k_BxLxHxK, v_BxLxHxK: queries, keys, values of H heads of width K.
       key_start_BxL, key_end_BxL: int32; the keys each query sees, at least one. The keys of a range have
         its start as their own: documents do not overlap.
-      backend: one of `BACKENDS`; "xla" does all there is, "splash" is for TPUs, "flash" for NVIDIA GPUs;
-        "auto" takes "splash" where it can, else "xla".
+      backend: one of `BACKENDS`; "xla" runs everywhere, "splash" on TPUs, "flash" on NVIDIA GPUs; "auto" is
+        the kernel of the platform where it supports the shapes, else "xla".
 
     Returns:
       The attended values, shaped and typed as `q_BxLxHxK`.
@@ -48,7 +48,8 @@ def attend(
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "xla" if plain_because(q_BxLxHxK.shape, k_BxLxHxK.shape) else "splash"
+        unsupported = why_not_kernel(q_BxLxHxK.shape, k_BxLxHxK.shape)
+        backend = "xla" if unsupported else KERNELS[sharding.platform()]
     if backend == "xla":
         return _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
     if obstacle := _obstacle(backend, q_BxLxHxK.shape, k_BxLxHxK.shape):
@@ -59,13 +60,12 @@ def attend(
     return divided(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
 
 
-def plain_because(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
-    """Why "auto" takes plain attention for arrays of these shapes, [B, L, H, K]; None where it does not."""
-    if sharding.platform() == "gpu":
-        return (
-            "the kernel for GPUs must be asked for: it has not been timed on one yet, see docs/performance.md"
-        )
-    obstacle = _obstacle("splash", q_shape, k_shape)
+def why_not_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
+    """Returns why "auto" is not a kernel for arrays of these shapes, [B, L, H, K]; None if it is one."""
+    kernel = KERNELS.get(platform := sharding.platform())
+    if kernel is None:
+        return f"no kernel for {platform}"
+    obstacle = _obstacle(kernel, q_shape, k_shape)
     return obstacle and f"the kernel {obstacle}"
 
 

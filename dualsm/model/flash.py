@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +35,9 @@ class Blocks:
     stages: int
 
 
-FORWARD = Blocks(queries=128, keys=64, warps=8, stages=3)
-BACKWARD_QUERIES = Blocks(queries=128, keys=32, warps=8, stages=3)
-BACKWARD_KEYS = Blocks(queries=32, keys=128, warps=8, stages=3)
-LENGTHS = 128  # what L is a multiple of
+# The fastest of those timed on an H200, see docs/performance.md.
+FORWARD = BACKWARD_QUERIES = BACKWARD_KEYS = Blocks(queries=64, keys=64, warps=4, stages=3)
+LENGTHS = 64  # L is a multiple of it
 
 HIDDEN = -1e30  # score of what is not seen; finite, so that a block without anything seen gives no NaN
 
@@ -65,7 +66,7 @@ def _forward(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, interpret):
     layout = _Layout(q_BxLxHxK.shape, FORWARD.queries)
     out, log_sum_BxHxL = pl.pallas_call(
         functools.partial(_forward_kernel, size=FORWARD.keys, scale=_scale(q_BxLxHxK)),
-        in_specs=[layout.block, layout.row, layout.row, *[layout.block_numbers] * 2, *[layout.bound] * 2],
+        in_specs=[layout.block, layout.row, layout.row, *[layout.block_numbers] * 2, *[layout.bound] * 4],
         out_specs=[layout.block, layout.block_statistics],
         out_shape=[
             jax.ShapeDtypeStruct(q_BxLxHxK.shape, q_BxLxHxK.dtype),
@@ -92,7 +93,7 @@ def _backward(interpret, residuals, d_out_BxLxHxK):
             *(layout.block, layout.row, layout.row, layout.block),
             *[layout.block_statistics] * 2,
             *[layout.block_numbers] * 2,
-            *[layout.bound] * 2,
+            *[layout.bound] * 4,
         ],
         out_specs=layout.block,
         out_shape=gradient,
@@ -107,7 +108,7 @@ def _backward(interpret, residuals, d_out_BxLxHxK):
             *(layout.row, layout.block, layout.block, layout.row),
             *[layout.row_statistics] * 2,
             *[layout.row_numbers] * 2,
-            *[layout.bound] * 2,
+            *[layout.bound] * 4,
         ],
         out_specs=[layout.block] * 2,
         out_shape=[gradient] * 2,
@@ -120,25 +121,52 @@ def _backward(interpret, residuals, d_out_BxLxHxK):
 attend_flash.defvjp(_forward, _backward)
 
 
-def key_blocks(key_start_BxL, key_end_BxL, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """First block of keys that each block of queries walks over, and the one after the last; int32 [B, I]."""
+class BlockRange(NamedTuple):
+    """The blocks [first, end) that each program visits, all seen in full from full_first to full_end.
+
+    A block is seen in full when all of its queries see all of its keys, so that it needs no mask. Each
+    field is int32, one number per block of the side that the program holds.
+    """
+
+    first: jax.Array
+    full_first: jax.Array
+    full_end: jax.Array
+    end: jax.Array
+
+
+def key_blocks(key_start_BxL: jax.Array, key_end_BxL: jax.Array, blocks: Blocks) -> BlockRange:
+    """The blocks of keys that each block of queries visits, [B, I]."""
     shape = (len(key_start_BxL), -1, blocks.queries)
-    first_BxI = key_start_BxL.reshape(shape).min(-1) // blocks.keys
-    return first_BxI, pl.cdiv(key_end_BxL.reshape(shape).max(-1), blocks.keys)
+    start_BxIxQ, end_BxIxQ = key_start_BxL.reshape(shape), key_end_BxL.reshape(shape)
+    first_BxI, end_BxI = start_BxIxQ.min(-1) // blocks.keys, pl.cdiv(end_BxIxQ.max(-1), blocks.keys)
+    full_first_BxI = jnp.clip(pl.cdiv(start_BxIxQ.max(-1), blocks.keys), first_BxI, end_BxI)
+    full_end_BxI = jnp.clip(end_BxIxQ.min(-1) // blocks.keys, full_first_BxI, end_BxI)
+    return BlockRange(first_BxI, full_first_BxI, full_end_BxI, end_BxI)
 
 
-def query_blocks(key_start_BxL, key_end_BxL, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """First block of queries that each block of keys walks over, and the one after the last; int32 [B, J].
+def query_blocks(key_start_BxL: jax.Array, key_end_BxL: jax.Array, blocks: Blocks) -> BlockRange:
+    """The blocks of queries that each block of keys visits, [B, J].
 
-    Between the two may lie queries that see none of the keys; the kernel masks them.
+    Queries in between that see none of the keys are masked. Of the blocks seen in full, the first
+    uninterrupted run counts as such.
     """
     shape = (len(key_start_BxL), -1, blocks.queries)
-    start_BxI, end_BxI = key_start_BxL.reshape(shape).min(-1), key_end_BxL.reshape(shape).max(-1)
-    first_key_J = jnp.arange(0, key_start_BxL.shape[1], blocks.keys)
-    seen_BxIxJ = (start_BxI[..., None] < first_key_J + blocks.keys) & (end_BxI[..., None] > first_key_J)
-    number_I = jnp.arange(start_BxI.shape[1], dtype=jnp.int32)[:, None]
-    first_BxJ = jnp.where(seen_BxIxJ, number_I, len(number_I)).min(1)
-    return first_BxJ, jnp.where(seen_BxIxJ, number_I + 1, 0).max(1)
+    start_BxIxQ, end_BxIxQ = key_start_BxL.reshape(shape), key_end_BxL.reshape(shape)
+    key_J = jnp.arange(0, key_start_BxL.shape[1], blocks.keys, dtype=jnp.int32)
+    seen_BxIxJ = (start_BxIxQ.min(-1)[..., None] < key_J + blocks.keys) & (
+        end_BxIxQ.max(-1)[..., None] > key_J
+    )
+    full_BxIxJ = (start_BxIxQ.max(-1)[..., None] <= key_J) & (
+        end_BxIxQ.min(-1)[..., None] >= key_J + blocks.keys
+    )
+    count = start_BxIxQ.shape[1]
+    i_Ix1 = jnp.arange(count, dtype=jnp.int32)[:, None]
+    first_BxJ = jnp.where(seen_BxIxJ, i_Ix1, count).min(1)
+    end_BxJ = jnp.where(seen_BxIxJ, i_Ix1 + 1, 0).max(1)
+    full_first_BxJ = jnp.minimum(jnp.where(full_BxIxJ, i_Ix1, count).min(1), end_BxJ)
+    after_BxIxJ = ~full_BxIxJ & (i_Ix1 >= full_first_BxJ[:, None])
+    full_end_BxJ = jnp.minimum(jnp.where(after_BxIxJ, i_Ix1, count).min(1), end_BxJ)
+    return BlockRange(first_BxJ, full_first_BxJ, full_end_BxJ, end_BxJ)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,105 +217,97 @@ def _scale(q_BxLxHxK: jax.Array) -> float:
     return q_BxLxHxK.shape[-1] ** -0.5
 
 
-def _scores(a_MxK: jax.Array, b_NxK: jax.Array, seen_MxN: jax.Array, scale: float) -> jax.Array:
-    return jnp.where(seen_MxN, triton.dot(a_MxK, b_NxK.T) * (scale * math.log2(math.e)), HIDDEN)
+def _visit(bounds: Sequence, body: Callable, carry):
+    """Runs body(i, carry, full) over the blocks of a `BlockRange`, given as references to its four fields."""
+    first, full_first, full_end, end = (ref[...] for ref in bounds)
+    masked, full = functools.partial(body, full=False), functools.partial(body, full=True)
+    carry = jax.lax.fori_loop(first, full_first, masked, carry)
+    carry = jax.lax.fori_loop(full_first, full_end, full, carry)
+    return jax.lax.fori_loop(full_end, end, masked, carry)
 
 
-def _forward_kernel(
-    q_ref, k_ref, v_ref, start_ref, end_ref, first_ref, past_ref, out_ref, log_sum_ref, *, size, scale
-):
+def _scores(a_MxK: jax.Array, b_NxK: jax.Array, seen_MxN: jax.Array | None) -> jax.Array:
+    """Products of queries and keys before scaling; `HIDDEN` where the query does not see the key."""
+    scores_MxN = triton.dot(a_MxK, b_NxK.T)
+    return scores_MxN if seen_MxN is None else jnp.where(seen_MxN, scores_MxN, HIDDEN)
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, *refs, size, scale):
+    *bounds, out_ref, log_sum_ref = refs
+    scale *= math.log2(math.e)
     q_QxK, start_Qx1, end_Qx1 = q_ref[...], start_ref[...][:, None], end_ref[...][:, None]
 
-    def walk(j, carry):
+    def add_keys(j, carry, full):
         out_QxK, largest_Q, sum_Q = carry
         keys = pl.ds(j * size, size)
         key_S = j * size + jnp.arange(size)
-        scores_QxS = _scores(q_QxK, k_ref[keys, :], (start_Qx1 <= key_S) & (key_S < end_Qx1), scale)
+        seen_QxS = None if full else (start_Qx1 <= key_S) & (key_S < end_Qx1)
+        scores_QxS = _scores(q_QxK, k_ref[keys, :], seen_QxS)
         new_largest_Q = jnp.maximum(largest_Q, scores_QxS.max(-1))
-        weights_QxS = jnp.exp2(scores_QxS - new_largest_Q[:, None])
-        # Before a query has seen anything its weights are of hidden keys; the first it sees makes this 0.
-        shrink_Q = jnp.exp2(largest_Q - new_largest_Q)
+        # The first form is one multiply-add. The second is exact for hidden scores, which are huge: before
+        # a query has seen a key, the weights of hidden keys are 1; its first key makes `shrink_Q` 0.
+        if full:
+            exponent_QxS = scores_QxS * scale - (new_largest_Q * scale)[:, None]
+        else:
+            exponent_QxS = (scores_QxS - new_largest_Q[:, None]) * scale
+        weights_QxS = jnp.exp2(exponent_QxS)
+        shrink_Q = jnp.exp2((largest_Q - new_largest_Q) * scale)
         v_SxK = v_ref[keys, :]
         out_QxK = out_QxK * shrink_Q[:, None] + triton.dot(weights_QxS.astype(v_SxK.dtype), v_SxK)
         return out_QxK, new_largest_Q, sum_Q * shrink_Q + weights_QxS.sum(-1)
 
     queries = q_QxK.shape[0]
     nothing = (jnp.zeros(q_QxK.shape, jnp.float32), jnp.full(queries, HIDDEN), jnp.zeros(queries))
-    out_QxK, largest_Q, sum_Q = jax.lax.fori_loop(first_ref[...], past_ref[...], walk, nothing)
+    out_QxK, largest_Q, sum_Q = _visit(bounds, add_keys, nothing)
     out_ref[...] = (out_QxK / sum_Q[:, None]).astype(out_ref.dtype)
-    log_sum_ref[...] = largest_Q + jnp.log2(sum_Q)
+    log_sum_ref[...] = largest_Q * scale + jnp.log2(sum_Q)
 
 
 def _backward_queries_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    d_out_ref,
-    log_sum_ref,
-    delta_ref,
-    start_ref,
-    end_ref,
-    first_ref,
-    past_ref,
-    d_q_ref,
-    *,
-    size,
-    scale,
+    q_ref, k_ref, v_ref, d_out_ref, log_sum_ref, delta_ref, start_ref, end_ref, *refs, size, scale
 ):
+    *bounds, d_q_ref = refs
     q_QxK, d_out_QxK = q_ref[...], d_out_ref[...]
     log_sum_Qx1, delta_Qx1, start_Qx1, end_Qx1 = (
         x[...][:, None] for x in (log_sum_ref, delta_ref, start_ref, end_ref)
     )
 
-    def walk(j, d_q_QxK):
+    def add_keys(j, d_q_QxK, full):
         keys = pl.ds(j * size, size)
         key_S = j * size + jnp.arange(size)
         k_SxK = k_ref[keys, :]
-        scores_QxS = _scores(q_QxK, k_SxK, (start_Qx1 <= key_S) & (key_S < end_Qx1), scale)
+        seen_QxS = None if full else (start_Qx1 <= key_S) & (key_S < end_Qx1)
+        scores_QxS = _scores(q_QxK, k_SxK, seen_QxS) * (scale * math.log2(math.e))
         weights_QxS = jnp.exp2(scores_QxS - log_sum_Qx1)
         d_scores_QxS = weights_QxS * (triton.dot(d_out_QxK, v_ref[keys, :].T) - delta_Qx1)
         return d_q_QxK + triton.dot(d_scores_QxS.astype(k_SxK.dtype), k_SxK)
 
-    d_q_QxK = jax.lax.fori_loop(first_ref[...], past_ref[...], walk, jnp.zeros(q_QxK.shape, jnp.float32))
+    d_q_QxK = _visit(bounds, add_keys, jnp.zeros(q_QxK.shape, jnp.float32))
     d_q_ref[...] = (d_q_QxK * scale).astype(d_q_ref.dtype)
 
 
 def _backward_keys_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    d_out_ref,
-    log_sum_ref,
-    delta_ref,
-    start_ref,
-    end_ref,
-    first_ref,
-    past_ref,
-    d_k_ref,
-    d_v_ref,
-    *,
-    size,
-    scale,
+    q_ref, k_ref, v_ref, d_out_ref, log_sum_ref, delta_ref, start_ref, end_ref, *refs, size, scale
 ):
-    """Keys by queries, so that what is multiplied next need not be transposed."""
+    """Works on keys by queries, so that the next products need no transposition."""
+    *bounds, d_k_ref, d_v_ref = refs
     k_SxK, v_SxK = k_ref[...], v_ref[...]
     keys = k_SxK.shape[0]
     key_Sx1 = (pl.program_id(0) * keys + jnp.arange(keys))[:, None]
 
-    def walk(i, carry):
+    def add_queries(i, carry, full):
         d_k_SxK, d_v_SxK = carry
         queries = pl.ds(i * size, size)
         q_QxK, d_out_QxK = q_ref[queries, :], d_out_ref[queries, :]
-        log_sum_Q, delta_Q, start_Q, end_Q = (
-            x[queries] for x in (log_sum_ref, delta_ref, start_ref, end_ref)
-        )
-        scores_SxQ = _scores(k_SxK, q_QxK, (start_Q <= key_Sx1) & (key_Sx1 < end_Q), scale)
+        log_sum_Q, delta_Q = log_sum_ref[queries], delta_ref[queries]
+        seen_SxQ = None if full else (start_ref[queries] <= key_Sx1) & (key_Sx1 < end_ref[queries])
+        scores_SxQ = _scores(k_SxK, q_QxK, seen_SxQ) * (scale * math.log2(math.e))
         weights_SxQ = jnp.exp2(scores_SxQ - log_sum_Q)
         d_v_SxK += triton.dot(weights_SxQ.astype(d_out_QxK.dtype), d_out_QxK)
         d_scores_SxQ = weights_SxQ * (triton.dot(v_SxK, d_out_QxK.T) - delta_Q)
         return d_k_SxK + triton.dot(d_scores_SxQ.astype(q_QxK.dtype), q_QxK), d_v_SxK
 
     zeros_SxK = jnp.zeros(k_SxK.shape, jnp.float32)
-    d_k_SxK, d_v_SxK = jax.lax.fori_loop(first_ref[...], past_ref[...], walk, (zeros_SxK, zeros_SxK))
+    d_k_SxK, d_v_SxK = _visit(bounds, add_queries, (zeros_SxK, zeros_SxK))
     d_k_ref[...] = (d_k_SxK * scale).astype(d_k_ref.dtype)
     d_v_ref[...] = d_v_SxK.astype(d_v_ref.dtype)

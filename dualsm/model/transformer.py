@@ -17,7 +17,9 @@ from flax import nnx
 
 from dualsm.model import remat
 from dualsm.model.attention import attend
-from dualsm.sharding import constrain
+from dualsm.sharding import constrain, divided_by, platform
+
+TENSOR_CORE_MULTIPLE = 64  # GPUs multiply matrices of other sizes at half the rate, see docs/performance.md
 
 
 def _initializer(fan_in: int, scale: float = 1.0):
@@ -91,7 +93,18 @@ class MLP(nnx.Module):
 
     def __call__(self, x_TxD: jax.Array) -> jax.Array:
         x_TxD = self.norm(x_TxD)
+        padding = -self.value.kernel.shape[-1] % TENSOR_CORE_MULTIPLE
+        if padding and platform() == "gpu" and divided_by("mlp") == 1:
+            return self._with_padding(x_TxD, padding)
         return self.down(self.value(x_TxD) * jax.nn.silu(self.gate(x_TxD)))
+
+    def _with_padding(self, x_TxD: jax.Array, padding: int) -> jax.Array:
+        """The same values, with F filled up with zeros in the matrices that are multiplied."""
+        kernels = (linear.kernel[...].astype(x_TxD.dtype) for linear in (self.value, self.gate, self.down))
+        value_DxF, gate_DxF, down_FxD = kernels
+        value_DxF, gate_DxF = (jnp.pad(x, [(0, 0), (0, padding)]) for x in (value_DxF, gate_DxF))
+        down_FxD = jnp.pad(down_FxD, [(0, padding), (0, 0)])
+        return ((x_TxD @ value_DxF) * jax.nn.silu(x_TxD @ gate_DxF)) @ down_FxD
 
 
 class Block(nnx.Module):
@@ -159,6 +172,7 @@ class Transformer(nnx.Module):
         self.head_width = config.width // config.heads
         self.theta = config.rope_theta
         self.remat = config.remat
+        self.layers = config.layers
         self.embedding = nnx.Embed(
             config.vocabulary,
             config.width,
@@ -187,7 +201,9 @@ class Transformer(nnx.Module):
         layer = _apply_block
         if remat.POLICIES[self.remat] is not None:
             layer = nnx.remat(layer, policy=remat.POLICIES[self.remat])
-        scan = nnx.scan(layer, in_axes=(0, nnx.Carry, None, None, None), out_axes=nnx.Carry)
+        # In a loop, XLA's GPU compiler copies what each layer keeps for the backward pass into stacks.
+        unroll = self.layers if platform() == "gpu" else 1
+        scan = nnx.scan(layer, in_axes=(0, nnx.Carry, None, None, None), out_axes=nnx.Carry, unroll=unroll)
         x_TxD = constrain(self.embedding(tokens_BxL.reshape(-1)), "batch", None)
         x_TxD = scan(self.blocks, x_TxD, key_start_BxL, key_end_BxL, angles)
         return self.head.features(x_TxD).reshape(*tokens_BxL.shape, -1)

@@ -25,7 +25,7 @@ from dualsm.data.pipeline import StepRows, read_steps
 from dualsm.errors import UserError
 from dualsm.evaluation.validation import BYTES_OF_TOKENS, Validation, valid_rows
 from dualsm.hardware import peak_flops
-from dualsm.model.attention import plain_because
+from dualsm.model.attention import why_not_kernel
 from dualsm.model.flops import train_flops
 from dualsm.objectives import mixture, shares
 from dualsm.progress import bar, say, warn
@@ -320,7 +320,7 @@ class _Run:
                 config.batch_rows // config.microbatches, config.row_tokens, model.heads,
                 model.width // model.heads,
             )  # fmt: skip
-            if reason := plain_because(shape, shape):
+            if reason := why_not_kernel(shape, shape):
                 warn(f"config.model.attention=auto takes plain attention: {reason}")
 
 

@@ -91,12 +91,14 @@ def test_an_unknown_backend_is_refused(qkv, ranges):
     [
         ("tpu", 256, None),
         ("tpu", 100, "rows of a multiple of 128 positions, not 100"),
-        ("gpu", 256, "not been timed"),
+        ("gpu", 256, None),
+        ("gpu", 100, "rows of a multiple of 64 positions, not 100"),
+        ("cpu", 256, "no kernel for cpu"),
     ],
 )
-def test_auto_tells_why_it_takes_plain_attention(monkeypatch, platform, length, because):
+def test_auto_says_why_it_is_plain_attention(monkeypatch, platform, length, because):
     monkeypatch.setattr("dualsm.sharding.platform", lambda: platform)
-    reason = attention.plain_because((2, length, 4, 64), (2, length, 4, 64))
+    reason = attention.why_not_kernel((2, length, 4, 64), (2, length, 4, 64))
     assert reason is None if because is None else because in reason
 
 

@@ -107,12 +107,36 @@ def test_blocks_that_are_skipped_hold_nothing(kernel, ranges):
         check(splash.seen_blocks(*ranges, 128), 128, 128)
         return
     for blocks in (flash.FORWARD, flash.BACKWARD_QUERIES):
-        first, past = (x[..., None] for x in flash.key_blocks(*ranges, blocks))
+        visited = flash.key_blocks(*ranges, blocks)
         number_J = np.arange(L // blocks.keys)
-        check((first <= number_J) & (number_J < past), blocks.queries, blocks.keys)
-    first, past = (x[:, None] for x in flash.query_blocks(*ranges, flash.BACKWARD_KEYS))
-    number_Ix1 = np.arange(L // flash.BACKWARD_KEYS.queries)[:, None]
-    check((first <= number_Ix1) & (number_Ix1 < past), flash.BACKWARD_KEYS.queries, flash.BACKWARD_KEYS.keys)
+        check(
+            (visited.first[..., None] <= number_J) & (number_J < visited.end[..., None]),
+            blocks.queries,
+            blocks.keys,
+        )
+    blocks = flash.BACKWARD_KEYS
+    visited = flash.query_blocks(*ranges, blocks)
+    number_Ix1 = np.arange(L // blocks.queries)[:, None]
+    check(
+        (visited.first[:, None] <= number_Ix1) & (number_Ix1 < visited.end[:, None]),
+        blocks.queries,
+        blocks.keys,
+    )
+
+
+def test_flash_leaves_out_the_mask_of_full_blocks_only(ranges, any_ranges):
+    blocks = flash.FORWARD
+    i_Ix1, j_J = np.arange(L // blocks.queries)[:, None], np.arange(L // blocks.keys)
+    for starts, ends in (ranges, any_ranges):
+        shape = (-1, L // blocks.queries, blocks.queries, L // blocks.keys, blocks.keys)
+        full_BxIxJ = np.asarray(range_mask(starts, ends, L)).reshape(shape).all((2, 4))
+        keys = flash.key_blocks(starts, ends, blocks)
+        unmasked_BxIxJ = (keys.full_first[..., None] <= j_J) & (j_J < keys.full_end[..., None])
+        np.testing.assert_array_equal(unmasked_BxIxJ, full_BxIxJ)
+        queries = flash.query_blocks(starts, ends, blocks)
+        unmasked_BxIxJ = (queries.full_first[:, None] <= i_Ix1) & (i_Ix1 < queries.full_end[:, None])
+        assert not (unmasked_BxIxJ & ~full_BxIxJ).any()
+        assert (unmasked_BxIxJ.any(1) == full_BxIxJ.any(1)).all()
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -178,10 +202,12 @@ def test_its_results_are_kept_like_those_of_matmuls(monkeypatch):
     assert runs("full") == 2 * runs("matmuls") > 0
 
 
-def test_auto_takes_splash_where_it_can(on_its_platform, monkeypatch):
-    on_its_platform("splash")
+@each_kernel
+def test_auto_uses_the_kernel_where_it_can(kernel, on_its_platform, monkeypatch):
+    on_its_platform(kernel)
     taken = []
-    monkeypatch.setattr(splash, "attend_splash", lambda q, *_: taken.append(q.shape) or q)
+    module = {"splash": splash, "flash": flash}[kernel]
+    monkeypatch.setattr(module, f"attend_{kernel}", lambda q, *_: taken.append(q.shape) or q)
     for length in (128, 100):
         start = jnp.zeros((1, length), jnp.int32)
         attend(*jnp.ones((3, 1, length, H, K)), start, start + 1)
@@ -198,7 +224,7 @@ def test_it_is_refused_where_it_cannot(kernel, on_its_platform):
     with pytest.raises(UserError, match="needs (TPUs|NVIDIA GPUs), not cpu"):
         asked(128)
     on_its_platform(kernel)
-    with pytest.raises(UserError, match="multiple of 128 positions, not 100"):
+    with pytest.raises(UserError, match="multiple of (128|64) positions, not 100"):
         asked(100)
     if kernel == "flash":
         with pytest.raises(UserError, match="a power of two from 16 on, not 24"):

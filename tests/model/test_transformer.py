@@ -52,6 +52,22 @@ def test_remat_computes_anew_what_it_does_not_keep(config):
     assert products("none") < products("matmuls") < products("full")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpus_compute_the_same_with_padded_matrices_and_unrolled_layers(config, dtype, monkeypatch):
+    config = config.copy_and_resolve_references()
+    config.mlp_width, config.dtype = 50, dtype
+    params = init_params(config, jax.random.key(0))
+    expected = jax.value_and_grad(loss_of(config))(params)
+    monkeypatch.setattr("dualsm.model.transformer.platform", lambda: "gpu")
+    step = jax.value_and_grad(loss_of(config))
+    jaxpr = str(jax.make_jaxpr(step)(params))
+    assert "pad[" in jaxpr and "unroll=2" in jaxpr
+    ours = step(params)
+    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, expected)
+    for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 if dtype == "float32" else 0.05)
+
+
 def test_bfloat16_computes_in_bfloat16_over_float32_weights(config):
     config = config.copy_and_resolve_references()
     params = init_params(config, jax.random.key(0))
