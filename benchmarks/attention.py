@@ -5,9 +5,9 @@ same, then what each takes.
     JAX_PLATFORMS=cpu python benchmarks/attention.py
 
 The peer is plain attention with all queries of a row at once, which holds the L x L scores. It is compared
-with plain attention with fewer queries at a time, with the platform's kernel where there is one and, on NVIDIA
-GPUs, with cuDNN's attention, which takes the ranges as a mask. All are measured in turn, round after round;
-each ratio compares runs of the same round. A difference from the peer beyond rounding is an error.
+with plain attention with fewer queries at a time, with the platform's kernel where there is one, and on
+NVIDIA GPUs with cuDNN's attention, which takes the ranges as a mask. All are measured in turn, round after
+round; each ratio compares runs of the same round. A difference from the peer beyond rounding is an error.
 """
 
 from __future__ import annotations
