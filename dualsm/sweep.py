@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dualsm import cli
-from dualsm.analysis.grid import make_cells, parse_axis, parse_cell, parse_rule
+from dualsm.analysis.grid import make_cells, parse_axes, parse_cell, parse_rule
 from dualsm.analysis.jobs import check_outcomes, run_missing
 from dualsm.analysis.sweep import Sweep, job_list
 from dualsm.evaluation.results import Asked
@@ -47,7 +47,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_: Sequence[str]) -> None:
-    axes = dict(parse_axis(text) for text in _GRID.value)
+    axes = parse_axes(_GRID.value)
     cells = make_cells(axes, [parse_rule(t) for t in _RULE.value], [parse_cell(t) for t in _CELL.value])
     config = cli.config(_CONFIG)
     flag = flags.FLAGS["config"]

@@ -79,10 +79,10 @@ def test_failed_and_diverged_cells_are_recorded_and_the_sweep_goes_on(sweep):
     failed = status(sweep, "batch_rows=100000,alpha=1")
     assert failed["status"] == "failed"
     assert "tokens" in failed["reason"]
-    diverged = status(sweep, "learning_rate=1e_30,skip_limit=3,alpha=1")
+    diverged = status(sweep, "optimizer.learning_rate=1e+30,skip_limit=3,alpha=1")
     assert diverged["status"] == "diverged"
     assert "steps 2 to 4" in diverged["reason"]
-    lost = status(sweep, "learning_rate=1e_06,alpha=1")
+    lost = status(sweep, "optimizer.learning_rate=1000000,alpha=1")
     assert lost["status"] == "diverged"
     assert "the last updates were all skipped" in lost["reason"]
 
@@ -143,9 +143,10 @@ def test_a_tpu_slice_is_asked_for_each_cell(recipe, tmp_path):
     ("more", "message"),
     [
         (("--grid=repetitions",), "does not read"),
+        (("--grid=alpha=0", "--grid=alpha=1"), "--grid: 'alpha' is given 2 times"),
         (("--grid=repetitoins=1,2",), "unknown config key 'repetitoins'"),
         (("--grid=alpha=2",), "cell alpha=2: config.mixture.causal=2 must lie in [0, 1]"),
-        (("--grid=alpha=0,l/8",), "cell alpha=l_8: grid value alpha='l/8' is no number"),
+        (("--grid=alpha=0,l/8",), "cell alpha=l%2F8: grid value alpha='l/8' is no number"),
         (("--grid=repetitions=1,4,",), "does not read"),
         (("--tasks=blimp",), "needs --task_data"),
         (("--tasks=valid", "--modes="), "--modes= must name"),
@@ -159,6 +160,17 @@ def test_impossible_grids_are_refused_in_one_line(recipe, tmp_path, more, messag
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "sweep").exists()
+
+
+def test_keys_that_end_alike_are_two_cells_and_one_config_is_one_cell(corpus_path, tmp_path, capsys):
+    weights = [{"objectives.causal.weight": 2}, {"objectives.masked_diffusion.weight": 2}]
+    as_default = {"objectives.causal.weight": 2.0, "optimizer.beta1": micro_config().optimizer.beta1}
+    cells = make_cells({}, more=[*weights, as_default])
+    sweep = Sweep(tmp_path, "micro.py", {}, micro_config(corpus_path), cells)
+    assert [cell.name for cell in sweep.cells] == [
+        "objectives.causal.weight=2", "objectives.masked_diffusion.weight=2",
+    ]  # fmt: skip
+    assert f"cell {cells[2].name} has the same config as cell {cells[0].name}" in capsys.readouterr().err
 
 
 def test_another_recipe_is_refused(recipe, sweep):
@@ -229,6 +241,32 @@ def test_a_finished_cell_is_evaluated_on_more(one_cell):
     assert json.loads((sweep.path(cell) / "cell.json").read_text())["seconds"] > 1000  # training is in it
     assert "training" not in (sweep.folder / "logs" / f"{cell.name}.log").read_text()
     assert run_missing(sweep, jobs=1) == {}
+
+
+def test_log_lines_are_read_again_only_when_the_file_has_changed(one_cell, monkeypatch):
+    """The function that reads a file is replaced by one that counts its calls and does the same."""
+    sweep, cell = one_cell()
+    reads = []
+
+    def counted(path):
+        reads.append(path)
+        return read_metrics(path)
+
+    monkeypatch.setattr("dualsm.analysis.sweep.read_metrics", counted)
+    shown = [sweep.row(cell) for _ in range(5)]
+    assert len(reads) == 1
+    assert all(row == shown[0] for row in shown)
+    assert shown[0][2] == "12/12"
+    all_records = read_metrics(sweep.path(cell))
+    assert _divergence(sweep.records(cell)) == _divergence(all_records)
+    with (sweep.path(cell) / "metrics.jsonl").open("a") as file:
+        for step, name in ((13, "valid/masked_diffusion/loss"), (14, "train/loss"), (15, "train/loss")):
+            file.write(json.dumps({"step": step, name: float(step)}) + "\n")
+    row = sweep.row(cell)
+    assert len(reads) == 2
+    assert row[2] == "15/12"
+    assert "13.000" in row
+    assert [record["step"] for record in sweep.records(cell)] == [0, 13, 15]
 
 
 def test_a_damaged_record_is_made_anew(one_cell):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
+from urllib.parse import quote
 
 from ml_collections import ConfigDict
 
@@ -14,6 +17,7 @@ from dualsm.errors import UserError
 
 Value = int | float | str
 ALPHA = "alpha"  # stands for the mixture {causal: alpha, masked_diffusion: 1 - alpha}
+LONGEST_NAME = 200  # bytes; file systems allow 255, and suffixes such as ".log" need some of them
 
 
 class Cell(NamedTuple):
@@ -49,12 +53,26 @@ def parse_axis(text: str, flag: str = "--grid") -> tuple[str, list[Value]]:
     return key.strip(), [parse_value(value) for value in values]
 
 
+def parse_axes(texts: Iterable[str]) -> dict[str, list[Value]]:
+    """Reads all `--grid` flags. Raises `UserError` when one does not read so or two have the same key."""
+    axes = [parse_axis(text) for text in texts]
+    _check_unique((key for key, _ in axes), "--grid", "list all its values in one --grid")
+    return dict(axes)
+
+
 def parse_cell(text: str, flag: str = "--cell") -> dict[str, Value]:
     """Reads "repetitions=16,steps=120,alpha=1". Raises `UserError` when it does not read so."""
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(key.strip() and value.strip() for key, _, value in pairs):
         raise UserError(f"{flag}: {text!r} does not read KEY=VALUE,KEY=VALUE,...")
+    _check_unique((key.strip() for key, _, _ in pairs), f"{flag}: {text!r}", "give each key once")
     return {key.strip(): parse_value(value.strip()) for key, _, value in pairs}
+
+
+def _check_unique(keys: Iterable[str], where: str, advice: str) -> None:
+    for key, count in Counter(keys).items():
+        if count > 1:
+            raise UserError(f"{where}: {key!r} is given {count} times; {advice}")
 
 
 def parse_rule(text: str) -> Rule:
@@ -100,10 +118,22 @@ def _ruled(values: Mapping[str, Value], rules: Sequence[Rule]) -> dict[str, Valu
 
 
 def _name(values: Mapping[str, Value]) -> str:
-    """A folder's name, such as "repetitions=16,alpha=0.125,learning_rate=0.01"."""
-    shown = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in values.items()}
-    name = ",".join(f"{key.split('.')[-1]}={value}" for key, value in shown.items())
-    return "".join(c if c.isalnum() or c in "=,.-_" else "_" for c in name)
+    """A folder's name, such as "repetitions=16,alpha=0.125,optimizer.learning_rate=0.01".
+
+    Different values have different names: keys and numbers are written in full, other characters as in a URL.
+    The end of a name longer than `LONGEST_NAME` is replaced by a hash of the whole.
+    """
+    shown = {quote(key, safe=""): quote(_as_text(value), safe="+") for key, value in values.items()}
+    name = ",".join(f"{key}={value}" for key, value in shown.items())
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name[: LONGEST_NAME - len(digest) - 1]}~{digest}"
+
+
+def _as_text(value: Value) -> str:
+    """A value in full; whole numbers have no decimal point, so that 1 and 1.0 are the same."""
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def apply(config: ConfigDict, values: Mapping[str, Value]) -> ConfigDict:

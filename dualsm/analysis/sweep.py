@@ -17,8 +17,9 @@ from dualsm.config import check_config, difference, valid_objectives
 from dualsm.data.corpus import Corpus
 from dualsm.errors import UserError
 from dualsm.evaluation.results import Asked, read_results, results_file
+from dualsm.progress import warn
 from dualsm.training.checkpoint import FOLDER
-from dualsm.training.metrics import read_metrics
+from dualsm.training.metrics import METRICS, read_metrics
 from dualsm.training.workdir import read_config
 
 
@@ -40,21 +41,29 @@ class Sweep:
           recipe: the config file.
           given: config key -> value given on the command line for all cells.
           config: recipe and given values together.
-          cells: to run.
+          cells: to run; of several with the same config only the first is kept, with a warning.
           asked: what each finished cell is evaluated on; None: do not evaluate.
 
         Raises:
           UserError: when a cell's config is impossible, naming the cell.
         """
         self.folder, self.recipe, self.given = folder, recipe, given
-        self.cells, self.asked = list(cells), asked
+        self.cells, self.asked = [], asked
         self.configs: dict[str, ConfigDict] = {}
-        for cell in self.cells:
+        self._read: dict[str, tuple[tuple[int, ...], list[dict]]] = {}  # see `records`
+        first_names: dict[str, str] = {}
+        for cell in cells:
             try:
-                self.configs[cell.name] = apply(config, cell.values)
-                check_config(self.configs[cell.name])
+                own = apply(config, cell.values)
+                check_config(own)
             except UserError as error:
                 raise UserError(f"cell {cell.name}: {error}") from error
+            first = first_names.setdefault(own.to_json(sort_keys=True), cell.name)
+            if first != cell.name:
+                warn(f"cell {cell.name} has the same config as cell {first}; only {first} is run")
+                continue
+            self.cells.append(cell)
+            self.configs[cell.name] = own
 
     def path(self, cell: Cell) -> Path:
         return self.folder / CELLS / cell.name
@@ -124,12 +133,27 @@ class Sweep:
         cells |= {cell.name: cell.values for cell in self.cells}
         _write_json(path, {"config": self.recipe, "given": self.given, "grid": grid, "cells": cells})
 
+    def records(self, cell: Cell) -> list[dict]:
+        """The first and the last log line of a cell, and the last of training and of validation, in order.
+
+        A file that has not changed since the last call is not read again.
+        """
+        path = self.path(cell) / METRICS
+        try:
+            stat = path.stat()
+        except OSError:
+            return []
+        version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._read.get(cell.name, ((), []))[0] != version:
+            self._read[cell.name] = version, _telling(read_metrics(path.parent))
+        return self._read[cell.name][1]
+
     def outcome(self, cell: Cell) -> dict | None:
         """What came of a cell: done, diverged, or None while it is to be run or run on."""
         recorded = self.recorded(cell)
         if recorded.get("status") == "diverged":
             return recorded
-        records = read_metrics(self.path(cell))
+        records = self.records(cell)
         if not records:
             return None
         if records[-1]["step"] < self.configs[cell.name].steps:
@@ -140,7 +164,7 @@ class Sweep:
 
     def _trained(self, cell: Cell) -> bool:
         """Whether a cell's last log line and its last checkpoint are there."""
-        records, steps = read_metrics(self.path(cell)), self.configs[cell.name].steps
+        records, steps = self.records(cell), self.configs[cell.name].steps
         logged = bool(records) and records[-1]["step"] >= steps
         return logged and (self.path(cell) / FOLDER / str(steps)).is_dir()
 
@@ -169,10 +193,10 @@ class Sweep:
 
     def row(self, cell: Cell) -> list[str]:
         """A cell's line in the live table."""
-        records = read_metrics(self.path(cell))
+        records = self.records(cell)
         recorded = self.recorded(cell)
         step, steps = (records[-1]["step"] if records else 0), self.configs[cell.name].steps
-        scores = [r for r in records if any(name.startswith("valid/") for name in r)]
+        scores = [r for r in records if _is_validation(r)]
         losses = [scores[-1].get(f"valid/{name}/loss") if scores else None for name in self.names()]
         shown = [f"{loss:.3f}" if loss is not None else "" for loss in losses]
         status = recorded.get("status", "running" if records and step < steps else "")
@@ -185,12 +209,27 @@ class Sweep:
         return ["cell", "status", "step", *self.names(), "minutes"]
 
 
+def _is_training(record: dict) -> bool:
+    return "train/loss" in record or "train/skipped" in record
+
+
+def _is_validation(record: dict) -> bool:
+    return any(name.startswith("valid/") for name in record)
+
+
+def _telling(records: list[dict]) -> list[dict]:
+    """The records that `Sweep.records` returns, each once."""
+    kinds = (_is_training, _is_validation)
+    last = {max((i for i, r in enumerate(records) if of_kind(r)), default=0) for of_kind in kinds}
+    return [records[i] for i in sorted({0, *last, len(records) - 1})] if records else []
+
+
 def _divergence(records: list[dict]) -> str:
     """Why a run that came to its end counts as diverged; empty when it does not.
 
     Its training tells, not its held-out losses: those of a run that overfits are high as well.
     """
-    trained = [r for r in records if "train/loss" in r or "train/skipped" in r]
+    trained = [r for r in records if _is_training(r)]
     untrained = [loss for name, loss in records[0].items() if re.fullmatch("valid/.*/loss", name)]
     if trained and "train/loss" not in trained[-1]:
         return "diverged: the last updates were all skipped for numbers that are not finite"

@@ -2,7 +2,15 @@
 
 import pytest
 
-from dualsm.analysis.grid import apply, make_cells, parse_axis, parse_cell, parse_rule
+from dualsm.analysis.grid import (
+    LONGEST_NAME,
+    apply,
+    make_cells,
+    parse_axes,
+    parse_axis,
+    parse_cell,
+    parse_rule,
+)
 from dualsm.errors import UserError
 from tests.micro import micro_config
 
@@ -20,6 +28,34 @@ def test_the_cells_are_all_combinations_each_once():
     ]
     assert len({cell.name for cell in cells}) == 6
     assert cells[1].name == "repetitions=1,alpha=0.125"
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [{"objectives.causal.weight": 2}, {"objectives.masked_diffusion.weight": 2}],
+        [{"optimizer.learning_rate": 0.12345671}, {"optimizer.learning_rate": 0.12345672}],
+        [{"mixture_schedule.path": path} for path in ("a b", "a_b", "a/b", "a;b", "a%20b", "a:b")],
+        [{"mixture_schedule.path": "a,steps=2"}, {"mixture_schedule.path": "a", "steps": 2}],
+        [{"mixture_schedule.path": "x" * 300 + end} for end in "ab"],
+    ],
+)
+def test_different_values_have_different_names(cells):
+    names = [cell.name for cell in make_cells({}, more=cells)]
+    assert len(set(names)) == len(cells)
+    assert all(len(name.encode()) <= LONGEST_NAME and "/" not in name for name in names)
+
+
+def test_equal_numbers_have_one_name():
+    cells = make_cells({}, more=[{"alpha": 1, "steps": 1000000}, {"alpha": 1.0, "steps": 1e6}])
+    assert [cell.name for cell in cells] == ["alpha=1,steps=1000000"]
+
+
+def test_a_key_that_is_given_twice_is_refused():
+    with pytest.raises(UserError, match="^--grid: 'alpha' is given 2 times"):
+        parse_axes(["alpha=0,1", "steps=4", "alpha=1/2"])
+    with pytest.raises(UserError, match="^--cell: 'alpha=0,alpha=1': 'alpha' is given 2 times"):
+        parse_cell("alpha=0,alpha=1")
 
 
 def test_a_rule_sets_values_where_it_holds_and_an_axis_goes_before_it():
