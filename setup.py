@@ -22,7 +22,7 @@ CORE = [
     "zstandard>=0.22,<1",
 ]
 
-ANALYSIS = ["matplotlib>=3.8,<4", "scikit-learn>=1.5,<2"]
+ANALYSIS = ["matplotlib>=3.8,<4", "scikit-learn>=1.5,<2", "scipy>=1.13,<2"]
 
 EXCHANGE = ["safetensors>=0.4,<1", "tokenizers>=0.21,<0.24"]
 

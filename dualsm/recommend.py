@@ -1,5 +1,8 @@
 """Says which mixture to train with when data must repeat, and how sure that is.
 
+Without a sweep of one's own it gives the rules of the paper, from models of 470M parameters, and beside them
+the answer of the table that comes with dualsm, from models of 0.23M parameters.
+
 python -m dualsm.recommend --unique_tokens=1e8 --budget=3.2e9
 python -m dualsm.recommend --unique_tokens=1e6 --budget=6.4e7 --sweep=runs/sweep --metric=valid/causal/loss
 """
@@ -16,17 +19,19 @@ from absl import flags
 
 from dualsm import cli
 from dualsm.analysis.advice import DEFAULT_METRIC
-from dualsm.analysis.answer import advise, describe
+from dualsm.analysis.answer import advise, ask, describe
 from dualsm.errors import UserError
 from dualsm.output import check_output, write_output
 
 _UNIQUE = flags.DEFINE_float("unique_tokens", None, "tokens of text there are", lower_bound=1)
 _BUDGET = flags.DEFINE_float("budget", None, "tokens to train on, repeated ones included", lower_bound=1)
 _SWEEP = cli.DEFINE_path(
-    "sweep", "", "folder of a sweep, or its table.csv; default: the table that comes with dualsm, if any"
+    "sweep",
+    "",
+    "folder of a sweep, or its table.csv; default: the paper's rules and the table that comes with dualsm",
 )
 _METRIC = flags.DEFINE_string(
-    "metric", None, f"column of the table to do best in; default: {DEFAULT_METRIC} (the paper's rules: none)"
+    "metric", None, f"column of the table to do best in; default: {DEFAULT_METRIC} (the rules have none)"
 )
 _OUTPUT = cli.DEFINE_path("output", "", "JSON file for the answer")
 flags.mark_flags_as_required(["unique_tokens", "budget"])
@@ -38,12 +43,13 @@ def main(_: Sequence[str]) -> None:
         raise UserError(f"--unique_tokens={unique} and --budget={budget} must be finite numbers")
     if _OUTPUT.value:
         check_output(Path(_OUTPUT.value), "--output")
-    advice = advise(max(budget / unique, 1.0), _SWEEP.value, _METRIC.value)
-    print(describe(advice, unique, budget, _SWEEP.value))
+    question = ask(unique, budget)
+    answers = advise(question.repetitions, _SWEEP.value, _METRIC.value)
+    print(describe(question, answers, _SWEEP.value))
     if _OUTPUT.value:
-        answer = {"unique_tokens": unique, "budget_tokens": budget} | dataclasses.asdict(advice)
-        text = json.dumps(answer | {"sweep": _SWEEP.value or None}, indent=1) + "\n"
-        write_output(Path(_OUTPUT.value), text, "--output")
+        first, *others = map(dataclasses.asdict, answers)
+        answer = dataclasses.asdict(question) | first | {"others": others, "sweep": _SWEEP.value or None}
+        write_output(Path(_OUTPUT.value), json.dumps(answer, indent=1) + "\n", "--output")
 
 
 if __name__ == "__main__":

@@ -1,91 +1,144 @@
-"""The answer to "which mixture?": where it comes from, and in words."""
+"""The answer to "which mixture?": what it comes from, and in words."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from dualsm.analysis import rules
-from dualsm.analysis.advice import (
-    DEFAULT_METRIC,
-    SHIPPED,
-    Advice,
-    Side,
-    Stopping,
-    advise_by_rules,
-    advise_by_table,
-)
+from dualsm.analysis.advice import DEFAULT_METRIC, SHIPPED, Advice, advise_by_rules, advise_by_table
 from dualsm.analysis.scales import fraction
+from dualsm.analysis.stopping import Side, Stopping, in_words
 from dualsm.analysis.surface import CREDIBLE, Estimate
 from dualsm.analysis.table import load
 from dualsm.errors import UserError
 
-_OWN_TABLE = "pip install 'dualsm[analysis]'"
+_INSTALL = "pip install 'dualsm[analysis]'"
 
 
-def advise(repetitions: float, sweep: str | Path | None = None, metric: str | None = None) -> Advice:
-    """The advice by one's own sweep, else by the shipped table if scikit-learn is there, else by the paper's
-    rules.
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A budget for a corpus, and the whole number of repetitions that serves both best.
+
+    Attributes:
+      unique_tokens, budget_tokens: as asked.
+      repetitions: R, as in `config.repetitions`.
+      seen_unique_tokens, seen_tokens: of a run with this R, which is to see each of its tokens R times.
+    """
+
+    unique_tokens: float
+    budget_tokens: float
+    repetitions: int
+    seen_unique_tokens: float
+    seen_tokens: float
+
+
+def ask(unique: float, budget: float) -> Question:
+    """Rounds budget / unique to the R that gives up least: of the budget if down, of the corpus if up."""
+    passes = budget / unique
+    if passes <= 1:
+        return Question(unique, budget, 1, budget, budget)
+    low, high = math.floor(passes + 1e-9), math.ceil(passes - 1e-9)
+    if 1 - low / passes < 1 - passes / high:
+        return Question(unique, budget, low, unique, low * unique)
+    return Question(unique, budget, high, budget / high, budget)
+
+
+def advise(repetitions: float, sweep: str | Path | None = None, metric: str | None = None) -> list[Advice]:
+    """The advice of every source, the one to follow first.
 
     Args:
       repetitions: R.
-      sweep: a sweep's folder or table; None takes the shipped table, where there is one.
+      sweep: a sweep's folder or table, which comes before the paper's rules. Without a sweep the rules come
+        first and the shipped table second, if scikit-learn is installed: installing it does not change the
+        first answer.
       metric: column of the table to do best in.
 
     Raises:
       UserError: when the table cannot answer.
     """
-    source = sweep or (SHIPPED if SHIPPED.exists() and find_spec("sklearn") else None)
-    if source is not None:
-        return advise_by_table(load(source), metric or DEFAULT_METRIC, repetitions)
+    by_rules = advise_by_rules(repetitions)
+    if sweep:
+        return [advise_by_table(load(sweep), metric or DEFAULT_METRIC, repetitions), by_rules]
+    if find_spec("sklearn"):
+        return [by_rules, advise_by_table(load(SHIPPED), metric or DEFAULT_METRIC, repetitions)]
     if metric:
-        raise UserError(f"--metric={metric} needs a table: give --sweep=FOLDER, or {_OWN_TABLE}")
-    return advise_by_rules(repetitions)
+        raise UserError(f"--metric={metric} needs scikit-learn, which is not installed: {_INSTALL}")
+    return [by_rules]
 
 
-def describe(advice: Advice, unique: float, budget: float, sweep: str) -> str:
-    """The answer in words."""
-    repetitions = math.ceil(advice.repetitions - 1e-9)
-    seen = f"each is seen {advice.repetitions:.4g} times" if advice.repetitions > 1 else "nothing repeats"
-    lines = [
-        f"{budget:,.0f} training tokens from {unique:,.0f} unique ones: {seen}",
-        f"train with: causal {fraction(advice.alpha)}, masked_diffusion {fraction(1 - advice.alpha)}",
-        f"    --config.mixture.causal={advice.alpha:.6g} --config.mixture.prefix=0.0 "
-        f"--config.mixture.masked_diffusion={1 - advice.alpha:.6g} --config.repetitions={repetitions}",
-        *(_by_surface(advice, sweep) if advice.surface else _by_rules()),
-        _range(advice),
-    ]
-    if advice.stopping:
-        lines += _stopping(advice.stopping, advice.table["metric"])
-    elif advice.surface and advice.repetitions > 1:
+def describe(question: Question, answers: Sequence[Advice], sweep: str) -> str:
+    """The answers of all sources in words."""
+    lines = [_numbers(question), *_rounding(question)]
+    for advice in answers:
+        lines += _by_surface(advice, sweep) if advice.surface else _by_rules(advice)
+    if not any(advice.surface for advice in answers):
+        lines.append(f"the table of small models that comes with dualsm needs scikit-learn: {_INSTALL}")
+    if len({advice.alpha for advice in answers}) > 1:
         lines.append(
-            "stop instead? the table has no shorter causal runs on the same unique tokens within an octave"
+            "the answers differ: each holds for models of its own scale and measure; "
+            "a sweep of your own (--sweep) answers for yours"
         )
     return "\n".join(lines)
 
 
-def _by_rules() -> list[str]:
-    rows = "; ".join(f"{row.repetitions}: {fraction(row.alpha)}" for row in rules.ROWS)
-    lines = [
-        f"by: the rules of {rules.SOURCE}, for zero-shot scores of models with 470M parameters",
-        f"    best shares found there by repetitions: {rows}",
+def _numbers(question: Question) -> str:
+    passes = question.budget_tokens / question.unique_tokens
+    seen = f"{passes:.4g} passes" if passes > 1 else "nothing repeats"
+    budget, unique = question.budget_tokens, question.unique_tokens
+    return f"{budget:,.0f} training tokens from {unique:,.0f} unique tokens: {seen}"
+
+
+def _rounding(question: Question) -> list[str]:
+    """The run with a whole number of repetitions, where that is another one than was asked for."""
+    repetitions, unique = question.repetitions, question.unique_tokens
+    if question.seen_tokens < question.budget_tokens * (1 - 1e-6):
+        fewer = 1 - question.seen_tokens / question.budget_tokens
+        return [
+            f"repetitions are whole numbers: with {repetitions}, train on {question.seen_tokens:,.0f} "
+            f"tokens, {fewer:.2%} fewer"
+        ]
+    if question.budget_tokens > unique and question.seen_unique_tokens < unique * (1 - 1e-6):
+        return [
+            f"repetitions are whole numbers: with {repetitions}, the run sees the first "
+            f"{question.seen_unique_tokens:,.0f} unique tokens; to see all of them {repetitions} times, "
+            f"train on {repetitions * unique:,.0f} tokens"
+        ]
+    return []
+
+
+def _flags(advice: Advice) -> list[str]:
+    return [
+        f"    train with: causal {fraction(advice.alpha)}, masked_diffusion {fraction(1 - advice.alpha)}",
+        f"    --config.mixture.causal={advice.alpha:.6g} --config.mixture.prefix=0.0 "
+        f"--config.mixture.masked_diffusion={1 - advice.alpha:.6g} "
+        f"--config.repetitions={advice.repetitions:g}",
     ]
-    if not find_spec("sklearn"):
-        lines.append(f"    to ask the table that comes with dualsm instead: {_OWN_TABLE}")
-    return lines
+
+
+def _by_rules(advice: Advice) -> list[str]:
+    rows = "; ".join(f"{row.repetitions}: {fraction(row.alpha)}" for row in rules.ROWS)
+    return [
+        f"by the rules of {rules.SOURCE}, for zero-shot scores of models {_scale(advice)}:",
+        *_flags(advice),
+        f"    best shares found there by repetitions: {rows}",
+        f"    {_range(advice)}",
+    ]
 
 
 def _by_surface(advice: Advice, sweep: str) -> list[str]:
     found, table = advice.surface, advice.table
     low, high = map(fraction, found.interval)
     better = "lower" if table["lower_is_better"] else "higher"
-    size = f", {table['parameters']:,.0f} parameters" if table["parameters"] else ""
     lines = [
-        f"best share of causal rows, {CREDIBLE:.0%} sure: {low} to {high}",
-        f"by: {sweep or 'the table that comes with dualsm'}, {table['cells']} cells of "
-        f"{table['budget_tokens']:,.0f} tokens{size}",
-        f"{table['metric']} ({better} is better): {_pm(found.score)} expected",
+        f"by {sweep or 'the table that comes with dualsm'}, {table['cells']} cells of "
+        f"{table['budget_tokens']:,.0f} tokens, models {_scale(advice)}:",
+        *_flags(advice),
+        f"    best share of causal rows, {CREDIBLE:.0%} sure: {low} to {high}",
+        f"    {table['metric']} ({better} is better): {_pm(found.score)} expected",
     ]
     for name, gain in (
         ("causal rows only", found.gain_over_causal),
@@ -93,11 +146,30 @@ def _by_surface(advice: Advice, sweep: str) -> list[str]:
     ):
         if gain is not None and gain.mean:
             lines.append(f"    better than {name} by {_pm(gain)}")
-    rule = fraction(rules.rule_alpha(found.repetitions))
-    lines.append(f"the rules of {rules.SOURCE}, from 470M parameters, say: causal {rule}")
+    if advice.measured:
+        choose = min if table["lower_is_better"] else max
+        shown = {choose(advice.measured, key=advice.measured.get), 0.0, 1.0} & advice.measured.keys()
+        cells = ", ".join(f"causal {fraction(a)}: {_runs(*advice.measured[a])}" for a in sorted(shown))
+        lines.append(f"    measured at R = {advice.repetitions:g}: {cells}")
+    lines.append(f"    {_range(advice)}")
     if found.few_cells:
-        lines.append(f"warning: too few cells for a surface to be trusted ({found.few_cells})")
+        lines.append(f"    warning: too few cells for a surface to be trusted ({found.few_cells})")
+    if table["unequally_tuned"]:
+        places = ", ".join(f"{r:g}" for r in table["unequally_tuned"])
+        lines.append(
+            f"    warning: at R = {places} some alphas were tuned with more settings than others; "
+            "the surface compares them"
+        )
+    if advice.stopping:
+        lines += _stopping(advice.stopping)
     return lines
+
+
+def _scale(advice: Advice) -> str:
+    if advice.parameters is None:
+        return "of unknown size"
+    low, high = advice.parameters
+    return f"of {low:,.0f} parameters" if low == high else f"of {low:,.0f} to {high:,.0f} parameters"
 
 
 def _range(advice: Advice) -> str:
@@ -107,31 +179,40 @@ def _range(advice: Advice) -> str:
     return f"{tried}; the question lies inside"
 
 
-def _stopping(found: Stopping, metric: str) -> list[str]:
-    advice = {
-        "stop early": "stop instead: shorter causal training was better",
-        "full mixture": "stop instead? no: shorter causal training was worse",
-        "no clear difference": "stop instead? shorter causal training did as well, for less",
+def _stopping(found: Stopping) -> list[str]:
+    answer = {
+        "stop early": "yes, shorter causal training was better",
+        "full length": "no, shorter causal training was worse",
+        "no clear difference": "shorter causal training did as well, for less",
+        "unknown": f"unknown: {found.reason}",
     }[found.verdict]
-    lines = [
-        f"{advice} (same {found.unique_tokens:,.0f} unique tokens, {metric})",
-        f"    causal, {_side(found.shorter)}",
-        f"    causal {fraction(found.full.alpha)}, {_side(found.full)}",
-        f"    difference {_pm(Estimate(abs(found.gain.mean), found.gain.sd))}",
-    ]
-    if found.mixed:
-        lines.append(f"    a mixture that stops: causal {fraction(found.mixed.alpha)}, {_side(found.mixed)}")
+    lines = [f"    stop instead? {answer}"]
+    for name, side in (
+        ("shorter causal runs", found.shorter),
+        ("the whole budget", found.full),
+        ("a mixture that stops", found.mixed),
+    ):
+        if side:
+            lines.append(f"        {name}: {_side(side)}")
+    if found.gain:
+        lines.append(f"        difference {_pm(Estimate(abs(found.gain.mean), found.gain.sd))}")
     return lines
 
 
 def _side(side: Side) -> str:
-    seeds = f", mean of {side.runs} seeds" if side.runs > 1 else ""
-    tokens = f"{side.repetitions:g} repetitions, {side.budget_tokens:,.0f} tokens"
-    swept = "".join(f", {name}={value}" for name, value in side.setting.items())
-    return f"{tokens}{swept}: {side.score:.4g}{seeds}"
+    tokens = (
+        f"causal {fraction(side.alpha)}, {side.repetitions:g} repetitions, {side.budget_tokens:,.0f} tokens"
+    )
+    return f"{tokens}, {in_words(side.setting)}: {_runs(side.score, side.runs)}"
+
+
+def _runs(score: float, runs: int) -> str:
+    return f"{score:.4g}" + (f" (mean of {runs} seeds)" if runs > 1 else "")
 
 
 def _pm(estimate: Estimate) -> str:
-    """Mean ± standard deviation, with two digits of the deviation."""
+    """Mean ± standard deviation, with two digits of the deviation; "at least ..." of a bound."""
+    if estimate.at_least:
+        return f"at least {estimate.mean:.2f}"
     digits = min(max(1 - math.floor(math.log10(estimate.sd)), 0), 6) if estimate.sd > 0 else 3
     return f"{estimate.mean:.{digits}f} ± {estimate.sd:.{digits}f}"

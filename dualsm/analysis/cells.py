@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticE
 def collect(folder: str | Path) -> list[Row]:
     """One row a cell of a sweep, finished or not, in the order of `sweep.json`.
 
-    The columns are `name`, `status`, `reason`, `repetitions`, `alpha`, `seed`, the swept keys,
-    `budget_tokens`, `unique_tokens`, `parameters`, `seconds`, `step` (of the last log line) and
+    The columns are `name`, `status`, `reason`, `repetitions`, `alpha`, `seed`, each key that any cell sets
+    (the value in the cell's own config, so that a default equals the same value given), `budget_tokens`,
+    `unique_tokens`, `parameters`, `seconds`, `step` (of the last log line) and
 
     - `valid/<objective>/loss`: the last held-out loss, nats per token;
     - `best/<objective>/loss`, `best/<objective>/step`: the lowest of the run, and when;
@@ -40,7 +42,8 @@ def collect(folder: str | Path) -> list[Row]:
       UserError: when the folder holds no readable `sweep.json`.
     """
     cells = read_sweep(folder)["cells"]
-    rows = [cell_row(Path(folder) / CELLS / name, name, values) for name, values in cells.items()]
+    nothing = dict.fromkeys(key for values in cells.values() for key in values)
+    rows = [cell_row(Path(folder) / CELLS / name, name, nothing | values) for name, values in cells.items()]
     _add_task_means(rows)
     return rows
 
@@ -69,11 +72,12 @@ def cell_row(workdir: Path, name: str, values: dict) -> Row:
     Args:
       workdir: the cell's run directory; it need not exist.
       name: of the cell.
-      values: its swept values.
+      values: swept key -> the value that the cell sets, or None; its config, once written, has the last word.
     """
     row = {"name": name, "status": "missing", "reason": None}
     row |= {"repetitions": None, "alpha": None, "seed": None} | values
-    for read in (_outcome, _config_columns, _loss_columns, _evaluation_columns):
+    config_columns = functools.partial(_config_columns, keys=values.keys() - {"alpha"})
+    for read in (_outcome, config_columns, _loss_columns, _evaluation_columns):
         try:
             row |= read(workdir, row)
         except _DAMAGE as error:
@@ -119,7 +123,7 @@ def _outcome(workdir: Path, row: Row) -> Row:
     }
 
 
-def _config_columns(workdir: Path, row: Row) -> Row:
+def _config_columns(workdir: Path, row: Row, keys: Iterable[str]) -> Row:
     path = workdir / CONFIG
     if not path.exists():
         if row["status"] in ("done", "running"):
@@ -130,7 +134,7 @@ def _config_columns(workdir: Path, row: Row) -> Row:
         _count(config, key) for key in ("repetitions", "steps", "batch_rows", "row_tokens")
     )
     budget = math.prod(sizes)
-    return {
+    return {key: _config_value(config, key, row[key]) for key in keys} | {
         "repetitions": repetitions,
         "alpha": causal_share(config),
         "seed": config["seed"],
@@ -138,6 +142,15 @@ def _config_columns(workdir: Path, row: Row) -> Row:
         "unique_tokens": -(-budget // repetitions),
         "parameters": _parameters(json.dumps(config["model"])),
     }
+
+
+def _config_value(config: dict, key: str, default: Any) -> Any:
+    """The value at a key such as "optimizer.learning_rate", or `default`."""
+    for name in key.split("."):
+        if not isinstance(config, dict) or name not in config:
+            return default
+        config = config[name]
+    return config
 
 
 def causal_share(config: dict) -> float | None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 SOURCE = "Dual-objective Language Models, arXiv 2512.14549"
 # Its scores are zero-shot averages of nine tasks with 0 for guessing and 100 for perfect, of models with 470M
 # parameters trained on 32B tokens.
+PARAMETERS = 470_000_000
 TRIED_REPETITIONS = (1, 256)
 ALPHA_OF_FEW_REPETITIONS = 63 / 64
 FEW_REPETITIONS, MANY_REPETITIONS = 16, 32

@@ -24,15 +24,21 @@ FEWEST_CELLS = 4  # for a fit at all
 ENOUGH_CELLS, ENOUGH_VALUES = 12, 3  # for a fit to be trusted: cells, different R and different alphas
 CREDIBLE = 0.8  # probability inside the interval of the best alpha
 SAMPLES = 4000  # of the posterior; a probability is then good to 0.01
-LEAST_VALUE = 0.05  # of a loss: three nats above the best, and no higher does the surface go
+# Of a loss: ln 20, about three nats, above the best. The surface cannot tell higher losses apart.
+LEAST_VALUE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean and a standard deviation, in units of the score."""
+    """A mean and a standard deviation, in units of the score.
+
+    With `at_least`, a lower bound without a standard deviation (None): of a loss that is higher than the
+    surface can resolve, or of a difference from such a loss.
+    """
 
     mean: float
-    sd: float
+    sd: float | None
+    at_least: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Recommendation:
       interval: alphas between which the best lies with a probability of at least `CREDIBLE`.
       score: at `alpha`, without the noise of a single run.
       gain_over_causal: by how much that is better than alpha = 1; positive is better, for losses too. None
-        when alpha = 1 was not tried.
+        when alpha = 1 was not tried, or when the surface resolves neither of the two losses.
       gain_over_masked: the same over alpha = 0.
       octaves_outside: how far R lies outside the tried range; 0 inside.
       few_cells: what the fit has too little of to be trusted; "" when it has enough.
@@ -90,7 +96,10 @@ class Surface:
         return self.mean + self.scale * mean_A, self.scale**2 * covariance_AxA
 
     def posterior(self, repetitions: float, alpha_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [A] and covariance [A, A] of the score at one R; a loss's to first order in the value's."""
+        """Mean [A] and covariance [A, A] of the score at one R; a loss's to first order in the value's.
+
+        A loss that the surface cannot resolve is ln(1 / LEAST_VALUE) above the best cell.
+        """
         mean_A, covariance_AxA = self.value(repetitions, alpha_A)
         if not self.lower_is_better:
             return mean_A, covariance_AxA
@@ -119,23 +128,32 @@ class Surface:
     def recommend(self, repetitions: float) -> Recommendation:
         """The best of `alphas()` at `repetitions`, and how sure that is."""
         alpha_A = self.alphas()
-        best = int(self.value(repetitions, alpha_A)[0].argmax())
+        value_A, value_covariance_AxA = self.value(repetitions, alpha_A)
+        best = int(value_A.argmax())
         mean_A, covariance_AxA = self.posterior(repetitions, alpha_A)
+        unresolved_A = (value_A < LEAST_VALUE) & self.lower_is_better
         sign = -1 if self.lower_is_better else 1
         low, high = shortest_interval(self.probability_best(repetitions, alpha_A), best, CREDIBLE)
 
         def gain_over(alpha: float) -> Estimate | None:
             other = np.flatnonzero(alpha_A == alpha)
+            if not len(other) or unresolved_A[best]:
+                return None
+            if unresolved_A[other[0]]:
+                sd = math.sqrt(max(value_covariance_AxA[other[0], other[0]], 0))
+                lowest_loss = self.best - math.log(max(value_A[other[0]] + 2 * sd, LEAST_VALUE))
+                return Estimate(max(float(lowest_loss - mean_A[best]), 0.0), None, at_least=True)
             contrast_A = np.zeros(len(alpha_A))
             contrast_A[best] += sign
             contrast_A[other] -= sign
-            return _estimate(contrast_A, mean_A, covariance_AxA) if len(other) else None
+            return _estimate(contrast_A, mean_A, covariance_AxA)
 
+        score = _estimate(np.eye(len(alpha_A))[best], mean_A, covariance_AxA)
         return Recommendation(
             repetitions=repetitions,
             alpha=float(alpha_A[best]),
             interval=(float(alpha_A[low]), float(alpha_A[high])),
-            score=_estimate(np.eye(len(alpha_A))[best], mean_A, covariance_AxA),
+            score=Estimate(score.mean, None, at_least=True) if unresolved_A[best] else score,
             gain_over_causal=gain_over(1.0),
             gain_over_masked=gain_over(0.0),
             octaves_outside=octaves_outside(repetitions, self.repetitions_C.min(), self.repetitions_C.max()),

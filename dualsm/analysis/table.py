@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dualsm.analysis.cells import Row, collect
@@ -87,7 +87,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def usable(rows: Sequence[Row], metric: str) -> list[Row]:
-    """The finished cells that have a value of `metric`, R, alpha and a budget.
+    """The finished cells that have a value of `metric`, R, alpha and a budget; each run counts once.
 
     Raises:
       TooFewCells: when there are none, with what there is instead.
@@ -99,12 +99,21 @@ def usable(rows: Sequence[Row], metric: str) -> list[Row]:
         and all(_is_number(row.get(name)) for name in (metric, "repetitions", "alpha", "budget_tokens"))
     ]
     if found:
-        return found
+        return _without_duplicates(found)
     if metric not in measures(rows) and measures(rows):
         raise TooFewCells(f"no cell has {metric!r}; there are {', '.join(measures(rows))}")
     states = Counter(str(row["status"]) for row in rows)
     listed = ", ".join(f"{count} {status}" for status, count in states.items()) or "no cells"
     raise TooFewCells(f"no finished cell has {metric!r} and an alpha ({listed})")
+
+
+def _without_duplicates(rows: Sequence[Row]) -> list[Row]:
+    """Of rows with the same seed and setting, which are the same run under two names, the first."""
+    kept = {}
+    for number, row in enumerate(rows):
+        seed = number if row.get("seed") is None else f"seed {row['seed']}"
+        kept.setdefault((row["repetitions"], row["alpha"], row["budget_tokens"], _setting(row), seed), row)
+    return list(kept.values())
 
 
 def main_budget(rows: Sequence[Row]) -> int:
@@ -140,19 +149,17 @@ def drawable(rows: Sequence[Row], metric: str) -> list[Row]:
     return [row for group in best.values() for row in group] + without
 
 
-def shorter_runs(rows: Sequence[Row], metric: str, unique_tokens: int, budget: int) -> list[list[Row]]:
-    """Cells on the same unique tokens that stopped at a smaller budget, as groups of seeds, the best first.
+def on_same_tokens(rows: Sequence[Row], unique_tokens: float, budget: float) -> list[Row]:
+    """The rows with the same unique tokens that ended at a smaller budget.
 
     Each has ended its own learning-rate schedule: it is another run, not an early checkpoint.
     """
-    rows = [
+    return [
         row
-        for row in usable(rows, metric)
+        for row in rows
         if row["budget_tokens"] < budget * (1 - _SAME)
         and abs(row["budget_tokens"] / row["repetitions"] / unique_tokens - 1) < _SAME
     ]
-    groups = _best_settings(rows, metric).values()
-    return sorted(groups, key=lambda group: mean(group, metric), reverse=not lower_is_better(metric))
 
 
 def mean(rows: Sequence[Row], metric: str) -> float:
@@ -177,28 +184,55 @@ def seed_sd(rows: Sequence[Row], metric: str) -> float | None:
     return math.sqrt(squares / sum(len(values) - 1 for values in several))
 
 
+def seed_groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows in groups that differ in nothing but the seed."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["repetitions"], row["alpha"], row["budget_tokens"], _setting(row)].append(row)
+    return list(groups.values())
+
+
+def best_group(groups: Iterable[Sequence[Row]], metric: str) -> Sequence[Row]:
+    """The group with the best mean."""
+    choose = min if lower_is_better(metric) else max
+    return choose(groups, key=lambda group: mean(group, metric))
+
+
+def unequal_tuning(rows: Sequence[Row], metric: str) -> list[float]:
+    """The R at which one alpha was tried with more settings of the other swept keys than another."""
+    rows = usable(rows, metric)
+    budget = main_budget(rows)
+    tried = defaultdict(lambda: defaultdict(set))
+    for row in rows:
+        if row["budget_tokens"] == budget:
+            tried[row["repetitions"]][row["alpha"]].add(_setting(row))
+    return sorted(r for r, alphas in tried.items() if len({len(found) for found in alphas.values()}) > 1)
+
+
 def _best_settings(rows: Sequence[Row], metric: str) -> dict[tuple, list[Row]]:
     """(R, alpha, budget) -> the rows of the best setting of all other swept keys there."""
-    settings = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        place = row["repetitions"], row["alpha"], row["budget_tokens"]
-        settings[place][_setting(row)].append(row)
-    choose = min if lower_is_better(metric) else max
-    return {
-        place: choose(groups.values(), key=lambda group: mean(group, metric))
-        for place, groups in settings.items()
-    }
+    places = defaultdict(list)
+    for group in seed_groups(rows):
+        places[group[0]["repetitions"], group[0]["alpha"], group[0]["budget_tokens"]].append(group)
+    return {place: best_group(groups, metric) for place, groups in places.items()}
 
 
 def setting(row: Row) -> dict:
-    """A cell's swept keys beyond R, alpha and the seed, as far as it has a value of its own."""
-    swept = {name: value for name, value in row.items() if name not in _FIXED and "/" not in name}
-    return {name: value for name, value in swept.items() if value is not None}
+    """A cell's swept keys, as far as they are known, except those of R, alpha, the seed and the budget."""
+    return {
+        name: value
+        for name, value in row.items()
+        if value is not None
+        and "/" not in name
+        and name not in (*_FIXED, "steps")
+        and not name.startswith("mixture.")
+    }
 
 
 def _setting(row: Row) -> str:
-    """The same, to group by."""
-    return json.dumps(setting(row), sort_keys=True, default=str)
+    """The same, to group by; 1 and 1.0 are equal."""
+    as_floats = {n: float(v) if _is_number(v) else v for n, v in setting(row).items()}
+    return json.dumps(as_floats, sort_keys=True, default=str)
 
 
 def _place(column: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dualsm.analysis.grid import apply
 from tests.micro import micro_config
 
 STEPS, BATCH_ROWS, ROW_TOKENS = 512, 32, 64
@@ -37,6 +38,7 @@ def write_cell(sweep: Path, values: dict, *, steps: int = STEPS, noise: float = 
     config.steps, config.batch_rows, config.row_tokens = steps, BATCH_ROWS, ROW_TOKENS
     config.repetitions, config.seed, config.model.vocabulary = repetitions, seed, 512
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = alpha, 0.0, 1 - alpha
+    config = apply(config, {key: value for key, value in values.items() if "." in key})
     (workdir / "config.json").write_text(config.to_json())
     lines = _lines(repetitions, alpha, steps, noise, np.random.default_rng(seed))
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dualsm.analysis.cells import cell_row, collect, curve
+from dualsm.analysis.table import seed_groups
 from dualsm.errors import UserError
 from dualsm.model.transformer import init_params
 from tests.analysis.synthetic import BUDGET, STEPS, write_cell, write_plan, write_sweep
@@ -85,6 +86,19 @@ def test_alpha_follows_from_the_mixture(sweep, mixture, schedule, alpha):
     assert cell_row(workdir, "cell", values)["alpha"] == alpha
 
 
+def test_a_default_has_its_value(tmp_path):
+    """One cell gives a value that is the default of the others; all are read from the configs."""
+    default = micro_config().optimizer.weight_decay
+    cells = [{"repetitions": 1, "alpha": 1, "optimizer.weight_decay": default}]
+    cells += [{"repetitions": 1, "alpha": 1, "seed": seed} for seed in (1, 2)]
+    cells += [{"repetitions": 1, "alpha": 1, "optimizer.weight_decay": 1}]
+    write_sweep(tmp_path, cells)
+    rows = collect(tmp_path)
+    assert [row["optimizer.weight_decay"] for row in rows] == [default, default, default, 1.0]
+    assert [row["seed"] for row in rows] == [0, 1, 2, 0]
+    assert [len(group) for group in seed_groups(rows)] == [3, 1]
+
+
 def test_later_evaluations_count(sweep):
     _, workdir = sweep
     late = {"checkpoint": STEPS + 1, "tasks": {"blimp": {"causal": {"normalised": 77.0}}}}
@@ -127,6 +141,7 @@ def test_cells_that_were_not_or_not_fully_run(tmp_path):
     assert rows[2]["best/causal/loss"] is not None
     assert rows[3] == {
         "name": "later", "status": "missing", "reason": None, "repetitions": 1, "alpha": 1.0, "seed": None,
+        "optimizer.learning_rate": None,
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dualsm.analysis.errors import TooFewCells
 from dualsm.analysis.scales import ALPHAS, alpha_scale
-from dualsm.analysis.surface import CREDIBLE, fit_surface, shortest_interval
+from dualsm.analysis.surface import CREDIBLE, LEAST_VALUE, fit_surface, shortest_interval
 
 REPETITIONS = [1, 4, 16, 64, 256]
 TRIED = [0, 1 / 64, 1 / 8, 1 / 2, 7 / 8, 63 / 64, 1]
@@ -91,6 +91,29 @@ def test_how_bad_a_diverged_cell_is_does_not_matter():
     for a, b in zip(*found, strict=True):
         assert (a.alpha, a.interval) == (b.alpha, b.interval)
         assert a.score.mean == pytest.approx(b.score.mean, abs=0.01)
+
+
+def test_a_loss_that_the_surface_cannot_resolve_is_a_bound():
+    """Losses are resolved up to ln 20 above the best: a larger difference is a bound, never an estimate."""
+    repetitions, alpha, loss = samples(3)
+    for diverged in (8.0, 13.0):
+        worse = np.where((repetitions == 256) & (alpha > 1 / 2), diverged, loss)
+        surface = fit_surface(repetitions, alpha, worse, lower_is_better=True, restarts=1)
+        found = surface.recommend(256)
+        truth = diverged - known_loss(256, found.alpha)
+        assert found.gain_over_causal.at_least
+        assert found.gain_over_causal.sd is None
+        assert 1 < found.gain_over_causal.mean < min(truth, math.log(1 / LEAST_VALUE))
+        assert not found.score.at_least
+        assert not surface.recommend(16).gain_over_causal.at_least
+    all_bad = np.where(repetitions == 256, 13.0, loss)
+    found = fit_surface(repetitions, alpha, all_bad, lower_is_better=True, restarts=1).recommend(256)
+    assert (found.score.at_least, found.score.sd) == (True, None)
+    assert found.score.mean == pytest.approx(all_bad.min() + math.log(1 / LEAST_VALUE))
+    assert (found.gain_over_causal, found.gain_over_masked) == (None, None)
+    scores = np.where((repetitions == 256) & (alpha > 1 / 2), -9.0, -loss)  # of a task: not limited
+    found = fit_surface(repetitions, alpha, scores, lower_is_better=False, restarts=1).recommend(256)
+    assert not found.gain_over_causal.at_least
 
 
 def test_gains_are_differences_on_the_surface(surfaces):

@@ -12,9 +12,11 @@ from dualsm.analysis.table import (
     load,
     lower_is_better,
     measures,
+    on_same_tokens,
     read_table,
+    seed_groups,
     seed_sd,
-    shorter_runs,
+    unequal_tuning,
     usable,
     write_table,
 )
@@ -111,11 +113,30 @@ def test_other_swept_keys_come_with_their_best_setting(metric):
 
 def test_shorter_runs_on_the_same_unique_tokens():
     full = [row(128, alpha) for alpha in (1, 0.125)]
-    good = row(16, 1, loss=2.5, budget=128, steps=1)
-    better = row(32, 1, loss=2.4, budget=256, steps=2)
-    others = [row(16, 1, loss=1.0), row(8, 1, loss=1.0, budget=128)]  # more unique tokens
-    groups = shorter_runs([*full, good, better, *others], LOSS, unique_tokens=8, budget=1024)
-    assert groups == [[better], [good]]
+    shorter = [row(16, 1, budget=128, steps=1), row(32, 1, budget=256, steps=2)]
+    others = [row(16, 1), row(8, 1, budget=128)]  # more unique tokens
+    assert on_same_tokens([*full, *shorter, *others], unique_tokens=8, budget=1024) == shorter
+
+
+def test_one_run_under_two_names_counts_once():
+    rows = [row(name="a", rate=1), row(name="b", rate=1.0), row(name="c", seed=1, rate=1)]
+    rows += [row(name=name, seed=None, rate=1) for name in "de"]  # their seeds are not known
+    assert [found["name"] for found in usable(rows, LOSS)] == ["a", "c", "d", "e"]
+
+
+def test_groups_differ_in_more_than_the_seed():
+    rows = [row(seed=seed, rate=rate) for rate in (0.1, 0.2) for seed in (0, 1)]
+    assert seed_groups(rows) == [rows[:2], rows[2:]]
+    # alpha says what the mixture is, and the budget how many steps.
+    assert len(seed_groups([row(), row(seed=1, steps=3, **{"mixture.causal": 0.5})])) == 1
+    assert len(seed_groups([row(), row(seed=1, batch_rows=3)])) == 2
+
+
+def test_alphas_that_were_tuned_more_than_others_are_found():
+    rows = [row(r, a, rate=rate) for r in (1, 4) for a in (0, 1) for rate in (0.1, 0.2)]
+    assert unequal_tuning(rows, LOSS) == []
+    assert unequal_tuning(rows[:-1], LOSS) == [4]
+    assert unequal_tuning([*rows, row(1, 0, rate=0.3, budget=512)], LOSS) == []
 
 
 def test_noise_among_seeds_is_pooled_over_cells():
