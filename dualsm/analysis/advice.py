@@ -68,7 +68,7 @@ def advise_by_table(rows: Sequence[Row], metric: str, repetitions: float) -> Adv
     cells = comparable(rows, metric)
     surface = fit_to_cells(cells, metric)
     recommendation = surface.recommend(repetitions)
-    parameters = [cell["parameters"] for cell in cells if cell.get("parameters")]
+    parameters = [cell["parameters"] for cell in cells if isinstance(cell.get("parameters"), int)]
     here = {alpha: group for (r, alpha), group in by_mixture(rows, metric).items() if r == repetitions}
     return Advice(
         repetitions=repetitions,

@@ -231,8 +231,8 @@ def setting(row: Row) -> dict:
 
 def _setting(row: Row) -> str:
     """The same, to group by; 1 and 1.0 are equal."""
-    as_floats = {n: float(v) if _is_number(v) else v for n, v in setting(row).items()}
-    return json.dumps(as_floats, sort_keys=True, default=str)
+    values = {n: int(v) if isinstance(v, float) and v.is_integer() else v for n, v in setting(row).items()}
+    return json.dumps(values, sort_keys=True, default=str)
 
 
 def _place(column: str) -> tuple[int, ...]:
