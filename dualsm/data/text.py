@@ -38,11 +38,11 @@ def foreign_encoding(head: bytes) -> str | None:
     if any(head) and len(head) >= 4:
         bytes_4 = [head[i : len(head) // 4 * 4 : 4] for i in range(4)]
         for high, low in ((bytes_4[3], bytes_4[2]), (bytes_4[0], bytes_4[1])):
-            if not any(high) and max(low) <= 0x10:
+            if not any(high) and max(low) <= 3:  # planes that are in use
                 return "UTF-32"
         shares = [sum(map(half.count, range(32))) / len(half) for half in (head[0::2], head[1::2])]
         high = head[shares[1] > shares[0] :: 2]
-        if 0 in high and max(shares) > 0.8 and min(shares) < 0.5:
+        if 0 in high and max(shares) > 0.8 and min(shares) <= 0.5:
             return "UTF-16"
     return "ISO-2022" if _ISO_2022.search(head) else None
 
