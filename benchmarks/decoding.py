@@ -23,6 +23,7 @@ from absl import flags
 from dualsm import cli
 from dualsm.config import freeze
 from dualsm.evaluation.run import TrainedRun, open_run
+from dualsm.generation.batches import prompt_keys
 from dualsm.generation.causal import Decoding, begin, decode
 from dualsm.generation.pick import Picking
 from dualsm.model.transformer import bind
@@ -46,16 +47,16 @@ def cached(run: TrainedRun, positions: Sequence[int]) -> list[Callable[[], float
 
     def at(position: int) -> Callable[[], float]:
         state: Decoding = begin(
-            config, run.params, prompt, length, jax.random.key(0),
+            config, run.params, prompt, length, prompt_keys(0, prompt),
             size=max(positions) + _TOKENS, bidirectional=False, special=special,
         )  # fmt: skip
         while int(state.length_B[0]) < position - _TOKENS // 2:
             state = more(state, steps=1)
-        state = jax.device_get(state._replace(key=jax.random.key_data(state.key)))
+        state = jax.device_get(state._replace(key_B=jax.random.key_data(state.key_B)))
 
         def measured() -> float:
             fresh = jax.tree.map(jnp.asarray, state)
-            fresh = jax.block_until_ready(fresh._replace(key=jax.random.wrap_key_data(fresh.key)))
+            fresh = jax.block_until_ready(fresh._replace(key_B=jax.random.wrap_key_data(fresh.key_B)))
             start = time.perf_counter()
             jax.block_until_ready(more(fresh, steps=_TOKENS))
             return (time.perf_counter() - start) / _TOKENS

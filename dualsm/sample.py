@@ -21,6 +21,7 @@ from dualsm.config import freeze
 from dualsm.errors import UserError
 from dualsm.evaluation.run import TrainedRun, open_run
 from dualsm.generation import causal, diffusion
+from dualsm.generation.batches import prompt_keys
 from dualsm.generation.pick import Picking
 from dualsm.generation.prompts import encode_prompt, read_prompts, show
 from dualsm.output import check_output, write_output
@@ -39,7 +40,9 @@ _TOKENS = flags.DEFINE_integer("tokens", 64, "tokens to add to a prompt without 
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "draw among this many likeliest tokens; 0: all")
 _TOP_P = flags.DEFINE_float("top_p", 0.95, "draw among the likeliest tokens of this joint probability")
-_SEED = flags.DEFINE_integer("seed", 0, "of the draws")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "of the draws; a text depends on it and on its own prompt only", 0, 2**32 - 1
+)
 _ORDER = flags.DEFINE_enum("order", "confidence", diffusion.ORDERS, "diffusion: which places settle first")
 _STEPS = flags.DEFINE_integer("steps", 0, "diffusion: forwards a block; 0: one a token")
 _THRESHOLD = flags.DEFINE_float("threshold", 0.0, "diffusion: settle all above this probability at once")
@@ -51,22 +54,25 @@ _WATCH = flags.DEFINE_bool("watch", None, "show tokens as they settle; default: 
 flags.mark_flags_as_required(["workdir"])
 
 
-def run_mode(run: TrainedRun, prompts: list[list[int]]) -> Iterator[list[list[int]]]:
-    """The texts as they grow or settle, by the flags."""
-    picking = Picking(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+def run_mode(
+    run: TrainedRun, prompts: list[list[int]], picking: Picking, unmasking: diffusion.Unmasking
+) -> Iterator[list[list[int]]]:
+    """The texts as they grow or settle, in the mode and with the seed of the flags."""
     special, config = run.tokenizer.special, freeze(run.config.model)
+    key_B = prompt_keys(_SEED.value, prompts)
     if _MODE.value != "diffusion":
         yield from causal.generate(
-            config, run.params, prompts, _TOKENS.value, picking, special, _MODE.value, _SEED.value
+            config, run.params, prompts, _TOKENS.value, picking, special, _MODE.value, key_B
         )
         return
-    unmasking = diffusion.Unmasking(_ORDER.value, _STEPS.value, _THRESHOLD.value, _BLOCK.value)
     texts = [p if special.mask in p else p + [special.mask] * _TOKENS.value for p in prompts]
-    yield from diffusion.fill(config, run.params, texts, picking, unmasking, special, _SEED.value)
+    yield from diffusion.fill(config, run.params, texts, picking, unmasking, special, key_B)
 
 
 def main(_: Sequence[str]) -> None:
     cli.set_up_jax()
+    picking = Picking(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    unmasking = diffusion.Unmasking(_ORDER.value, _STEPS.value, _THRESHOLD.value, _BLOCK.value)
     texts = [*_PROMPT.value, *(read_prompts(_PROMPTS.value) if _PROMPTS.value else [])] or [""]
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
     run.check_mode(_MODE.value)
@@ -81,7 +87,7 @@ def main(_: Sequence[str]) -> None:
     watch = sys.stdout.isatty() if _WATCH.value is None else _WATCH.value
     screen = _Screen() if watch else None
     mask, times, counts, states = run.tokenizer.special.mask, [], [], None
-    for states in run_mode(run, prompts):
+    for states in run_mode(run, prompts, picking, unmasking):
         times.append(time.perf_counter())
         counts.append([len(tokens) - tokens.count(mask) for tokens in states])
         if screen:
@@ -116,11 +122,12 @@ def _report(times: list[float], counts_SxB: np.ndarray) -> str:
       counts_SxB: settled tokens of each text in each state.
     """
     new_B = counts_SxB[-1] - counts_SxB[0]
-    forwards = len(times) - 1 if _MODE.value == "diffusion" else new_B.max()
+    # Each forward settles at least one token of a text that has masks, and left to right exactly one.
+    forwards = (np.diff(counts_SxB, axis=0) > 0).sum() if _MODE.value == "diffusion" else new_B.sum()
     first = 1 if len(times) > 2 else 0  # the first forward's time is mostly compilation
     tokens, seconds = (counts_SxB[-1] - counts_SxB[first]).sum(), times[-1] - times[first]
     return (
-        f"[{new_B.sum()} tokens, {forwards / max(new_B.max(), 1):.2f} forwards a token, "
+        f"[{new_B.sum()} tokens, {forwards / max(new_B.sum(), 1):.2f} forwards a token, "
         f"{tokens / max(seconds, 1e-9):.3g} tokens/s]"
     )
 

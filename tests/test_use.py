@@ -304,6 +304,7 @@ BAD = {
     "no checkpoint": (["dualsm.sample", "--workdir={workdir}", "--checkpoint=7"], "step 7"),
     "mask in causal": (["dualsm.sample", "--workdir={workdir}", "--prompt=a <mask>"], "--mode=diffusion"),
     "leading mask": (["dualsm.sample", "--workdir={workdir}", "--mode=telepathy"], "telepathy"),
+    "temperature": (["dualsm.sample", "--workdir={workdir}", "--temperature=nan"], "temperature=nan"),
     "prompts": (["dualsm.sample", "--workdir={workdir}", "--prompts=nowhere.jsonl"], "nowhere.jsonl"),
     "task": (["dualsm.evaluate", "--workdir={workdir}", "--tasks=telepathy"], "telepathy"),
     "task data": (["dualsm.evaluate", "--workdir={workdir}", "--tasks=blimp"], "--task_data"),

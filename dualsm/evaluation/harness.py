@@ -14,17 +14,26 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
+import numpy as np
+
 from dualsm.config import freeze
 from dualsm.errors import UserError, explained
+from dualsm.evaluation.harness_arguments import (
+    command_line_as_json,
+    read_integer,
+    read_masks,
+    read_model_args,
+)
 from dualsm.evaluation.modes import Scoring
 from dualsm.evaluation.run import open_run
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
-from dualsm.generation import causal, diffusion
+from dualsm.generation import batches, causal, diffusion
 from dualsm.generation.pick import Picking
 from dualsm.progress import bar, escape_unprintable, warn
 
 NAME = "dualsm"
-_ROWS = 16  # texts generated together
+_ROWS = 16  # most texts generated together
 _DEFAULT_NEW_TOKENS = 256  # as in the harness's own models
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -67,7 +76,8 @@ class HarnessModel:
             and prefix, by unmasking in the other two.
           masks: of the mode masked: 1, "1+4" or [1, 4].
           samples: of the mode monte_carlo.
-          seed: of monte_carlo and of sampled texts.
+          seed: of monte_carlo and of sampled texts. A text depends on it, the prompt, and the number of equal
+            prompts before it.
           block, steps: of generation by unmasking, see `dualsm.generation.diffusion.Unmasking`.
 
         Raises:
@@ -77,8 +87,15 @@ class HarnessModel:
             known = "workdir, checkpoint, mode, masks, samples, seed, block, steps"
             wrong = f"unknown {', '.join(unknown)}" if unknown else "no workdir"
             raise UserError(f"--model_args: {wrong}; the model {NAME} takes {known}")
-        self._unmasking = diffusion.Unmasking(block=block, steps=steps)
-        self._run = run = open_run(workdir, checkpoint)
+        checkpoint = None if checkpoint is None else read_integer("checkpoint", checkpoint)
+        samples, seed = read_integer("samples", samples), read_integer("seed", seed)
+        block, steps = read_integer("block", block), read_integer("steps", steps)
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--model_args: seed={seed} must lie in [0, 2^32)")
+        self._unmasking = diffusion.Unmasking(
+            block=read_integer("block", block), steps=read_integer("steps", steps)
+        )
+        self._run = run = open_run(str(workdir), checkpoint)
         run.check_mode(mode)
         self._scoring = Scoring(mode, read_masks(masks), samples, run.config.row_tokens, seed)
         self._config = freeze(run.config.model)
@@ -136,12 +153,14 @@ class HarnessModel:
         """A continuation of each `(context, options)`, without the string that ended it."""
         wishes = [read_wish(request.args[1], self._scoring.longest) for request in requests]
         prompts = self._run.tokenizer.encode([request.args[0] for request in requests])
+        key_B = batches.prompt_keys(self._scoring.seed, prompts)
         order = sorted(range(len(requests)), key=lambda i: (wishes[i].new_tokens, len(prompts[i])))
         texts = [""] * len(requests)
         with bar(total=len(requests), desc="generate", unit="text", disable=disable_tqdm) as progress:
-            for members in _alike(order, wishes):
+            for members in _alike(order, wishes, min(_ROWS, batches.texts_at_once(self._scoring.longest))):
                 cut = [self._prompt(prompts[i], wishes[i].new_tokens) for i in members]
-                for i, text in zip(members, self._generate(cut, [wishes[i] for i in members]), strict=True):
+                new = self._generate(cut, [wishes[i] for i in members], key_B[np.array(members)])
+                for i, text in zip(members, new, strict=True):
                     texts[i] = text
                 progress.update(len(members))
         return texts
@@ -150,26 +169,26 @@ class HarnessModel:
         room = self._scoring.longest - 1 - new_tokens
         return [self._run.tokenizer.special.bos, *prompt[-room:]]
 
-    def _generate(self, prompts: list[list[int]], wishes: list[Wish]) -> list[str]:
+    def _generate(self, prompts: list[list[int]], wishes: list[Wish], key_B: jax.Array) -> list[str]:
         """Continuations of prompts whose wishes differ in `until` only."""
         texts = [""] * len(prompts)
-        for states in self._states(prompts, wishes[0]):
+        for states in self._states(prompts, wishes[0], key_B):
             new = [tokens[len(prompt) :] for tokens, prompt in zip(states, prompts, strict=True)]
             texts = [self._settled(tokens) for tokens in new]
             if all(_end(text, wish.until) < len(text) for text, wish in zip(texts, wishes, strict=True)):
                 break
         return [text[: _end(text, wish.until)] for text, wish in zip(texts, wishes, strict=True)]
 
-    def _states(self, prompts: list[list[int]], wish: Wish) -> Iterator[list[list[int]]]:
+    def _states(self, prompts: list[list[int]], wish: Wish, key_B: jax.Array) -> Iterator[list[list[int]]]:
         """The texts as they grow or settle."""
         run, special = self._run, self._run.tokenizer.special
-        seed, mode = self._scoring.seed, self._scoring.mode
+        mode = self._scoring.mode
         if mode in causal.MODES:
             return causal.generate(
-                self._config, run.params, prompts, wish.new_tokens, wish.picking, special, mode, seed
+                self._config, run.params, prompts, wish.new_tokens, wish.picking, special, mode, key_B
             )
         masked = [prompt + [special.mask] * wish.new_tokens for prompt in prompts]
-        return diffusion.fill(self._config, run.params, masked, wish.picking, self._unmasking, special, seed)
+        return diffusion.fill(self._config, run.params, masked, wish.picking, self._unmasking, special, key_B)
 
     def _settled(self, tokens: list[int]) -> str:
         """The text before the first mask."""
@@ -187,15 +206,6 @@ def _count_ties(requests: Sequence, scores: Sequence[float]) -> int:
     return sum(first == second for first, second in best)
 
 
-def read_masks(masks: int | str | Sequence[int]) -> tuple[int, ...]:
-    """Numbers of masks from 1, "1+4" or [1, 4]. Raises `UserError` for anything else."""
-    parts = str(masks).split("+") if isinstance(masks, int | str) else list(masks)
-    try:
-        return tuple(int(part) for part in parts)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--model_args: masks={masks!r} must be like 1, 1+4 or [1,4]") from error
-
-
 def read_wish(options: dict, longest: int) -> Wish:
     """A task's `generation_kwargs`; without `do_sample` or a temperature, the likeliest token is taken.
 
@@ -206,28 +216,31 @@ def read_wish(options: dict, longest: int) -> Wish:
     Raises:
       UserError: for options that are not known here.
     """
-    options = dict(options)
-    until = options.pop("until", None) or []
+    options = {name: value for name, value in options.items() if value is not None}
+    until = options.pop("until", [])
     until = (until,) if isinstance(until, str) else tuple(until)
-    new_tokens = [options.pop(name) for name in _NEW_TOKENS if options.get(name) is not None]
-    new_tokens = min(int((new_tokens or [_DEFAULT_NEW_TOKENS])[0]), longest // 2)
-    sample, temperature = options.pop("do_sample", None), options.pop("temperature", None)
-    if sample is None:
-        sample = bool(temperature)
-    temperature = (1.0 if temperature is None else float(temperature)) if sample else 0.0
-    picking = Picking(temperature, int(options.pop("top_k", 0)), float(options.pop("top_p", 1.0)))
+    try:
+        new_tokens = [int(options.pop(name)) for name in _NEW_TOKENS if name in options]
+        temperature = float(options.pop("temperature", 0.0 if not options.get("do_sample") else 1.0))
+        top_k, top_p = int(options.pop("top_k", 0)), float(options.pop("top_p", 1.0))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"generation_kwargs: a number was expected: {error}") from error
+    picking = Picking(temperature if options.pop("do_sample", True) else 0.0, top_k, top_p)
     if options:
         raise UserError(f"generation_kwargs: the model {NAME} does not know {', '.join(options)}")
-    return Wish(tuple(filter(None, until)), new_tokens, picking)
+    most = min((new_tokens or [_DEFAULT_NEW_TOKENS])[0], longest // 2)
+    if most < 1:
+        raise UserError(f"generation_kwargs: at least one token must be generated, not {most}")
+    return Wish(tuple(filter(None, until)), most, picking)
 
 
-def _alike(order: Iterable[int], wishes: Sequence[Wish]) -> Iterator[list[int]]:
-    """Requests in groups that can be generated together: at most `_ROWS`, and drawn in the same way."""
+def _alike(order: Iterable[int], wishes: Sequence[Wish], most: int) -> Iterator[list[int]]:
+    """Requests in groups that can be generated together: at most `most`, and drawn in the same way."""
     groups: dict[tuple, list[int]] = {}
     for i in order:
         members = groups.setdefault(wishes[i][1:], [])
         members.append(i)
-        if len(members) == _ROWS:
+        if len(members) == most:
             yield groups.pop(wishes[i][1:])
     yield from groups.values()
 
@@ -257,6 +270,10 @@ def register() -> type:
             LM.__init__(self)
             HarnessModel.__init__(self, **arguments)
 
+        @classmethod
+        def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None):
+            return cls.create_from_arg_obj(read_model_args(arg_string), additional_config)
+
     return Registered
 
 
@@ -273,7 +290,7 @@ def main() -> None:
         from lm_eval.__main__ import cli_evaluate
 
         cli.set_up_jax()
-        sys.argv[0] = "lm_eval"
+        sys.argv = ["lm_eval", *command_line_as_json(sys.argv[1:])]
         cli_evaluate()
     except Exception as error:
         if text := explained(error):

@@ -14,12 +14,12 @@ from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
 from dualsm.errors import UserError
+from dualsm.generation import batches
 from dualsm.generation.pick import Picking, allowed_logits, pick
 from dualsm.model.attention import attend
 from dualsm.model.transformer import Block, Transformer, bind, rotary_angles
 
 MODES = ("causal", "prefix")
-ROUND = 32  # the width of a batch of prompts is a multiple of it
 
 
 class Cache(NamedTuple):
@@ -38,7 +38,7 @@ class Decoding(NamedTuple):
       logits_BxV: for the token after the last, float32.
       done_B: whether `</s>` was drawn.
       cache: of all positions before `length_B`.
-      key: PRNG key.
+      key_B: PRNG key of each text; the token at position i is drawn with it and i.
     """
 
     tokens_BxS: jax.Array
@@ -46,7 +46,7 @@ class Decoding(NamedTuple):
     logits_BxV: jax.Array
     done_B: jax.Array
     cache: Cache
-    key: jax.Array
+    key_B: jax.Array
 
 
 def extend(
@@ -102,7 +102,7 @@ def begin(
     params: dict,
     prompts_BxP: jax.Array,
     length_B: jax.Array,
-    key: jax.Array,
+    key_B: jax.Array,
     *,
     size: int,
     bidirectional: bool,
@@ -115,7 +115,7 @@ def begin(
       params: parameters.
       prompts_BxP: prompts, filled up at the right with `<pad>`.
       length_B: tokens of each prompt, at least 1.
-      key: for all draws.
+      key_B: PRNG key of each text.
       size: S, most tokens of a text, prompt included.
       bidirectional: whether a prompt's tokens see all of the prompt.
       special: the tokenizer's special ids.
@@ -130,7 +130,7 @@ def begin(
     last_BxD = jnp.take_along_axis(features_BxPxD, length_B[:, None, None] - 1, axis=1)[:, 0]
     tokens_BxS = jnp.pad(prompts_BxP, [(0, 0), (0, size - prompt)], constant_values=special.pad)
     logits_BxV = model.head.output(last_BxD).astype(jnp.float32)
-    return Decoding(tokens_BxS, length_B, logits_BxV, length_B >= size, cache, key)
+    return Decoding(tokens_BxS, length_B, logits_BxV, length_B >= size, cache, key_B)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "picking", "special"), donate_argnums=2)
@@ -150,9 +150,9 @@ def decode(
 
     def one(state: Decoding) -> Decoding:
         model = bind(config, params)  # here, since NNX modules must not cross into a loop's body
-        key, *keys = jax.random.split(state.key, state.length_B.shape[0] + 1)
         logits_BxV = allowed_logits(state.logits_BxV, special, may_stop=True)
-        token_B = jax.vmap(functools.partial(pick, picking=picking))(logits_BxV, jnp.stack(keys))
+        key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
+        token_B = jax.vmap(functools.partial(pick, picking=picking))(logits_BxV, key_B)
         token_B = jnp.where(state.done_B, special.pad, token_B)
         rows = jnp.arange(len(token_B))
         place_B = jnp.where(state.done_B, state.tokens_BxS.shape[1], state.length_B)
@@ -161,7 +161,7 @@ def decode(
         length_B = state.length_B + ~state.done_B
         done_B = state.done_B | (token_B == special.eos) | (length_B >= state.tokens_BxS.shape[1])
         logits_BxV = model.head.output(features_Bx1xD[:, 0]).astype(jnp.float32)
-        return Decoding(tokens_BxS, length_B, logits_BxV, done_B, cache, key)
+        return Decoding(tokens_BxS, length_B, logits_BxV, done_B, cache, state.key_B)
 
     def go_on(carry):
         i, state = carry
@@ -178,7 +178,7 @@ def generate(
     picking: Picking,
     special: SpecialIds,
     mode: str = "causal",
-    seed: int = 0,
+    key_B: jax.Array | None = None,
     at_once: int = 8,
 ) -> Iterator[list[list[int]]]:
     """Generates, and yields the texts' tokens every few steps so that a reader can watch.
@@ -186,12 +186,12 @@ def generate(
     Args:
       config: `config.model`, frozen.
       params: parameters.
-      prompts: token ids, `<s>` first.
+      prompts: token ids, `<s>` first; many are generated batch by batch.
       new_tokens: most tokens to add to each.
       picking: how to draw.
       special: the tokenizer's special ids.
       mode: "causal", or "prefix" for prompts that are read bidirectionally.
-      seed: of the draws.
+      key_B: PRNG key of each prompt; None: those of seed 0, see `batches.prompt_keys`.
       at_once: steps between two yields.
 
     Yields:
@@ -202,21 +202,26 @@ def generate(
     """
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is none of {', '.join(MODES)}")
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not len(lengths) or lengths.min() == 0:
+    if not prompts or not all(map(len, prompts)):
         raise UserError("an empty prompt; a prompt holds at least <s>")
-    # Few shapes, so that other prompts seldom compile anew.
-    width = -(-int(lengths.max()) // ROUND) * ROUND
-    prompts_BxP = np.array([[*p, *[special.pad] * (width - len(p))] for p in prompts], np.int32)
-    size, bidirectional = width + new_tokens, mode == "prefix"
-    state = begin(
-        config, params, prompts_BxP, lengths, jax.random.key(seed),
-        size=size, bidirectional=bidirectional, special=special,
-    )  # fmt: skip
-    while True:
-        tokens_BxS, length_B, done_B = jax.device_get((state.tokens_BxS, state.length_B, state.done_B))
-        length_B = np.minimum(length_B, lengths + new_tokens)
-        yield [tokens[:length].tolist() for tokens, length in zip(tokens_BxS, length_B, strict=True)]
-        if (done_B | (length_B == lengths + new_tokens)).all():
-            return
-        state = decode(config, params, state, steps=at_once, picking=picking, special=special)
+    key_B = batches.prompt_keys(0, prompts) if key_B is None else key_B
+    texts = [list(prompt) for prompt in prompts]
+    for part in batches.split(len(texts), max(map(len, texts)) + new_tokens):
+        prompts_BxP, prompt_B = batches.pad(texts[part], special.pad)
+        size, bidirectional, most_B = (
+            prompts_BxP.shape[1] + new_tokens,
+            mode == "prefix",
+            prompt_B + new_tokens,
+        )
+        state = begin(
+            config, params, prompts_BxP, prompt_B, key_B[part],
+            size=size, bidirectional=bidirectional, special=special,
+        )  # fmt: skip
+        while True:
+            tokens_BxS, length_B, done_B = jax.device_get((state.tokens_BxS, state.length_B, state.done_B))
+            length_B = np.minimum(length_B, most_B)
+            texts[part] = [row[:length].tolist() for row, length in zip(tokens_BxS, length_B, strict=True)]
+            yield list(texts)
+            if (done_B | (length_B == most_B)).all():
+                break
+            state = decode(config, params, state, steps=at_once, picking=picking, special=special)

@@ -19,11 +19,12 @@ from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
 from dualsm.errors import UserError
-from dualsm.generation.causal import ROUND
+from dualsm.generation import batches
 from dualsm.generation.pick import Picking, allowed_logits, pick
-from dualsm.model.transformer import Transformer, bind
+from dualsm.model.transformer import bind
 
 ORDERS = ("confidence", "margin", "entropy", "random")
+_LOGITS_AT_ONCE = 256  # positions whose logits are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,21 +63,16 @@ class Filling(NamedTuple):
       length_B: tokens of each text.
       block_BxL: number of the block each masked place belongs to, -1 for fixed tokens.
       quota_BxL: forwards that the block of each place may take.
-      key: PRNG key.
+      key_B: PRNG key of each text; the draws at a place follow from it, the place and `forwards`.
+      forwards: how many there were, int32 [].
     """
 
     tokens_BxL: jax.Array
     length_B: jax.Array
     block_BxL: jax.Array
     quota_BxL: jax.Array
-    key: jax.Array
-
-
-def forward(model: Transformer, tokens_BxL: jax.Array, length_B: jax.Array) -> jax.Array:
-    """Logits for the token *at* each position, float32 [B, L, V]; those at position 0 mean nothing."""
-    zeros_BxL = jnp.zeros_like(tokens_BxL)
-    logits_BxLxV = model.logits(tokens_BxL, zeros_BxL, zeros_BxL + length_B[:, None])
-    return jnp.roll(logits_BxLxV, 1, axis=1)
+    key_B: jax.Array
+    forwards: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("config", "picking", "unmasking", "special"))
@@ -90,13 +86,29 @@ def settle(
     special: SpecialIds,
 ) -> Filling:
     """One forward, and the places it settles: at least one in every text that has masks left."""
-    logits_BxLxV = forward(bind(config, params), state.tokens_BxL, state.length_B)
-    logits_BxLxV = allowed_logits(logits_BxLxV, special, may_stop=False)
-    draw_key, order_key, key = jax.random.split(state.key, 3)
-    keys_BxL = jax.random.split(draw_key, state.tokens_BxL.shape)
-    token_BxL = jax.vmap(jax.vmap(functools.partial(pick, picking=picking)))(logits_BxLxV, keys_BxL)
-    log_p_BxLxV = jax.nn.log_softmax(logits_BxLxV)
-    sureness_BxL = _sureness(log_p_BxLxV, token_BxL, unmasking.order, order_key)
+    start_BxL = jnp.zeros_like(state.tokens_BxL)
+    features_BxLxD = bind(config, params).features(
+        state.tokens_BxL, start_BxL, start_BxL + state.length_B[:, None]
+    )
+
+    def draw(feature_D, key):
+        """The token for a place, its probability, and how early it should be settled."""
+        logits_V = bind(config, params).head.output(feature_D).astype(jnp.float32)
+        logits_V = allowed_logits(logits_V, special, may_stop=False)
+        draw_key, order_key = jax.random.split(key)
+        token, log_p_V = pick(logits_V, draw_key, picking), jax.nn.log_softmax(logits_V)
+        return token, jnp.exp(log_p_V[token]), _sureness(log_p_V, token, unmasking.order, order_key)
+
+    # Position i - 1 predicts the token at position i; what is drawn for position 0 is used nowhere.
+    features_TxD = jnp.roll(features_BxLxD, 1, axis=1).reshape(-1, features_BxLxD.shape[-1])
+    key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.forwards)
+    key_BxL = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(
+        key_B, jnp.arange(state.tokens_BxL.shape[1])
+    )
+    drawn = jax.lax.map(
+        lambda place: draw(*place), (features_TxD, key_BxL.reshape(-1)), batch_size=_LOGITS_AT_ONCE
+    )
+    token_BxL, probability_BxL, sureness_BxL = (x.reshape(state.tokens_BxL.shape) for x in drawn)
 
     masked_BxL = state.tokens_BxL == special.mask
     blocks_BxL = jnp.where(masked_BxL, state.block_BxL, jnp.iinfo(jnp.int32).max)
@@ -105,7 +117,6 @@ def settle(
     rank_BxL = jnp.argsort(jnp.argsort(-sureness_BxL, axis=1), axis=1)
     left_B = open_BxL.sum(1)
     if unmasking.threshold:
-        probability_BxL = jnp.exp(_at(log_p_BxLxV, token_BxL))
         chosen_BxL = open_BxL & ((probability_BxL >= unmasking.threshold) | (rank_BxL == 0))
     else:
         forwards_B = jnp.where(open_BxL, state.quota_BxL, 0).max(1)
@@ -114,25 +125,21 @@ def settle(
     return state._replace(
         tokens_BxL=jnp.where(chosen_BxL, token_BxL, state.tokens_BxL),
         quota_BxL=state.quota_BxL - open_BxL,
-        key=key,
+        forwards=state.forwards + 1,
     )
 
 
-def _at(values_BxLxV: jax.Array, token_BxL: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(values_BxLxV, token_BxL[..., None], axis=-1)[..., 0]
-
-
-def _sureness(log_p_BxLxV: jax.Array, token_BxL: jax.Array, order: str, key: jax.Array) -> jax.Array:
-    """How early each place should be settled, [B, L]."""
+def _sureness(log_p_V: jax.Array, token: jax.Array, order: str, key: jax.Array) -> jax.Array:
+    """How early a place should be settled, []."""
     if order == "random":
-        return jax.random.uniform(key, token_BxL.shape)
+        return jax.random.uniform(key)
     if order == "entropy":
-        p_BxLxV = jnp.exp(log_p_BxLxV)
-        return jnp.where(p_BxLxV > 0, p_BxLxV * log_p_BxLxV, 0.0).sum(-1)
+        p_V = jnp.exp(log_p_V)
+        return jnp.where(p_V > 0, p_V * log_p_V, 0.0).sum()
     if order == "margin":
-        best_BxLx2 = jax.lax.top_k(log_p_BxLxV, 2)[0]
-        return jnp.exp(best_BxLx2[..., 0]) - jnp.exp(best_BxLx2[..., 1])
-    return _at(log_p_BxLxV, token_BxL)
+        first, second = jnp.exp(jax.lax.top_k(log_p_V, 2)[0])
+        return first - second
+    return log_p_V[token]
 
 
 def fill(
@@ -142,18 +149,19 @@ def fill(
     picking: Picking,
     unmasking: Unmasking,
     special: SpecialIds,
-    seed: int = 0,
+    key_B: jax.Array | None = None,
 ) -> Iterator[list[list[int]]]:
     """Fills in the masked places, and yields the texts after every forward so that a reader can watch.
 
     Args:
       config: `config.model`, frozen.
       params: parameters.
-      texts: token ids, `<s>` first, `<mask>` where a token is wanted; all others stay as they are.
+      texts: token ids, `<s>` first, `<mask>` where a token is wanted; all others stay as they are. Many are
+        filled in batch by batch.
       picking: how tokens are drawn.
       unmasking: which places are settled when.
       special: the tokenizer's special ids.
-      seed: of the draws.
+      key_B: PRNG key of each text; None: those of seed 0, see `batches.prompt_keys`.
 
     Yields:
       All texts as they stand; last without masks.
@@ -163,17 +171,19 @@ def fill(
     """
     if any(not text or text[0] == special.mask for text in texts):
         raise UserError("a text to fill in must start with a token that is given, such as <s>")
-    lengths = np.array([len(text) for text in texts], np.int32)
-    width = -(-int(lengths.max()) // ROUND) * ROUND  # few shapes, so that other texts seldom compile anew
-    tokens_BxL = np.array([[*text, *[special.pad] * (width - len(text))] for text in texts], np.int32)
-    block_BxL, quota_BxL = _plan(tokens_BxL == special.mask, unmasking)
-    state = _beside(params, Filling(tokens_BxL, lengths, block_BxL, quota_BxL, jax.random.key(seed)))
-    while True:
-        tokens_BxL = np.asarray(state.tokens_BxL)
-        yield [tokens[:length].tolist() for tokens, length in zip(tokens_BxL, lengths, strict=True)]
-        if not (tokens_BxL == special.mask).any():
-            return
-        state = settle(config, params, state, picking=picking, unmasking=unmasking, special=special)
+    key_B = batches.prompt_keys(0, texts) if key_B is None else key_B
+    texts = [list(text) for text in texts]
+    for part in batches.split(len(texts), max(map(len, texts))):
+        tokens_BxL, length_B = batches.pad(texts[part], special.pad)
+        plan = _plan(tokens_BxL == special.mask, unmasking)
+        state = _beside(params, Filling(tokens_BxL, length_B, *plan, key_B[part], np.int32(0)))
+        while True:
+            tokens_BxL = np.asarray(state.tokens_BxL)
+            texts[part] = [row[:length].tolist() for row, length in zip(tokens_BxL, length_B, strict=True)]
+            yield list(texts)
+            if not (tokens_BxL == special.mask).any():
+                break
+            state = settle(config, params, state, picking=picking, unmasking=unmasking, special=special)
 
 
 def _beside(params: dict, state: Filling) -> Filling:

@@ -145,6 +145,18 @@ def test_different_wishes_are_answered_in_order(model):
     assert texts[2].startswith(texts[1])
 
 
+@pytest.mark.parametrize("mode", ["causal", "masked"])
+def test_sampled_texts_differ_and_depend_on_no_other_request(model, mode):
+    """More samples of one prompt than are generated together, as tasks with `repeats` ask for."""
+    sampled = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 8}
+    same, others = [("import os", sampled)] * 48, [("def main", sampled), ("a", sampled | {"top_k": 9})]
+    texts = model(mode).generate_until(requests(*same), disable_tqdm=True)
+    assert len(set(texts)) > 40  # a few may be equal by chance, as after an early end
+    mixed = model(mode).generate_until(requests(*others, *same[:3], *others), disable_tqdm=True)
+    assert mixed[2:5] == texts[:3]
+    assert model(mode).generate_until(requests(*others), disable_tqdm=True) == mixed[:2]
+
+
 def test_what_a_task_may_wish():
     assert harness.read_wish({}, 64) == harness.Wish((), 32, Picking(0.0))
     assert harness.read_wish({"until": "\n", "max_new_tokens": 8}, 64) == harness.Wish(
@@ -154,15 +166,41 @@ def test_what_a_task_may_wish():
     assert harness.read_wish(sampled, 1024) == harness.Wish(("a",), 256, Picking(0.7, 5, 0.9))
     assert harness.read_wish({"temperature": 0.7}, 64).picking == Picking(0.7)
     assert harness.read_wish({"temperature": 0.7, "do_sample": False}, 64).picking == Picking(0.0)
-    with pytest.raises(UserError, match="num_beams"):
-        harness.read_wish({"num_beams": 4}, 64)
+    assert harness.read_wish({"temperature": None, "top_k": None, "until": None}, 64).picking == Picking(0.0)
+    for options in (
+        {"num_beams": 4},
+        {"temperature": "warm"},
+        {"temperature": float("nan")},
+        {"max_tokens": 0},
+    ):
+        with pytest.raises(UserError, match="num_beams|number|temperature|at least one token"):
+            harness.read_wish(options, 64)
 
 
 def test_masks_as_a_command_line_gives_them():
-    assert harness.read_masks(4) == (4,)
-    assert harness.read_masks("1+4") == harness.read_masks([1, 4]) == (1, 4)
+    assert harness.read_masks(4) == harness.read_masks("4") == (4,)
+    for masks in ("1+4", "[1,4]", [1, 4]):
+        assert harness.read_masks(masks) == (1, 4)
     with pytest.raises(UserError, match="telepathy"):
         harness.read_masks("telepathy")
+
+
+def test_arguments_whose_values_hold_commas_and_equals_signs(tmp_path):
+    cell = tmp_path / "alpha=0.5,seed=1"
+    cell.mkdir()
+    expected = {"workdir": str(cell), "mode": "masked", "masks": "[1,4]", "seed": "2"}
+    text = f"workdir={cell},mode=masked,masks=[1,4],seed=2"
+    assert harness.read_model_args(text) == expected
+    assert harness.read_model_args(f"mode=masked,masks=[1,4],seed=2,workdir={cell}") == expected
+    assert harness.read_model_args("workdir=nowhere,mode=prefix") == {"workdir": "nowhere", "mode": "prefix"}
+    assert harness.read_model_args("") == {}
+    for given in (["--model_args", text], [f"--model_args={text}"], ["-a", *text.split(",mode=masked")]):
+        flag, found, *rest = harness.command_line_as_json([*given, "--tasks", "a=b", "--limit=3"])
+        assert rest == ["--tasks", "a=b", "--limit=3"]
+        assert json.loads(found).items() <= expected.items()
+        assert json.loads(found)["workdir"] == str(cell)
+    others = ["--model", "hf", "--model_args", "pretrained=a,dtype=b"]
+    assert harness.command_line_as_json(others) == others
 
 
 def test_bad_arguments_are_refused(workdir):
@@ -171,6 +209,8 @@ def test_bad_arguments_are_refused(workdir):
         ({"workdir": str(workdir), "speed": 3}, "unknown speed"),
         ({"workdir": str(workdir), "mode": "telepathy"}, "telepathy"),
         ({"workdir": "nowhere"}, "nowhere"),
+        ({"workdir": str(workdir), "samples": "many"}, "samples='many'"),
+        ({"workdir": str(workdir), "seed": -1}, "seed=-1"),
     ):
         with pytest.raises(UserError, match=message):
             harness.HarnessModel(**arguments)
@@ -257,10 +297,13 @@ def test_the_harness_finds_our_scores_and_accuracies(workdir, run, tasks, mode):
 
 
 def test_the_command_runs_a_local_task(workdir, tasks, tmp_path):
+    """The run lies where a sweep would put it, in a folder whose name has commas and equals signs."""
     pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'dualsm[eval]'")
+    cell = tmp_path / "alpha=0.5,seed=1"
+    cell.symlink_to(workdir)
     process = subprocess.run(
         [sys.executable, "-m", "dualsm.evaluation.harness", "--model", "dualsm", "--model_args",
-         f"workdir={workdir},mode=prefix", "--include_path", str(tasks), "--tasks", "local_blimp",
+         f"workdir={cell},mode=prefix", "--include_path", str(tasks), "--tasks", "local_blimp",
          "--output_path", str(tmp_path / "scores")],
         capture_output=True, text=True, cwd=ROOT, env=command_env() | {"HF_HUB_OFFLINE": "1"}, timeout=300,
     )  # fmt: skip

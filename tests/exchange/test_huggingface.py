@@ -1,5 +1,6 @@
 """An exported run in transformers: the same logits in every mode, the same tokens, the same tokenizer."""
 
+import copy
 import json
 import os
 import random
@@ -228,6 +229,86 @@ def test_labels_are_shifted_once(exported, theirs):
         output = theirs(input_ids=own_BxL, labels=own_BxL)
     nll = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), own_BxL[:, 1:].flatten())
     torch.testing.assert_close(output.loss, nll)
+
+
+@pytest.mark.parametrize("batches", [2, 4])
+def test_trainer_accumulates_the_gradient_of_one_large_batch(exported, theirs, batches, tmp_path):
+    """Rows have different numbers of labels, so that a mean of means would be another loss."""
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate (extra test-hf)")
+    run, _ = exported
+    ids_BxL = own_ids_of_text(run, rows=4)
+    labels_BxL = ids_BxL.clone()
+    for row, start in enumerate([1, 5, 11, 20]):
+        labels_BxL[row, :start] = -100
+    rows = [{"input_ids": i, "labels": label} for i, label in zip(ids_BxL, labels_BxL, strict=True)]
+
+    def train_once(accumulated):
+        model = copy.deepcopy(theirs)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / str(accumulated)), max_steps=1, use_cpu=True, report_to=[], save_strategy="no",
+            per_device_train_batch_size=len(rows) // accumulated, gradient_accumulation_steps=accumulated,
+            optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0,
+        )  # fmt: skip
+        loss = transformers.Trainer(model, arguments, train_dataset=rows).train().training_loss
+        before, after = theirs.state_dict(), model.state_dict()
+        return loss, {name: before[name] - after[name] for name in before}
+
+    loss, gradients = train_once(batches)
+    expected_loss, expected = train_once(1)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    with torch.no_grad():
+        assert loss == pytest.approx(theirs(ids_BxL, labels=labels_BxL).loss.item(), rel=1e-5)
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert largest > 0.01
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5 * largest.item(), rtol=1e-4)
+
+
+def padded_prompts(run, theirs):
+    """Prompts of 5, 9 and 12 tokens, padded on the left, as arguments of `generate`."""
+    ids_BxP = own_ids_of_text(run, rows=3)[:, :12]
+    mask_BxP = torch.ones_like(ids_BxP)
+    for row, padding in enumerate([7, 3, 0]):
+        mask_BxP[row, :padding] = 0
+    ids_BxP[mask_BxP == 0] = theirs.config.pad_token_id
+    return {"inputs": ids_BxP, "attention_mask": mask_BxP, "max_new_tokens": 12, "do_sample": False}
+
+
+@pytest.mark.parametrize("mode", ["causal", "prefix"])
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}, {"prefill_chunk_size": 5}],
+    ids=lambda options: next(iter(options)),
+)
+def test_how_generation_is_computed_changes_no_token(exported, theirs, mode, options):
+    if theirs.config.model_type == "llama":
+        pytest.skip("the stock class is not ours")
+    run, _ = exported
+    prompts = padded_prompts(run, theirs)
+    if mode == "prefix" and "prefill_chunk_size" in options:
+        with pytest.raises(ValueError, match="in one piece, without prefill_chunk_size"):
+            theirs.generate(**prompts, mode=mode, **options)
+        return
+    if "num_beams" in options:  # changes the text; so the beams are compared with those without a cache
+        expected = theirs.generate(**prompts, mode=mode, use_cache=False, **options)
+    else:
+        expected = theirs.generate(**prompts, mode=mode)
+    assert torch.equal(theirs.generate(**prompts, mode=mode, **options), expected)
+    assert len(set(expected[0, 12:].tolist())) > 2
+
+
+def test_what_the_exported_class_cannot_do_it_refuses(exported, theirs):
+    if theirs.config.model_type == "llama":
+        pytest.skip("the stock class is not ours")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with pytest.raises(ValueError, match="inputs_embeds: not supported"):
+        theirs(ids, inputs_embeds=torch.zeros(1, 4, theirs.config.hidden_size))
+    with pytest.raises(ValueError, match="packed rows"):
+        theirs(ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
+    with pytest.raises(ValueError, match="must be \\[batch, length\\]"):
+        theirs(ids, attention_mask=torch.ones(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="mode 'masked' is not supported"):
+        theirs.generate(ids, mode="masked", max_new_tokens=1)
 
 
 def test_the_masked_mode_refuses_a_cache(exported, theirs):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from dualsm.errors import UserError
+from dualsm.generation import batches
+from dualsm.generation.batches import prompt_keys
 from dualsm.generation.causal import begin, extend, generate
 from dualsm.generation.pick import Picking, pick
 from dualsm.model.transformer import bind
@@ -20,7 +22,8 @@ def last(texts):
     return list(texts)[-1]
 
 
-def run(model, prompts, tokens=40, picking=GREEDY, **options):
+def run(model, prompts, tokens=40, picking=GREEDY, seed=0, **options):
+    options |= {"key_B": prompt_keys(seed, prompts)}
     return last(generate(model.config, model.params, prompts, tokens, picking, SPECIAL, **options))
 
 
@@ -49,7 +52,7 @@ def test_cached_logits_equal_uncached_ones(memorised, bidirectional):
     texts = rng.integers(16, VOCABULARY, (3, 20))
     lengths = np.array([4, 11, 1], np.int32)
     state = begin(
-        memorised.config, memorised.params, texts[:, :11], lengths, jax.random.key(0),
+        memorised.config, memorised.params, texts[:, :11], lengths, prompt_keys(0, texts),
         size=20, bidirectional=bidirectional, special=SPECIAL,
     )  # fmt: skip
     cache, position_B, logits = state.cache, lengths, [state.logits_BxV]
@@ -80,7 +83,13 @@ def test_drawing_at_temperature_one_follows_the_distribution():
     np.testing.assert_allclose(shares(top_p=0.79), [0.625, 0.375, 0, 0], atol=0.015)
     np.testing.assert_allclose(shares(top_p=0.81), [0.526, 0.316, 0.158, 0], atol=0.015)
     np.testing.assert_allclose(shares(top_p=0.01), [1, 0, 0, 0])
-    np.testing.assert_allclose(shares(temperature=0), [1, 0, 0, 0])
+    np.testing.assert_allclose(shares(top_p=1e-46), [1, 0, 0, 0])  # 0 in float32
+    # Of the two that top_k leaves, the first alone has a probability of 0.625.
+    np.testing.assert_allclose(shares(top_k=2, top_p=0.6), [1, 0, 0, 0])
+    np.testing.assert_allclose(shares(top_k=2, top_p=0.63), [0.625, 0.375, 0, 0], atol=0.015)
+    for temperature in (0, 1e-40, 1e-6):
+        np.testing.assert_allclose(shares(temperature=temperature), [1, 0, 0, 0])
+    np.testing.assert_allclose(shares(temperature=1e38), [0.25] * 4, atol=0.015)
     cold = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
     np.testing.assert_allclose(shares(temperature=0.5), cold / cold.sum(), atol=0.015)
 
@@ -99,6 +108,31 @@ def test_seeds_decide_the_draws(memorised):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("mode", ["causal", "prefix"])
+def test_a_sampled_text_depends_on_no_other_prompt(memorised, mode, monkeypatch):
+    hot = Picking(temperature=5.0)
+    prompts = [memorised.text[:n] for n in (2, 9, 4)]
+    alone = [run(memorised, [prompt], 12, hot, mode=mode)[0] for prompt in prompts]
+    assert run(memorised, prompts, 12, hot, mode=mode) == alone
+    assert run(memorised, prompts[::-1], 12, hot, mode=mode) == alone[::-1]
+    monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 50)  # two texts of 9 + 12 tokens
+    assert batches.texts_at_once(21) == 2
+    assert run(memorised, prompts, 12, hot, mode=mode) == alone
+
+
+def test_equal_prompts_get_different_texts(memorised):
+    prompts = [memorised.text[:2]] * 40
+    texts = run(memorised, prompts, 12, Picking(temperature=5.0))
+    assert len({tuple(text) for text in texts}) == 40
+
+
+def test_many_prompts_are_divided_into_batches_of_bounded_size():
+    parts = list(batches.split(400, 160))
+    assert [i for part in parts for i in range(400)[part]] == list(range(400))
+    assert max(part.stop - part.start for part in parts) == batches.texts_at_once(160) == 102
+    assert batches.texts_at_once(10**6) == 1
+
+
 def test_a_reader_can_watch(memorised):
     states = list(
         generate(memorised.config, memorised.params, [memorised.text[:4]], 20, GREEDY, SPECIAL, at_once=4)
@@ -112,5 +146,9 @@ def test_bad_requests_are_refused(memorised):
         run(memorised, [[]])
     with pytest.raises(UserError, match="telepathy"):
         run(memorised, [[2]], mode="telepathy")
-    with pytest.raises(UserError, match="top_p"):
-        Picking(top_p=0.0)
+    for top_p in (0.0, float("nan")):
+        with pytest.raises(UserError, match="top_p"):
+            Picking(top_p=top_p)
+    for temperature in (float("nan"), float("inf"), -1.0, 1e39):  # the last is infinite in float32
+        with pytest.raises(UserError, match="temperature"):
+            Picking(temperature=temperature)

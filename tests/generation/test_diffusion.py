@@ -5,19 +5,23 @@ import numpy as np
 import pytest
 
 from dualsm import sharding
-from dualsm.config import default_config
+from dualsm.config import default_config, freeze
 from dualsm.errors import UserError
-from dualsm.generation.diffusion import ORDERS, Unmasking, fill, forward, settle
+from dualsm.generation import batches
+from dualsm.generation.batches import prompt_keys
+from dualsm.generation.diffusion import ORDERS, Filling, Unmasking, fill, settle
 from dualsm.generation.pick import Picking
-from dualsm.model.transformer import bind
+from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import SpecialIds
+from tests.micro import micro_config
 
 GREEDY, SPECIAL = Picking(temperature=0), SpecialIds()
 MASK = SPECIAL.mask
 
 
 def states(model, texts, picking=GREEDY, seed=0, **unmasking):
-    return list(fill(model.config, model.params, texts, picking, Unmasking(**unmasking), SPECIAL, seed))
+    key_B = prompt_keys(seed, texts)
+    return list(fill(model.config, model.params, texts, picking, Unmasking(**unmasking), SPECIAL, key_B))
 
 
 def hide(text, *places):
@@ -88,7 +92,8 @@ def test_a_threshold_settles_all_sure_tokens_and_always_one(memorised):
 def test_confidence_settles_the_surest_place_first(memorised):
     text = hide(memorised.text, 6, 7, 8, 9, 25)
     model = bind(memorised.config, memorised.params)
-    logits = np.array(forward(model, np.array([text]), np.array([len(text)]))[0])
+    zeros = np.zeros((1, len(text)), np.int32)
+    logits = np.roll(model.logits(np.array([text]), zeros, zeros + len(text))[0], 1, axis=0)
     logits[:, :16] = -np.inf
     probability = np.asarray(jax.nn.softmax(logits)).max(-1)
     places = [i for i, token in enumerate(text) if token == MASK]
@@ -99,6 +104,37 @@ def test_confidence_settles_the_surest_place_first(memorised):
 def test_texts_with_different_numbers_of_masks_run_together(memorised):
     texts = [hide(memorised.text, *range(5, 13)), hide(memorised.text, 7), memorised.text[:20]]
     assert states(memorised, texts, steps=4)[-1] == [memorised.text, memorised.text, memorised.text[:20]]
+
+
+@pytest.mark.parametrize("order", ["confidence", "random"])
+def test_a_sampled_text_depends_on_no_other_text(memorised, order, monkeypatch):
+    hot, options = Picking(temperature=5.0), {"order": order, "steps": 3}
+    texts = [
+        hide(memorised.text, *range(5, 13)),
+        hide(memorised.text[:20], 7, 8),
+        memorised.text[:4] + [MASK] * 9,
+    ]
+    alone = [states(memorised, [text], hot, **options)[-1][0] for text in texts]
+    assert states(memorised, texts, hot, **options)[-1] == alone
+    assert states(memorised, texts[::-1], hot, **options)[-1] == alone[::-1]
+    monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 70)  # two texts of 33 tokens
+    assert states(memorised, texts, hot, **options)[-1] == alone
+    same = states(memorised, texts[:1] * 8, hot, **options)[-1]
+    assert len({tuple(text) for text in same}) == 8
+
+
+def test_memory_is_bounded_for_many_prompts_and_a_large_vocabulary():
+    """All logits of 400 texts of 160 tokens would take 2 GB, and drawing from them eight times that."""
+    config = micro_config().model
+    config.vocabulary = 8192
+    config = freeze(config)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    part = next(batches.split(400, 160))
+    tokens_BxL, length_B = batches.pad([[2] * 160] * len(range(400)[part]), SPECIAL.pad)
+    state = Filling(tokens_BxL, length_B, tokens_BxL, tokens_BxL, prompt_keys(0, tokens_BxL), np.int32(0))
+    options = {"picking": Picking(0.8, 50, 0.95), "unmasking": Unmasking(), "special": SPECIAL}
+    compiled = settle.lower(config, params, state, **options).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 256 * 2**20
 
 
 def test_a_text_cannot_start_with_a_mask(memorised):

@@ -16,33 +16,27 @@ MODES = ("causal", "prefix", "masked")
 
 
 def visible_keys(
-    mode: str, queries: int, keys: int, attention_mask: torch.Tensor | None, prefix_lengths, device
+    position: torch.Tensor, keys: int, prefix_ends, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Which keys each query sees, bool of shape [batch or 1, 1, queries, keys].
 
     Args:
-      mode: one of `MODES`.
-      queries: number of queries, the last of the `keys` positions.
-      keys: number of positions, those in the cache included.
-      attention_mask: [batch, keys]; 0 marks padding.
-      prefix_lengths: [batch] or None; tokens of each row that see all of one another in the mode "prefix",
-        padding on the left not counted. None: all queries' positions.
-      device: to put it on.
+      position: [queries]; the position of each query.
+      keys: number of keys, the first at position 0; those after the last query may be unused.
+      prefix_ends: [batch, 1, 1] or a number; keys before it are seen by all queries.
+      attention_mask: [batch, length]; 0 marks padding.
     """
-    key = torch.arange(keys, device=device)
-    query = key[keys - queries :, None]
-    if mode == "causal" or (mode == "prefix" and prefix_lengths is None and queries < keys):
-        seen = (key <= query)[None]
-    elif mode == "masked" or prefix_lengths is None:
-        seen = torch.ones(1, queries, keys, dtype=torch.bool, device=device)
-    else:
-        ends = torch.as_tensor(prefix_lengths, device=device).reshape(-1, 1, 1)
-        if attention_mask is not None:
-            ends = ends + (attention_mask != 0).int().argmax(1).reshape(-1, 1, 1)  # padding on the left
-        seen = (key <= query)[None] | (key < ends)
+    key = torch.arange(keys, device=position.device)
+    seen = (key <= position[:, None])[None] | (key < prefix_ends)
     if attention_mask is not None:
-        seen = seen & (attention_mask != 0)[:, None, :keys]
+        mask = (attention_mask != 0)[:, None, :keys]
+        seen = seen & F.pad(mask, (0, keys - mask.shape[-1]), value=False)
     return seen[:, None]
+
+
+def first_token(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of each row's first token that is not padding, [batch]."""
+    return (attention_mask != 0).int().argmax(1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -73,13 +67,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, seen, cos, sin, cache):
+    def forward(self, x, seen, position, cos, sin, cache):
         batch, length, width = x.shape
         shape = (batch, length, self.heads, width // self.heads)
         q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            # Static caches of transformers before version 5 are told the positions.
+            k, v = cache.update(k, v, self.layer, {"cache_position": position})
         # Rows of padding see nothing; a finite bias keeps them from becoming NaN.
         bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
         bias = bias.masked_fill(~seen, torch.finfo(q.dtype).min)
@@ -106,8 +101,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, seen, cos, sin, cache):
-        x = x + self.self_attn(self.input_layernorm(x), seen, cos, sin, cache)
+    def forward(self, x, seen, position, cos, sin, cache):
+        x = x + self.self_attn(self.input_layernorm(x), seen, position, cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -123,6 +118,7 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
     config_class = DualSMConfig
     base_model_prefix = "model"
     _no_split_modules = ["Layer"]
+    accepts_loss_kwargs = True  # Trainer passes `num_items_in_batch`, so that accumulation changes no loss
 
     def __init__(self, config: DualSMConfig):
         super().__init__(config)
@@ -143,11 +139,48 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    def _rotary(self, start: int, length: int, device):
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **_):
+        """Keeps the mask that `generate` would expand for static caches: `forward` makes its own from it."""
+        return attention_mask
+
+    def generate(self, inputs=None, *args, **kwargs):
+        """`GenerationMixin.generate`, also for the modes "causal" and "prefix" (see `forward`)."""
+        mode = kwargs.get("mode", "causal")
+        if mode not in ("causal", "prefix"):
+            raise ValueError(f"generate: mode {mode!r} is not supported; use 'causal' or 'prefix'")
+        if mode == "prefix" and kwargs.get("prefix_lengths") is None:
+            # Fixed here: without a cache, each step's input holds generated tokens too.
+            ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+            if ids is None:
+                raise ValueError("generate: mode 'prefix' needs a prompt; pass input_ids")
+            if mask is None:
+                pad = kwargs.get("pad_token_id", self.generation_config.pad_token_id)
+                mask = kwargs["attention_mask"] = torch.ones_like(ids) if pad is None else (ids != pad).long()
+            kwargs["prefix_lengths"] = ids.shape[1] - first_token(mask)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _prefix_ends(self, mode, past, length, attention_mask, prefix_lengths, device):
+        """Where the part ends that every query sees, as a number or [batch, 1, 1]."""
+        if mode == "causal":
+            return 0
+        if mode == "masked" or prefix_lengths is None:
+            return length * (past == 0)
+        ends = torch.as_tensor(prefix_lengths, device=device).reshape(-1)
+        if attention_mask is not None:
+            ends = ends + first_token(attention_mask)
+        prefill = length > 1 or (isinstance(past, int) and past == 0)
+        if prefill and not ((ends <= past) | ((ends <= length) & (past == 0))).all():
+            raise ValueError(
+                f"mode 'prefix': a prompt of {int(ends.max())} tokens was cut at {int(past) + length}; "
+                "pass it in one piece, without prefill_chunk_size"
+            )
+        return ends.reshape(-1, 1, 1)
+
+    def _rotary(self, position: torch.Tensor):
         width = self.config.hidden_size // self.config.num_attention_heads
-        powers = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-        positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
-        angles = positions[:, None] * self.config.rotary_base**-powers
+        powers = torch.arange(0, width, 2, dtype=torch.float32, device=position.device) / width
+        angles = position[:, None].float() * self.config.rotary_base**-powers
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def forward(
@@ -162,7 +195,9 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         cache=None,
-        **unused,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **others,
     ) -> CausalLMOutputWithPast:
         """Logits for the token after each position.
 
@@ -179,9 +214,31 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
           logits_to_keep: compute only this many last logits; 0: all.
           return_dict: False returns a tuple.
           cache: what newer transformers call past_key_values, in `generate` too.
+          num_items_in_batch: labels of all microbatches of an update, by which Trainer has the sum of the
+            losses divided. None: the mean over this input's labels.
+          position_ids: ignored where tokens follow one another; positions only matter by their distances.
+          others: must be None or False; `cache_position` is ignored.
+
+        Raises:
+          ValueError: for arguments that are not supported.
         """
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+        if wrong := [
+            k for k, v in others.items() if k != "cache_position" and v is not None and v is not False
+        ]:
+            raise ValueError(f"{', '.join(wrong)}: not supported by {type(self).__name__}")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)}: must be [batch, length]"
+            )
+        if position_ids is not None and input_ids.shape[1] > 1:
+            steps = position_ids.diff(dim=-1)
+            if attention_mask is not None:
+                seen = attention_mask[:, -input_ids.shape[1] :] != 0
+                steps = steps * (seen[:, 1:] & seen[:, :-1])
+            if (steps < 0).any():
+                raise ValueError("position_ids start anew within a row: packed rows are not supported")
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and mode != "masked"
         cache = past_key_values if cache is None else cache
         if mode == "masked":
@@ -192,18 +249,24 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
             cache = DynamicCache()
         past = cache.get_seq_length() if cache is not None else 0
 
-        length = input_ids.shape[1]
-        seen = visible_keys(mode, length, past + length, attention_mask, prefix_lengths, input_ids.device)
-        cos, sin = self._rotary(past, length, input_ids.device)
+        length, device = input_ids.shape[1], input_ids.device
+        position = past + torch.arange(length, device=device)
+        layers = getattr(cache, "layers", None)
+        keys = getattr(layers[0], "max_cache_len", None) if layers else None  # of a static cache
+        keys = past + length if keys is None else keys
+        ends = self._prefix_ends(mode, past, length, attention_mask, prefix_lengths, device)
+        seen = visible_keys(position, keys, ends, attention_mask)
+        cos, sin = self._rotary(position)
         x = self.model.embed_tokens(input_ids)
         for layer in self.model.layers:
-            x = layer(x, seen, cos, sin, cache)
+            x = layer(x, seen, position, cos, sin, cache)
         x = self.model.norm(x[:, -logits_to_keep:] if logits_to_keep else x)
         logits = self.lm_head(F.gelu(self.head_proj(x), approximate="tanh"))
 
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            size = self.config.vocab_size
+            loss = self.loss_function(logits, labels, size, num_items_in_batch=num_items_in_batch)
         kept = cache if use_cache else None
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)
         return output.to_tuple() if return_dict is False else output

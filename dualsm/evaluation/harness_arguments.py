@@ -1,0 +1,69 @@
+"""The arguments of `--model_args` in lm-evaluation-harness, which itself splits them at every comma."""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+
+from dualsm.errors import UserError
+
+
+def read_masks(masks: int | str | Sequence[int]) -> tuple[int, ...]:
+    """Numbers of masks from 1, "1+4" or [1, 4]. Raises `UserError` for anything else."""
+    is_text = isinstance(masks, int | str)
+    parts = str(masks).strip("[]").replace(",", "+").split("+") if is_text else list(masks)
+    try:
+        return tuple(int(part) for part in parts)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--model_args: masks={masks!r} must be like 1, 1+4 or [1,4]") from error
+
+
+def read_integer(name: str, value: int | str) -> int:
+    """The value of an argument as an integer. Raises `UserError` if it is none."""
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--model_args: {name}={value!r} must be an integer") from error
+
+
+def read_model_args(text: str) -> dict[str, str]:
+    """Arguments from `key=value,key=value`, whose values may hold commas and equals signs.
+
+    A workdir takes in what follows as long as that names a folder that exists, such as a sweep's
+    `alpha=0.5,seed=1`. Any other value takes in what follows without an equals sign, as in `masks=[1,4]`.
+    """
+    parts, arguments = text.strip(", ").split(","), {}
+    while any(parts):
+        key, _, _ = parts[0].partition("=")
+        size = next((i for i, part in enumerate(parts[1:], 1) if "=" in part), len(parts))
+        if key == "workdir":
+            folders = (n for n in range(len(parts), 0, -1) if Path(_value(parts[:n])).expanduser().is_dir())
+            size = next(folders, size)
+        arguments[key] = _value(parts[:size])
+        del parts[:size]
+    return arguments
+
+
+def _value(parts: Sequence[str]) -> str:
+    return ",".join(parts).partition("=")[2]
+
+
+def command_line_as_json(argv: Sequence[str]) -> list[str]:
+    """lm_eval's command line with the arguments of this model as JSON, which it passes on as they are."""
+    found, argv = [], list(argv)
+    while argv:
+        flag, is_joined, value = argv.pop(0).partition("=")
+        found.append(flag + is_joined + value)
+        if flag not in ("--model_args", "-a"):
+            continue
+        values = [value] if is_joined else []
+        while not is_joined and argv and not argv[0].startswith("-"):
+            values.append(argv.pop(0))
+        read = functools.reduce(operator.or_, map(read_model_args, values), {})
+        if "workdir" in read:
+            values = [json.dumps(read)]
+        found[-1:] = [flag, *values]
+    return found
