@@ -30,7 +30,7 @@ class Picking:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature <= np.finfo(np.float32).max:  # NaN fails every comparison
+        if not 0 <= self.temperature <= float(np.finfo(np.float32).max):  # NaN fails every comparison
             raise UserError(f"temperature={self.temperature}: must be finite and at least 0")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k}: must be at least 0; 0 draws among all tokens")
