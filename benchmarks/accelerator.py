@@ -73,7 +73,7 @@ def measured(recipe: ConfigDict) -> dict[str, dict]:
     for case in itertools.product(backends, _REMAT.value or [recipe.model.remat], _MIXTURE.value):
         config = timed_config(recipe, *case)
         config.microbatches = sharding.microbatches(config, mesh)
-        share = attended_share(config, SpecialIds())
+        share = attended_share(config, SpecialIds(vocabulary=config.model.vocabulary))
         flops = config.batch_rows * train_flops(config.model, config.row_tokens, share)
         step = Steps(config, mesh)
         step()

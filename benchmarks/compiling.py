@@ -64,7 +64,7 @@ def compiled_step(config: ConfigDict, devices: Sequence[jax.Device] | None = Non
     """The training step of a config, compiled anew for the first of some devices, or of this machine's."""
     mesh = sharding.make_mesh(config.mesh, (devices or jax.devices())[:1])
     with jax.set_mesh(mesh):
-        program = make_program(config, SpecialIds(), mesh)
+        program = make_program(config, SpecialIds(vocabulary=config.model.vocabulary), mesh)
         return program.step.lower(program.abstract_state, batch_shapes(config, mesh)).compile()
 
 

@@ -65,7 +65,7 @@ class Run:
         tokens_BxL1 = np.random.default_rng(0).integers(16, config.model.vocabulary, shape).astype(np.int32)
         rows = mixture.assign(np.array([config.batch_rows]))
         with jax.set_mesh(self.mesh):
-            self.program = make_program(config, SpecialIds(), self.mesh)
+            self.program = make_program(config, SpecialIds(vocabulary=config.model.vocabulary), self.mesh)
             self.batch = jax.device_put(Batch(tokens_BxL1, np.zeros_like(tokens_BxL1), *rows))
             self.state = self.program.init()
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))

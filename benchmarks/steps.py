@@ -39,7 +39,7 @@ class Steps:
         counts_J = np.array([round(config.mixture[name] * config.batch_rows) for name in names])
         rows = (tokens_BxL1, np.zeros_like(tokens_BxL1), *mixture.assign(counts_J))
         with jax.set_mesh(mesh):
-            program = make_program(config, SpecialIds(), mesh)
+            program = make_program(config, SpecialIds(vocabulary=config.model.vocabulary), mesh)
             self._batch = Batch(*(place_rows(mesh, x) for x in rows))
             self._state = program.init()
             self._step = program.step.lower(self._state, self._batch).compile()

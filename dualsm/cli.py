@@ -117,7 +117,7 @@ def config(flag: flags.FlagHolder):
 
 
 def set_up_jax(cpu_devices: int = 0) -> None:
-    """Keeps freed memory, and compiled programs between runs (where JAX was told to, if it was).
+    """Keeps compiled programs between runs (where JAX was told to, if it was), and on CPU freed memory.
 
     Args:
       cpu_devices: that JAX is to make of a CPU, which it can until its first use; 0: as it was told.
@@ -126,8 +126,9 @@ def set_up_jax(cpu_devices: int = 0) -> None:
 
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    # Many devices: many threads, with small blocks each.
-    keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
+    if jax.default_backend() == "cpu":  # on accelerator hosts threads would wait for the one arena
+        # Many devices: many threads, with small blocks each.
+        keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "dualsm", "xla"))

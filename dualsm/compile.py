@@ -5,7 +5,8 @@ python -m dualsm.compile --config=configs/dual_7b.py --topology=v5p:8x8x8 --outp
 python -m dualsm.compile --config=configs/dual_470m.py --topology=h200:8 --config.model.attention=flash
 
 TPU slices take libtpu: pip install 'dualsm[tpu]'; GPUs of one machine JAX's CUDA plugin: pip install
-'dualsm[cuda]'. Exits non-zero when the step does not fit into the chips' memory.
+'dualsm[cuda]'. Exits non-zero when the step does not fit into the memory that JAX uses:
+all of a TPU's, of a GPU's the share XLA_CLIENT_MEM_FRACTION, 75% by default.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from dualsm import cli, sharding
 from dualsm import config as configs
 from dualsm.aot.absent import absent_devices
 from dualsm.aot.hlo import analyse
-from dualsm.aot.report import as_text, compile_step, gib, make_report, walked_share
-from dualsm.aot.roofline import CHIPS
+from dualsm.aot.report import MEMORY_SHARE, as_text, compile_step, gib, make_report, special_ids, walked_share
 from dualsm.errors import UserError
-from dualsm.objectives.example import SpecialIds
+from dualsm.hardware import CHIPS
 from dualsm.progress import say
 from dualsm.training.program import make_program
 
@@ -44,7 +44,7 @@ def main(_: Sequence[str]) -> None:
     mesh = sharding.make_mesh(config.mesh, devices)
     config.microbatches = sharding.microbatches(config, mesh)
     say(f"compiling for {len(devices)} x {devices[0].device_kind}, which takes minutes ...")
-    program = make_program(config, SpecialIds(), mesh)
+    program = make_program(config, special_ids(config), mesh)
     compiled = compile_step(config, program, mesh)
     text = compiled.as_text()
     if _HLO.value:
@@ -55,8 +55,12 @@ def main(_: Sequence[str]) -> None:
     if _OUTPUT.value:
         epath.Path(_OUTPUT.value).write_text(json.dumps(report, indent=1) + "\n")
     memory = report["memory"]
-    if memory["total"] > memory["chip"]:
-        raise UserError(f"does not fit: {gib(memory['total'])} of {gib(memory['chip'])} GiB a chip")
+    if memory["total"] > memory["usable"]:
+        hint = f"; set {MEMORY_SHARE[0]} to use more" if memory["usable"] < memory["chip"] else ""
+        raise UserError(
+            f"does not fit: {gib(memory['total'])} GiB per chip of {gib(memory['usable'])} GiB that JAX uses"
+            f"{hint}"
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import ml_collections
 
 from dualsm.config import check_config
 from dualsm.data.corpus import Corpus
+from dualsm.hardware import usable_cores
 from dualsm.model.flops import matrix_parameters
 from dualsm.sharding import CORE_TOKENS
 
@@ -48,5 +49,5 @@ def devices(config: ml_collections.ConfigDict) -> int:
 
 
 def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Whole cores that this process may use."""
+    return max(int(usable_cores()), 1)

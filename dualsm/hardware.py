@@ -1,43 +1,149 @@
-"""What the chips can do, for model FLOPs utilisation."""
+"""Facts about chips, and the peak rate that model FLOPs utilisation is relative to."""
 
 from __future__ import annotations
 
+import os
+import re
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Dense matrix operations a second in bfloat16, by the start of `device_kind`; makers' figures.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+
+class Gpu(NamedTuple):
+    """Properties of a GPU that XLA needs to compile for it, from the data sheets.
+
+    Attributes:
+      name: as the device reports it.
+      capability: CUDA compute capability, major and minor.
+      processors: streaming multiprocessors.
+      shared: bytes of shared memory of one.
+      cache: bytes of the second-level cache.
+      clock: GHz.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    shared: int
+    cache: int
+    clock: float
+
+
+class Chip(NamedTuple):
+    """A TPU chip or a GPU.
+
+    Attributes:
+      kinds: regular expression that matches the whole `device_kind`. A slice of a GPU (MIG) must not match.
+      flops: dense bfloat16 matrix FLOPs per second.
+      hbm_bytes: main memory; of TPUs the part that libtpu's compiler allows. 0 where steps cannot be
+        compiled for the chip without having one.
+      hbm_bandwidth: bytes per second.
+      link_bandwidth: bytes per second of an interconnect link in one direction; of GPUs all links together.
+      wraps: an axis of a slice is a ring when its size is a multiple of this; 0 for GPUs, joined by a switch.
+      gpu: None for TPUs.
+    """
+
+    kinds: str
+    flops: float
+    hbm_bytes: int = 0
+    hbm_bandwidth: float = 0.0
+    link_bandwidth: float = 0.0
+    wraps: int = 0
+    gpu: Gpu | None = None
+
+
+_SXM_A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * 1024, 40 * 2**20, 1.41)
+_SXM_H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98)
+_SXM_H200 = Gpu("NVIDIA H200", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98)
+
+# TPUs: cloud.google.com/tpu/docs, links from "How to Scale Your Model", jax-ml.github.io. GPUs: NVIDIA's data
+# sheets, whose figures with sparsity are halved.
+_TABLE = {
+    "v4": Chip("TPU v4", 275e12, int(31.75 * 2**30), 1.23e12, 45e9, 4),
+    "v5e": Chip("TPU v5( lite|e)", 197e12, int(15.75 * 2**30), 0.82e12, 45e9, 16),
+    "v5p": Chip("TPU v5p?", 459e12, int(95.74 * 2**30), 2.77e12, 90e9, 4),
+    "v6e": Chip("TPU v6( lite|e)", 918e12, int(31.25 * 2**30), 1.64e12, 90e9, 16),
+    "a100": Chip(
+        r"NVIDIA A[18]00(-(SXM|SXM4|PCIE)-\d+GB| 80GB PCIe)",
+        312e12, int(80e9), 2.04e12, 300e9, gpu=_SXM_A100,
+    ),
+    "h100": Chip("NVIDIA H[18]00 80GB HBM3", 989e12, int(80e9), 3.35e12, 450e9, gpu=_SXM_H100),
+    "h100-nvl": Chip("NVIDIA H[12]00 NVL", 835e12),
+    "h100-pcie": Chip("NVIDIA H[18]00 PCIe", 756e12),
+    "gh200": Chip(r"NVIDIA GH200 \d+GB", 989e12),
+    "h200": Chip("NVIDIA H200", 989e12, int(141e9), 4.8e12, 450e9, gpu=_SXM_H200),
+    "b200": Chip("NVIDIA B200", 2250e12),
+    "a10": Chip("NVIDIA A10", 125e12),
+    "l4": Chip("NVIDIA L4", 121e12),
+    "l40s": Chip("NVIDIA L40S", 362e12),
+    "rtx3090": Chip("NVIDIA GeForce RTX 3090", 71e12),
+    "rtx4090": Chip("NVIDIA GeForce RTX 4090", 165e12),
+}  # fmt: skip
+
+CHIPS = {name: chip for name, chip in _TABLE.items() if chip.hbm_bytes}  # those to compile for
+
+
+def listed_flops(kind: str) -> float | None:
+    """Returns the peak of a device in FLOPs per second by its `device_kind`; None where it is not listed."""
+    return next((chip.flops for chip in _TABLE.values() if re.fullmatch(chip.kinds, kind)), None)
 
 
 def peak_flops(device: jax.Device) -> float:
-    """Matrix operations a second of one device: by table, or measured where it has no entry."""
-    for kind, peak in PEAK_FLOPS.items():
-        if device.device_kind.startswith(kind):
-            return peak
-    return measured_flops(device) / jax.local_device_count()  # CPU "devices" share the machine
+    """Returns the matrix FLOPs per second of one device: listed, or measured where it is not."""
+    if listed := listed_flops(device.device_kind):
+        return listed
+    if device.platform == "cpu":  # CPU devices share the cores
+        return measured_flops(device, per_core=True) * usable_cores() / jax.local_device_count()
+    return measured_flops(device, 4096, jnp.bfloat16)
 
 
-def measured_flops(device: jax.Device, size: int = 1024, tries: int = 5) -> float:
-    """Float32 matrix operations a second, best of several products of [size, size]."""
-    a = jax.device_put(jnp.ones((size, size)), device)
+class Peak:
+    """Peak rate of a run's devices, which its model FLOPs utilisation is relative to."""
+
+    def __init__(self, device: jax.Device, devices: int):
+        self._flops = peak_flops(device) * devices
+        self._is_listed = listed_flops(device.device_kind) is not None
+
+    def utilisation(self, flops_per_second: float) -> float:
+        """Returns the share of the peak; a measured peak that was exceeded was too low and is raised."""
+        if not self._is_listed:
+            self._flops = max(self._flops, flops_per_second)
+        return flops_per_second / self._flops
+
+
+def measured_flops(
+    device: jax.Device, size: int = 1024, dtype=jnp.float32, tries: int = 5, per_core: bool = False
+) -> float:
+    """Returns the FLOPs per second of a product of [size, size] matrices, the best of several.
+
+    Args:
+      device: to measure.
+      size: of the matrices.
+      dtype: of the matrices.
+      tries: number of products.
+      per_core: divide by the time that cores spent on this process instead of wall-clock time. Other
+        processes on the machine then hardly matter.
+    """
+    a = jax.device_put(jnp.ones((size, size), dtype), device)
     product = jax.jit(jnp.matmul)
     product(a, a).block_until_ready()
+    clock = time.process_time if per_core else time.perf_counter
     best = float("inf")
     for _ in range(tries):
-        start = time.perf_counter()
+        start = clock()
         product(a, a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return 2 * size**3 / best
+
+
+def usable_cores() -> float:
+    """Returns the number of cores that this process may use, by its affinity and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, int(quota) / int(period))
+    except (OSError, ValueError):  # no cgroup of version 2, or one without a quota ("max")
+        return cores

@@ -11,9 +11,18 @@ import pytest
 from dualsm import sharding
 from dualsm.aot.absent import absent_devices
 from dualsm.aot.hlo import Work, analyse
-from dualsm.aot.report import as_text, device_bytes, make_report
-from dualsm.aot.roofline import CHIPS, estimate, interconnect_bandwidth
+from dualsm.aot.report import (
+    MEMORY_SHARE,
+    as_text,
+    device_bytes,
+    make_report,
+    special_ids,
+    usable_memory,
+    walked_share,
+)
+from dualsm.aot.roofline import estimate, interconnect_bandwidth
 from dualsm.errors import UserError
+from dualsm.hardware import CHIPS
 from dualsm.model.flops import train_flops
 from dualsm.objectives.example import SpecialIds
 from dualsm.training.optimizer import make_optimizer
@@ -108,6 +117,38 @@ def test_a_report_divides_the_parameters_by_the_devices():
     assert report["rows_at_once"] == 2
     assert report["flops"]["compiled"] * 8 > report["flops"]["model_all_devices"]
     assert "2 rows a chip at once" in as_text(report)
+
+
+def test_objectives_that_draw_random_tokens_can_be_reported():
+    config, _ = config_on(1)
+    config.mixture.update({"causal": 0.5, "prefix": 0.0, "masked_diffusion": 0.0, "masked": 0.5})
+    assert special_ids(config).vocabulary == 128
+    assert walked_share(config, "tpu") == pytest.approx(33 / 128 + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("chip", "settings", "share"),
+    [
+        ("v5e", {}, 1),
+        ("h200", {}, 0.75),
+        ("h200", {"XLA_CLIENT_MEM_FRACTION": "0.9"}, 0.9),
+        ("h200", {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, 0.5),
+        ("h200", {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, 1),
+        ("v5e", {"XLA_CLIENT_MEM_FRACTION": "0.9"}, 1),
+    ],
+)
+def test_of_a_gpu_s_memory_jax_uses_a_share(chip, settings, share, monkeypatch):
+    for key in (*MEMORY_SHARE, "XLA_PYTHON_CLIENT_ALLOCATOR"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in settings.items():
+        monkeypatch.setenv(key, value)
+    assert usable_memory(chip) == pytest.approx(share * CHIPS[chip].hbm_bytes)
+
+
+def test_a_share_of_memory_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(UserError, match="XLA_CLIENT_MEM_FRACTION.*'most' must be a number"):
+        usable_memory("a100")
 
 
 @pytest.mark.parametrize(

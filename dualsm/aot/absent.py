@@ -6,39 +6,11 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 
-from dualsm.aot.roofline import CHIPS
 from dualsm.errors import UserError
-
-
-class Gpu(NamedTuple):
-    """What XLA's compiler wants to know of a GPU beside `roofline.CHIPS`; makers' figures.
-
-    Attributes:
-      name: as the device says it.
-      capability: CUDA's compute capability, major and minor.
-      processors: streaming multiprocessors.
-      shared: bytes of shared memory of one.
-      cache: bytes of the second-level cache.
-      clock: GHz.
-    """
-
-    name: str
-    capability: tuple[int, int]
-    processors: int
-    shared: int
-    cache: int
-    clock: float
-
-
-GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * 1024, 40 * 2**20, 1.41),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98),
-}
+from dualsm.hardware import CHIPS
 
 
 def absent_devices(topology: str) -> Sequence[jax.Device]:
@@ -47,8 +19,8 @@ def absent_devices(topology: str) -> Sequence[jax.Device]:
     Raises:
       UserError: when the compiler for them is not installed, or knows nothing of the kind.
     """
-    tpus = "|".join(CHIPS.keys() - GPUS.keys())
-    if not re.fullmatch(rf"({tpus}):\d+(x\d+)*|({'|'.join(GPUS)}):[1-9]\d*", topology):
+    tpus, gpus = ("|".join(name for name in CHIPS if bool(CHIPS[name].gpu) == kind) for kind in (False, True))
+    if not re.fullmatch(rf"({tpus}):\d+(x\d+)*|({gpus}):[1-9]\d*", topology):
         raise UserError(
             f"--topology={topology} must read CHIP:AxB or CHIP:AxBxC for TPUs, CHIP:N for GPUs; "
             f"chips: {', '.join(CHIPS)}"
@@ -56,7 +28,7 @@ def absent_devices(topology: str) -> Sequence[jax.Device]:
     jax.config.update("jax_platforms", "cpu")  # there is nothing else to be found here
     chip, size = topology.split(":")
     try:
-        return _gpus(chip, size) if chip in GPUS else _tpus(topology)
+        return _gpus(chip, size) if CHIPS[chip].gpu else _tpus(topology)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
 
@@ -88,7 +60,8 @@ def _gpus(chip: str, number: str) -> Sequence[jax.Device]:
 
 def _target(chip: str) -> str:
     """XLA's description of a GPU, a text of its protocol buffer `GpuTargetConfigProto`."""
-    gpu, figures = GPUS[chip], CHIPS[chip]
+    figures = CHIPS[chip]
+    gpu = figures.gpu
     return f"""
         platform_name: "CUDA"
         device_description_str: "{gpu.name}"

@@ -24,6 +24,8 @@ _SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")
 _FLASH = re.compile(r'name = "flash_(forward|backward_queries|backward_keys)"')
 _KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "forward": 2, "backward_queries": 3, "backward_keys": 4}
 _KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
+# Matrix products that XLA hands to a library, as in "__cublas$gemm" and "__cublas$lt$matmul$f8".
+_GEMM = re.compile(r'custom_call_target="__cublas\$(gemm|lt\$matmul)')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _MOVES_NOTHING = (
@@ -92,7 +94,7 @@ def analyse(text: str, devices: int, walked: float = 1.0) -> Work:
             continue
         types = {i.name: i.type for i in instructions}
         for i in instructions:
-            if i.op in ("convolution", "dot"):
+            if i.op in ("convolution", "dot") or _GEMM.search(i.rest):
                 flops += times[name] * _product_flops(i, types)
             if kernel := _SPLASH.match(i.name):
                 flops += times[name] * walked * _KERNEL_PRODUCTS[kernel[1]] * _splash_product(i, types)
@@ -204,11 +206,11 @@ def _in_hbm(type_: str) -> float:
 
 
 def _product_flops(i: Instruction, types: dict[str, str]) -> float:
-    """Operations of a dot or convolution (which is what TPUs make of a dot)."""
+    """FLOPs of a dot, of a library's call for one, or of a convolution (which is what TPUs make of a dot)."""
     result, left, right = (_arrays(t)[0][0] for t in (i.type, *(types[name] for name in i.operands[:2])))
-    if i.op == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
-        return 2 * math.prod(result) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+    if i.op != "convolution":
+        contracted = re.search(r"lhs_contracting_dim(?:s=\{|ensions\W+)([\d,\"\\]*)", i.rest)[1]
+        return 2 * math.prod(result) * math.prod(left[int(d)] for d in re.findall(r"\d+", contracted))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest) or [0, ""])[1]))
     flops = 2.0 * right[labels[2].index("i")] * right[labels[2].index("o")] * left[labels[1].index("b")]
@@ -291,6 +293,9 @@ def _results(i: Instruction) -> list[float]:
 
 def _traffic(i: Instruction, types: dict[str, str], computations: dict) -> float:
     """Bytes that an instruction reads from and writes to main memory."""
+    if _GEMM.search(i.rest):  # the last of several results is scratch memory
+        sizes = [size for _, size, hbm in _arrays(i.type) if hbm]
+        return sum(_in_hbm(types[name]) for name in i.operands) + sum(sizes[:-1] or sizes)
     if i.op == "custom-call" and not any(target in i.rest for target in _KERNEL_TARGETS):  # hints
         return 0.0
     if i.op.endswith("-start"):  # copies between memories

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 from ml_collections import ConfigDict
 
 from dualsm import sharding
 from dualsm.aot.hlo import Work
-from dualsm.aot.roofline import CHIPS, estimate
+from dualsm.aot.roofline import estimate
 from dualsm.errors import UserError
+from dualsm.hardware import CHIPS
 from dualsm.model import flash, splash
 from dualsm.model.flops import train_flops
 from dualsm.objectives.example import SpecialIds
 from dualsm.progress import table
 from dualsm.training.program import Program, activation_bytes, attended_share, batch_shapes
+
+MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new and old name in JAX
 
 
 def compile_step(config: ConfigDict, program: Program, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
@@ -35,7 +40,24 @@ def walked_share(config: ConfigDict, platform: str) -> float:
     """Share of the blocks of scores that an attention kernel does not skip, in rows of one document."""
     sizes = (flash.LENGTHS,) if platform == "gpu" else splash.BLOCKS
     size = next((size for size in sizes if config.row_tokens % size == 0), 1)  # 1 where no kernel is used
-    return attended_share(config, SpecialIds(), size)
+    return attended_share(config, special_ids(config), size)
+
+
+def special_ids(config: ConfigDict) -> SpecialIds:
+    """Returns the special ids of a tokenizer of the config's vocabulary size, as no corpus is read here."""
+    return SpecialIds(vocabulary=config.model.vocabulary)
+
+
+def usable_memory(chip: str) -> int:
+    """Returns the bytes of a chip's memory that JAX uses: of GPUs it takes a share, 75% by default."""
+    size = CHIPS[chip].hbm_bytes
+    if not CHIPS[chip].gpu or os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
+        return size
+    share = next((os.environ[key] for key in MEMORY_SHARE if os.environ.get(key)), "0.75")
+    try:
+        return int(size * float(share))
+    except ValueError as error:
+        raise UserError(f"{' or '.join(MEMORY_SHARE)}={share!r} must be a number such as 0.9") from error
 
 
 def make_report(
@@ -51,7 +73,7 @@ def make_report(
       memory: XLA's account of it.
       work: from `analyse`.
     """
-    special = SpecialIds()
+    special, chip = special_ids(config), topology.split(":")[0]
     share = attended_share(config, special)
     model_flops = config.batch_rows * train_flops(config.model, config.row_tokens, share)
     total = (
@@ -83,7 +105,8 @@ def make_report(
             "temporaries": memory.temp_size_in_bytes - activations,
             "code": memory.generated_code_size_in_bytes,
             "total": total,
-            "chip": CHIPS[topology.split(":")[0]].hbm_bytes,
+            "usable": usable_memory(chip),
+            "chip": CHIPS[chip].hbm_bytes,
         },
         "flops": {"model_all_devices": model_flops, "compiled": work.flops},
         "hbm_bytes": work.hbm_bytes,

@@ -3,42 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 from dualsm.aot.hlo import Work
-from dualsm.hardware import PEAK_FLOPS
-
-
-class Chip(NamedTuple):
-    """A TPU chip or a GPU.
-
-    Attributes:
-      flops: bfloat16 matrix operations a second.
-      hbm_bytes: of main memory that programs can use (of TPUs what libtpu's compiler allows).
-      hbm_bandwidth: bytes a second.
-      link_bandwidth: bytes a second of one link of the interconnect, one way; of GPUs all links together.
-      wraps: sizes of a slice's axis are multiples of this when its ends are linked to a ring; 0 for GPUs,
-        which a switch joins.
-    """
-
-    flops: float
-    hbm_bytes: int
-    hbm_bandwidth: float
-    link_bandwidth: float
-    wraps: int
-
-
-# cloud.google.com/tpu/docs, links from "How to Scale Your Model", jax-ml.github.io; GPUs (SXM boards) from
-# NVIDIA's data sheets.
-CHIPS = {
-    "v4": Chip(PEAK_FLOPS["TPU v4"], int(31.75 * 2**30), 1.23e12, 45e9, 4),
-    "v5e": Chip(PEAK_FLOPS["TPU v5e"], int(15.75 * 2**30), 0.82e12, 45e9, 16),
-    "v5p": Chip(PEAK_FLOPS["TPU v5p"], int(95.74 * 2**30), 2.77e12, 90e9, 4),
-    "v6e": Chip(PEAK_FLOPS["TPU v6e"], int(31.25 * 2**30), 1.64e12, 90e9, 16),
-    "a100": Chip(PEAK_FLOPS["NVIDIA A100"], int(80e9), 2.04e12, 300e9, 0),
-    "h100": Chip(PEAK_FLOPS["NVIDIA H100"], int(80e9), 3.35e12, 450e9, 0),
-    "h200": Chip(PEAK_FLOPS["NVIDIA H200"], int(141e9), 4.8e12, 450e9, 0),
-}
+from dualsm.hardware import CHIPS
 
 
 def interconnect_bandwidth(topology: str) -> float:

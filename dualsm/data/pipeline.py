@@ -8,7 +8,8 @@ There is no iterator state beyond the step, so resuming at step 1,000,000 costs 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -79,8 +80,18 @@ class StepRows:
         return {"step": step, "tokens": tokens_BxL1, "documents": documents_BxL1}
 
 
-def read_steps(source: StepRows, first: int, threads: int, ahead: int) -> Iterator[dict[str, np.ndarray]]:
-    """Iterates over steps `first`, `first + 1`, ... of `source`, reading ahead in threads."""
-    dataset = grain.MapDataset.source(source)[first:]
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+def read_steps(
+    source: StepRows, first: int, threads: int, ahead: int, finish: Callable[[dict], Any] = lambda step: step
+) -> Iterator:
+    """Iterates over steps `first`, `first + 1`, ... of `source`, prefetching in threads.
+
+    Args:
+      source: of the steps.
+      first: step to start at.
+      threads: number of threads that read.
+      ahead: steps to prefetch; at least one per thread, because Grain keeps other threads idle.
+      finish: applied to each step in the thread that read it.
+    """
+    dataset = grain.MapDataset.source(source)[first:].map(finish)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
     return iter(dataset.to_iter_dataset(options))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from dualsm.errors import UserError
 from dualsm.objectives.ahead import FARTHEST
-from dualsm.objectives.masked_diffusion import TIMES
+from dualsm.objectives.masked_diffusion import NARROWEST, TIMES
 from dualsm.objectives.span_denoising import DENOISERS
 
 _MODES = "".join(dict.fromkeys(denoiser.mode for denoiser in DENOISERS))
@@ -55,3 +55,8 @@ def check_options(options: Mapping[str, Mapping]) -> None:
             raise UserError(f"{where}: low={values['low']} is above high={values['high']}")
         if values.get("random", 0) + values.get("keep", 0) > 1:
             raise UserError(f"{where}: random and keep must not exceed 1 together")
+        if values.get("time") == "bell" and values["importance"] and values["width"] < NARROWEST:
+            raise UserError(
+                f"{where}.width={values['width']} is too narrow for importance=True, as the loss would lie "
+                f"below the bound; use at least {NARROWEST}, or {where}.importance=False"
+            )

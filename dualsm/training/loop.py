@@ -7,9 +7,7 @@ addressed by step, so a run that is resumed goes on exactly as if it had never s
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-import time
 from collections.abc import Callable
 
 import jax
@@ -24,13 +22,14 @@ from dualsm.data.order import RowOrder
 from dualsm.data.pipeline import StepRows, read_steps
 from dualsm.errors import UserError
 from dualsm.evaluation.validation import BYTES_OF_TOKENS, Validation, valid_rows
-from dualsm.hardware import peak_flops
+from dualsm.hardware import Peak
 from dualsm.model.attention import why_not_kernel
 from dualsm.model.flops import train_flops
 from dualsm.objectives import mixture, shares
 from dualsm.progress import bar, say, warn
 from dualsm.training.branch import branched_state, start_step
 from dualsm.training.checkpoint import Checkpoints
+from dualsm.training.clock import Clock
 from dualsm.training.metrics import MetricsWriter, NoMetrics
 from dualsm.training.program import attended_share, make_program
 from dualsm.training.schedules import learning_rate
@@ -99,27 +98,6 @@ def complete(config: ConfigDict, corpus: Corpus) -> ConfigDict:
     return config
 
 
-@dataclasses.dataclass
-class _Clock:
-    """Seconds since the last log line, and what of them was not training."""
-
-    start: float = dataclasses.field(default_factory=time.perf_counter)
-    waiting: float = 0.0  # for data
-    saving: float = 0.0  # while a checkpoint was taken
-    validating: float = 0.0
-    steps: int = 0
-
-    @contextlib.contextmanager
-    def time(self, name: str):
-        """Adds the time spent inside to the part called `name`."""
-        began = time.perf_counter()
-        yield
-        setattr(self, name, getattr(self, name) + time.perf_counter() - began)
-
-    def training(self) -> float:
-        return max(time.perf_counter() - self.start - self.validating, 1e-9)
-
-
 class _Run:
     """One process's part in one run."""
 
@@ -147,7 +125,7 @@ class _Run:
         self.abstract_state, self.init, self.step = make_program(config, special, mesh)
 
         self.row_flops = train_flops(config.model, config.row_tokens, attended_share(config, special))
-        self.peak_flops = peak_flops(mesh.local_devices[0]) * mesh.size
+        self.peak = Peak(mesh.local_devices[0], mesh.size)
         self.validation = None
         if scored := configs.valid_objectives(config):
             rows = valid_rows(
@@ -184,19 +162,20 @@ class _Run:
     def _train(self, state: TrainState, first: int, checkpoints: Checkpoints, writer, stop) -> bool:
         """The loop, from step `first` on."""
         config = self.config
-        batches = read_steps(self.rows, first, config.data.threads, config.data.ahead)
-        clock, unwritten, sums, quiet = _Clock(), None, None, not distributed.leads()
+        batches = read_steps(self.rows, first, config.data.threads, config.data.ahead, self._batch)
+        clock, unwritten, sums, quiet = Clock(), None, None, not distributed.leads()
         with bar(total=config.steps, initial=first, desc="training", unit="step", disable=quiet) as progress:
             for done in range(first + 1, config.steps + 1):
-                with clock.time("waiting"):
-                    batch = self._batch(next(batches))
-                # Waits for the step before, so that the host stays one step ahead.
+                # So that the wait for data is time in which the devices are idle.
+                jax.block_until_ready(sums)
                 self._check_step(sums, done - 1, checkpoints)
+                with clock.time("waiting"):
+                    batch = next(batches)
                 with jax.profiler.StepTraceAnnotation("train", step_num=done):
                     state, sums = self.step(state, batch)
                 if unwritten:
                     self._write(writer, progress, *unwritten, clock)
-                    clock, unwritten = _Clock(), None
+                    unwritten = None
                 clock.steps += 1
                 progress.update()
 
@@ -214,7 +193,6 @@ class _Run:
                         scores = self.validation(state.params)
                 if log or validate:
                     self._write(writer, progress, done, sums if log else None, scores, clock)
-                    clock = _Clock()
                 # While updates are skipped the weights may be what is wrong, so older ones are kept.
                 if save and (last or stopped or not sums.skipped_in_row):
                     with clock.time("saving"):
@@ -249,7 +227,7 @@ class _Run:
             )
 
     def _batch(self, element: dict[str, np.ndarray]) -> Batch:
-        """A step's rows and their objectives, on the devices."""
+        """A step's rows and their objectives, on the devices; runs in the threads that read ahead."""
         objective_B, stratum_B, strata_B = mixture.assign(self.counts_SxJ[element["step"]])
         mine = self.rows.part
         batch = Batch(
@@ -264,7 +242,7 @@ class _Run:
         writer.write(0, {"tokens": 0, "epoch": 0.0, **scores})
         say(_valid_line(0, self.config.steps, scores))
 
-    def _write(self, writer, progress, done: int, sums: Sums | None, scores: dict, clock: _Clock) -> None:
+    def _write(self, writer, progress, done: int, sums: Sums | None, scores: dict, clock: Clock) -> None:
         """Writes the line of step `done`: `sums` when it is a log step, `scores` when it was validated."""
         config = self.config
         tokens = done * config.batch_rows * config.row_tokens
@@ -289,14 +267,14 @@ class _Run:
         metrics["train/learning_rate"] = float(self.schedule(done - 1))
         return metrics
 
-    def _perf_metrics(self, clock: _Clock) -> dict[str, float]:
-        seconds = clock.training()
-        rows = clock.steps * self.config.batch_rows
+    def _perf_metrics(self, clock: Clock) -> dict[str, float]:
+        interval = clock.interval()
+        rows_per_second = interval.steps * self.config.batch_rows / interval.seconds
         return {
-            "perf/tokens_per_second": rows * self.config.row_tokens / seconds,
-            "perf/mfu": rows * self.row_flops / seconds / self.peak_flops,
-            "perf/data_wait_fraction": clock.waiting / seconds,
-            "perf/checkpoint_seconds": clock.saving,
+            "perf/tokens_per_second": rows_per_second * self.config.row_tokens,
+            "perf/mfu": self.peak.utilisation(rows_per_second * self.row_flops),
+            "perf/data_wait_fraction": interval.waiting / interval.seconds,
+            "perf/checkpoint_seconds": interval.saving,
         }
 
     def _greet(self, first: int) -> None:

@@ -22,8 +22,9 @@ from dualsm.objectives.loss import example_loss
 from dualsm.sharding import constrain, platform, summed_by_device
 from dualsm.training.optimizer import at_step
 
-SPIKE = 8.0  # mean distances above the mean from which on a loss is called a spike
-SPIKE_AFTER = 50  # steps that the means are over before
+SPIKE = 8.0  # a loss this many mean absolute deviations above the mean counts as a spike
+SPIKE_AFTER = 50  # steps with an objective before its losses are compared with its statistics
+SPIKE_GAP = 20  # steps without an objective after which its statistics start anew
 
 
 class Batch(NamedTuple):
@@ -63,17 +64,22 @@ class Sums(NamedTuple):
 
 
 class Usual(NamedTuple):
-    """What the loss of a step usually is, so that a spike is noticed; float32.
+    """Running statistics of the loss of each of J objectives, for spike detection; float32.
+
+    They are kept by objective so that a change of the mixture is not taken for a spike.
 
     Attributes:
-      loss: running mean of the loss a token, over some 10 steps, nats.
-      spread: running mean of its distance from that, over some 50 steps, nats.
-      steps: good steps seen.
+      loss_J: mean of the loss per token over about 10 steps, nats.
+      spread_J: mean over about 50 steps of the loss's absolute deviation from that mean, times the square
+        root of the tokens that it is over; a step with more rows of an objective has less noise.
+      steps_J: good steps with rows of the objective, since it was absent for `SPIKE_GAP` of them.
+      absent_J: good steps since the last one with rows of the objective.
     """
 
-    loss: jax.Array
-    spread: jax.Array
-    steps: jax.Array
+    loss_J: jax.Array
+    spread_J: jax.Array
+    steps_J: jax.Array
+    absent_J: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -97,7 +103,7 @@ def init_state(
         params=params,
         opt_state=optimizer.init(params),
         sums=Sums(zero, zero, zeros_J, zeros_J, zero, zero, zero, zero, zero),
-        usual=Usual(zero, zero, zero),
+        usual=Usual(zeros_J, zeros_J, zeros_J, zeros_J),
     )
 
 
@@ -170,8 +176,9 @@ def make_train_step(
         new = Sums(
             loss=(weight_J[batch.objective_B] * stats.nll_B).sum(),
             weight=stats.counted_B.sum(),
-            nll_J=stats.nll_B @ objective_BxJ,
-            counted_J=stats.counted_B @ objective_BxJ,
+            # Not matrix products, which accelerators compute in reduced precision.
+            nll_J=(stats.nll_B[:, None] * objective_BxJ).sum(0),
+            counted_J=(stats.counted_B[:, None] * objective_BxJ).sum(0),
             gradient_norm=gradient_norm,
             steps=jnp.float32(1),
             skipped=jnp.float32(0),
@@ -182,29 +189,46 @@ def make_train_step(
         new = _where(finite, new, nothing)
         kept = jnp.where(state.step % config.log.every == 0, 0.0, 1.0)
         sums = jax.tree.map(lambda old, add: kept * old + add, state.sums, new)
-        usual, spike = _watch(state.usual, new.loss / jnp.maximum(new.weight, 1))
+        usual, is_spike = _watch(state.usual, new.nll_J, new.counted_J)
         usual = _where(finite, usual, state.usual)
         in_row = jnp.where(finite, 0.0, state.sums.skipped_in_row + 1)
-        sums = sums._replace(skipped_in_row=in_row, spike=jnp.where(finite, spike, 0.0))
+        spike = jnp.where(finite & is_spike, new.loss / jnp.maximum(new.weight, 1), 0.0)
+        sums = sums._replace(skipped_in_row=in_row, spike=spike)
         return TrainState(state.step + 1, params, opt_state, sums, usual), sums
 
     return train_step
 
 
-def _watch(usual: Usual, loss: jax.Array) -> tuple[Usual, jax.Array]:
-    """What is usual after a step of that loss, and the loss if it was a spike, else 0.
+def _watch(usual: Usual, nll_J: jax.Array, counted_J: jax.Array) -> tuple[Usual, jax.Array]:
+    """Returns the statistics after a step, and True if its loss is a spike.
 
-    A spike lies farther above the mean than `SPIKE` times the mean distance from it. It enters the means
-    no higher than that, so that one spike does not hide the next.
+    A step is a spike when its loss lies above the one that it would have if the loss of each objective were
+    `SPIKE` mean deviations above the mean. Objectives seen in fewer than `SPIKE_AFTER` steps are left out. In
+    the statistics no loss counts as more than that limit, so that one spike does not hide the next.
+
+    Args:
+      usual: the statistics before the step.
+      nll_J: weighted sum of nats of each objective's rows.
+      counted_J: their loss denominators; 0 for an objective without rows.
     """
-    limit = usual.loss + SPIKE * usual.spread
-    known = usual.steps >= SPIKE_AFTER
-    spike = jnp.where(known & (loss > limit), loss, 0.0)
-    loss = jnp.where(known, jnp.minimum(loss, limit), loss)
-    steps = usual.steps + 1
-    mean = usual.loss + (loss - usual.loss) / jnp.minimum(steps, 10)
-    spread = usual.spread + (jnp.abs(loss - usual.loss) - usual.spread) / jnp.minimum(steps, 50)
-    return Usual(mean, spread, steps), spike
+    present_J = counted_J > 0
+    tokens_J = jnp.maximum(counted_J, 1)
+    loss_J = nll_J / tokens_J
+    steps_J = jnp.where(present_J & (usual.absent_J >= SPIKE_GAP), 0, usual.steps_J)
+    known_J = present_J & (steps_J >= SPIKE_AFTER)
+    limit_J = usual.loss_J + SPIKE * usual.spread_J / jnp.sqrt(tokens_J)
+    is_spike = jnp.where(known_J, counted_J * (loss_J - limit_J), 0).sum() > 0
+
+    loss_J = jnp.where(known_J, jnp.minimum(loss_J, limit_J), loss_J)
+    steps_J = steps_J + 1
+    mean_J = jnp.where(steps_J == 1, loss_J, usual.loss_J)
+    deviation_J = loss_J - mean_J
+    spread_J = jnp.where(steps_J == 1, 0, usual.spread_J)
+    spread_J += (jnp.abs(deviation_J) * jnp.sqrt(tokens_J) - spread_J) / jnp.minimum(steps_J, 50)
+    mean_J += deviation_J / jnp.minimum(steps_J, 10)
+    seen = Usual(mean_J, spread_J, steps_J, jnp.zeros_like(usual.absent_J))
+    unseen = usual._replace(absent_J=usual.absent_J + 1)
+    return _where(present_J, seen, unseen), is_spike
 
 
 def _where(condition: jax.Array, yes, no):

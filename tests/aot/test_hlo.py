@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dualsm.aot.hlo import Work, analyse
@@ -189,3 +190,31 @@ def test_collectives_of_a_sharded_product():
     total = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec())).lower(x).compile()
     work = analyse(total.as_text(), 8)
     assert work.collective_bytes == {"all-reduce": 2 * 32 * 4 * 7 / 8}
+
+
+def gemm(target: str, x: str, dimensions: str) -> str:
+    """A program with one matrix product as XLA writes it for GPUs, with scratch memory of 1 MiB."""
+    return f"""
+ENTRY %main (x: {x}[32,64], w: {x}[16,64]) -> f32[32,16] {{
+  %x = {x}[32,64]{{1,0}} parameter(0)
+  %w = {x}[16,64]{{1,0}} parameter(1)
+  %y = (f32[32,16]{{1,0}}, s8[1048576]{{0}}) custom-call(%x, %w), custom_call_target="{target}", \
+backend_config={{"operation_queue_id":"0","gemm_backend_config":{{"alpha_real":1,"beta":0,\
+"dot_dimension_numbers":{{{dimensions}}},"epilogue":"DEFAULT"}}}}
+  ROOT %z = f32[32,16]{{1,0}} get-tuple-element(%y), index=0
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "x", "size"),
+    [("gemm", "f32", 4), ("lt$matmul", "bf16", 2), ("lt$matmul$f8", "f8e4m3fn", 1)],
+)
+def test_a_library_s_matrix_product_counts_as_one(target, x, size):
+    contracted = (
+        '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],'
+        '"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]'
+    )
+    work = analyse(gemm(f"__cublas${target}", x, contracted), 1)
+    assert work.flops == 2 * 32 * 16 * 64
+    assert work.hbm_bytes == (32 + 16) * 64 * size + 32 * 16 * 4

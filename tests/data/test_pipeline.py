@@ -1,5 +1,7 @@
 """Batches by step."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -105,6 +107,18 @@ def test_reading_can_start_at_any_step(source, threads):
         assert [element["step"] for element in steps] == list(range(first, STEPS))
         for element in steps:
             np.testing.assert_array_equal(element["tokens"], source[element["step"]]["tokens"])
+
+
+def test_all_threads_read(source):
+    """Also where `ahead` asks for fewer steps than there are threads: each waits for the others here."""
+    together = threading.Barrier(4, timeout=60)
+
+    def finish(step: dict) -> int:
+        if step["step"] < 4:
+            together.wait()
+        return step["step"]
+
+    assert list(read_steps(source, 0, threads=4, ahead=1, finish=finish)) == list(range(STEPS))
 
 
 def test_seeds_give_other_orders(corpus, source):

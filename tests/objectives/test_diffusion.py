@@ -11,6 +11,7 @@ from scipy.stats import truncnorm
 
 from dualsm.model.transformer import bind
 from dualsm.objectives.loss import example_loss
+from dualsm.objectives.masked_diffusion import NARROWEST, draw_time
 
 from .conftest import SPECIAL, batch, far_from_initial, packed, rewritten, tiny_model
 
@@ -138,7 +139,7 @@ def test_options_that_give_up_the_bound_have_the_mean_they_should(options, weigh
     assert abs(mean - expected(nll, 4)) > 5 * error  # they do give it up
 
 
-@pytest.mark.parametrize("width", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("width", [NARROWEST, 0.2, 1.0])
 def test_the_bell_is_a_normal_distribution_cut_to_the_unit_interval(width):
     """Of n tokens, k = 1 + floor(n * t) are masked, and t has the quantiles of the bell."""
     n, rows = 64, 2000
@@ -153,6 +154,19 @@ def test_the_bell_is_a_normal_distribution_cut_to_the_unit_interval(width):
     densities = n / masked_B / example.weights_L.max(1)
     middle = bell.pdf(bell.ppf((np.arange(rows) + 0.5) / rows))
     np.testing.assert_allclose(densities[5:-5], middle[5:-5], rtol=0.1)
+
+
+def test_the_weights_of_a_bell_have_the_mean_1_from_the_narrowest_allowed_on():
+    """The mean over all float32 numbers that the draw can be; those of narrower bells miss a part of it."""
+
+    def mean(width: float) -> float:
+        uniform = jnp.arange(2**23, dtype=jnp.float32) / 2**23
+        return np.mean(1 / np.asarray(draw_time(uniform, "bell", width)[1], np.float64))
+
+    assert mean(NARROWEST) == pytest.approx(1, abs=0.01)
+    assert mean(0.08) < 0.9
+    with pytest.raises(ValueError, match="must be at least 0.15"):
+        rewritten("masked_diffusion", batch([packed([100], 64)]), time="bell", width=0.14)
 
 
 def test_tokens_are_masked_independently_with_the_probability_of_the_time():

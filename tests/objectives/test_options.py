@@ -55,6 +55,18 @@ def test_impossible_options_are_refused_by_name(key, value):
         check_config(config)
 
 
+def test_a_bell_too_narrow_for_the_bound_is_refused():
+    config = default_config()
+    options = config.objectives.masked_diffusion
+    options.width = 0.1  # harmless while the time is uniform
+    check_config(config)
+    options.time = "bell"
+    with pytest.raises(UserError, match=r"masked_diffusion.width=0.1 is too narrow .* at least 0.15"):
+        check_config(config)
+    options.importance = False
+    check_config(config)
+
+
 def test_possible_options_pass():
     config = default_config()
     config.objectives.masked_input_causal.low, config.objectives.masked_input_causal.high = 0.0, 0.5

@@ -1,0 +1,61 @@
+"""The peak rates that model FLOPs utilisation is relative to."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from dualsm import hardware
+from dualsm.hardware import CHIPS, Peak, listed_flops, peak_flops
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        # Not the chips that their names begin with.
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA A10G", None),
+        ("TPU v4 lite", None),
+        ("cpu", None),
+    ],
+)
+def test_variants_of_a_chip_have_their_own_peak(kind, flops):
+    assert listed_flops(kind) == flops
+
+
+def test_chips_to_compile_for_are_listed_by_the_name_that_they_report():
+    for chip in CHIPS.values():
+        assert chip.gpu is None or listed_flops(chip.gpu.name) == chip.flops
+
+
+def test_only_cpu_devices_share_a_measured_peak(monkeypatch):
+    """No GPU is here to be measured, so the measurement is replaced."""
+    monkeypatch.setattr(hardware, "measured_flops", lambda *_, **__: 1e12)
+    monkeypatch.setattr(hardware, "usable_cores", lambda: 4)
+    assert peak_flops(SimpleNamespace(device_kind="NVIDIA Unlisted", platform="gpu")) == 1e12
+    assert jax.local_device_count() == 8
+    assert peak_flops(jax.devices()[0]) == 4e12 / 8
+
+
+def test_utilisation_by_a_measured_peak_is_at_most_1():
+    peak = Peak(jax.devices()[0], jax.local_device_count())
+    assert 0 < peak.utilisation(1e6) < 0.1
+    assert peak.utilisation(1e18) == 1
+    assert peak.utilisation(1e17) == pytest.approx(0.1)
+
+
+def test_a_listed_peak_stays():
+    peak = Peak(SimpleNamespace(device_kind="NVIDIA H200", platform="gpu"), 2)
+    assert peak.utilisation(4 * 989e12) == peak.utilisation(4 * 989e12) == 2

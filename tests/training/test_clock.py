@@ -1,0 +1,76 @@
+"""Throughput counts all of a run's time, and only idle devices count as waiting for data."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from dualsm.data.pipeline import read_steps
+from dualsm.training.loop import train
+from dualsm.training.metrics import MetricsWriter, read_metrics
+from dualsm.training.program import make_program
+from tests.micro import micro_config
+
+DELAY = 0.1
+
+
+@pytest.fixture(scope="module")
+def run(corpus_path, tmp_path_factory):
+    """A run with a line per step, whose batches and lines are delayed as by a slow disk.
+
+    Returns:
+      lines: of its metrics; written: the time of each line; idle: for each batch, whether the step before had
+      finished when the loop asked for it.
+    """
+    config = micro_config(corpus_path)
+    config.mesh.data, config.steps, config.log.every = -1, 6, 1
+    config.valid.objectives, config.checkpoint.every = "", 100
+    written, idle, results = [], [], []
+    write = MetricsWriter.write
+
+    def slow_write(*arguments):
+        written.append(time.perf_counter())
+        time.sleep(DELAY)
+        write(*arguments)
+
+    def slow_steps(*arguments):
+        batches = read_steps(*arguments)
+        while True:
+            idle.append(all(sums.loss.is_ready() for sums in results))
+            time.sleep(DELAY)
+            yield next(batches)
+
+    def observed_program(*arguments):
+        program = make_program(*arguments)
+
+        def step(state, batch):
+            state, sums = program.step(state, batch)
+            results.append(sums)
+            return state, sums
+
+        return program._replace(step=step)
+
+    workdir = tmp_path_factory.mktemp("clock") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", slow_write)
+        patch.setattr("dualsm.training.loop.read_steps", slow_steps)
+        patch.setattr("dualsm.training.loop.make_program", observed_program)
+        train(config, workdir)
+    tokens = config.batch_rows * config.row_tokens
+    lines = read_metrics(workdir)
+    seconds = [tokens / line["perf/tokens_per_second"] for line in lines]
+    return SimpleNamespace(lines=lines, seconds=seconds, written=written, idle=idle)
+
+
+def test_throughput_includes_the_time_of_writing_log_lines(run):
+    assert len(run.lines) == 6
+    assert sum(run.seconds[1:]) == pytest.approx(run.written[-1] - run.written[0], abs=DELAY)
+
+
+def test_waiting_for_data_counts(run):
+    for line, seconds in zip(run.lines[1:-1], run.seconds[1:-1], strict=True):
+        assert DELAY <= line["perf/data_wait_fraction"] * seconds <= seconds - DELAY  # the rest is writing
+
+
+def test_devices_are_idle_while_the_loop_waits_for_data(run):
+    assert run.idle == [True] * 6
