@@ -55,6 +55,8 @@ class Chip(NamedTuple):
     gpu: Gpu | None = None
 
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container's CPU time
+
 _SXM_A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * 1024, 40 * 2**20, 1.41)
 _SXM_H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98)
 _SXM_H200 = Gpu("NVIDIA H200", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98)
@@ -143,7 +145,7 @@ def usable_cores() -> float:
     """Returns the number of cores that this process may use, by its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = QUOTA.read_text().split()
         return min(cores, int(quota) / int(period))
     except (OSError, ValueError):  # no cgroup of version 2, or one without a quota ("max")
         return cores

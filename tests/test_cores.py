@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from dualsm import cores, sharding
+from dualsm import cli, cores, hardware, sharding
 from dualsm.errors import UserError
 from tests.conftest import XLA_FLAGS, run_command
 from tests.micro import micro_config
@@ -76,3 +76,22 @@ def test_parts_fit_a_core_s_cache(axis, size, microbatches, expected):
     config.batch_rows, config.row_tokens, config.microbatches = 64, 256, microbatches
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:size])
     assert sharding.microbatches(config, mesh) == expected
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_freed_memory_is_kept_on_cpu_only(platform, monkeypatch):
+    """No accelerator is here, so JAX's answer is replaced; the C library's setting cannot be read back."""
+    kept, least = [], jax.config.jax_persistent_cache_min_compile_time_secs
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda **options: kept.append(options))
+    cli.set_up_jax()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    assert len(kept) == (platform == "cpu")
+
+
+def test_a_container_s_quota_limits_the_cores(monkeypatch, tmp_path):
+    for text, expected in (("150000 100000\n", 1.5), ("max 100000\n", 6), ("", 6)):
+        (tmp_path / "cpu.max").write_text(text)
+        monkeypatch.setattr(hardware, "QUOTA", tmp_path / "cpu.max")
+        monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: set(range(6)))
+        assert hardware.usable_cores() == expected
