@@ -124,9 +124,13 @@ def set_up_jax(cpu_devices: int = 0) -> None:
     """
     import jax
 
+    from dualsm.hardware import may_use_accelerator
+
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    if jax.default_backend() == "cpu":  # on accelerator hosts threads would wait for the one arena
+    # On accelerator hosts threads would wait for the one arena. JAX cannot be asked for its platform: that
+    # starts its threads, and these keep the arenas that they start with.
+    if not may_use_accelerator():
         # Many devices: many threads, with small blocks each.
         keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -1,5 +1,7 @@
 """Small models take a CPU's cores for devices, and work in parts that fit their caches."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -78,15 +80,33 @@ def test_parts_fit_a_core_s_cache(axis, size, microbatches, expected):
     assert sharding.microbatches(config, mesh) == expected
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_freed_memory_is_kept_on_cpu_only(platform, monkeypatch):
-    """No accelerator is here, so JAX's answer is replaced; the C library's setting cannot be read back."""
+@pytest.mark.parametrize(
+    ("platforms", "plugin", "file", "expected"),
+    [
+        ("cpu", True, "nvidia0", False),
+        ("cuda,cpu", False, "", True),
+        (None, True, "nvidia0", True),
+        (None, True, "accel0", True),
+        (None, True, "vfio/0", True),
+        (None, True, "nvidiactl", False),  # the driver's, which is also there without a GPU
+        (None, False, "nvidia0", False),
+    ],
+)
+def test_freed_memory_is_kept_on_cpu_only(platforms, plugin, file, expected, monkeypatch, tmp_path):
+    """No accelerator is here, so JAX's answers are replaced; the C library's setting cannot be read back."""
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / (file or "null")).touch()
     kept, least = [], jax.config.jax_persistent_cache_min_compile_time_secs
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    config = SimpleNamespace(config=SimpleNamespace(jax_platforms=platforms))
+    monkeypatch.setattr(hardware, "jax", config)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda _: plugin or None)
+    found = hardware.may_use_accelerator(tmp_path)
+    assert found == expected
+    monkeypatch.setattr(hardware, "may_use_accelerator", lambda: found)
     monkeypatch.setattr(cli, "keep_freed_memory", lambda **options: kept.append(options))
     cli.set_up_jax()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
-    assert len(kept) == (platform == "cpu")
+    assert len(kept) == (not expected)
 
 
 def test_a_container_s_quota_limits_the_cores(monkeypatch, tmp_path):
