@@ -35,10 +35,10 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; make demo PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: setup.py | $(VENV)/bin/python
+$(VENV)/.core: pyproject.toml setup.py | $(VENV)/bin/python
 	$(RUN) -m pip install --disable-pip-version-check -e .
 	@touch $@
 
-$(VENV)/.test: setup.py | $(VENV)/bin/python
+$(VENV)/.test: pyproject.toml setup.py | $(VENV)/bin/python
 	$(RUN) -m pip install --disable-pip-version-check -e '.[test]'
 	@touch $@ $(VENV)/.core

@@ -1,13 +1,17 @@
-"""`python -m dualsm` lists the commands."""
+"""The `dualsm` command: `dualsm NAME ...` runs `dualsm.NAME`; without a name it lists all commands."""
 
 from __future__ import annotations
 
 import ast
+import runpy
+import sys
 from pathlib import Path
+
+USAGE = "usage: dualsm COMMAND --flag=value ...; every command has --help"
 
 
 def commands() -> dict[str, str]:
-    """The commands and what each does: the modules of the package that can be run, unimported."""
+    """Returns each command and the first line of its docstring, without importing the modules."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
         source = path.read_text(encoding="utf-8")
@@ -17,11 +21,20 @@ def commands() -> dict[str, str]:
 
 
 def main() -> None:
-    found = commands()
-    width = max(map(len, found))
-    print("usage: python -m dualsm.COMMAND --flag=value ...; every command has --help\n")
-    for name, purpose in found.items():
-        print(f"  dualsm.{name:<{width}}  {purpose}")
+    """Runs the command that the first argument names, exactly as `python -m dualsm.NAME` does."""
+    known = commands()
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in known:
+        del sys.argv[1]
+        runpy.run_module(f"dualsm.{name}", run_name="__main__", alter_sys=True)
+    elif name in ("--help", "-h", "help"):
+        width = max(map(len, known))
+        print(USAGE + "\n")
+        for command, purpose in known.items():
+            print(f"  dualsm {command:<{width}}  {purpose}")
+    else:
+        print(f"error: unknown command {name!r}; choose one of: {', '.join(known)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,50 @@
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 
 import pytest
 
-from dualsm.__main__ import commands
+from dualsm.__main__ import commands, main
 from dualsm.cli import find_configs
 from dualsm.errors import UserError
 from tests.conftest import ROOT, command_env, run_command
 
 
-def test_the_package_lists_its_commands():
-    process = run_command("dualsm")
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_the_package_lists_its_commands(arguments):
+    process = run_command("dualsm", *arguments)
     assert process.returncode == 0, process.stderr
     for name in ("prepare", "train", "evaluate", "sample", "convert"):
-        assert f"  dualsm.{name} " in process.stdout
-    assert "dualsm.cli" not in process.stdout
+        assert f"  dualsm {name} " in process.stdout
+    assert "dualsm cli" not in process.stdout
     assert all(purpose.endswith((".", ":")) for purpose in commands().values())
+
+
+def test_the_console_script_is_the_main_function():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (name, target), *others = project["scripts"].items()
+    assert (name, others) == ("dualsm", [])
+    assert EntryPoint(name, target, "console_scripts").load() is main
+
+
+def test_a_command_runs_by_its_name(jsonl, tmp_path):
+    """`prepare` starts worker processes, which import the main module again."""
+    corpus = tmp_path / "corpus"
+    process = run_command(
+        "dualsm", "prepare", f"--input={jsonl}", f"--output={corpus}", "--vocab_size=384", "--workers=2"
+    )
+    assert process.returncode == 0, process.stderr
+    assert (corpus / "tokenizer.model").exists()
+
+
+def test_an_unknown_command_is_refused():
+    process = run_command("dualsm", "trian", "--help")
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr.startswith("error: unknown command 'trian'; choose one of: compile, convert, ")
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
