@@ -1,14 +1,16 @@
-# Two commands do all the set-up on a machine with Python 3.11 or later:
-#   make demo    trains the tiny config on real text and shows what came of it
-#   make test    runs the tests
+# These commands do all the set-up on a machine with Python 3.11 or later:
+#   make demo       trains the tiny config on real text and shows what came of it
+#   make test       runs the tests
+#   make test-all   also those that need other extras, SLURM (installed by apt-get as root) or xpk
 
 VENV := .venv
+XPK_VENV := .venv-xpk
 RUN := $(VENV)/bin/python
 # The first Python that is new enough; override with `make demo PYTHON=/path/to/python`.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 
 demo: $(VENV)/.core
 	$(RUN) -m dualsm.prepare --input=python-stdlib --output=runs/corpus \
@@ -20,6 +22,10 @@ demo: $(VENV)/.core
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto --maxprocesses=8 --dist=loadfile
 
+test-all: test $(VENV)/.test-all $(XPK_VENV)/.test-launch
+	DUALSM_TEST_ALL=1 XPK=$(CURDIR)/$(XPK_VENV)/bin/xpk \
+		$(RUN) -m pytest -n auto --maxprocesses=8 --dist=loadfile -m extras
+
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -29,7 +35,7 @@ format: $(VENV)/.test
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(XPK_VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; make demo PYTHON=/path/to/python" >&2; exit 2; }
@@ -42,3 +48,13 @@ $(VENV)/.core: pyproject.toml setup.py | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml setup.py | $(VENV)/bin/python
 	$(RUN) -m pip install --disable-pip-version-check -e '.[test]'
 	@touch $@ $(VENV)/.core
+
+$(VENV)/.test-all: pyproject.toml setup.py | $(VENV)/.test
+	$(RUN) -m pip install --disable-pip-version-check -e '.[test,test-hf,eval,wandb,tpu]'
+	@touch $@
+
+$(XPK_VENV)/.test-launch: pyproject.toml setup.py
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; make test-all PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(XPK_VENV)
+	$(XPK_VENV)/bin/pip install --disable-pip-version-check '.[test-launch]'
+	@touch $@

@@ -36,7 +36,10 @@ _RULE = flags.DEFINE_multi_string(
     "rule", [], "KEY=VALUE,...: KEY=VALUE,...: values for the cells that have one of the first values"
 )
 _JOBS = flags.DEFINE_integer(
-    "jobs", 1, "cells that run at the same time, each on its part of the cores", lower_bound=1
+    "jobs",
+    None,
+    "cells that run at the same time: here (1), each on its part of the cores, or under SLURM (no limit)",
+    lower_bound=1,
 )
 _LAUNCH = flags.DEFINE_enum("launch", "here", ("here", "slurm", "tpu"), "run here, or print the job list")
 _TASKS = flags.DEFINE_list("tasks", [], "tasks to evaluate each cell on, as in dualsm.evaluate")
@@ -58,12 +61,12 @@ def main(_: Sequence[str]) -> None:
         asked.check()
     sweep = Sweep(Path(_WORKDIR.value), recipe, given, config, cells, asked)
     if _LAUNCH.value != "here":
-        print(job_list(sweep, _LAUNCH.value))
+        print(job_list(sweep, _LAUNCH.value, _JOBS.value))
         return
     sweep.check()
     sweep.folder.mkdir(parents=True, exist_ok=True)
     sweep.write_plan(axes)
-    outcomes = run_missing(sweep, _JOBS.value)
+    outcomes = run_missing(sweep, _JOBS.value or 1)
 
     from dualsm.analysis.reporting import as_text, report
 

@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -36,6 +37,8 @@ _PROFILE = flags.DEFINE_string(
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
+SAME_SIGNAL_SECONDS = 1.0  # within which a repeated signal is still the first
+
 
 def main(_: Sequence[str]) -> None:
     status, window = 0, parse_window(_PROFILE.value) if _PROFILE.value is not None else None
@@ -53,18 +56,27 @@ def main(_: Sequence[str]) -> None:
 
 def _on_signals() -> Callable[[int], bool]:
     """Whether SIGTERM or Ctrl-C asked this process to stop."""
-    signals = []
+    times = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: _stop(number, signals))
-    return lambda step: bool(signals)
+        signal.signal(number, lambda number, _: _stop(number, times))
+    return lambda step: bool(times)
 
 
-def _stop(number: int, signals: list[str]) -> None:
-    """Asks the run to save and stop; a second signal ends it at once."""
-    if signals:
-        os._exit(128 + number)
-    signals.append(signal.Signals(number).name)
-    print(f"\n{signals[0]}: finishing the step and saving (again: quit at once)", file=sys.stderr, flush=True)
+def _stop(number: int, times: list[float]) -> None:
+    """Asks the run to save and stop; a second signal ends it at once.
+
+    SLURM sends SIGTERM twice at a preemption without GraceTime, by its daemon and by `srun`.
+    """
+    if times:
+        if time.monotonic() - times[0] > SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+        return
+    times.append(time.monotonic())
+    print(
+        f"\n{signal.Signals(number).name}: finishing the step and saving (again: quit at once)",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _command() -> str:

@@ -18,8 +18,9 @@
 # BUCKET   for runs and corpora, without gs://   SPOT      1: cheap and preemptible, 0: on demand (1)
 # CLUSTER  its name                              IMAGE     base of the container (python:3.12)
 # NAME     of workload and run (dualsm)          RESTARTS  after preemptions and failures (100)
-# CORPUS   below gs://BUCKET/ (corpora/NAME)
-# The run is kept in gs://BUCKET/runs/NAME.
+# CORPUS   below gs://BUCKET/ (corpora/NAME)     GRACE     seconds to save in when the workload is stopped (300)
+# The run is kept in gs://BUCKET/runs/NAME. A user error (status 2) ends the workload. GKE takes spot nodes after
+# some 30 seconds, whatever GRACE says, so let config.checkpoint.every be a few minutes' worth of steps.
 set -euo pipefail
 
 die() { echo "error: launch/gke_xpk.sh: $*" >&2; exit 2; }
@@ -35,6 +36,7 @@ verb=${1:-}
 [[ $verb ]] || die "say what to do: cluster, train, logs, status, stop or delete (see --help)"
 shift
 NAME=${NAME:-dualsm} SPOT=${SPOT:-1} SLICES=${SLICES:-1} IMAGE=${IMAGE:-python:3.12} RESTARTS=${RESTARTS:-100}
+GRACE=${GRACE:-300}
 CORPUS=${CORPUS:-corpora/$NAME}
 here=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -48,6 +50,14 @@ run() {
   fi
 }
 
+# Copies a folder of a bucket; a missing one is a user error.
+FETCH='import fsspec, sys
+files, folder = fsspec.core.url_to_fs(sys.argv[1])
+if not files.isdir(folder):
+    print("error: no corpus at " + sys.argv[1] + "; copy one there or set CORPUS", file=sys.stderr)
+    sys.exit(2)
+files.get(folder.rstrip("/") + "/", sys.argv[2], recursive=True)'
+
 need PROJECT ZONE CLUSTER
 where=("--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE")
 case $verb in
@@ -59,13 +69,15 @@ case $verb in
   train)
     need TYPE BUCKET
     [[ $# -gt 0 ]] || die "nothing to train: give --config=FILE (see --help)"
-    # Stopped before the end is no success here, so that the workload starts again.
+    # xpk restarts a workload on statuses from 127 on by itself; 75 is a run that was stopped before its end, and
+    # 1 anything but a user error, such as a lost peer.
     train=$(printf '%q ' python -m dualsm.train --stopped_status=75 "--workdir=gs://$BUCKET/runs/$NAME" \
-      --config.data.path=/tmp/corpus "$@")
-    fetch="import fsspec; fsspec.filesystem('gs').get('$BUCKET/$CORPUS/', '/tmp/corpus/', recursive=True)"
-    command="pip install --quiet -e '.[tpu]' && python -c \"$fetch\" && exec $train"
+      "$@" --config.data.path=/tmp/corpus) # after --config, which names the file that the key is of
+    command="pip install --quiet -e '.[tpu]' && python -c $(printf %q "$FETCH") $(printf %q "gs://$BUCKET/$CORPUS/") \
+/tmp/corpus/ && exec $train"
     run xpk workload create "${where[@]}" "--workload=$NAME" "--tpu-type=$TYPE" "--num-slices=$SLICES" \
-      "--base-docker-image=$IMAGE" "--script-dir=$here" "--max-restarts=$RESTARTS" "--command=$command" ;;
+      "--base-docker-image=$IMAGE" "--script-dir=$here" "--max-restarts=$RESTARTS" \
+      --restart-on-exit-codes=1,75 "--termination-grace-period-seconds=$GRACE" "--command=$command" ;;
   logs) run kubectl logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0" ;;
   status) run xpk workload list "${where[@]}" ;;
   stop) run xpk workload delete "${where[@]}" "--workload=$NAME" ;;

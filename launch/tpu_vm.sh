@@ -8,7 +8,7 @@
 # train ARGUMENTS   create, setup, and start in the background
 # create            ask for the slice as a queued resource and wait for it
 # setup             copy this checkout and the corpus to all workers, and install
-# start ARGUMENTS   start training on all workers in the background, unless it runs
+# start ARGUMENTS   start training on all workers in the background, unless it runs; fails if one ends at once
 # logs              follow the log of worker 0
 # status            of the queued resource and of training on each worker
 # stop              save and stop training
@@ -18,6 +18,8 @@
 # ZONE     that has such slices                  RUNTIME  image, such as v2-alpha-tpuv5-lite or v2-alpha-tpuv5
 # BUCKET   for runs and corpora, without gs://   SPOT     1: cheap and preemptible, 0: on demand (1)
 # NAME     of slice and run (dualsm)             CORPUS   below gs://BUCKET/ (corpora/NAME)
+# NETWORK  of the slice; `create` then opens its ports between the workers. Unset: the project's default network,
+#          whose rule default-allow-internal does that.
 # The run is kept in gs://BUCKET/runs/NAME.
 set -euo pipefail
 
@@ -33,7 +35,8 @@ esac
 verb=${1:-}
 [[ $verb ]] || die "say what to do: train, create, setup, start, logs, status, stop or delete (see --help)"
 shift
-NAME=${NAME:-dualsm} SPOT=${SPOT:-1} CORPUS=${CORPUS:-corpora/${NAME:-dualsm}}
+NAME=${NAME:-dualsm} SPOT=${SPOT:-1} NETWORK=${NETWORK:-} CORPUS=${CORPUS:-corpora/${NAME:-dualsm}}
+WATCH=${WATCH:-30} # seconds that `start` watches what it started
 here=$(cd "$(dirname "$0")/.." && pwd)
 
 # Runs a command, or prints it.
@@ -50,8 +53,19 @@ state() {
   gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" '--format=value(state.state)' 2>/dev/null || true
 }
 
+# JAX's coordinator listens on port 8476 of worker 0, libtpu on its neighbours; a new network lets nothing through.
+open_ports() {
+  local rule=dualsm-$NETWORK
+  if [[ ! $dry_run ]] && gcloud compute firewall-rules describe "$rule" "--project=$PROJECT" >/dev/null 2>&1; then
+    return
+  fi
+  run gcloud compute firewall-rules create "$rule" "--project=$PROJECT" "--network=$NETWORK" \
+    --allow=tcp:8470-8480 --source-tags=dualsm --target-tags=dualsm
+}
+
 create() {
   need TYPE RUNTIME
+  [[ ! $NETWORK ]] || open_ports
   local now=
   [[ $dry_run ]] || now=$(state)
   case $now in
@@ -62,6 +76,7 @@ create() {
   if [[ ! $now ]]; then
     local options=("--node-id=$NAME" "--accelerator-type=$TYPE" "--runtime-version=$RUNTIME")
     [[ $SPOT == 0 ]] || options+=(--spot)
+    [[ ! $NETWORK ]] || options+=("--network=$NETWORK" --tags=dualsm)
     run gcloud compute tpus queued-resources create "$NAME" "${where[@]}" "${options[@]}"
   fi
   [[ ! $dry_run ]] || return 0
@@ -89,10 +104,14 @@ start() {
   need BUCKET
   [[ $# -gt 0 ]] || die "nothing to train: give --config=FILE (see --help)"
   local command
-  command=$(printf '%q ' ../venv/bin/python -m dualsm.train "--workdir=gs://$BUCKET/runs/$NAME" \
-    --config.data.path=../corpus "$@")
-  on_workers all "if kill -0 \$(cat train.pid 2>/dev/null) 2>/dev/null; then echo already running; else \
-cd dualsm; setsid nohup $command >>../train.log 2>&1 </dev/null & echo \$! >\$HOME/train.pid; fi"
+  # --config first: it names the file that the other keys are of.
+  command=$(printf '%q ' ../venv/bin/python -m dualsm.train "$@" "--workdir=gs://$BUCKET/runs/$NAME" \
+    --config.data.path=../corpus)
+  on_workers all "if kill -0 \$(cat train.pid 2>/dev/null) 2>/dev/null; then echo already running; exit; fi; \
+cd dualsm || exit; setsid nohup $command >>../train.log 2>&1 </dev/null & pid=\$!; echo \$pid >\$HOME/train.pid; \
+for second in \$(seq $WATCH); do sleep 1; kill -0 \$pid 2>/dev/null && continue; wait \$pid && exit; status=\$?; \
+echo error: \$(hostname): training ended after \$second s with status \$status:; tail -n 5 ../train.log; \
+exit \$status; done >&2" || die "a worker failed to start, see above; run 'stop' to end the others"
 }
 
 delete() { run gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet; }

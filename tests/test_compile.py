@@ -199,6 +199,7 @@ needs_cuda = pytest.mark.skipif(
 MICRO = ("--config=tests/micro.py", "--config.model.vocabulary=128", "--config.mesh.fsdp=-1")
 
 
+@pytest.mark.extras
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])  # a v4 chip has two cores, which are one device
 def test_the_command_compiles_for_an_absent_slice(topology, tmp_path):
@@ -214,6 +215,7 @@ def test_the_command_compiles_for_an_absent_slice(topology, tmp_path):
     assert report["flops"]["compiled"] * 4 > report["flops"]["model_all_devices"]
 
 
+@pytest.mark.extras
 @needs_libtpu
 def test_attention_scores_stay_out_of_main_memory(tmp_path):
     def has_scores(backend: str) -> bool:
@@ -246,6 +248,7 @@ def test_the_command_compiles_for_absent_gpus(tmp_path):
     assert "256,256]" not in text
 
 
+@pytest.mark.extras
 @needs_libtpu
 def test_a_slice_that_does_not_exist_is_refused():
     done = run_command("dualsm.compile", *MICRO, "--topology=v5p:3x1x1")
@@ -254,6 +257,7 @@ def test_a_slice_that_does_not_exist_is_refused():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.extras
 @needs_libtpu
 def test_a_step_that_does_not_fit_is_refused():
     done = run_command(

@@ -114,20 +114,21 @@ def test_the_same_sweep_again_runs_only_what_failed(sweep, corpus_path, monkeypa
     assert started == ["batch_rows=100000,alpha=1"]
 
 
-def test_a_cluster_gets_one_task_a_cell(recipe, sweep, tmp_path):
-    done = run_command(*arguments(recipe, tmp_path / "other", *GRID, "--launch=slurm"))
+def test_a_cluster_gets_one_task_a_cell(recipe, tmp_path):
+    """That SLURM runs them is tested in `tests/launch/test_slurm.py`."""
+    command = arguments(recipe, tmp_path / "other", *GRID, "--launch=slurm")
+    done = run_command(*command)
     assert done.returncode == 0, done.stderr
-    assert "--array=0-3" in done.stdout
-    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
-    # A task run by hand does one cell; `srun` stands for itself here.
-    script = done.stdout.replace("exec srun bash", "exec echo")
-    task = subprocess.run(
-        ["bash"], input=script, text=True, capture_output=True, env={"SLURM_ARRAY_TASK_ID": "3"}
-    )
-    assert task.stdout.startswith("-c python -m dualsm.train")
+    assert "--array=0-3 " in done.stdout
+    script = done.stdout.replace("bash launch/slurm.sbatch", "bash launch/slurm.sbatch --dry-run")
+    env = {"SLURM_ARRAY_TASK_ID": "3", "PATH": os.environ["PATH"]}
+    task = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=env, cwd=ROOT)
+    assert "dualsm.train --stopped_status=75" in task.stdout
     assert "--config.repetitions=4" in task.stdout
     assert "--config.mixture.causal=0.5" in task.stdout
     assert not (tmp_path / "other").exists()
+    limited = run_command(*command, "--jobs=2")
+    assert "--array=0-3%2 " in limited.stdout
 
 
 def test_a_tpu_slice_is_asked_for_each_cell(recipe, tmp_path):

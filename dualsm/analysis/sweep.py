@@ -241,24 +241,38 @@ def _divergence(records: list[dict]) -> str:
     return ""
 
 
-def job_list(sweep: Sweep, launcher: str) -> str:
-    """The sweep as jobs of a cluster, one a cell: a script for SLURM, or for `launch/tpu_vm.sh`."""
-    return _tpu_jobs(sweep) if launcher == "tpu" else _slurm_array(sweep)
+def job_list(sweep: Sweep, launcher: str, jobs: int | None = None) -> str:
+    """Returns the sweep as jobs of a cluster, one per cell.
+
+    Args:
+      sweep: whose cells are run.
+      launcher: "slurm" (a batch script around `launch/slurm.sbatch`) or "tpu" (calls of `launch/tpu_vm.sh`).
+      jobs: maximum number of cells that SLURM runs at the same time; None: no limit.
+    """
+    return _tpu_jobs(sweep) if launcher == "tpu" else _slurm_array(sweep, jobs)
 
 
-def _slurm_array(sweep: Sweep) -> str:
-    lines = [
-        " && ".join(shlex.join(["python", *command]) for command in sweep.commands(cell))
-        for cell in sweep.cells
-    ]
-    cells = "\n".join(f"  {shlex.quote(line)}" for line in lines)
-    exports = "".join(f"export {name}={shlex.quote(v)}\n" for name, v in sweep.environment().items())
-    return (
-        "#!/usr/bin/env bash\n"
-        f"#SBATCH --job-name=dualsm-sweep --array=0-{len(lines) - 1} --nodes=1 --signal=TERM@120 --requeue\n"
-        f"{exports}"
-        f"cells=(\n{cells}\n)\n"
-        'eval "exec srun bash -c ${cells[$SLURM_ARRAY_TASK_ID]@Q}"'
+def _slurm_array(sweep: Sweep, jobs: int | None) -> str:
+    cases = []
+    for number, cell in enumerate(sweep.cells):
+        steps = [
+            f"MODULE={module} bash launch/slurm.sbatch {shlex.join(arguments)}"
+            for _, module, *arguments in sweep.commands(cell)
+        ]
+        cases.append(f"  {number}) " + " &&\n    ".join(steps) + " ;;")
+    array = f"0-{len(cases) - 1}" + (f"%{jobs}" if jobs else "")
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"#SBATCH --job-name=dualsm-sweep --array={array} --nodes=1 --ntasks=1",
+            "#SBATCH --signal=TERM@120 --requeue --open-mode=append",
+            "# Submit from the checkout. A cell that is stopped goes back into the queue by itself.",
+            *(f"export {name}={shlex.quote(value)}" for name, value in sweep.environment().items()),
+            "trap : TERM  # so that this shell outlives launch/slurm.sbatch",
+            "case $SLURM_ARRAY_TASK_ID in",
+            *cases,
+            "esac",
+        ]
     )
 
 

@@ -270,6 +270,7 @@ def tasks(tmp_path_factory):
     return folder
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("mode", MODES)
 def test_the_harness_finds_our_scores_and_accuracies(workdir, run, tasks, mode):
     lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'dualsm[eval]'")
@@ -296,6 +297,7 @@ def test_the_harness_finds_our_scores_and_accuracies(workdir, run, tasks, mode):
             assert theirs["results"][f"local_{name}"][f"{metric},none"] == pytest.approx(ours)
 
 
+@pytest.mark.extras
 def test_the_command_runs_a_local_task(workdir, tasks, tmp_path):
     """The run lies where a sweep would put it, in a folder whose name has commas and equals signs."""
     pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'dualsm[eval]'")

@@ -101,6 +101,7 @@ def test_every_task_is_described():
         assert made[part].keys() == made["results"].keys()
 
 
+@pytest.mark.extras
 def test_the_harness_knows_every_key():
     schema = pytest.importorskip("lm_eval.result_schema", reason=NEEDS_LM_EVAL)
     made = converted("masked", {"bits_per_byte": 1.5, "n": 7})
@@ -109,6 +110,7 @@ def test_the_harness_knows_every_key():
         assert {"name", "alias", "sample_len"} <= entry.keys()
 
 
+@pytest.mark.extras
 def test_the_harness_prints_its_table():
     utils = pytest.importorskip("lm_eval.utils", reason=NEEDS_LM_EVAL)
     made = converted("masked")
@@ -122,6 +124,7 @@ def test_the_harness_prints_its_table():
     assert "blimp" in utils.make_table(made, "groups")
 
 
+@pytest.mark.extras
 def test_the_harness_sends_them_to_its_boards():
     loggers = pytest.importorskip("lm_eval.loggers.wandb_logger", reason=NEEDS_LM_EVAL)
     logger = loggers.WandbLogger.__new__(loggers.WandbLogger)  # its constructor would go online

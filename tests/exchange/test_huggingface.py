@@ -28,6 +28,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(ROOT / ".pytest_ca
 torch = pytest.importorskip("torch", reason="torch is not installed (extra test-hf)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra test-hf)")
 
+pytestmark = pytest.mark.extras
+
 LENGTH = 24
 CASES = {
     # SentencePiece or tokenizer.json, and head

@@ -243,6 +243,7 @@ def test_half_precision_is_widened(tmp_path, dtype):
     assert found.tolist() == [1.5, -0.25]
 
 
+@pytest.mark.extras
 def test_what_torch_saved_is_read_by_its_weights_only_reader(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed (extra test-hf)")
     expected = weights()

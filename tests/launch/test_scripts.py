@@ -1,8 +1,13 @@
-"""The launch scripts: what a dry run prints is what would run, and mistakes end in one clear line."""
+"""The launch scripts: a dry run prints what would run, and mistakes end in one clear line.
+
+Real programs run them in `test_slurm.py` and `test_xpk.py`. Google Cloud has no local emulator of TPU VMs:
+a few stand-ins for gcloud remain here, and the real gcloud checks its arguments.
+"""
 
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,40 +84,16 @@ def test_local_gives_each_process_a_gpu():
     ]
 
 
-def test_slurm_starts_training_and_requeues():
-    done = dry_run("slurm.sbatch", "--dry-run", *OVERRIDES, PYTHON="py")
-    (command,) = commands(done)
+def test_slurm_starts_training():
+    """Each task gets its cores: SLURM passes --cpus-per-task on to no step since 22.05."""
+    arguments = ("slurm.sbatch", "--dry-run", *OVERRIDES)
+    (command,) = commands(dry_run(*arguments, PYTHON="py", SLURM_CPUS_PER_TASK="8"))
     assert command == [
-        "srun", "--kill-on-bad-exit=1", "py", "-m", "dualsm.train", "--stopped_status=75", *OVERRIDES
+        "srun", "--kill-on-bad-exit=0", "--wait=120", "--cpus-per-task=8",
+        "py", "-m", "dualsm.train", "--stopped_status=75", *OVERRIDES,
     ]  # fmt: skip
-    assert "status 75: scontrol requeue" in done.stdout
-
-
-def test_slurm_puts_a_stopped_run_back_into_the_queue(tmp_path):
-    """With stand-ins for SLURM's commands: TERM reaches training, whose status decides."""
-    called = tmp_path / "called"
-    stand_in(
-        tmp_path / "srun",
-        f'echo "$@" >> {called}; trap "exit 75" TERM; kill -TERM $PPID; while :; do sleep 0.1; done',
-    )
-    stand_in(tmp_path / "scontrol", f'echo scontrol "$@" >> {called}')
-    done = dry_run("slurm.sbatch", "--config=c", PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7")
-    assert done.returncode == 75, done.stderr
-    assert called.read_text().splitlines() == [
-        "--kill-on-bad-exit=1 python -m dualsm.train --stopped_status=75 --config=c",
-        "scontrol requeue 7",
-    ]
-
-
-def test_slurm_leaves_a_finished_or_failed_run_alone(tmp_path):
-    for status in (0, 3):
-        stand_in(tmp_path / "srun", f"exit {status}")
-        stand_in(tmp_path / "scontrol", f"touch {tmp_path}/requeued")
-        done = dry_run(
-            "slurm.sbatch", "--config=c", PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7"
-        )
-        assert done.returncode == status
-        assert not (tmp_path / "requeued").exists()
+    (command,) = commands(dry_run(*arguments, MODULE="dualsm.evaluate"))
+    assert command[3:] == ["python", "-m", "dualsm.evaluate", *OVERRIDES]
 
 
 def test_tpu_vm_creates_sets_up_and_starts():
@@ -130,8 +111,61 @@ def test_tpu_vm_creates_sets_up_and_starts():
         assert {*where, "--worker=all"} <= set(command)
     assert "gs://b/corpora/run corpus" in option(setup, "--command")
     words = shlex.split(option(start, "--command"))
-    assert "--workdir=gs://b/runs/run" in words
-    assert all(override in words for override in OVERRIDES)
+    first = words.index("dualsm.train") + 1
+    # absl takes overrides of a config only after the flag that names its file.
+    ours = ["--workdir=gs://b/runs/run", "--config.data.path=../corpus"]
+    assert words[first : first + len(OVERRIDES) + 2] == [*OVERRIDES, *ours]
+
+
+def test_tpu_vm_opens_the_ports_of_a_network_of_ones_own():
+    firewall, create = commands(dry_run("tpu_vm.sh", "--dry-run", "create", NETWORK="net", **CLOUD))
+    assert {"firewall-rules", "create", "--network=net", "--target-tags=dualsm"} <= set(firewall)
+    assert "8476" in range_of(option(firewall, "--allow"))
+    assert {"--network=net", "--tags=dualsm"} <= set(create)
+
+
+def range_of(allowed: str) -> list[str]:
+    """The ports of a rule such as tcp:1-3."""
+    first, last = allowed.removeprefix("tcp:").split("-")
+    return [str(port) for port in range(int(first), int(last) + 1)]
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("verb", ["train", "logs", "status", "stop", "delete"])
+def test_gcloud_knows_every_option(verb, tmp_path):
+    """The real gcloud reads its arguments before it asks for an account, of which there is none here."""
+    if not shutil.which("gcloud"):
+        pytest.skip("gcloud is not installed (Google Cloud SDK)")
+    arguments = ["--config=c"] if verb == "train" else []
+    for command in commands(dry_run("tpu_vm.sh", "--dry-run", verb, *arguments, NETWORK="net", **CLOUD)):
+        if command[0] == "gcloud":
+            env = os.environ | {"CLOUDSDK_CONFIG": str(tmp_path), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+            assert "You do not currently have an active account selected" in done.stderr
+
+
+def test_tpu_vm_tells_which_worker_failed_to_start(tmp_path):
+    """With a stand-in for gcloud that runs the real command on two workers, which are folders here."""
+    stand_in(
+        tmp_path / "gcloud",
+        f"""command=${{*: -1:1}}
+for worker in 0 1; do
+  (export HOME={tmp_path}/$worker PATH={tmp_path}/$worker:$PATH; cd; bash -c "${{command#--command=}}") &
+done
+failed=0; for job in $(jobs -p); do wait "$job" || failed=1; done; exit $failed""",
+    )
+    for worker, does in enumerate(("exec sleep 60", "echo no chips here; exit 3")):
+        for folder in ("venv/bin", "dualsm"):
+            (tmp_path / str(worker) / folder).mkdir(parents=True)
+        stand_in(tmp_path / str(worker) / "venv" / "bin" / "python", does)
+        stand_in(tmp_path / str(worker) / "hostname", f"echo t1v-w-{worker}")
+    variables = CLOUD | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "WATCH": "5"}
+    done = dry_run("tpu_vm.sh", "start", "--config=c", **variables)
+    os.kill(int((tmp_path / "0" / "train.pid").read_text()), signal.SIGTERM)
+    assert done.returncode == 2
+    assert "error: t1v-w-1: training ended after 1 s with status 3:\nno chips here\n" in done.stderr
+    assert "t1v-w-0" not in done.stderr
+    assert "a worker failed to start" in done.stderr.splitlines()[-1]
 
 
 def test_tpu_vm_on_demand():
@@ -166,17 +200,6 @@ def test_tpu_vm_replaces_a_preempted_slice(tmp_path):
     assert done.returncode == 0, done.stderr
     verbs = [line.split()[0] for line in called.read_text().splitlines()]
     assert [verb for verb in verbs if verb != "describe"] == ["delete", "create"]
-
-
-def test_gke_starts_a_workload_that_restarts():
-    variables = CLOUD | {"CLUSTER": "c", "NAME": "run", "SLICES": "2"}
-    (create,) = commands(dry_run("gke_xpk.sh", "--dry-run", "train", *OVERRIDES, **variables))
-    assert create[:3] == ["xpk", "workload", "create"]
-    assert {"--cluster=c", "--workload=run", "--tpu-type=v5litepod-16", "--num-slices=2"} <= set(create)
-    assert int(option(create, "--max-restarts")) > 0
-    words = shlex.split(option(create, "--command"))
-    assert {"--workdir=gs://b/runs/run", "--stopped_status=75", *OVERRIDES} <= set(words)
-    assert any("'b/corpora/run/', '/tmp/corpus/'" in word for word in words)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_a_board_fails_alone(capsys):
     assert warning.endswith("ConnectionError: the network is down")
 
 
+@pytest.mark.extras
 def test_wandb_offline_has_the_run_its_config_and_its_metrics(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb", reason="needs wandb: pip install 'dualsm[wandb]'")
     for name, value in {"MODE": "offline", "SILENT": "true", "RUN_GROUP": "sweep"}.items():

@@ -1,0 +1,200 @@
+"""`launch/slurm.sbatch` and the jobs of `dualsm.sweep --launch=slurm` on a real SLURM.
+
+The scripts are submitted unchanged; only resources are given on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dualsm.config import load_config
+from dualsm.model.transformer import init_params
+from dualsm.training.checkpoint import restore_params
+from dualsm.training.metrics import read_metrics
+from tests.conftest import ROOT
+from tests.launch import slurm as real
+from tests.processes import write_recipe
+
+pytestmark = pytest.mark.extras
+
+SCRIPT = str(ROOT / "launch" / "slurm.sbatch")
+ONE_TASK = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=60")
+TWO_TASKS = ("--ntasks-per-node=2", "--gpus-per-node=2")
+FINISHED = {"JobState": "COMPLETED", "ExitCode": "0:0"}
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    real.install()
+    with real.Slurm() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def submit(slurm, corpus_path, tmp_path):
+    """Submits a `Job`."""
+    return lambda *resources, **options: Job(slurm, corpus_path, tmp_path, resources, **options)
+
+
+class Job:
+    """A job of `launch/slurm.sbatch` that trains for some seconds and seldom saves unless it is signalled.
+
+    Several processes on a CPU take far longer per step than one, so they do fewer.
+    """
+
+    def __init__(
+        self, slurm, corpus: Path, folder: Path, resources: tuple[str, ...], steps: int = 2000, **env
+    ):
+        self.slurm, self.workdir, self.steps, self.every = slurm, folder / "run", steps, steps // 2
+        recipe = write_recipe(folder / "recipe.py", corpus, steps=steps, repetitions=100)
+        self.arguments = [f"--config={recipe}", f"--config.log.every={steps // 20}"]
+        self.arguments += [f"--config.{name}.every={self.every}" for name in ("checkpoint", "valid")]
+        command = (SCRIPT, *self.arguments, f"--workdir={self.workdir}")
+        env = {"PYTHON": sys.executable} | env
+        self.id = slurm.submit(*ONE_TASK, *resources, *command, cwd=folder, **env)
+        self.log = folder / f"dualsm-{self.id}.log"
+
+    def wait_for_steps(self) -> None:
+        """Waits until the run has logged some steps."""
+        self.slurm.wait_for(lambda: len(read_metrics(self.workdir)) >= 2, "steps are logged", self.id)
+
+    def wait_until(self, **expected: str) -> dict[str, str]:
+        return self.slurm.wait_until(self.id, **expected)
+
+    def stop(self, *options: str) -> None:
+        self.slurm.run("scancel", "--signal=TERM", *options, self.id)
+
+    def check_finished(self) -> None:
+        """Waits for the end of a run that was stopped once and resumed from what it had saved then."""
+        self.wait_until(**FINISHED, Restarts="1")
+        self.check_logged()
+        (start,) = self.resumed_at()
+        assert start % self.every
+
+    def check_logged(self) -> None:
+        """Every step was logged once."""
+        steps = [record["step"] for record in read_metrics(self.workdir)]
+        assert steps == list(range(0, self.steps + 1, self.steps // 20))
+
+    def resumed_at(self) -> list[int]:
+        """Returns the steps that the log names as resumed at."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [int(line.split(" at step ")[1].split()[0]) for line in lines if line.startswith("resuming ")]
+
+    def saved(self) -> list[int]:
+        folder = self.workdir / "checkpoints"
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+@pytest.mark.parametrize("resources", [TWO_TASKS, ("--nodes=2",)], ids=["one node", "two nodes"])
+def test_two_tasks_save_and_are_requeued(submit, resources):
+    """The site kills a step at the first bad exit (KillOnBadExit=1) unless the script says otherwise."""
+    job = submit(*resources, steps=60)
+    job.wait_for_steps()
+    assert job.wait_until()["NodeList"] == ("127.0.0.[1-2]" if "--nodes=2" in resources else "127.0.0.1")
+    job.stop()
+    job.check_finished()
+
+
+@pytest.mark.parametrize("partition", ["batch", "hasty"])
+def test_preemption(slurm, submit, tmp_path, partition):
+    """With GraceTime the process gets one SIGTERM; without it gets two at once, and KillWait seconds."""
+    job = submit(f"--partition={partition}", steps=3000)
+    job.wait_for_steps()
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    slurm.wait_until(slurm.submit(*urgent, cwd=tmp_path), JobState="COMPLETED")
+    assert job.wait_until()["Restarts"] == "1"
+    job.check_finished()
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm, submit):
+    job = submit()
+    job.wait_for_steps()
+    slurm.run("scancel", job.id)
+    job.wait_until(JobState="CANCELLED")
+    assert job.saved()[-1] % job.every
+    time.sleep(8)  # longer than a requeued job waits
+    fields = job.wait_until()
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_a_signal_before_the_run_can_handle_it(slurm, submit):
+    job = submit()
+    slurm.wait_for(lambda: slurm.has_task(job.id), "a task", job.id)
+    job.stop()
+    job.wait_until(Restarts="1")
+    job.wait_until(**FINISHED, Restarts="1")
+    job.check_logged()
+    assert "status 143: back into the queue" in job.log.read_text()
+
+
+def test_a_signal_to_every_process_of_the_job(submit):
+    """`--full` reaches srun, which kills its tasks: the steps since the last checkpoint are done again."""
+    job = submit()
+    job.wait_for_steps()
+    job.stop("--full")
+    job.wait_until(**FINISHED, Restarts="1")
+    job.check_logged()
+
+
+def test_a_task_that_dies_ends_the_others_and_requeues(slurm, submit):
+    job = submit(*TWO_TASKS, steps=60, RETRY_AFTER="0")
+    slurm.wait_for((job.workdir / "checkpoints" / "30").is_dir, "a checkpoint", job.id)
+    os.kill(slurm.task_pid(job.id, task=1), signal.SIGKILL)
+    job.wait_until(**FINISHED, Restarts="1")
+    job.check_logged()
+    assert len(job.resumed_at()) == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "status"),
+    [
+        ({"RETRY_AFTER": "0"}, "2:0"),  # a user error: no such flag
+        ({"MODULE": "dualsm.absent"}, "1:0"),  # fails at once
+        ({"MODULE": "dualsm.absent", "RETRY_AFTER": "0", "RESTARTS": "0"}, "1:0"),
+    ],
+)
+def test_failures_that_are_final(slurm, tmp_path, variables, status):
+    variables = {"PYTHON": sys.executable} | variables
+    job = slurm.submit(*ONE_TASK, SCRIPT, "--nonsense=1", cwd=tmp_path, **variables)
+    fields = slurm.wait_until(job, JobState="FAILED")
+    assert (fields["ExitCode"], fields["Restarts"]) == (status, "0")
+
+
+@pytest.mark.parametrize("state", ["drain", "down"])
+def test_a_lost_node(slurm, submit, state):
+    """A job on a drained node goes on until it is stopped; a failed node requeues its jobs. Both move."""
+    job = submit("--partition=hasty")
+    job.wait_for_steps()
+    node = job.wait_until()["NodeList"]
+    (other,) = set(real.NODES) - {node}
+    slurm.run("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=test")
+    try:
+        if state == "drain":
+            job.stop()
+        assert job.wait_until(**FINISHED, Restarts="1")["NodeList"] == other
+    finally:
+        if state == "drain":  # a node that is down returns with its daemon's next report
+            slurm.run("scontrol", "update", f"NodeName={node}", "State=resume")
+    job.check_logged()
+    if state == "drain":
+        job.check_finished()
+
+
+def weights(workdir: Path) -> dict:
+    """Returns the parameters of a run's newest checkpoint."""
+    config = load_config((workdir / "config.json").read_text())
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    step, params = restore_params(workdir, shapes)
+    assert step == config.steps
+    return jax.tree.map(np.asarray, params)
