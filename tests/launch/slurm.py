@@ -49,7 +49,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillOnBadExit=1
 MinJobAge=86400
-ReturnToService=2
+ReturnToService=1
 GresTypes=gpu
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 GraceTime=60

@@ -5,6 +5,7 @@ The scripts are submitted unchanged; only resources are given on the command lin
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from dualsm.config import load_config
 from dualsm.model.transformer import init_params
 from dualsm.training.checkpoint import restore_params
 from dualsm.training.metrics import read_metrics
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 from tests.launch import slurm as real
 from tests.processes import write_recipe
 
@@ -182,11 +183,79 @@ def test_a_lost_node(slurm, submit, state):
             job.stop()
         assert job.wait_until(**FINISHED, Restarts="1")["NodeList"] == other
     finally:
-        if state == "drain":  # a node that is down returns with its daemon's next report
-            slurm.run("scontrol", "update", f"NodeName={node}", "State=resume")
+        slurm.run("scontrol", "update", f"NodeName={node}", "State=resume")
     job.check_logged()
     if state == "drain":
         job.check_finished()
+
+
+def test_the_time_limit_twice_ends_with_the_weights_of_an_uninterrupted_run(slurm, submit, tmp_path):
+    """SLURM checks time limits every 30 seconds; until then the process is held, to be still training."""
+    job = submit()
+    for restarts in (1, 2):
+        known = len(read_metrics(job.workdir))
+        slurm.wait_for(lambda known=known: len(read_metrics(job.workdir)) > known, "steps are logged", job.id)
+        pid = slurm.task_pid(job.id, task=0)
+        os.kill(pid, signal.SIGSTOP)
+        hours, minutes, _ = map(int, job.wait_until()["RunTime"].split(":"))
+        limit = 60 * hours + minutes + 3  # minutes; the signal is due 300 seconds before the limit
+        slurm.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={limit}")
+        slurm.wait_for(lambda pid=pid: not is_stopped(pid), "SLURM signals the process", job.id)
+        job.wait_until(Restarts=str(restarts))
+        slurm.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    job.wait_until(**FINISHED, Restarts="2")
+    job.check_logged()
+    print(log := job.log.read_text())
+    assert log.count("status 75: back into the queue") == 2
+    assert len(job.resumed_at()) == 2
+    reference = tmp_path / "reference"
+    done = run_command("dualsm.train", *job.arguments, f"--workdir={reference}", timeout=600)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(*map(jax.tree.leaves, (weights(job.workdir), weights(reference))), strict=True):
+        np.testing.assert_array_equal(a, b)
+    print(f"weights of {job.workdir} and {reference} are bit-identical")
+
+
+def is_stopped(pid: int) -> bool:
+    """Returns whether a process is held by SIGSTOP; SLURM sends SIGCONT with other signals."""
+    try:
+        return "\nState:\tT" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has ended
+        return False
+
+
+def test_the_jobs_of_a_sweep(slurm, corpus_path, tmp_path):
+    """One cell at a time. The first is stopped, and the last, which has the ID of the whole array."""
+    folder = tmp_path / "sweep"
+    recipe = write_recipe(tmp_path / "recipe.py", corpus_path, steps=2000)
+    overrides = [
+        f"--config.{name}.every={every}"
+        for name, every in (("log", 100), ("checkpoint", 1000), ("valid", 1000))
+    ]
+    grid = ["--grid=repetitions=100", "--grid=alpha=0,1/2,1", "--tasks=valid", "--modes=causal", "--limit=8"]
+    command = ["dualsm.sweep", f"--config={recipe}", f"--workdir={folder}", *overrides, *grid]
+    printed = run_command(*command, "--launch=slurm", "--jobs=1")
+    assert printed.returncode == 0, printed.stderr
+    script = tmp_path / "sweep.sbatch"
+    script.write_text(printed.stdout)
+    output = f"--output={tmp_path}/%a.log"
+    array = slurm.submit(output, "--time=60", str(script), cwd=ROOT, PYTHON=sys.executable)
+    cells = [folder / "cells" / f"repetitions=100,alpha={alpha}" for alpha in ("0", "0.5", "1")]
+    for task in (0, 2):
+        slurm.wait_for(lambda cell=cells[task]: len(read_metrics(cell)) >= 2, "steps", f"{array}_{task}")
+        running = slurm.run("squeue", "--noheader", "--array", "--states=RUNNING", f"--jobs={array}")
+        assert len(running.splitlines()) == 1
+        # Of the step: for a task of a limited array, scancel sends the signal and then reports an error.
+        step = slurm.show(f"{array}_{task}")["JobId"] + ".0"
+        slurm.run("scancel", "--signal=TERM", step)
+    for task, (cell, restarts) in enumerate(zip(cells, "101", strict=True)):
+        slurm.wait_until(f"{array}_{task}", **FINISHED, Restarts=restarts)
+        (results,) = (cell / "eval").glob("*.json")
+        assert json.loads(results.read_text())["held_out"]
+        assert [record["step"] for record in read_metrics(cell)] == list(range(0, 2001, 100))
+    again = run_command(*command)
+    assert again.returncode == 0, again.stderr
+    assert not list((folder / "logs").glob("*"))  # nothing was left to run
 
 
 def weights(workdir: Path) -> dict:
