@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ml_collections
 from ml_collections import ConfigDict
@@ -130,11 +130,12 @@ def default_config() -> ConfigDict:
     config.checkpoint.every = 100  # steps
     config.checkpoint.keep = 2  # newest ones kept
     config.checkpoint.failed_saves = 3  # saves in a row that may fail (a full disk) before the run gives up
+    config.checkpoint.final_retries = 8  # of the last save when it fails, after pauses of 1, 2, 4, ... s
     config.checkpoint.keep_every = 0  # those at multiples of this many steps are kept for good; 0: none
 
     config.valid = ConfigDict()
     config.valid.every = 100  # steps; also after the last, and before the first (an eighth of the rows)
-    config.valid.rows = 0  # held-out rows scored; 0: all
+    config.valid.rows = 1024  # most held-out rows scored; 0: all
     config.valid.objectives = "causal,prefix,masked_diffusion"  # scored whether trained on or not; "": none
 
     config.log = ConfigDict()
@@ -205,7 +206,7 @@ def check_config(config: ConfigDict) -> None:
     for key in (
         "seed", "device_rows", "model.vocabulary", "loss.z", "optimizer.weight_decay", "optimizer.clip_norm",
         "optimizer.schedule.warmup", "optimizer.schedule.cooldown", "optimizer.schedule.final",
-        "checkpoint.keep_every", "checkpoint.failed_saves", "valid.rows",
+        "checkpoint.keep_every", "checkpoint.failed_saves", "checkpoint.final_retries", "valid.rows",
     ):  # fmt: skip
         _require(config, key, lambda v: v >= 0, "must not be negative")
     for key in ("optimizer.learning_rate", "optimizer.epsilon", "model.rope_theta", "model.norm_eps"):
@@ -291,17 +292,17 @@ def load_config(text: str) -> ConfigDict:
     return ConfigDict(json.loads(text))
 
 
-def difference(a: ConfigDict, b: ConfigDict) -> list[str]:
+def difference(a: ConfigDict, b: ConfigDict, free: Sequence[str] = FREE_KEYS) -> list[str]:
     """What keeps a run of config `a` from going on with config `b`, one "key: old -> new" each.
 
-    What `b` leaves open for the run to fill in is no difference.
+    What `b` leaves open for the run to fill in, and the keys `free`, are no difference.
     """
     flat_a, flat_b = _flat(a), _flat(b)
     return [
         f"{key}: {flat_a.get(key)} -> {flat_b.get(key)}"
         for key in sorted(flat_a.keys() | flat_b.keys())
         if flat_b.get(key) not in (flat_a.get(key), FILLED_IN.get(key, flat_a.get(key)))
-        and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        and not any(key == name or key.startswith(name + ".") for name in free)
     ]
 
 

@@ -1,25 +1,37 @@
 """Many processes as one job: joining them, agreeing between them, ending them together.
 
 All of it is JAX's own (`jax.distributed`): its coordinator runs in process 0, watches the others by
-heartbeat and ends those that are left when one is gone.
+heartbeat and ends those that are left when one is gone. Processes agree and wait through the coordinator, not
+in a collective of their devices: those time out after half a minute when processes first meet in them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from dualsm.errors import UNREAD, UserError, explained, unread
+from dualsm.progress import drop_terminal
 
 JOIN_SECONDS = 300  # for all processes to appear
 HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
-LEAVE_SECONDS = 60  # that a process which is done waits for the others
+LEAVE_SECONDS = 60  # for all processes to leave, once all have come to the end
+WAIT_SECONDS = 7 * 24 * 3600  # for a process that lives but is slow; a dead one is noticed by its heartbeat
+
+_meetings, _stop_checks = itertools.count(), itertools.count()
+
+
+class PeerError(Exception):
+    """A failure of another process of the job that is not a user's mistake."""
 
 
 @contextlib.contextmanager
@@ -47,17 +59,22 @@ def job(
     me = f"process {jax.process_index()} of {jax.process_count()}"
     # The handler of SIGTERM is JAX's: it tells all processes, see `asked_to_stop`.
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+    on_hangup(lambda: signal.raise_signal(signal.SIGTERM))
     try:
         with contextlib.ExitStack() as stack:
             if not leads():
                 silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
+            wait_for_all()
+            # Connects the devices now: after compiling, processes may be too far apart for that.
+            multihost_utils.sync_global_devices("joined")
             yield
     except BaseException as error:
         told, status = _ending(error)
         if not told:
             sys.excepthook(*sys.exc_info())
-        _die(f"error: {me}{told or ' failed'}", status)
+        _die(f"error: {me}{told or ' failed'}", status, agreed=getattr(error, "agreed", False))
+    wait_for_all()  # one may still upload its metrics, for longer than `shutdown` waits
     jax.distributed.shutdown()
 
 
@@ -67,21 +84,88 @@ def leads() -> bool:
 
 
 def asked_to_stop(step: int) -> bool:
-    """Whether SIGTERM reached any process: becomes true at the same step in all of them.
+    """Returns True once SIGTERM has reached any process, after the same call in all of them.
 
-    To be asked after every step, by every process.
+    Every process must call this equally often. JAX only compares the numbers of calls.
     """
-    return multihost_utils.reached_preemption_sync_point(step)
+    del step  # a step may ask several times
+    return multihost_utils.reached_preemption_sync_point(next(_stop_checks))
+
+
+def gather(text: str) -> dict[int, str]:
+    """Returns the texts of all processes by process number, without empty ones.
+
+    Every process must call this, and all of the functions below.
+    """
+    if jax.process_count() == 1:
+        return {0: text} if text else {}
+    client, folder = global_state.client, f"dualsm/{next(_meetings)}/"
+    if text:
+        client.key_value_set(f"{folder}{jax.process_index()}", text)
+    client.wait_at_barrier(folder, WAIT_SECONDS * 1000)
+    return {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(folder)}
 
 
 def all_agree(holds: bool) -> bool:
-    """Whether something holds in every process; all of them must ask."""
-    return bool(multihost_utils.process_allgather(holds).all()) if jax.process_count() > 1 else holds
+    """Returns True when `holds` is true in every process."""
+    return not gather("" if holds else "no")
 
 
-def wait_for_all(where: str) -> None:
-    """Returns once every process has come here."""
-    multihost_utils.sync_global_devices(where)
+def wait_for_all() -> None:
+    """Returns once every process has come here, however long that takes."""
+    gather("")
+
+
+def from_main(text: str) -> str:
+    """Returns the `text` of the main process."""
+    return gather(text if leads() else "").get(0, "")
+
+
+def leads_host() -> bool:
+    """Returns True in the first process of each machine."""
+    hosts = gather(socket.gethostname())
+    me = jax.process_index()
+    return all(host != hosts[me] for process, host in hosts.items() if process < me)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Runs a block in every process, and ends all of them with one message where it fails in one.
+
+    No process leaves the block before all have come to its end, so a slow one is waited for.
+
+    Raises:
+      UserError: when another process has made a user's mistake.
+      PeerError: when another process failed otherwise.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    own = "" if failure is None else "user " + text if (text := explained(failure)) else "other"
+    failed = gather(own)
+    if failure is not None:
+        raise failure
+    if failed:
+        process, text = min(failed.items())
+        kind, _, text = text.partition(" ")
+        raise (
+            UserError(f"process {process}: {text}")
+            if kind == "user"
+            else PeerError(f"process {process} failed")
+        )
+
+
+def on_hangup(stop: Callable[[], None]) -> None:
+    """Calls `stop` when the terminal goes away, unless that signal is ignored, as under nohup."""
+
+    def handle(*_) -> None:
+        drop_terminal()
+        stop()
+
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, handle)
 
 
 def _join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -118,6 +202,8 @@ def _ending(error: BaseException) -> tuple[str, int]:
         return f": {text}", 2
     if unread(error):
         return ": nobody reads what it prints", UNREAD
+    if isinstance(error, PeerError):
+        return f" ends: {error}", 1
     by_gloo = isinstance(error, ValueError) and "Gloo" in str(error)  # between CPUs; raised as either
     if by_gloo or isinstance(error, jax.errors.JaxRuntimeError):
         reason = str(error).strip().partition("\n")[0]
@@ -125,9 +211,16 @@ def _ending(error: BaseException) -> tuple[str, int]:
     return "", 1
 
 
-def _die(message: str, status: int) -> None:
-    """Ends this process at once: leaving in an orderly way would wait for the others."""
+def _die(message: str, status: int, agreed: bool) -> None:
+    """Ends this process at once: leaving in an orderly way would wait for the others.
+
+    Where all have agreed to end, they leave together: the coordinator must not go before those that it
+    watches.
+    """
     with contextlib.suppress(OSError):  # where nobody reads it
         print(" ".join(message.split()), file=sys.stderr, flush=True)
         sys.stdout.flush()
+    if agreed:
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
     os._exit(status)

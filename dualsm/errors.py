@@ -6,10 +6,20 @@ import errno
 import select
 import sys
 
-# What a disk does to any command: no rights, no room, no disk.
-DISK_ERRORS = {
+# Errors of the operating system that any command may meet and a user can mend.
+_DISK = "check free space, permissions and the disk, or choose another folder"
+_NETWORK = "check the network and run the same command again"
+_ADVICE = dict.fromkeys((
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
-    errno.ENOTCONN, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+    errno.ENOTCONN, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV,
+), _DISK) | dict.fromkeys((
+    errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH,
+), _NETWORK) | {
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the symbolic links that point at each other",
+    errno.EMFILE: "allow more open files per process with `ulimit -n`",
+    errno.ENFILE: "this machine has too many open files; end other programs",
+    errno.ENOMEM: "out of memory; end other programs or use a machine with more",
 }  # fmt: skip
 
 UNREAD = 141  # exit status of a command whose output is read no more, as if by SIGPIPE
@@ -23,8 +33,8 @@ def explained(error: BaseException) -> str | None:
     """What is wrong and what to do, of an error that has its cause outside of the code; None of any other."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"{error}; see to the room, the rights and the disk there, or choose another folder"
+    if isinstance(error, OSError) and error.errno in _ADVICE:
+        return f"{error}; {_ADVICE[error.errno]}"
     if isinstance(error, RuntimeError):  # as JAX's are
         text = str(error)
         if "Unable to initialize backend" in text:

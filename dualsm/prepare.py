@@ -6,7 +6,6 @@ python -m dualsm.prepare --input='data/*.jsonl.gz' --output=runs/books --tokeniz
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -15,6 +14,7 @@ from dualsm import cli
 from dualsm.data.build import Recipe, build
 from dualsm.data.readers import SUFFIXES
 from dualsm.data.streams import COMPRESSIONS
+from dualsm.hardware import usable_cores
 
 _INPUT = flags.DEFINE_string(
     "input",
@@ -41,7 +41,7 @@ _MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
 _MAX_BAD_FRACTION = flags.DEFINE_float(
     "max_bad_fraction", Recipe.max_bad_fraction, "share of faulty documents that is skipped, not refused"
 )
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "processes", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", max(int(usable_cores()), 1), "processes", lower_bound=1)
 flags.mark_flags_as_required(["input", "output"])
 
 

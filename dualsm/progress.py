@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
+import os
+import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import IO
 
 from tqdm import tqdm
 
@@ -15,7 +20,7 @@ def bar(**options) -> tqdm:
     options = {"mininterval": 0.2 if interactive else 30, "dynamic_ncols": interactive} | options
     if not interactive:
         options |= {"ncols": 100, "maxinterval": 30, "ascii": True}
-    return tqdm(file=sys.stderr, **options)
+    return tqdm(file=_Terminal(sys.stderr), **options)
 
 
 def escape_unprintable() -> None:
@@ -27,13 +32,54 @@ def escape_unprintable() -> None:
 
 def say(text: str) -> None:
     """Prints a line to stdout without tearing a bar."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    with _outliving_terminal():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def warn(text: str) -> None:
     """Prints a line to stderr without tearing a bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    with _outliving_terminal():
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def drop_terminal() -> None:
+    """Sends what goes to a terminal on stdout or stderr nowhere from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(number).st_mode):  # `isatty` denies a terminal that is gone
+                os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _outliving_terminal() -> Iterator[None]:
+    """Goes on without the terminal when the terminal is gone: writing to it then fails with EIO."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        drop_terminal()
+
+
+class _Terminal:
+    """A stream that outlives its terminal."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with _outliving_terminal():
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with _outliving_terminal():
+            self._stream.flush()
 
 
 class Board:

@@ -9,6 +9,7 @@ On TPU slices and under SLURM the same command, started once a process, makes on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -21,6 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dualsm import cli, cores, distributed
+from dualsm.progress import say
 from dualsm.training.loop import train
 from dualsm.training.profile import parse_window, profiled
 
@@ -49,16 +51,17 @@ def main(_: Sequence[str]) -> None:
         with profiled(stop, window, _WORKDIR.value) as stop:
             finished = train(config, _WORKDIR.value, stop)
         if not finished:
-            print(f"stopped by a signal; run the same command to resume:\n  {_command()}")
+            say(f"stopped by a signal; run the same command to resume:\n  {_command()}")
             status = _STOPPED_STATUS.value
     sys.exit(status)
 
 
 def _on_signals() -> Callable[[int], bool]:
-    """Whether SIGTERM or Ctrl-C asked this process to stop."""
+    """Returns a function that is true once SIGTERM, SIGHUP or Ctrl-C has asked this process to stop."""
     times = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _stop(number, times))
+    distributed.on_hangup(lambda: _stop(signal.SIGHUP, times))
     return lambda step: bool(times)
 
 
@@ -72,11 +75,9 @@ def _stop(number: int, times: list[float]) -> None:
             os._exit(128 + number)
         return
     times.append(time.monotonic())
-    print(
-        f"\n{signal.Signals(number).name}: finishing the step and saving (again: quit at once)",
-        file=sys.stderr,
-        flush=True,
-    )
+    text = f"\n{signal.Signals(number).name}: finishing the step and saving (again: quit at once)"
+    with contextlib.suppress(OSError):  # of a terminal that is gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def _command() -> str:

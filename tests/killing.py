@@ -136,7 +136,8 @@ def _train(config: str, workdir: str, board, cache: str) -> None:
     def stop(step: int) -> bool:
         if board[_FIRST] < 0:
             board[_FIRST] = step - 1
-        board[_STAGE], board[_DONE] = STAGES.index("training"), step
+        if board[_DONE] != step:  # not asked within a validation
+            board[_STAGE], board[_DONE] = STAGES.index("training"), step
         return False
 
     def staged(stage: str, function):

@@ -34,12 +34,22 @@ def write_recipe(path: Path, corpus: Path, **changes) -> Path:
     return path
 
 
-def start(count: int, devices: int, *arguments: str, module: str = "dualsm.train") -> list[subprocess.Popen]:
-    """Starts `count` processes of one job, with fake devices each."""
+def start(
+    count: int, devices: int, *arguments: str, module: str = "dualsm.train", last: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """Starts `count` processes of one job, with fake devices each; `last` goes to the last one only."""
     job = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}"]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", module, *job, f"--process_id={i}", *arguments],
+            [
+                sys.executable,
+                "-m",
+                module,
+                *job,
+                f"--process_id={i}",
+                *arguments,
+                *(last if i == count - 1 else ()),
+            ],
             cwd=ROOT,
             env=command_env(devices),
             stdout=subprocess.PIPE,

@@ -13,6 +13,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from dualsm.config import load_config
+from dualsm.data.build import Recipe, build
 from dualsm.distributed import _ending, job
 from dualsm.errors import UserError
 from dualsm.training.loop import train
@@ -85,6 +86,7 @@ def test_two_processes_train_as_one(alone, two):
         "config.json",
         "metrics.jsonl",
         "checkpoints",
+        "latest_checkpoint",
         "tokenizer.model",
         ".lock",
     }
@@ -167,11 +169,52 @@ def test_a_mistake_is_told_by_every_process_and_ends_the_job(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def stale_corpus(jsonl, tmp_path_factory):
+    """A corpus of as many ids, made from half of the text."""
+    folder = tmp_path_factory.mktemp("stale")
+    lines = jsonl.read_text().splitlines(keepends=True)
+    (folder / "half.jsonl").write_text("".join(lines[::2]))
+    recipe = Recipe(input=str(folder / "half.jsonl"), vocabulary=512, valid_fraction=0.05)
+    build(recipe, str(folder / "corpus"), workers=1, quiet=True)
+    return folder / "corpus"
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (
+            "--config.optimizer.learning_rate=1",
+            "another config than process 0 (optimizer.learning_rate: 0.007",
+        ),
+        ("--config.checkpoint.every=7", "another config than process 0 (checkpoint.every: 10 -> 7)"),
+        ("--config.data.path={stale}", "the corpus {stale} is not that of process 0"),
+        ("--config.data.path=/nowhere", "no corpus at '/nowhere'"),
+    ],
+)
+def test_processes_that_disagree_end_before_anything_is_written(recipe, stale_corpus, tmp_path, own, told):
+    own, told = (text.format(stale=stale_corpus) for text in (own, told))
+    processes = start(2, 1, f"--config={recipe}", f"--workdir={tmp_path / 'run'}", last=(own,))
+    errors = [process.communicate(timeout=280)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    assert "error: process 0 of 2: process 1: " in errors[0] and told in errors[0]
+    assert "error: process 1 of 2: " in errors[1] and told in errors[1]
+    assert not any("Traceback" in text or "Check failure" in text for text in errors)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_slow_main_process_is_waited_for(tmp_path):
+    """Longer than a first collective waits for it at the start, and JAX at the end."""
+    processes = start(2, 1, module="tests.slow_process")
+    outputs = [process.communicate(timeout=280) for process in processes]
+    assert [process.returncode for process in processes] == [STOPPED] * 2, outputs
+
+
 def test_a_disk_that_fails_is_told_in_a_line_and_ends_the_job(recipe):
     done = launch(2, 1, f"--config={recipe}", "--workdir=/proc/nothing")
     assert done.returncode == 2, done.stderr
     assert "error: process 0 of 2: [Errno 2]" in done.stderr
-    assert "'/proc/nothing'; see to the room, the rights and the disk there" in done.stderr
+    assert "'/proc/nothing'; check free space, permissions and the disk" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -179,7 +222,7 @@ def test_a_disk_that_fails_is_told_in_a_line_and_ends_the_job(recipe):
     ("error", "told", "status"),
     [
         (UserError("config.steps=0"), ": config.steps=0", 2),
-        (OSError(errno.ENOSPC, "No space left on device"), "see to the room", 2),
+        (OSError(errno.ENOSPC, "No space left on device"), "check free space", 2),
         (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 7 bytes.\nWho"), "7 bytes.\\); in training", 2),
         (JaxRuntimeError("UNAVAILABLE: Task is gone\nDetails"), "lost the others .*Task is gone\\)$", 1),
         (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), "lost the others", 1),

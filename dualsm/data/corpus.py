@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
 from collections.abc import Sequence
 from concurrent import futures
 
@@ -28,6 +29,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "valid")
 _HASHED_AT_ONCE = 8  # files
+_OTHER_FILES = 64  # that a process may have open beside the shards
 
 
 def token_dtype(vocabulary: int) -> np.dtype:
@@ -65,6 +67,23 @@ def _positive(value) -> int:
     return value
 
 
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit of open files by `count`, as each shard stays open once it was read.
+
+    Raises:
+      UserError: when the system allows fewer.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (soft, hard):
+        return
+    if hard < count + _OTHER_FILES:
+        raise UserError(
+            f"the corpus has {count} shards, but a process may open only {hard} files here; raise the limit "
+            f"with `ulimit -Hn {count + _OTHER_FILES}` or more"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + count, hard), hard))
+
+
 class Documents:
     """One split of a corpus, as a random-access sequence of documents.
 
@@ -82,6 +101,8 @@ class Documents:
         self.bytes: int = split["bytes"]
         self.bytes_N = None
         self._dtype, self._remote = dtype, "://" in str(folder)
+        if not self._remote:
+            _allow_open_files(len(split["shards"]))
         try:
             self._source = ArrayRecordDataSource([str(folder / s["file"]) for s in split["shards"]])
             self.lengths_N = np.frombuffer((folder / split["lengths"]).read_bytes(), "<i4")

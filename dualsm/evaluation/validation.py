@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -159,19 +159,28 @@ class Validation:
 
         self._score = jax.jit(score, out_shardings=replicated(mesh))
 
-    def __call__(self, params: dict, names: Sequence[str] | None = None, every: int = 1) -> dict[str, float]:
+    def __call__(
+        self,
+        params: dict,
+        names: Sequence[str] | None = None,
+        every: int = 1,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float] | None:
         """Metrics `valid/<objective>/loss` (nats a token) and `valid/<objective>/bits_per_byte`.
 
         Args:
           params: parameters.
           names: of the objectives to score; None: all this was made for.
           every: only every so manieth batch is scored. The rows of each come from all over the text.
+          stop: asked before every batch; once it returns True scoring ends, and None is returned.
         """
         metrics = {}
         for name in self._names if names is None else names:
             index = self._names.index(name)
             parts = []
             for batch in self._batches[::every]:
+                if stop():
+                    return None
                 parts.append(self._score(params, *batch, jnp.int32(index)))
                 jax.block_until_ready(parts[-_AHEAD:][0])
             nats, counted, bytes_ = np.array(jax.device_get(parts), np.float64).sum(0)

@@ -6,6 +6,7 @@ Training can do without them: a board that fails (a full disk, a lost connection
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from dualsm.progress import warn
 Show = Callable[[int | None, dict[str, float]], None]
 
 WANDB_ID = "wandb_id"
+CLOSE_SECONDS = 60  # for the last upload
 _UPLOAD_SECONDS = 10  # between uploads of events to a bucket, where a file is written whole
 
 
@@ -32,9 +34,24 @@ class Board:
             self._show = start()
 
     def __call__(self, step: int | None, metrics: dict[str, float]) -> None:
-        if self._show:
+        if self._show and step is None:
+            self._close(self._show)
+        elif self._show:
             with self._dropped_on_failure():
                 self._show(step, metrics)
+
+    def _close(self, show: Show) -> None:
+        """Closes within `CLOSE_SECONDS`: a preempted job has little time, and its processes wait here."""
+
+        def close() -> None:
+            with self._dropped_on_failure():
+                show(None, {})
+
+        thread = threading.Thread(target=close, daemon=True)
+        thread.start()
+        thread.join(CLOSE_SECONDS)
+        if thread.is_alive():
+            warn(f"{self._name} has not closed within {CLOSE_SECONDS} s; data not uploaded stays on disk")
 
     @contextlib.contextmanager
     def _dropped_on_failure(self) -> Iterator[None]:

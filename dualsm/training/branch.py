@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -59,7 +60,11 @@ def branched_state(
     parts = {name: getattr(abstract_state, name) for name in ("step", "params", "opt_state")}
     step, parts = restore_parts(start.run, parts, start.step if start.step >= 0 else None)
     _check_end(step, config)  # an older config may have -1 there
-    return init()._replace(**parts)
+    # The rest alone: with weights and an optimizer of its own the state would be held twice.
+    rest = [name for name in abstract_state._fields if name not in parts]
+    shardings = [jax.tree.map(lambda leaf: leaf.sharding, getattr(abstract_state, name)) for name in rest]
+    make = jax.jit(lambda: [getattr(init(), name) for name in rest], out_shardings=shardings)
+    return abstract_state._replace(**parts, **dict(zip(rest, make(), strict=True)))
 
 
 def _check_end(step: int, config: ConfigDict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -18,6 +19,7 @@ from dualsm.training import checksums
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums"
+LATEST = "latest_checkpoint"  # file with the step of the last whole checkpoint; tells a lost one from none
 
 
 class Checkpoints:
@@ -26,7 +28,7 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, config: ml_collections.ConfigDict):
         """`config` is `config.checkpoint`."""
         self._config = config
-        self._folder = _folder(workdir)
+        self._folder, self._latest = _folder(workdir), epath.Path(workdir) / LATEST
         self._damaged: set[int] = set()  # on disk, passed over by `restore`
         self._writing: int | None = None
         self._failed: list[int] = []  # steps of the saves that failed since the last good one
@@ -47,7 +49,7 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, state, before: Callable[[], None] = lambda: None) -> None:
+    def save(self, step: int, state, before: Callable[[], None] = lambda: None, last: bool = False) -> None:
         """Starts writing `state`; returns when the device's memory may change again.
 
         Damaged checkpoints that `restore` passed over, for a whole one, are deleted before.
@@ -56,23 +58,26 @@ class Checkpoints:
           step: of the state.
           state: a tree of arrays.
           before: what must be on disk before the checkpoint is. An OSError of it is a failed save.
+          last: the run ends with this one; `finish` tries it again when it failed.
 
         Raises:
           UserError: when more saves in a row failed than `failed_saves` allows; those before are reported.
         """
-        self._settle()
-        with self._reporting(step):
+        self._settle(last)
+        with self._reporting(step, last):
             sums = checksums.started(state)  # while the disk is waited for
-            before()
-            self._probe()
+            with distributed.together():
+                before()
+                self._probe()
             if self._lost:
                 self._reopen()
             # Orbax saves no step before its latest, and counts damaged ones among those to keep.
             for damaged in sorted(self._damaged.intersection(self._manager.all_steps())):
                 self._manager.delete(damaged)
             self._damaged.clear()
-            save = ocp.args.StandardSave(state)
-            if not self._manager.save(step, args=save, custom_metadata={CHECKSUMS: sums()}):
+            save, metadata = ocp.args.StandardSave(state), {CHECKSUMS: sums()}
+            # Not `together`: where this fails in one process, Orbax holds the others in a collective.
+            if not self._manager.save(step, args=save, custom_metadata=metadata):
                 raise FileExistsError(f"there is one of step {self._manager.latest_step()} already")
             self._writing = step
 
@@ -83,43 +88,59 @@ class Checkpoints:
             probe.write_bytes(b"x" * 4096)
             probe.unlink(missing_ok=True)
 
-    def finish(self) -> None:
-        """Waits for the last save.
+    def finish(self, again: Callable[[], None] = lambda: None) -> None:
+        """Waits for the last save, and calls `again` to repeat it while it fails.
 
         Raises:
-          UserError: when it failed.
+          UserError: when it failed `final_retries` times more, in minutes.
         """
-        self._settle()
+        self._settle(last=True)
+        for attempt in range(self._config.final_retries):
+            if not self._failed:
+                return
+            time.sleep(2**attempt)
+            again()
+            self._settle(last=True)
         if self._failed:
             raise UserError(
                 f"the checkpoint of step {self._failed[-1]} could not be saved; {self._what_is_there()}"
             )
 
-    def _settle(self) -> None:
+    def _settle(self, last: bool = False) -> None:
         """Waits for what is being written in the background."""
-        if self._writing is not None:
-            with self._reporting(self._writing):
-                self._manager.wait_until_finished()
+        step, self._writing = self._writing, None
+        if step is not None:
+            with self._reporting(step, last):
+                with distributed.together():
+                    self._manager.wait_until_finished()
                 self._failed = []
-        self._writing = None
+                self._note_whole(step)
+
+    def _note_whole(self, step: int) -> None:
+        """Writes the step of a whole checkpoint beside the folder of checkpoints."""
+        if distributed.leads():
+            with contextlib.suppress(OSError):  # a failure of this file alone is no reason to stop
+                self._latest.write_text(f"{step}\n")
 
     @contextlib.contextmanager
-    def _reporting(self, step: int) -> Iterator[None]:
+    def _reporting(self, step: int, last: bool) -> Iterator[None]:
         """Reports what goes wrong inside as a failed save of `step`, and gives up after too many."""
         try:
             yield
         except Exception as error:  # whatever a full disk or a lost mount makes the writers raise
             self._failed.append(step)
             count, allowed = len(self._failed), self._config.failed_saves
-            # One process alone cannot go on: the others wait for it in the same save.
-            if count > allowed or jax.process_count() > 1:
+            # One process alone cannot go on: the others may wait for it in the same save.
+            alone = jax.process_count() > 1 and not getattr(error, "agreed", False)
+            if alone or (count > allowed and not last):
                 raise UserError(
                     f"the checkpoint of step {step} could not be saved ({_reason(error)}), the {count}. in a "
                     f"row; {self._what_is_there()}"
                 ) from error
+            next_ = "trying again" if last else f"{allowed - count} more in a row may fail"
             warn(
-                f"the checkpoint of step {step} could not be saved ({_reason(error)}); going on, "
-                f"{allowed - count} more in a row may fail (config.checkpoint.failed_saves)"
+                f"the checkpoint of step {step} could not be saved ({_reason(error)}); going on, {next_} "
+                f"(config.checkpoint.{'final_retries' if last else 'failed_saves'})"
             )
             with contextlib.suppress(Exception):
                 self._manager.close()
@@ -159,6 +180,7 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes the readers raise
                 reason = _reason(error)
             if distributed.all_agree(state is not None):
+                self._note_whole(step)
                 return state
             self._damaged.add(step)
             warn(f"checkpoint {self._folder / str(step)} is damaged and passed over: {reason}")
@@ -196,6 +218,19 @@ def _reason(error: Exception) -> str:
 def _folder(workdir: epath.PathLike) -> epath.Path:
     folder = epath.Path(workdir) / FOLDER
     return folder if "://" in str(folder) else folder.absolute()
+
+
+def check_not_lost(workdir: epath.PathLike) -> None:
+    """Raises `UserError` when a run had a checkpoint and has none any more.
+
+    Looks at the folder alone: Orbax would wait for the other processes of the job.
+    """
+    latest, folder = epath.Path(workdir) / LATEST, _folder(workdir)
+    if latest.exists() and not (folder.exists() and any(p.name.isdigit() for p in folder.iterdir())):
+        raise UserError(
+            f"the checkpoints of {workdir} are gone, the last was of step {latest.read_text().strip()}; move "
+            f"them back to {folder} to go on, or choose another --workdir to start anew"
+        )
 
 
 def find_step(workdir: epath.PathLike, step: int | None = None) -> int:

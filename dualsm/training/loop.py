@@ -7,6 +7,7 @@ addressed by step, so a run that is resumed goes on exactly as if it had never s
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 
@@ -28,14 +29,14 @@ from dualsm.model.flops import train_flops
 from dualsm.objectives import mixture, shares
 from dualsm.progress import bar, say, warn
 from dualsm.training.branch import branched_state, start_step
-from dualsm.training.checkpoint import Checkpoints
+from dualsm.training.checkpoint import Checkpoints, check_not_lost
 from dualsm.training.clock import Clock
-from dualsm.training.metrics import MetricsWriter, NoMetrics
+from dualsm.training.metrics import MetricsWriter, NoMetrics, read_metrics
 from dualsm.training.program import attended_share, make_program
 from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, Sums, TrainState
 from dualsm.training.summary import summarise
-from dualsm.training.workdir import CONFIG, check_claim, claim, hold
+from dualsm.training.workdir import CONFIG, check_claim, check_same, claim, hold
 
 
 def train(
@@ -46,8 +47,9 @@ def train(
     Args:
       config: a complete config.
       workdir: folder of the run; made when it does not exist.
-      stop: asked after every step, by its number; once it says yes the run saves and returns. In a job of
-        many processes it must say so in all of them after the same step.
+      stop: called after every step and before every batch of a validation, with the number of finished
+        steps; once it returns True the run saves and returns. In a job of many processes the same call must
+        return True in all of them.
 
     Returns:
       Whether the run is complete (False: it was stopped).
@@ -55,31 +57,45 @@ def train(
     Raises:
       UserError: for configs, corpora and folders that do not fit together, before anything is compiled.
     """
-    configs.check_config(config)
-    configs.check_installed(config)
-    corpus = Corpus(config.data.path)
-    config, workdir = complete(config, corpus), epath.Path(workdir).expanduser()
-    config.start.step = start_step(config, workdir, corpus)
-    mesh = sharding.make_mesh(config.mesh, jax.devices())
-    config.microbatches = sharding.microbatches(config, mesh)
-    run = _Run(config, workdir, corpus, mesh)
-    check_claim(workdir, config, corpus)
-    if config.data.verify and distributed.leads():
-        corpus.verify("train")
-        corpus.verify("valid")
-    distributed.wait_for_all("checked")  # before anything is written
+    workdir = epath.Path(workdir).expanduser()
+    with distributed.together():
+        configs.check_config(config)
+        configs.check_installed(config)
+        corpus = Corpus(config.data.path)
+        config = complete(config, corpus)
+        config.start.step = start_step(config, workdir, corpus)
+    # The newest checkpoint of another run may change between the starts of the processes.
+    config.start.step = int(distributed.from_main(str(config.start.step)))
+    with distributed.together():
+        mesh = sharding.make_mesh(config.mesh, jax.devices())
+        config.microbatches = sharding.microbatches(config, mesh)
+    main_config = distributed.from_main(configs.save_config(config))
+    with distributed.together():
+        check_same(config, main_config)
+        run = _Run(config, workdir, corpus, mesh)
+    leads_host = distributed.leads_host()
     with contextlib.ExitStack() as stack:
-        if distributed.leads():
-            stack.enter_context(hold(workdir))
-            claim(workdir, config, corpus)
-        distributed.wait_for_all("claimed")
-        if not (workdir / CONFIG).exists():
-            raise UserError(f"{workdir} must lie where all processes see it, in a bucket or on a shared disk")
+        with distributed.together():  # before anything is written
+            if distributed.leads():
+                check_claim(workdir, config, corpus)
+                stack.enter_context(hold(workdir))
+                check_claim(workdir, config, corpus)  # another run may have come first
+                check_not_lost(workdir)
+            if config.data.verify and leads_host:
+                corpus.verify("train")
+                corpus.verify("valid")
+        with distributed.together():
+            if distributed.leads():
+                claim(workdir, config, corpus)
+        with distributed.together():
+            if not (workdir / CONFIG).exists():
+                raise UserError(
+                    f"{workdir} must lie where all processes see it, in a bucket or on a shared disk"
+                )
         with jax.set_mesh(mesh):
             finished = run.go(stop)
     if finished and distributed.leads():
-        # gzip is told of where it had to do the same documents.
-        say("\n" + summarise(workdir, None if config.valid.rows else corpus))
+        say("\n" + summarise(workdir, corpus if run.scores_all else None))
     return finished
 
 
@@ -126,44 +142,57 @@ class _Run:
 
         self.row_flops = train_flops(config.model, config.row_tokens, attended_share(config, special))
         self.peak = Peak(mesh.local_devices[0], mesh.size)
-        self.validation = None
+        self.validation, self.scores_all = None, False
         if scored := configs.valid_objectives(config):
+            held_out = corpus.documents("valid")
             rows = valid_rows(
-                corpus.documents("valid"),
-                config.row_tokens,
-                config.valid.rows,
-                special,
-                tokenizer.token_bytes(),
+                held_out, config.row_tokens, config.valid.rows, special, tokenizer.token_bytes()
             )
             if not rows.exact and distributed.leads():
                 warn(BYTES_OF_TOKENS)
+            # Only then are the scores those of the documents that gzip had to do.
+            self.scores_all = rows.documents_VxL1.shape[0] * config.row_tokens >= held_out.tokens
             self.validation = Validation(config, scored, special, rows, mesh)
 
     def go(self, stop: Callable[[int], bool]) -> bool:
         """Runs from the newest checkpoint to the end, or until `stop`; returns whether it is the end."""
         with contextlib.closing(Checkpoints(self.workdir, self.config.checkpoint)) as checkpoints:
             state = checkpoints.restore(self.abstract_state)
-            if state is None and self.config.start.run:
+            resumed = state is not None
+            if not resumed and self.config.start.run:
                 state = branched_state(self.config, self.workdir, self.abstract_state, self.init)
             first = 0 if state is None else int(state.step)
             self._greet(first)
-            if first == self.config.steps:
+            unscored = resumed and self._is_unscored(first)
+            if first == self.config.steps and not unscored:
                 return True
             writer = NoMetrics()
-            if distributed.leads():
-                writer = MetricsWriter(self.workdir, self.config, resumed_at=first or None)
+            with distributed.together():  # a tracker may take minutes to start
+                if distributed.leads():
+                    writer = MetricsWriter(self.workdir, self.config, resumed_at=first or None)
             with contextlib.closing(writer):
                 untrained = state is None
                 state = self.init() if untrained else state
-                if first == 0 and self.validation:
-                    self._validate_first(state, writer, untrained)
-                return self._train(state, first, checkpoints, writer, stop)
+                validate = unscored or (first == 0 and self.validation)
+                if validate and not self._validate_first(state, first, writer, untrained, stop):
+                    return False
+                return first == self.config.steps or self._train(state, first, checkpoints, writer, stop)
+
+    def _is_unscored(self, first: int) -> bool:
+        """Returns True when the validation of step `first` was cut short by a stop."""
+        config = self.config
+        if not self.validation or (first % config.valid.every and first != config.steps):
+            return False
+        with distributed.together():
+            lines = read_metrics(self.workdir) if distributed.leads() else [{"step": first}]
+        return not distributed.all_agree(any(line["step"] == first for line in lines))
 
     def _train(self, state: TrainState, first: int, checkpoints: Checkpoints, writer, stop) -> bool:
         """The loop, from step `first` on."""
         config = self.config
         batches = read_steps(self.rows, first, config.data.threads, config.data.ahead, self._batch)
         clock, unwritten, sums, quiet = Clock(), None, None, not distributed.leads()
+        done, save, unscored = first, False, False
         with bar(total=config.steps, initial=first, desc="training", unit="step", disable=quiet) as progress:
             for done in range(first + 1, config.steps + 1):
                 # So that the wait for data is time in which the devices are idle.
@@ -182,7 +211,7 @@ class _Run:
                 stopped, last = stop(done), done == config.steps
                 log = last or done % config.log.every == 0
                 validate = self.validation and (last or done % config.valid.every == 0)
-                save = last or stopped or done % config.checkpoint.every == 0
+                save |= last or stopped or done % config.checkpoint.every == 0
                 if not (validate or save):
                     unwritten = (done, sums, {}) if log else None
                     continue
@@ -190,19 +219,25 @@ class _Run:
                 if validate:
                     jax.block_until_ready(sums)
                     with clock.time("validating"):
-                        scores = self.validation(state.params)
-                if log or validate:
+                        asked = functools.partial(stop, done)
+                        scores = None if stopped else self.validation(state.params, stop=asked)
+                    unscored = scores is None
+                    stopped |= unscored
+                    save |= stopped
+                # A resumed run validates anew, and then writes the line that is left out here.
+                if (log or validate) and not unscored:
                     self._write(writer, progress, done, sums if log else None, scores, clock)
                 # While updates are skipped the weights may be what is wrong, so older ones are kept.
                 if save and (last or stopped or not sums.skipped_in_row):
                     with clock.time("saving"):
                         # No checkpoint may be ahead of its lines.
-                        checkpoints.save(done, state, before=writer.sync)
+                        checkpoints.save(done, state, before=writer.sync, last=last or stopped)
+                    save = False
                 if stopped:
                     break
         self._check_step(sums, done, checkpoints)
-        checkpoints.finish()
-        return done == config.steps
+        checkpoints.finish(lambda: checkpoints.save(done, state, before=writer.sync, last=True))
+        return done == config.steps and not unscored
 
     def _check_step(self, sums: Sums | None, step: int, checkpoints: Checkpoints) -> None:
         """Reports a spike or a skipped update at `step`, and gives up after too many of those in a row."""
@@ -235,18 +270,30 @@ class _Run:
         )
         return jax.tree.map(lambda rows: sharding.place_rows(self.mesh, rows, self.config.batch_rows), batch)
 
-    def _validate_first(self, state, writer: MetricsWriter, untrained: bool) -> None:
-        say(f"compiling and validating the {'untrained' if untrained else 'imported'} model ...")
+    def _validate_first(self, state, first: int, writer: MetricsWriter, untrained: bool, stop) -> bool:
+        """Validates before step `first + 1`; returns False when it was stopped."""
+        config = self.config
+        kind = f"model of step {first}" if first else f"{'untrained' if untrained else 'imported'} model"
+        say(f"compiling and validating the {kind} ...")
         # Which rows an untrained model reads hardly matters, and all of them would hold up the start.
-        scores = self.validation(state.params, every=8 if untrained else 1)
-        writer.write(0, {"tokens": 0, "epoch": 0.0, **scores})
-        say(_valid_line(0, self.config.steps, scores))
+        scores = self.validation(state.params, every=8 if untrained else 1, stop=lambda: stop(first))
+        if scores is None:
+            return False
+        record = self._progress(first)
+        if first and (first == config.steps or first % config.log.every == 0):
+            record |= self._train_metrics(jax.device_get(state.sums), first)
+        writer.write(first, record | scores)
+        say(_valid_line(first, config.steps, scores))
+        return True
+
+    def _progress(self, done: int) -> dict[str, float]:
+        tokens = done * self.config.batch_rows * self.config.row_tokens
+        return {"tokens": tokens, "epoch": tokens / self.order.unique}
 
     def _write(self, writer, progress, done: int, sums: Sums | None, scores: dict, clock: Clock) -> None:
         """Writes the line of step `done`: `sums` when it is a log step, `scores` when it was validated."""
         config = self.config
-        tokens = done * config.batch_rows * config.row_tokens
-        record = {"tokens": tokens, "epoch": tokens / self.order.unique}
+        record = self._progress(done)
         if sums is not None:
             record |= self._train_metrics(jax.device_get(sums), done) | self._perf_metrics(clock)
             say(_train_line(done, config.steps, record, self.names))

@@ -20,6 +20,10 @@ from dualsm.errors import UserError
 
 CONFIG = "config.json"
 LOCK = ".lock"
+_ASIDE = "config.partial"
+
+# Keys that may differ between the processes of one job; any other key decides what they compute together.
+PROCESS_KEYS = ("data.ahead", "data.path", "data.threads", "data.verify")
 
 _ALWAYS = {"steps", "model", "data", "mixture"}  # keys that every version has had
 _DAMAGE = (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError, UserError)
@@ -59,20 +63,44 @@ def check_claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(changes)}); choose another --workdir"
             )
-    elif workdir.exists() and any(entry.name != LOCK for entry in workdir.iterdir()):
+    elif workdir.exists() and any(entry.name not in (LOCK, _ASIDE) for entry in workdir.iterdir()):
         raise UserError(
             f"{workdir} is not empty and holds no run ({CONFIG} is missing); choose another --workdir"
         )
 
 
+def check_same(config: ConfigDict, main: str) -> None:
+    """Compares a process's config and corpus with those of the main process.
+
+    Args:
+      config: of this process.
+      main: the main process's, as JSON text.
+
+    Raises:
+      UserError: when they differ in anything but the place of the corpus and how this host reads it.
+    """
+    changes = configs.difference(configs.load_config(main), config, free=PROCESS_KEYS)
+    if any(change.startswith("data.identity") for change in changes):
+        raise UserError(f"the corpus {config.data.path} is not that of process 0; copy it to this host anew")
+    if changes:
+        raise UserError(
+            f"this process has another config than process 0 ({'; '.join(changes)}); start all processes of "
+            "a job with the same command"
+        )
+
+
 def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
-    """Writes the config into the workdir."""
-    path = workdir / CONFIG
+    """Writes the config and the tokenizer into the workdir.
+
+    The config comes first and at once, so that a run killed at any moment leaves a workdir that
+    `check_claim` accepts.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / TOKENIZER).write_bytes((corpus.folder / TOKENIZER).read_bytes())
-    aside = path.with_suffix(".partial")
-    aside.write_text(configs.save_config(config))
-    aside.replace(path)
+    files = {CONFIG: configs.save_config(config).encode()}
+    files[TOKENIZER] = (corpus.folder / TOKENIZER).read_bytes()
+    for name, content in files.items():
+        (workdir / _ASIDE).write_bytes(content)
+        (workdir / _ASIDE).replace(workdir / name)
 
 
 @contextlib.contextmanager

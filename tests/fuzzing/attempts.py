@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from dualsm.errors import DISK_ERRORS, UserError
+from dualsm.errors import UserError, explained
 from tests.fuzzing.artefacts import Target
 from tests.fuzzing.damage import damaged
 
@@ -67,7 +67,7 @@ def attempt(target: Target, name: str, content: bytes | None) -> str:
             assert str(error).strip(), "a mistake without a word"
             return "refused"
         except OSError as error:
-            if error.errno not in DISK_ERRORS:
+            if not explained(error):
                 raise
             return "refused"
         return "read"

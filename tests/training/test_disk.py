@@ -23,13 +23,13 @@ import json, os, subprocess, sys
 from dualsm import cli
 from tests.micro import micro_config
 
-corpus, actions = sys.argv[1], json.loads(sys.argv[2])
+corpus, actions, retries = sys.argv[1], json.loads(sys.argv[2]), 1
 del sys.argv[1:]
 
 def main(_):
     from dualsm.training.loop import train
     config = micro_config(corpus)
-    config.checkpoint.every, config.checkpoint.failed_saves = 2, 3
+    config.checkpoint.every, config.checkpoint.failed_saves, config.checkpoint.final_retries = 2, 3, retries
     config.valid.objectives = "causal"
 
     def after(step):

@@ -3,6 +3,8 @@
 import json
 import resource
 import struct
+import threading
+import time
 
 import pytest
 
@@ -117,6 +119,23 @@ def test_a_board_fails_alone(capsys):
     assert shown == [1]
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.endswith("ConnectionError: the network is down")
+
+
+def test_a_board_that_does_not_close_is_left(monkeypatch, capsys):
+    """A preempted run has little time: what is not uploaded by then stays on disk."""
+    monkeypatch.setattr(boards, "CLOSE_SECONDS", 0.2)
+    end, closed = threading.Event(), []
+
+    def show(step, metrics):
+        if step is None:
+            end.wait(30)
+            closed.append(True)
+
+    start = time.monotonic()
+    boards.Board("The board", lambda: show)(None, {})
+    assert time.monotonic() - start < 10 and not closed
+    assert "The board has not closed within 0.2 s" in capsys.readouterr().err
+    end.set()
 
 
 @pytest.mark.extras

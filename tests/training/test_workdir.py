@@ -1,13 +1,16 @@
 """One run at a time in a workdir, by a lock that dies with its process."""
 
+import contextlib
 import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from dualsm.errors import UserError
-from dualsm.training.workdir import CONFIG, hold
+from dualsm.training import loop
+from dualsm.training.workdir import CONFIG, check_claim, claim, hold, read_config
 from tests.conftest import ROOT, command_env
 
 HOLD = """
@@ -52,9 +55,72 @@ def test_training_holds_its_workdir(micro, tmp_path):
         with pytest.raises(UserError, match="is in use"), hold(workdir):
             pass
         refused.append(step)
-        return True
+        return step == 1
 
     assert not train(micro, workdir, stop)
-    assert refused == [1]
+    assert refused[-1] == 1
     with hold(workdir):
         pass
+
+
+CLAIM = """
+import os, signal, sys
+from pathlib import Path
+from dualsm.data.corpus import Corpus
+from dualsm.training.workdir import claim
+from tests.micro import micro_config
+
+corpus = Corpus(sys.argv[1])
+for moment in range(100):
+    child = os.fork()
+    if child == 0:
+        workdir, seen = Path(sys.argv[2]) / str(moment), []
+
+        def kill(event, arguments):
+            if any(str(workdir) in str(argument) for argument in arguments):
+                seen.append(event)
+                if len(seen) > moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+        claim(workdir, micro_config(), corpus)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+"""
+
+
+def test_a_workdir_stays_usable_whenever_its_first_run_is_killed(corpus, corpus_path, tmp_path):
+    """Killed before each of its accesses to the workdir in turn."""
+    from dualsm.training.workdir import epath
+    from tests.micro import micro_config
+
+    done = subprocess.run(
+        [sys.executable, "-c", CLAIM, str(corpus_path), str(tmp_path)],
+        cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    moments = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
+    assert len(moments) >= 6  # two files are opened, written aside and renamed
+    for path in moments:
+        check_claim(epath.Path(path), micro_config(), corpus)
+        claim(epath.Path(path), micro_config(), corpus)
+        assert sorted(p.name for p in path.iterdir()) == [CONFIG, "tokenizer.model"]
+
+
+def test_a_run_that_came_first_by_a_moment_is_kept(micro, corpus, tmp_path, monkeypatch):
+    """Another run starts between the first look at the workdir and the lock, which is made to be late."""
+    other = micro.copy_and_resolve_references()
+    other.seed = 7
+
+    @contextlib.contextmanager
+    def late(workdir):
+        claim(workdir, other, corpus)
+        with hold(workdir):
+            yield
+
+    monkeypatch.setattr(loop, "hold", late)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    with pytest.raises(UserError, match="holds a run of another config .*seed: 7 -> 0"):
+        loop.train(micro, tmp_path)
+    assert read_config(tmp_path).seed == 7

@@ -1,0 +1,133 @@
+"""What the operating system does to a command: limits, names, a terminal that goes away, few cores."""
+
+import errno
+import os
+import pty
+import resource
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dualsm.data.corpus import Corpus
+from dualsm.errors import UserError, explained
+from tests.conftest import ROOT, command_env, run_command
+
+
+@pytest.fixture
+def file_limit():
+    """Sets the soft limit of open files; it is set back at the end."""
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda count: resource.setrlimit(resource.RLIMIT_NOFILE, (count, old[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, old)
+
+
+def test_a_corpus_of_more_shards_than_open_files_is_read(corpus_path, file_limit):
+    documents = Corpus(str(corpus_path)).documents("train")
+    expected = documents.read(range(len(documents)))
+    file_limit(len(os.listdir("/proc/self/fd")) + 3)  # the corpus has eight shards
+    documents = Corpus(str(corpus_path)).documents("train")
+    for found, tokens in zip(documents.read(range(len(documents))), expected, strict=True):
+        np.testing.assert_array_equal(found, tokens)
+
+
+def test_a_hard_limit_of_open_files_is_named(corpus_path, monkeypatch):
+    """Pretended: a process may not raise its own hard limit again."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
+    with pytest.raises(UserError, match="has 8 shards, but a process may open only 16 files .*ulimit -Hn 72"):
+        Corpus(str(corpus_path)).documents("train")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENAMETOOLONG, "choose a shorter name"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENOSPC, "check free space"),
+        (errno.ELOOP, "symbolic links"),
+        (errno.ECONNRESET, "network"),
+    ],
+)
+def test_errors_of_the_system_come_with_advice(number, advice):
+    assert advice in explained(OSError(number, os.strerror(number), "file"))
+
+
+def test_a_name_too_long_is_one_line(corpus_path):
+    flags = [f"--config=tests/micro.py:{corpus_path}", f"--workdir=/tmp/{'x' * 300}"]
+    done = run_command("dualsm.train", *flags)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].endswith("choose a shorter name")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no taskset on this system")
+def test_workers_are_as_many_as_the_cores_that_may_be_used():
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(own)})
+    try:
+        done = run_command("dualsm.prepare", "--helpshort")
+        assert "--workers: processes (default: '1'" in " ".join(done.stdout.split()).replace("\n", " ")
+    finally:
+        os.sched_setaffinity(0, own)
+
+
+def test_a_script_without_a_guard_is_told_of_it(jsonl, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from dualsm.data.build import Recipe, build\n"
+        f"build(Recipe(input={str(jsonl)!r}, vocabulary=512), {str(tmp_path / 'corpus')!r}, workers=2)\n"
+    )
+    done = run_command(str(script))
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "ended with status 1" in last and '`if __name__ == "__main__":`' in last
+    assert "memory" not in last
+    assert not (tmp_path / "corpus").exists()
+
+
+TERMINAL = """
+import sys, time
+from dualsm import distributed
+from dualsm.progress import bar, say, warn
+
+signals = []
+if sys.argv[2] == "hangup":
+    distributed.on_hangup(lambda: signals.append(1))
+else:
+    import signal
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    distributed.on_hangup(lambda: signals.append(1))
+with bar(total=1000, mininterval=0) as progress:
+    say("ready")
+    for step in range(1000):
+        progress.update()
+        say(f"step {step}")
+        warn("warning")
+        time.sleep(0.01)
+        if signals or step == 300:
+            break
+open(sys.argv[1], "w").write(f"saved {len(signals)}")
+"""
+
+
+@pytest.mark.parametrize(("kind", "signals"), [("hangup", 1), ("ignored", 0)])
+def test_a_terminal_that_goes_away_ends_nothing_at_once(tmp_path, kind, signals):
+    """On a real terminal. A hangup asks the run to stop, unless nohup has it ignored."""
+    code, saved = tmp_path / "code.py", tmp_path / "saved"
+    code.write_text(TERMINAL)
+    pid, master = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execvpe(sys.executable, [sys.executable, str(code), str(saved), kind], command_env())
+    seen = b""
+    while b"step 3" not in seen:
+        seen += os.read(master, 1024)
+    os.close(master)
+    deadline = time.monotonic() + 60
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    assert saved.read_text() == f"saved {signals}"

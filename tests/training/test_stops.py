@@ -1,0 +1,105 @@
+"""A run that is stopped, loses its checkpoints or skips an update loses nothing else."""
+
+import shutil
+
+import jax
+import pytest
+
+from dualsm.errors import UserError
+from dualsm.training import loop
+from dualsm.training.checkpoint import LATEST, Checkpoints
+from dualsm.training.loop import train
+from dualsm.training.metrics import read_metrics
+
+
+@pytest.fixture
+def small(micro, monkeypatch):
+    """A config that compiles fast, on one device; two batches are validated after steps 0, 6 and 12."""
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    micro.optimizer.name = "adamw"
+    micro.mixture.update({"causal": 1.0, "prefix": 0.0, "masked_diffusion": 0.0})
+    micro.valid.objectives, micro.checkpoint.keep = "causal", 9
+    return micro
+
+
+def learned(workdir) -> list[dict]:
+    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in read_metrics(workdir)]
+
+
+def saved(workdir) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def test_a_stop_during_validation_does_not_wait_for_its_end(small, tmp_path):
+    """The resumed run validates instead, and its log is that of a run without a stop."""
+    assert train(small, tmp_path / "whole")
+    workdir = tmp_path / "cut"
+    for last in (6, 12):
+        asked = []
+
+        def stop(step, last=last, asked=asked):
+            asked.append(step)
+            return asked.count(last) == 3  # after the step, before the first batch, before the second
+
+        assert not train(small, workdir, stop)
+        assert asked.count(last) == 3
+        assert saved(workdir)[-1] == last
+        assert read_metrics(workdir)[-1]["step"] == last - 2
+    assert train(small, workdir)
+    assert learned(workdir) == learned(tmp_path / "whole")
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused(small, tmp_path):
+    small.valid.objectives = ""
+    assert not train(small, tmp_path, stop=lambda step: step == 4)
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
+    assert (tmp_path / LATEST).read_text() == "4\n"
+    shutil.move(tmp_path / "checkpoints", tmp_path / "elsewhere")
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"checkpoints of {tmp_path} are gone, the last was of step 4"):
+            train(small, tmp_path)
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)  # an empty one is no better
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+    (tmp_path / "checkpoints").rmdir()
+    shutil.move(tmp_path / "elsewhere", tmp_path / "checkpoints")
+    assert not train(small, tmp_path, stop=lambda step: step == 5)
+    assert saved(tmp_path) == [4, 5]
+
+
+def test_a_save_that_a_skipped_update_held_up_follows_at_once(small, tmp_path, monkeypatch):
+    """Steps 4 and 5 are reported as skipped; the save that is due at step 4 comes after step 6."""
+    small.valid.objectives = ""
+    make_program = loop.make_program
+
+    def make(*args):
+        program = make_program(*args)
+
+        def step(state, batch):
+            done = int(state.step) + 1
+            state, sums = program.step(state, batch)
+            return state, sums._replace(skipped_in_row=jax.numpy.float32({4: 1, 5: 2}.get(done, 0)))
+
+        return program._replace(step=step)
+
+    monkeypatch.setattr(loop, "make_program", make)
+    assert train(small, tmp_path)
+    assert saved(tmp_path) == [6, 8, 12]
+
+
+def test_the_last_save_is_tried_again(small, tmp_path, monkeypatch, capsys):
+    """The last save fails twice where nothing more may fail, by a check of the disk that is made to fail."""
+    small.valid.objectives, small.checkpoint.failed_saves, small.checkpoint.final_retries = "", 0, 2
+    failures, probe, pauses = [12, 12], Checkpoints._probe, []
+
+    def fail(self):
+        if saved(tmp_path) == [4, 8] and failures:
+            failures.pop()
+            raise OSError(5, "the disk is away")
+        probe(self)
+
+    monkeypatch.setattr(Checkpoints, "_probe", fail)
+    monkeypatch.setattr("dualsm.training.checkpoint.time.sleep", pauses.append)
+    assert train(small, tmp_path)
+    assert saved(tmp_path) == [4, 8, 12] and not failures
+    assert [pause for pause in pauses if pause >= 1] == [1, 2]
+    assert capsys.readouterr().err.count("step 12 could not be saved") == 2
