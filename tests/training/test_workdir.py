@@ -111,7 +111,7 @@ def test_a_workdir_stays_usable_whenever_its_first_run_is_killed(corpus, corpus_
 def test_a_run_that_came_first_by_a_moment_is_kept(micro, corpus, tmp_path, monkeypatch):
     """Another run starts between the first look at the workdir and the lock, which is made to be late."""
     other = micro.copy_and_resolve_references()
-    other.seed = 7
+    other.seed, other.data.identity = 7, corpus.identity
 
     @contextlib.contextmanager
     def late(workdir):
