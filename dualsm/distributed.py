@@ -145,16 +145,15 @@ def together() -> Iterator[None]:
         failure = error
     own = "" if failure is None else "user " + text if (text := explained(failure)) else "other"
     failed = gather(own)
-    if failure is not None:
-        raise failure
-    if failed:
+    if failure is None and failed:
         process, text = min(failed.items())
         kind, _, text = text.partition(" ")
-        raise (
-            UserError(f"process {process}: {text}")
-            if kind == "user"
-            else PeerError(f"process {process} failed")
-        )
+        failure = UserError(f"process {process}: {text}")
+        if kind != "user":
+            failure = PeerError(f"process {process} failed")
+    if failure is not None:
+        failure.agreed = True  # all processes end, see `_die`, or go on, see `Checkpoints`
+        raise failure
 
 
 def on_hangup(stop: Callable[[], None]) -> None:

@@ -210,6 +210,17 @@ def test_a_slow_main_process_is_waited_for(tmp_path):
     assert [process.returncode for process in processes] == [STOPPED] * 2, outputs
 
 
+def test_processes_agree_that_a_save_failed_and_go_on(corpus_path, tmp_path):
+    """Only the main process meets the full disk."""
+    flags = (f"--corpus={corpus_path}", f"--workdir={tmp_path / 'run'}")
+    processes = start(2, 1, *flags, module="tests.full_disk_process")
+    errors = [process.communicate(timeout=280)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert all("the checkpoint of step 4 could not be saved" in text for text in errors), errors
+    assert "process 0: [Errno 27]" in errors[1]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "6"]
+
+
 def test_a_disk_that_fails_is_told_in_a_line_and_ends_the_job(recipe):
     done = launch(2, 1, f"--config={recipe}", "--workdir=/proc/nothing")
     assert done.returncode == 2, done.stderr
