@@ -9,7 +9,6 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from typing import IO
 
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ def bar(**options) -> tqdm:
     options = {"mininterval": 0.2 if interactive else 30, "dynamic_ncols": interactive} | options
     if not interactive:
         options |= {"ncols": 100, "maxinterval": 30, "ascii": True}
-    return tqdm(file=_Terminal(sys.stderr), **options)
+    return tqdm(file=sys.stderr, **options)
 
 
 def escape_unprintable() -> None:
@@ -55,31 +54,13 @@ def drop_terminal() -> None:
 
 @contextlib.contextmanager
 def _outliving_terminal() -> Iterator[None]:
-    """Goes on without the terminal when the terminal is gone: writing to it then fails with EIO."""
+    """Goes on without the terminal when it is gone and writing fails with EIO, as tqdm does for bars."""
     try:
         yield
     except OSError as error:
         if error.errno != errno.EIO:
             raise
         drop_terminal()
-
-
-class _Terminal:
-    """A stream that outlives its terminal."""
-
-    def __init__(self, stream: IO[str]):
-        self._stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> None:
-        with _outliving_terminal():
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with _outliving_terminal():
-            self._stream.flush()
 
 
 class Board:
