@@ -23,13 +23,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from steps import MIXTURES, Steps, repeated
 
-from dualsm import cli, sharding
-from dualsm.errors import UserError
-from dualsm.hardware import peak_flops
+from dualsm.devices import sharding
+from dualsm.devices.chips import peak_flops
 from dualsm.model.attention import KERNELS
 from dualsm.model.flops import train_flops
 from dualsm.objectives.example import SpecialIds
-from dualsm.progress import say, table
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.process.progress import say, table
 from dualsm.training.program import attended_share
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/dual_470m.py", "recipe, see configs/")
@@ -48,9 +49,9 @@ def check_attention(config: ConfigDict) -> None:
     model = config.model
     script = [sys.executable, str(Path(__file__).with_name("attention.py")), f"--rounds={_ROUNDS.value}"]
     shape = [
-        f"--length={config.row_tokens}",
-        f"--heads={model.heads}",
-        f"--width={model.width // model.heads}",
+        f"--length={config.seq_len}",
+        f"--heads={model.num_heads}",
+        f"--width={model.d_model // model.num_heads}",
     ]
     if subprocess.run([*script, *shape, f"--dtype={model.dtype}", "--queries=128"], check=False).returncode:
         raise UserError("attention is wrong or failed, see above; no step was timed")
@@ -59,7 +60,7 @@ def check_attention(config: ConfigDict) -> None:
 def timed_config(recipe: ConfigDict, attention: str, remat: str, mixture: str) -> ConfigDict:
     """Returns the recipe with a smaller batch, that attention, remat policy and mixture."""
     config = recipe.copy_and_resolve_references()
-    config.batch_rows = _ROWS.value * len(jax.devices())
+    config.batch_size = _ROWS.value * len(jax.devices())
     config.model.attention, config.model.remat = attention, remat
     config.mixture = ConfigDict(dict.fromkeys(config.mixture, 0.0) | MIXTURES[mixture])
     return config
@@ -72,12 +73,12 @@ def measured(recipe: ConfigDict) -> dict[str, dict]:
     results, timers = {}, {}
     for case in itertools.product(backends, _REMAT.value or [recipe.model.remat], _MIXTURE.value):
         config = timed_config(recipe, *case)
-        config.microbatches = sharding.microbatches(config, mesh)
-        share = attended_share(config, SpecialIds(vocabulary=config.model.vocabulary))
-        flops = config.batch_rows * train_flops(config.model, config.row_tokens, share)
+        config.gradient_accumulation_steps = sharding.accumulation_steps(config, mesh)
+        share = attended_share(config, SpecialIds(vocab_size=config.model.vocab_size))
+        flops = config.batch_size * train_flops(config.model, config.seq_len, share)
         step = Steps(config, mesh)
         step()
-        first_loss = float(step.sums.nll_J.sum() / step.sums.counted_J.sum())
+        first_loss = float(step.sums.nll_J.sum() / step.sums.loss_denominator_J.sum())
         memory = step.memory.argument_size_in_bytes + step.memory.temp_size_in_bytes
         name = ", ".join(case)
         timers[name] = repeated(step, _SECONDS.value)
@@ -85,7 +86,7 @@ def measured(recipe: ConfigDict) -> dict[str, dict]:
             "mixture": case[-1],
             "first_loss": first_loss,
             "flops": flops,
-            "tokens": config.batch_rows * config.row_tokens,
+            "tokens": config.batch_size * config.seq_len,
             "gib": memory / 2**30,
         }
     seconds = {name: [] for name in timers}
@@ -105,13 +106,13 @@ def measured(recipe: ConfigDict) -> dict[str, dict]:
 
 def main(_: Sequence[str]) -> None:
     recipe = cli.config(_CONFIG)
-    if not recipe.model.vocabulary:
-        raise UserError("--config.model.vocabulary must be given, as no corpus is read here")
+    if not recipe.model.vocab_size:
+        raise UserError("--config.model.vocab_size must be given, as no corpus is read here")
     if _CHECK.value:
         check_attention(recipe)
     results = measured(recipe)
     devices = jax.devices()
-    kind, length = devices[0].device_kind, recipe.row_tokens
+    kind, length = devices[0].device_kind, recipe.seq_len
     say(f"\n{len(devices)} x {kind}, {_ROWS.value} rows of {length} tokens a device")
     columns = ["seconds", "tokens/s", "MFU", "time over causal", "GiB", "first loss"]
     say(

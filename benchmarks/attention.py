@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dualsm import cli
 from dualsm.config import default_config
-from dualsm.errors import UserError
 from dualsm.model import attention
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
-from dualsm.progress import say, table
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.process.progress import say, table
 
 _ROWS = flags.DEFINE_integer("rows", 9, "rows, which follow the objectives in turn", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 2048, "tokens a row", lower_bound=1)
@@ -49,7 +49,7 @@ VOCABULARY = 512  # which tokens there are does not matter here
 
 def key_ranges(rows: int, length: int) -> tuple[jax.Array, jax.Array]:
     """Starts and ends of the keys seen, [B, L], by rows of documents of all sizes under all objectives."""
-    names, special = list(mixture.OBJECTIVES), SpecialIds(vocabulary=VOCABULARY)
+    names, special = list(mixture.OBJECTIVES), SpecialIds(vocab_size=VOCABULARY)
     objectives = mixture.bind(names, default_config().objectives, special)
     random = np.random.default_rng(0)
     tokens_BxL1 = random.integers(16, VOCABULARY, (rows, length + 1)).astype(np.int32)
@@ -59,7 +59,7 @@ def key_ranges(rows: int, length: int) -> tuple[jax.Array, jax.Array]:
     row = Row(tokens_BxL1, documents_BxL1, stratum_B, strata_B, np.zeros(rows, np.float32))
     keys_B = mixture.row_keys(jax.random.key(0), rows)
     objective_B = stratum_B % len(names)
-    example = jax.jit(functools.partial(mixture.rewrite, objectives))(row, objective_B, keys_B)
+    example = jax.jit(functools.partial(mixture.make_examples, objectives))(row, objective_B, keys_B)
     return example.key_start_L, example.key_end_L
 
 

@@ -24,13 +24,15 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from dualsm import cli, objectives, sharding
+from dualsm import objectives
 from dualsm.aot.absent import absent_devices
 from dualsm.config import default_config
-from dualsm.model.loss import cross_entropy
+from dualsm.devices import sharding
+from dualsm.model.cross_entropy import cross_entropy
 from dualsm.objectives.example import SpecialIds
-from dualsm.progress import say, table
-from dualsm.training.program import batch_shapes, make_program
+from dualsm.process import cli
+from dualsm.process.progress import say, table
+from dualsm.training.program import batch_shapes, compile_train_step
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "over which the median of the compile times is taken")
 _ROWS = flags.DEFINE_integer("rows", 8, "rows a step whose memory is looked at", lower_bound=1)
@@ -44,17 +46,17 @@ _OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none"
 SHALLOW, DEEP = 4, 24  # layers
 ROW_TOKENS, VOCABULARY = 2048, 51_200
 MODELS = {
-    # layers, width, heads, mlp_width, remat
+    # layers, width, heads, d_ff, remat
     "step, default config": (4, 256, 4, 704, "matmuls"),
     "step, dual_470m": (24, 1024, 16, 3554, "full"),
 }
 
 
-def step_config(layers: int, width: int, heads: int, mlp_width: int, remat: str = "matmuls") -> ConfigDict:
+def step_config(layers: int, width: int, heads: int, d_ff: int, remat: str = "matmuls") -> ConfigDict:
     """The default config, all three objectives on, at those sizes."""
     config = default_config()
     model = config.model
-    model.layers, model.width, model.heads, model.mlp_width = layers, width, heads, mlp_width
+    model.num_layers, model.d_model, model.num_heads, model.d_ff = layers, width, heads, d_ff
     model.remat = remat
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
     return config
@@ -64,14 +66,14 @@ def compiled_step(config: ConfigDict, devices: Sequence[jax.Device] | None = Non
     """The training step of a config, compiled anew for the first of some devices, or of this machine's."""
     mesh = sharding.make_mesh(config.mesh, (devices or jax.devices())[:1])
     with jax.set_mesh(mesh):
-        program = make_program(config, SpecialIds(vocabulary=config.model.vocabulary), mesh)
+        program = compile_train_step(config, SpecialIds(vocab_size=config.model.vocab_size), mesh)
         return program.step.lower(program.abstract_state, batch_shapes(config, mesh)).compile()
 
 
 def compile_seconds(layers: int) -> float:
     """Seconds to trace and compile the step of a small model of so many layers."""
     config = step_config(layers, 64, 2, 192)
-    config.row_tokens, config.batch_rows, config.model.vocabulary = 128, 8, 512
+    config.seq_len, config.batch_size, config.model.vocab_size = 128, 8, 512
     jax.clear_caches()
     start = time.perf_counter()
     compiled_step(config)
@@ -79,7 +81,7 @@ def compile_seconds(layers: int) -> float:
 
 
 def textbook_loss(features_BxLxD, kernel_DxV, bias_V, targets_BxL, weights_BxL, z_weights_BxL, chunk):
-    """`cross_entropy` of dualsm/model/loss.py as one would first write it; the chunk is not used."""
+    """`cross_entropy` of dualsm/model/cross_entropy.py as one would first write it; the chunk is not used."""
     kernel_DxV = kernel_DxV.astype(features_BxLxD.dtype)
     logits_BxLxV = jnp.einsum("bld,dv->blv", features_BxLxD, kernel_DxV, preferred_element_type=jnp.float32)
     logits_BxLxV += bias_V
@@ -97,7 +99,7 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
 def step_memory(sizes: tuple, devices: Sequence[jax.Device] | None) -> tuple[int, int]:
     """Temporary bytes of the step, as it is and with all logits held."""
     config = step_config(*sizes)
-    config.row_tokens, config.batch_rows, config.model.vocabulary = ROW_TOKENS, _ROWS.value, VOCABULARY
+    config.seq_len, config.batch_size, config.model.vocab_size = ROW_TOKENS, _ROWS.value, VOCABULARY
     ours = temporary_bytes(compiled_step(config, devices))
     with mock.patch.object(objectives.loss, "cross_entropy", textbook_loss):
         return ours, temporary_bytes(compiled_step(config, devices))
@@ -106,7 +108,7 @@ def step_memory(sizes: tuple, devices: Sequence[jax.Device] | None) -> tuple[int
 def loss_memory() -> tuple[int, int]:
     """Temporary bytes of the loss and its gradients alone, at the default config's width and chunk."""
     config = default_config()
-    width, chunk = config.model.width, config.loss.chunk
+    width, chunk = config.model.d_model, config.loss.chunk_size
     rows_BxL = (_ROWS.value, ROW_TOKENS)
     shapes = [(*rows_BxL, width), (width, VOCABULARY), (VOCABULARY,), rows_BxL, rows_BxL, rows_BxL]
     types = [jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32]

@@ -23,13 +23,13 @@ import sentencepiece as spm
 from absl import flags
 from grain.sources import ArrayRecordDataSource
 
-from dualsm import cli
 from dualsm.data import readers
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import RECORD_TOKENS, TOKENIZER, Corpus
 from dualsm.data.order import RowOrder
 from dualsm.data.pipeline import StepRows, read_steps
-from dualsm.progress import say, table
+from dualsm.process import cli
+from dualsm.process.progress import say, table
 
 _CORPUS = cli.DEFINE_path("corpus", None, "folder made by `python -m dualsm.prepare`")
 _INPUT = flags.DEFINE_string("input", readers.PYTHON_STDLIB, "text for `prepare`, as its own --input")
@@ -57,25 +57,25 @@ def timed(work: Callable[[], object]) -> Timing:
     return Timing(time.perf_counter() - clock, time.process_time() - cores)
 
 
-def step_rows(corpus: Corpus, rows: int, row_tokens: int, steps: int) -> StepRows:
+def step_rows(corpus: Corpus, rows: int, seq_len: int, steps: int) -> StepRows:
     """The rows of a run of so many steps, which repeats the corpus as often as it must."""
     documents = corpus.documents("train")
-    budget = steps * rows * row_tokens
-    order = RowOrder(documents.lengths_N, budget, row_tokens, -(-budget // documents.tokens), seed=0)
-    return StepRows(documents, order, rows, row_tokens, pad=0, part=range(rows))
+    budget = steps * rows * seq_len
+    order = RowOrder(documents.lengths_N, budget, seq_len, -(-budget // documents.tokens), seed=0)
+    return StepRows(documents, order, rows, seq_len, pad=0, part=range(rows))
 
 
 def records_of(source: StepRows, step: int) -> int:
     """How many records hold the rows of a step."""
-    segments = source.order.segments(step * source.batch_rows + np.arange(source.batch_rows))
+    segments = source.order.segments(step * source.batch_size + np.arange(source.batch_size))
     return int(((segments.stop_S - 1) // RECORD_TOKENS - segments.start_S // RECORD_TOKENS + 1).sum())
 
 
-def reading(corpus: Corpus, rows: int, row_tokens: int) -> dict:
+def reading(corpus: Corpus, rows: int, seq_len: int) -> dict:
     """Tokens a second of the pipeline, and of records that are only read."""
-    source = step_rows(corpus, rows, row_tokens, FAR)
+    source = step_rows(corpus, rows, seq_len, FAR)
     batches = read_steps(source, 0, THREADS, AHEAD)
-    tokens = rows * row_tokens
+    tokens = rows * seq_len
 
     def piped() -> float:
         start, steps = time.perf_counter(), 0
@@ -101,7 +101,7 @@ def reading(corpus: Corpus, rows: int, row_tokens: int) -> dict:
     pairs = [(piped(), bare()) for _ in range(_ROUNDS.value)]
     return {
         "rows": rows,
-        "row_tokens": row_tokens,
+        "seq_len": seq_len,
         "tokens_per_second": statistics.median(ours for ours, _ in pairs),
         "of_bare_reading": statistics.median(ours / bare for ours, bare in pairs),
     }
@@ -109,10 +109,10 @@ def reading(corpus: Corpus, rows: int, row_tokens: int) -> dict:
 
 def first_batches(corpus: Corpus) -> dict:
     """Seconds from nothing but the corpus's folder to the first batch of the first step and of a far one."""
-    rows, row_tokens = SHAPES[0]
+    rows, seq_len = SHAPES[0]
 
     def first(step: int) -> None:
-        next(read_steps(step_rows(corpus, rows, row_tokens, FAR + 2), step, THREADS, AHEAD))
+        next(read_steps(step_rows(corpus, rows, seq_len, FAR + 2), step, THREADS, AHEAD))
 
     first(0)
     pairs = [(timed(lambda: first(0)).clock, timed(lambda: first(FAR)).clock) for _ in range(_ROUNDS.value)]
@@ -166,7 +166,7 @@ def main(_: Sequence[str]) -> None:
     results = {"rows": [reading(corpus, *shape) for shape in SHAPES], "start": first_batches(corpus)}
     rows = [
         [
-            f"{r['row_tokens']} x {r['rows']}",
+            f"{r['seq_len']} x {r['rows']}",
             f"{r['tokens_per_second'] / 1e6:.1f}",
             f"{r['of_bare_reading']:.2f}",
         ]

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dualsm import cli
 from dualsm.config import freeze
-from dualsm.evaluation.run import TrainedRun, open_run
 from dualsm.generation.batches import prompt_keys
 from dualsm.generation.causal import Decoding, begin, decode
-from dualsm.generation.pick import Picking
+from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import bind
-from dualsm.progress import say, table
+from dualsm.process import cli
+from dualsm.process.progress import say, table
+from dualsm.rundir.trained_run import TrainedRun, open_run
 
 _WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run")
 _POSITIONS = flags.DEFINE_list("positions", ["20", "200"], "where in the text to measure")
@@ -43,7 +43,9 @@ def cached(run: TrainedRun, positions: Sequence[int]) -> list[Callable[[], float
     special = dataclasses.replace(run.tokenizer.special, eos=-1)  # a text that never ends
     config, length = freeze(run.config.model), np.ones(1, np.int32)
     prompt = np.array([[special.bos]], np.int32)
-    more = functools.partial(decode, config, run.params, picking=Picking(temperature=0), special=special)
+    more = functools.partial(
+        decode, config, run.params, sampling=SamplingParams(temperature=0), special=special
+    )
 
     def at(position: int) -> Callable[[], float]:
         state: Decoding = begin(

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from absl import flags
 
-from dualsm import cli
-from dualsm.progress import say, table
+from dualsm.process import cli
+from dualsm.process.progress import say, table
 from tests.fuzzing.attempts import Hang, fuzz
 from tests.fuzzing.commands import COMMANDS, run_damaged
 from tests.fuzzing.targets import make_targets

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from absl import flags
 
-from dualsm import cli
-from dualsm.progress import bar, say, table
+from dualsm.process import cli
+from dualsm.process.progress import bar, say, table
 from tests.fuzzing.artefacts import real_texts
 from tests.fuzzing.corpora import make_corpus
 from tests.killing import STAGES, Kill, Killing, problems

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from absl import flags
 
-from dualsm import cli
 from dualsm.data.corpus import SPLITS, Corpus
-from dualsm.errors import UserError
-from dualsm.progress import say, table
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.process.progress import say, table
 
 _CONFIG = cli.DEFINE_path("config", "configs/tiny.py", "recipe, see configs/")
 _CORPUS = cli.DEFINE_path("corpus", None, "folder made by `python -m dualsm.prepare`")

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from absl import flags
 
-from dualsm import cli
 from dualsm.config import freeze
 from dualsm.data.corpus import Corpus
-from dualsm.errors import UserError
 from dualsm.evaluation.modes import Scoring
-from dualsm.evaluation.run import open_run
 from dualsm.evaluation.scoring import Scorer
-from dualsm.progress import say, table
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.process.progress import say, table
+from dualsm.rundir.trained_run import open_run
 
 _WORKDIR = flags.DEFINE_multi_string(
     "workdir", None, "folder of a run, or a pattern of such; repeat for each"
@@ -48,7 +48,7 @@ def held_out_pieces(path: str, length: int, count: int) -> list[tuple[list[int],
 def measure(workdir: str, count: int) -> dict:
     """Nats a token in both modes, and the mean difference with its standard error over the pieces."""
     run = open_run(workdir)
-    longest = run.config.row_tokens
+    longest = run.config.seq_len
     pieces = held_out_pieces(run.config.data.path, longest - 1, count)
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
     nats = {}

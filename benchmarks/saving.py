@@ -23,17 +23,18 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from dualsm import cli, sharding
 from dualsm.config import default_config
+from dualsm.devices import sharding
 from dualsm.objectives import mixture
 from dualsm.objectives.example import SpecialIds
-from dualsm.progress import say, table
-from dualsm.training.checkpoint import Checkpoints
-from dualsm.training.program import make_program
+from dualsm.process import cli
+from dualsm.process.progress import say, table
+from dualsm.rundir.checkpoint import Checkpoints
+from dualsm.training.program import compile_train_step
 from dualsm.training.step import Batch
 
 SHAPES = {
-    # layers, width, heads, mlp_width, vocabulary: with AdamW a state of 84 and one of 792 MB
+    # layers, width, heads, d_ff, vocabulary: with AdamW a state of 84 and one of 792 MB
     "small": (6, 256, 4, 704, 4096),
     "large": (10, 512, 8, 1408, 32768),
 }
@@ -49,9 +50,9 @@ def saved_config(shape: str) -> ConfigDict:
     """The default config at that shape, with AdamW and a small batch."""
     config = default_config()
     model = config.model
-    model.layers, model.width, model.heads, model.mlp_width, model.vocabulary = SHAPES[shape]
+    model.num_layers, model.d_model, model.num_heads, model.d_ff, model.vocab_size = SHAPES[shape]
     config.optimizer.name = "adamw"
-    config.batch_rows, config.row_tokens = 2, 128
+    config.batch_size, config.seq_len = 2, 128
     return config
 
 
@@ -61,11 +62,13 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: str):
         self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
         self.checkpoints = Checkpoints(workdir, config.checkpoint)
-        shape = (config.batch_rows, config.row_tokens + 1)
-        tokens_BxL1 = np.random.default_rng(0).integers(16, config.model.vocabulary, shape).astype(np.int32)
-        rows = mixture.assign(np.array([config.batch_rows]))
+        shape = (config.batch_size, config.seq_len + 1)
+        tokens_BxL1 = np.random.default_rng(0).integers(16, config.model.vocab_size, shape).astype(np.int32)
+        rows = mixture.assign(np.array([config.batch_size]))
         with jax.set_mesh(self.mesh):
-            self.program = make_program(config, SpecialIds(vocabulary=config.model.vocabulary), self.mesh)
+            self.program = compile_train_step(
+                config, SpecialIds(vocab_size=config.model.vocab_size), self.mesh
+            )
             self.batch = jax.device_put(Batch(tokens_BxL1, np.zeros_like(tokens_BxL1), *rows))
             self.state = self.program.init()
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))

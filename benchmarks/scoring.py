@@ -18,14 +18,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from dualsm import cli
 from dualsm.config import freeze
 from dualsm.evaluation.judging import judge
 from dualsm.evaluation.modes import Scoring
-from dualsm.evaluation.run import open_run
 from dualsm.evaluation.scoring import Scorer
 from dualsm.evaluation.tasks import Question, load_task
-from dualsm.progress import say, table
+from dualsm.process import cli
+from dualsm.process.progress import say, table
+from dualsm.rundir.trained_run import open_run
 
 _WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run")
 _TASK_DATA = cli.DEFINE_path("task_data", None, "folder that holds blimp/*.jsonl")
@@ -62,7 +62,7 @@ def main(_: Sequence[str]) -> None:
     run = open_run(_WORKDIR.value)
     questions = load_task("blimp", _TASK_DATA.value, _PAIRS.value)
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
-    longest = run.config.row_tokens
+    longest = run.config.seq_len
     modes = {
         "causal": Scoring("causal", longest=longest),
         "masked {1}": Scoring("masked", masks=(1,), longest=longest),

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from dualsm import cli
-from dualsm.errors import UserError
-from dualsm.progress import bar, say, table
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.process.progress import bar, say, table
 from tests.fuzzing.artefacts import real_texts
 from tests.fuzzing.corpora import make_corpus
 

@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dualsm.devices.sharding import shard_batch
 from dualsm.objectives import mixture
 from dualsm.objectives.example import SpecialIds
 from dualsm.objectives.shares import trained_objectives
-from dualsm.sharding import place_rows
-from dualsm.training.program import make_program
+from dualsm.training.program import compile_train_step
 from dualsm.training.step import Batch
 
 MIXTURES = {
@@ -36,11 +36,11 @@ class Steps:
         self._mesh = mesh
         names = trained_objectives(config)
         tokens_BxL1 = random_tokens(config)
-        counts_J = np.array([round(config.mixture[name] * config.batch_rows) for name in names])
+        counts_J = np.array([round(config.mixture[name] * config.batch_size) for name in names])
         rows = (tokens_BxL1, np.zeros_like(tokens_BxL1), *mixture.assign(counts_J))
         with jax.set_mesh(mesh):
-            program = make_program(config, SpecialIds(vocabulary=config.model.vocabulary), mesh)
-            self._batch = Batch(*(place_rows(mesh, x) for x in rows))
+            program = compile_train_step(config, SpecialIds(vocab_size=config.model.vocab_size), mesh)
+            self._batch = Batch(*(shard_batch(mesh, x) for x in rows))
             self._state = program.init()
             self._step = program.step.lower(self._state, self._batch).compile()
         self.memory = self._step.memory_analysis()
@@ -54,8 +54,8 @@ class Steps:
 
 def random_tokens(config: ConfigDict) -> np.ndarray:
     """A batch of tokens, int32 [B, L + 1], always the same."""
-    shape = (config.batch_rows, config.row_tokens + 1)
-    return np.random.default_rng(0).integers(16, config.model.vocabulary, shape).astype(np.int32)
+    shape = (config.batch_size, config.seq_len + 1)
+    return np.random.default_rng(0).integers(16, config.model.vocab_size, shape).astype(np.int32)
 
 
 def repeated(step: Callable[[], object], seconds: float) -> Callable[[], float]:

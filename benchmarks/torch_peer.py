@@ -18,8 +18,8 @@ def rotate(x_BxHxLxK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tor
 class Block(nn.Module):
     def __init__(self, config: ConfigDict):
         super().__init__()
-        width, inner = config.width, config.mlp_width
-        self.heads = config.heads
+        width, inner = config.d_model, config.d_ff
+        self.heads = config.num_heads
         self.before_attention = nn.RMSNorm(width, eps=config.norm_eps)
         self.query, self.key, self.value, self.output = (
             nn.Linear(width, width, bias=False) for _ in range(4)
@@ -45,14 +45,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: ConfigDict, length: int):
         super().__init__()
-        width = config.width
-        self.embedding = nn.Embedding(config.vocabulary, width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        width = config.d_model
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(width, eps=config.norm_eps)
         self.projection = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, config.vocabulary)
-        head_width = width // config.heads
-        frequencies = config.rope_theta ** (-torch.arange(0, head_width, 2) / head_width)
+        self.output = nn.Linear(width, config.vocab_size)
+        head_dim = width // config.num_heads
+        frequencies = config.rope_theta ** (-torch.arange(0, head_dim, 2) / head_dim)
         angles = torch.arange(length)[:, None] * frequencies
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
 def make_step(config: ConfigDict, compiled: bool) -> Callable[[torch.Tensor], float]:
     """A function of tokens [B, L + 1] that does one causal training step and returns the loss."""
     torch.manual_seed(config.seed)
-    model = Transformer(config.model, config.row_tokens)
+    model = Transformer(config.model, config.seq_len)
     optimizer = torch.optim.AdamW(
         model.parameters(), config.optimizer.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )

@@ -7,7 +7,7 @@
 All are measured in turn, round after round, in one process; a round's ratio compares what ran within the
 same seconds, and the median over rounds is told. PyTorch (extra `bench`) is left out where it is absent.
 Both sides use AdamW; PyTorch's step is causal, on rows of one document. Devices share the rows, as
-they do in training; small models take the cores for devices (dualsm/cores.py).
+they do in training; small models take the cores for devices (dualsm/devices/cores.py).
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ from absl import flags  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 from steps import MIXTURES, Steps, random_tokens, repeated  # noqa: E402
 
-from dualsm import cli, cores, sharding  # noqa: E402
 from dualsm.config import default_config  # noqa: E402
-from dualsm.hardware import measured_flops  # noqa: E402
-from dualsm.memory import keep_freed_memory  # noqa: E402
+from dualsm.devices import (
+    cores,  # noqa: E402
+    sharding,  # noqa: E402
+)
+from dualsm.devices.chips import measured_flops  # noqa: E402
 from dualsm.model.flops import train_flops  # noqa: E402
-from dualsm.progress import say, table  # noqa: E402
+from dualsm.process import cli  # noqa: E402
+from dualsm.process.memory import keep_freed_memory  # noqa: E402
+from dualsm.process.progress import say, table  # noqa: E402
 
 SHAPES = {
-    # layers, width, heads, mlp_width, row_tokens, vocabulary, batch_rows
+    # layers, width, heads, d_ff, seq_len, vocabulary, batch_size
     "micro": (3, 64, 2, 192, 128, 512, 64),
     "tiny": (4, 128, 2, 384, 256, 2048, 16),  # as configs/tiny.py
     "reference": (6, 384, 6, 1024, 256, 8192, 8),
@@ -54,8 +58,8 @@ def benchmark_config(shape: str, shares: dict[str, float]) -> ConfigDict:
     """The default config at that shape, with AdamW."""
     config = default_config()
     model = config.model
-    model.layers, model.width, model.heads, model.mlp_width, config.row_tokens = SHAPES[shape][:5]
-    model.vocabulary, config.batch_rows = SHAPES[shape][5:]
+    model.num_layers, model.d_model, model.num_heads, model.d_ff, config.seq_len = SHAPES[shape][:5]
+    model.vocab_size, config.batch_size = SHAPES[shape][5:]
     config.mixture = ConfigDict(dict.fromkeys(config.mixture, 0.0) | shares)
     config.optimizer.name, config.optimizer.learning_rate = "adamw", 1e-3
     return config
@@ -70,7 +74,7 @@ def main(_: Sequence[str]) -> None:
         keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
     mesh = sharding.make_mesh(causal.mesh, jax.devices())
     for config in configs.values():
-        config.microbatches = sharding.microbatches(config, mesh)
+        config.gradient_accumulation_steps = sharding.accumulation_steps(config, mesh)
     contestants = {name: repeated(Steps(config, mesh), _SECONDS.value) for name, config in configs.items()}
     if _TORCH.value and importlib.util.find_spec("torch"):
         import torch
@@ -86,8 +90,8 @@ def main(_: Sequence[str]) -> None:
         for name, measure in contestants.items():
             rounds[name].append(measure())
 
-    flops = causal.batch_rows * train_flops(causal.model, causal.row_tokens, 0.5)
-    tokens = causal.batch_rows * causal.row_tokens
+    flops = causal.batch_size * train_flops(causal.model, causal.seq_len, 0.5)
+    tokens = causal.batch_size * causal.seq_len
     results = {
         name: {
             "milliseconds": 1e3 * statistics.median(seconds),
@@ -112,7 +116,7 @@ def main(_: Sequence[str]) -> None:
         for name, r in results.items()
     ]
     say(f"shape {_SHAPE.value}: {SHAPES[_SHAPE.value]}, {flops / 1e9:.1f} GFLOP a causal step")
-    say(f"{mesh.size} device(s), {causal.microbatches} microbatch(es)")
+    say(f"{mesh.size} device(s), {causal.gradient_accumulation_steps} microbatch(es)")
     say(f"matrix products: {statistics.median(peaks) / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
     say(table(["step", "ms", "tokens/s", "of the matrix rate", "time over ours, causal"], rows))
     if _OUTPUT.value:

@@ -15,17 +15,17 @@ def get_config(arg: str = ""):
     args = parse_arg(arg, alpha=float, repetitions=int, heads=int)
     config = default_config()
     config.steps = 8192
-    config.batch_rows = 2048
-    config.row_tokens = 2048  # 34 billion tokens; the paper's 32B are 32 * 2**30
+    config.batch_size = 2048
+    config.seq_len = 2048  # 34 billion tokens; the paper's 32B are 32 * 2**30
     config.repetitions = args.get("repetitions", 1)
     set_alpha(config, args.get("alpha", 63 / 64))
-    config.data.threads = 8
+    config.data.num_threads = 8
 
-    config.model.layers = 24
-    config.model.width = 1024
-    config.model.heads = args.get("heads", 16)
-    config.model.mlp_width = 3554
-    config.model.vocabulary = 51_200
+    config.model.num_layers = 24
+    config.model.d_model = 1024
+    config.model.num_heads = args.get("heads", 16)
+    config.model.d_ff = 3554
+    config.model.vocab_size = 51_200
     config.model.rope_theta = 160_000.0
     config.model.norm_eps = 1e-7
     config.model.dtype = "bfloat16"
@@ -33,17 +33,17 @@ def get_config(arg: str = ""):
 
     # What fits a v5e chip of 16 GB, on slices of any size; see docs/scaling.md.
     config.mesh.data, config.mesh.fsdp = 1, -1
-    config.device_rows = 8
-    config.loss.chunk = 1024  # its gradient is summed over the chips once a chunk
+    config.per_device_batch_size = 8
+    config.loss.chunk_size = 1024  # its gradient is summed over the chips once a chunk
 
     config.optimizer.learning_rate = 7e-3
     config.optimizer.weight_decay = 0.1
-    config.optimizer.schedule.warmup = 0
-    config.optimizer.schedule.decay = 0.25
-    config.loss.z = 1e-4
+    config.optimizer.schedule.warmup_steps = 0
+    config.optimizer.schedule.decay_fraction = 0.25
+    config.loss.z_loss = 1e-4
 
     config.checkpoint.every = 256
-    config.checkpoint.keep_every = 2048
+    config.checkpoint.keep_period = 2048
     config.valid.every = 128
-    config.valid.rows = 1024
+    config.valid.num_sequences = 1024
     return config

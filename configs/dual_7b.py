@@ -14,27 +14,27 @@ def get_config(arg: str = ""):
     args = parse_arg(arg, alpha=float, repetitions=int)
     config = default_config()
     config.steps = 16_384
-    config.batch_rows = 2048
-    config.row_tokens = 2048  # 69 billion tokens
+    config.batch_size = 2048
+    config.seq_len = 2048  # 69 billion tokens
     config.repetitions = args.get("repetitions", 1)
     set_alpha(config, args.get("alpha", 63 / 64))
-    config.data.threads = 8
+    config.data.num_threads = 8
 
-    config.model.layers = 32
-    config.model.width = 4096
-    config.model.heads = 32
-    config.model.mlp_width = 11_008
-    config.model.vocabulary = 51_200
+    config.model.num_layers = 32
+    config.model.d_model = 4096
+    config.model.num_heads = 32
+    config.model.d_ff = 11_008
+    config.model.vocab_size = 51_200
     config.model.dtype = "bfloat16"
     config.model.remat = "matmuls"  # takes 28 of the 96 GiB of a chip
     config.mesh.data, config.mesh.fsdp = 8, -1  # 64 rows of a matrix a chip; fewer cost 1.4 times to gather
-    config.device_rows = 4
-    config.loss.chunk = 1024  # its gradient is summed over the chips once a chunk
+    config.per_device_batch_size = 4
+    config.loss.chunk_size = 1024  # its gradient is summed over the chips once a chunk
 
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.schedule.warmup = 200
+    config.optimizer.schedule.warmup_steps = 200
     config.checkpoint.every = 256
-    config.checkpoint.keep_every = 2048
+    config.checkpoint.keep_period = 2048
     config.valid.every = 256
-    config.valid.rows = 2048
+    config.valid.num_sequences = 2048
     return config

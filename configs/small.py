@@ -12,23 +12,23 @@ def get_config(arg: str = ""):
     args = parse_arg(arg, alpha=float, repetitions=int)
     config = default_config()
     config.steps = 4096
-    config.batch_rows = 256
-    config.row_tokens = 1024  # 1.07 billion tokens, 40 a parameter; some 4 GB of text, or less, repeated
+    config.batch_size = 256
+    config.seq_len = 1024  # 1.07 billion tokens, 40 a parameter; some 4 GB of text, or less, repeated
     config.repetitions = args.get("repetitions", 1)
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
     if "alpha" in args:
         set_alpha(config, args["alpha"])
-    config.data.threads = 4
+    config.data.num_threads = 4
 
-    config.model.layers = 8
-    config.model.width = 384
-    config.model.heads = 6
-    config.model.mlp_width = 1024
+    config.model.num_layers = 8
+    config.model.d_model = 384
+    config.model.num_heads = 6
+    config.model.d_ff = 1024
     config.model.dtype = "bfloat16"
-    config.device_rows = 64  # what fits a v5e chip of 16 GB
+    config.per_device_batch_size = 64  # what fits a v5e chip of 16 GB
 
-    config.optimizer.schedule.warmup = 100
+    config.optimizer.schedule.warmup_steps = 100
     config.checkpoint.every = 512
     config.valid.every = 256
-    config.valid.rows = 512
+    config.valid.num_sequences = 512
     return config

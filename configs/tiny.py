@@ -12,21 +12,21 @@ def get_config(arg: str = ""):
     config = default_config()
     config.data.path = "runs/corpus"
     config.steps = 960
-    config.batch_rows = 16
-    config.row_tokens = 256
+    config.batch_size = 16
+    config.seq_len = 256
     # Two million unique tokens, twice: a Python installed without its own tests has no more.
     config.repetitions = args.get("repetitions", 2)
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 1 / 2, 1 / 4, 1 / 4
     if "alpha" in args:
         set_alpha(config, args["alpha"])
-    config.model.layers = 4
-    config.model.width = 128
-    config.model.heads = 2
-    config.model.mlp_width = 384
+    config.model.num_layers = 4
+    config.model.d_model = 128
+    config.model.num_heads = 2
+    config.model.d_ff = 384
     config.model.rope_theta = 10_000.0
     # Tuned on two cores for these minutes: wider, deeper, larger vocabularies and other rates came out worse.
     config.optimizer.learning_rate = 1e-2
-    config.optimizer.schedule.decay = 0.5
+    config.optimizer.schedule.decay_fraction = 0.5
     config.checkpoint.every = 120
     config.valid.every = 480
     config.log.every = 20

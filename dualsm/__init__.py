@@ -1,3 +1,3 @@
 """dualsm: one language model, one set of weights, several objectives at once."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -18,15 +18,16 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from dualsm import cli, sharding
 from dualsm import config as configs
 from dualsm.aot.absent import absent_devices
 from dualsm.aot.hlo import analyse
 from dualsm.aot.report import MEMORY_SHARE, as_text, compile_step, gib, make_report, special_ids, walked_share
-from dualsm.errors import UserError
-from dualsm.hardware import CHIPS
-from dualsm.progress import say
-from dualsm.training.program import make_program
+from dualsm.devices import sharding
+from dualsm.devices.chips import CHIPS
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.process.progress import say
+from dualsm.training.program import compile_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, see configs/")
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"such as v5e:4x4, or h200:8; chips: {', '.join(CHIPS)}")
@@ -38,13 +39,13 @@ flags.mark_flags_as_required(["config", "topology"])
 def main(_: Sequence[str]) -> None:
     config = cli.config(_CONFIG)
     configs.check_config(config)
-    if not config.model.vocabulary:
-        raise UserError("--config.model.vocabulary must be given, as no corpus is read here")
+    if not config.model.vocab_size:
+        raise UserError("--config.model.vocab_size must be given, as no corpus is read here")
     devices = absent_devices(_TOPOLOGY.value)
     mesh = sharding.make_mesh(config.mesh, devices)
-    config.microbatches = sharding.microbatches(config, mesh)
+    config.gradient_accumulation_steps = sharding.accumulation_steps(config, mesh)
     say(f"compiling for {len(devices)} x {devices[0].device_kind}, which takes minutes ...")
-    program = make_program(config, special_ids(config), mesh)
+    program = compile_train_step(config, special_ids(config), mesh)
     compiled = compile_step(config, program, mesh)
     text = compiled.as_text()
     if _HLO.value:

@@ -1,7 +1,7 @@
 """All config keys with their units and reasons, and the checks made before anything is compiled.
 
 A recipe in `configs/` starts from `default_config()` and changes what it needs. Every key can be overridden
-on the command line (`--config.model.width=512`); keys that are not listed here are refused.
+on the command line (`--config.model.d_model=512`); keys that are not listed here are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from collections.abc import Callable, Sequence
 import ml_collections
 from ml_collections import ConfigDict
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
+
+
+class OldVersion(UserError):
+    """A run was made by a version of dualsm that this one cannot read."""
 
 
 def default_config() -> ConfigDict:
@@ -23,15 +27,15 @@ def default_config() -> ConfigDict:
 
     config.seed = 0  # weights, order of documents and corruption all follow from it
     config.steps = 1000  # optimizer steps of the run
-    config.batch_rows = 64  # rows a step, over all devices and microbatches
-    config.row_tokens = 256  # L, tokens a row
+    config.batch_size = 64  # sequences per step, over all devices
+    config.seq_len = 256  # L, tokens per sequence
     config.repetitions = 1  # R, how often the run sees each of its unique tokens
-    config.microbatches = 1  # parts a step's rows are worked through in; the result does not depend on it
-    # At most so many rows on a device at once, by more microbatches; 0: as they are, and where they are 1 and
-    # cores are devices that hold copies, as many rows as a core's cache does (`sharding.microbatches`).
-    config.device_rows = 0
+    config.gradient_accumulation_steps = 1  # does not change the result
+    # Maximum number of sequences per device; 0 derives it from `gradient_accumulation_steps`, or from the
+    # cache size on a CPU (`sharding.accumulation_steps`).
+    config.per_device_batch_size = 0
 
-    config.skip_limit = 20  # updates in a row that may be skipped, their numbers not finite
+    config.max_consecutive_skips = 20  # stop after this many consecutive non-finite updates
 
     # Share of rows by objective; must sum to 1.
     config.mixture = ConfigDict(
@@ -77,15 +81,15 @@ def default_config() -> ConfigDict:
     config.data.path = ""  # folder made by `python -m dualsm.prepare`
     config.data.identity = ""  # hash of the corpus; filled in by the run, so that it resumes on the same one
     config.data.verify = True  # check the hashes of all its files before the first step
-    config.data.threads = 1  # that read ahead
-    config.data.ahead = 4  # steps read ahead
+    config.data.num_threads = 1  # that read ahead
+    config.data.prefetch_steps = 4  # steps read ahead
 
     config.model = ConfigDict()
-    config.model.layers = 4
-    config.model.width = 256  # D, of the residual stream
-    config.model.heads = 4  # H; must divide the width into an even head width
-    config.model.mlp_width = 704  # F, inner width of SwiGLU
-    config.model.vocabulary = 0  # ids; 0 takes the corpus's, another number must equal it
+    config.model.num_layers = 4
+    config.model.d_model = 256  # D, of the residual stream
+    config.model.num_heads = 4  # H; must divide the width into an even head width
+    config.model.d_ff = 704  # F, inner width of SwiGLU
+    config.model.vocab_size = 0  # ids; 0 takes the corpus's, another number must equal it
     config.model.head = "projected"  # the paper's; or "plain", Llama's: no projection, no bias
     config.model.rope_theta = 160_000.0
     config.model.norm_eps = 1e-7
@@ -96,8 +100,8 @@ def default_config() -> ConfigDict:
     config.model.attention = "auto"  # "splash" on TPUs, "flash" on GPUs, else "xla"; see model/attention.py
 
     config.loss = ConfigDict()
-    config.loss.z = 1e-4  # weight of the squared log normaliser
-    config.loss.chunk = 128  # positions a row whose logits are held at once
+    config.loss.z_loss = 1e-4  # weight of the squared log normaliser
+    config.loss.chunk_size = 128  # positions a row whose logits are held at once
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "muon"  # or "adamw"
@@ -107,14 +111,14 @@ def default_config() -> ConfigDict:
     config.optimizer.beta1 = 0.9  # of AdamW
     config.optimizer.beta2 = 0.95
     config.optimizer.epsilon = 1e-8
-    config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 does not clip
+    config.optimizer.max_grad_norm = 0.0  # of the whole gradient; 0 does not clip
     config.optimizer.schedule = ConfigDict()
     config.optimizer.schedule.name = "wsd"  # or "cosine", "infinite"; see dualsm/training/schedules.py
-    config.optimizer.schedule.warmup = 0  # steps
-    config.optimizer.schedule.decay = 0.25  # share of the run at its end (wsd, infinite)
-    config.optimizer.schedule.final = 0.0  # learning rate at the end, over the peak
-    config.optimizer.schedule.cooldown = 0  # steps from the peak to the constant phase (infinite)
-    config.optimizer.schedule.constant = 0.5  # learning rate of that phase, over the peak (infinite)
+    config.optimizer.schedule.warmup_steps = 0  # steps
+    config.optimizer.schedule.decay_fraction = 0.25  # share of the run at its end (wsd, infinite)
+    config.optimizer.schedule.final_fraction = 0.0  # learning rate at the end, over the peak
+    config.optimizer.schedule.cooldown_steps = 0  # steps from the peak to the constant phase (infinite)
+    config.optimizer.schedule.constant_fraction = 0.5  # learning rate of that phase, over the peak (infinite)
 
     config.mesh = ConfigDict()  # devices along each axis; -1 takes all that are left
     config.mesh.replica = 1  # copies across slices
@@ -128,14 +132,16 @@ def default_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100  # steps
-    config.checkpoint.keep = 2  # newest ones kept
-    config.checkpoint.failed_saves = 3  # saves in a row that may fail (a full disk) before the run gives up
+    config.checkpoint.max_to_keep = 2  # newest ones kept
+    config.checkpoint.max_failed_saves = (
+        3  # saves in a row that may fail (a full disk) before the run gives up
+    )
     config.checkpoint.final_retries = 8  # of the last save when it fails, after pauses of 1, 2, 4, ... s
-    config.checkpoint.keep_every = 0  # those at multiples of this many steps are kept for good; 0: none
+    config.checkpoint.keep_period = 0  # those at multiples of this many steps are kept for good; 0: none
 
     config.valid = ConfigDict()
     config.valid.every = 100  # steps; also after the last, and before the first (an eighth of the rows)
-    config.valid.rows = 1024  # most held-out rows scored; 0: all
+    config.valid.num_sequences = 1024  # most held-out rows scored; 0: all
     config.valid.objectives = "causal,prefix,masked_diffusion"  # scored whether trained on or not; "": none
 
     config.log = ConfigDict()
@@ -148,12 +154,13 @@ def default_config() -> ConfigDict:
 
 # Keys that may change when a run is resumed: none of them changes what is learned.
 FREE_KEYS = (
-    "checkpoint", "data.ahead", "data.path", "data.threads", "data.verify", "log", "device_rows", "mesh",
-    "microbatches", "model.attention", "model.remat", "skip_limit", "valid.every",
+    "checkpoint", "data.prefetch_steps", "data.path", "data.num_threads", "data.verify", "log", "mesh",
+    "per_device_batch_size", "gradient_accumulation_steps", "model.attention", "model.remat",
+    "max_consecutive_skips", "valid.every",
 )  # fmt: skip
 
 # Keys that a run fills in, and what leaves them open.
-FILLED_IN = {"data.identity": "", "model.vocabulary": 0, "start.step": -1}
+FILLED_IN = {"data.identity": "", "model.vocab_size": 0, "start.step": -1}
 
 
 def parse_arg(arg: str | None, **types: Callable) -> dict:
@@ -198,22 +205,24 @@ def check_config(config: ConfigDict) -> None:
 
     _check_shape(config, default_config(), "config")
     for key in (
-        "steps", "batch_rows", "row_tokens", "repetitions", "microbatches", "data.threads", "data.ahead",
-        "model.layers", "model.width", "model.heads", "model.mlp_width", "loss.chunk", "checkpoint.every",
-        "checkpoint.keep", "skip_limit", "valid.every", "log.every",
+        "steps", "batch_size", "seq_len", "repetitions", "gradient_accumulation_steps", "data.num_threads",
+        "data.prefetch_steps", "model.num_layers", "model.d_model", "model.num_heads", "model.d_ff",
+        "loss.chunk_size", "checkpoint.every", "checkpoint.max_to_keep", "max_consecutive_skips",
+        "valid.every", "log.every",
     ):  # fmt: skip
         _require(config, key, lambda v: v >= 1, "must be at least 1")
     for key in (
-        "seed", "device_rows", "model.vocabulary", "loss.z", "optimizer.weight_decay", "optimizer.clip_norm",
-        "optimizer.schedule.warmup", "optimizer.schedule.cooldown", "optimizer.schedule.final",
-        "checkpoint.keep_every", "checkpoint.failed_saves", "checkpoint.final_retries", "valid.rows",
+        "seed", "per_device_batch_size", "model.vocab_size", "loss.z_loss", "optimizer.weight_decay",
+        "optimizer.max_grad_norm", "optimizer.schedule.warmup_steps", "optimizer.schedule.cooldown_steps",
+        "optimizer.schedule.final_fraction", "checkpoint.keep_period", "checkpoint.max_failed_saves",
+        "checkpoint.final_retries", "valid.num_sequences",
     ):  # fmt: skip
         _require(config, key, lambda v: v >= 0, "must not be negative")
     for key in ("optimizer.learning_rate", "optimizer.epsilon", "model.rope_theta", "model.norm_eps"):
         _require(config, key, lambda v: v > 0, "must be positive")
     for key in ("optimizer.momentum", "optimizer.beta1", "optimizer.beta2"):
         _require(config, key, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-    _require(config, "optimizer.schedule.decay", lambda v: 0 <= v <= 1, "must lie in [0, 1]")
+    _require(config, "optimizer.schedule.decay_fraction", lambda v: 0 <= v <= 1, "must lie in [0, 1]")
     for key, known in (
         ("model.dtype", ("float32", "bfloat16")),
         ("model.head", HEADS),
@@ -228,46 +237,48 @@ def check_config(config: ConfigDict) -> None:
     check_options(config.objectives)
     points(config)
     _require(config, "steps", lambda v: v <= 10**7, "must be at most ten million")
-    if config.repetitions > config.steps * config.batch_rows:
+    if config.repetitions > config.steps * config.batch_size:
         raise UserError(
             f"config.repetitions={config.repetitions} leaves less than one row of unique tokens of the run's "
-            f"{config.steps * config.batch_rows} rows"
+            f"{config.steps * config.batch_size} rows"
         )
-    tokens = config.batch_rows * config.row_tokens
+    tokens = config.batch_size * config.seq_len
     if tokens > 2**30:
         raise UserError(
-            f"config.batch_rows={config.batch_rows} times config.row_tokens={config.row_tokens} is more than "
+            f"config.batch_size={config.batch_size} times config.seq_len={config.seq_len} is more than "
             "2^30 tokens a step"
         )
     for name in valid_objectives(config):
         if name not in OBJECTIVES:
             raise UserError(f"config.valid.objectives: {name!r} is none of {', '.join(OBJECTIVES)}")
     model = config.model
-    if model.width % model.heads or model.width // model.heads % 2:
+    if model.d_model % model.num_heads or model.d_model // model.num_heads % 2:
         raise UserError(
-            f"config.model.heads={model.heads} must divide config.model.width={model.width} "
+            f"config.model.num_heads={model.num_heads} must divide config.model.d_model={model.d_model} "
             "into heads of even width"
         )
-    if config.batch_rows % config.microbatches:
+    if config.batch_size % config.gradient_accumulation_steps:
         raise UserError(
-            f"config.microbatches={config.microbatches} does not divide config.batch_rows={config.batch_rows}"
+            f"config.gradient_accumulation_steps={config.gradient_accumulation_steps} does not divide "
+            f"config.batch_size={config.batch_size}"
         )
     if config.start.step < -1 or (config.start.step >= 0 and not config.start.run):
         raise UserError(
             f"config.start.step={config.start.step} must be a checkpoint's of config.start.run, or -1"
         )
     schedule = config.optimizer.schedule
-    decay = round(schedule.decay * config.steps) if schedule.name != "cosine" else 0
-    cooldown = schedule.cooldown if schedule.name == "infinite" else 0
-    if schedule.warmup + cooldown + decay > config.steps:
+    decay = round(schedule.decay_fraction * config.steps) if schedule.name != "cosine" else 0
+    cooldown = schedule.cooldown_steps if schedule.name == "infinite" else 0
+    if schedule.warmup_steps + cooldown + decay > config.steps:
         raise UserError(
-            f"config.optimizer.schedule: warmup ({schedule.warmup}), cooldown ({cooldown}) and decay "
+            f"config.optimizer.schedule: warmup ({schedule.warmup_steps}), cooldown ({cooldown}) and decay "
             f"({decay}) together are longer than config.steps={config.steps}"
         )
-    if schedule.name == "infinite" and not 0 < schedule.final <= schedule.constant <= 1:
+    if schedule.name == "infinite" and not 0 < schedule.final_fraction <= schedule.constant_fraction <= 1:
         raise UserError(
-            f"config.optimizer.schedule.final={schedule.final} and constant={schedule.constant} must obey "
-            "0 < final <= constant <= 1 for the infinite schedule"
+            f"config.optimizer.schedule: final_fraction={schedule.final_fraction} and "
+            f"constant_fraction={schedule.constant_fraction} must satisfy 0 < final_fraction <= "
+            "constant_fraction <= 1 for the infinite schedule"
         )
 
 
@@ -288,8 +299,17 @@ def save_config(config: ConfigDict) -> str:
 
 
 def load_config(text: str) -> ConfigDict:
-    """The config from its JSON text."""
-    return ConfigDict(json.loads(text))
+    """Returns the config of a run from its JSON text.
+
+    Raises:
+      OldVersion: if the run was made by dualsm 0.1, whose config keys had other names.
+    """
+    config = json.loads(text)
+    if "batch_rows" in config:
+        raise OldVersion(
+            "the run was made by dualsm 0.1, whose config keys had other names; open it with 0.1"
+        )
+    return ConfigDict(config)
 
 
 def difference(a: ConfigDict, b: ConfigDict, free: Sequence[str] = FREE_KEYS) -> list[str]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dualsm import cli
-from dualsm.errors import UserError
-from dualsm.evaluation.run import open_run
 from dualsm.exchange import huggingface, reference_folder
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.rundir.trained_run import open_run
 
 _FORMAT = flags.DEFINE_string("format", None, "import: reference; export: huggingface or reference")
 _WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run; import makes it")

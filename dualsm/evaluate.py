@@ -17,21 +17,21 @@ import jax
 import numpy as np
 from absl import flags
 
-from dualsm import cli
 from dualsm.config import freeze
 from dualsm.data.corpus import Corpus
-from dualsm.errors import UserError
+from dualsm.devices.sharding import batch_devices
 from dualsm.evaluation import harness_results
 from dualsm.evaluation.judging import evaluate_task
 from dualsm.evaluation.modes import MODES, Scoring
-from dualsm.evaluation.results import HELD_OUT, OBJECTIVES, Asked, merge, read_results, results_file
-from dualsm.evaluation.run import TrainedRun, open_run
-from dualsm.evaluation.scoring import Scorer, rows_at_once
+from dualsm.evaluation.scoring import Scorer, sequences_at_once
 from dualsm.evaluation.tasks import TASKS, Question, describe_files, load_task, task_files
-from dualsm.evaluation.validation import BYTES_OF_TOKENS, Validation, valid_rows
-from dualsm.output import check_output, make_folder, write_output
-from dualsm.progress import say, table, warn
-from dualsm.sharding import batch_devices
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.process.output import check_output, make_folder, write_output
+from dualsm.process.progress import say, table, warn
+from dualsm.rundir.results import HELD_OUT, OBJECTIVES, EvalSpec, merge, read_results, results_file
+from dualsm.rundir.trained_run import TrainedRun, open_run
+from dualsm.training.validation import BYTES_OF_TOKENS, Validation, valid_rows
 
 _WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run")
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of the checkpoint; default: the newest")
@@ -73,13 +73,13 @@ def evaluate_held_out(
     run: TrainedRun, corpus: Corpus, objectives: Sequence[str], samples: int
 ) -> Iterator[tuple[str, dict]]:
     """Yields each objective and its loss on the held-out documents, as it is written into the JSON file."""
-    tokens, special = run.config.row_tokens, run.tokenizer.special
+    tokens, special = run.config.seq_len, run.tokenizer.special
     rows = valid_rows(corpus.documents("valid"), tokens, 0, special, run.tokenizer.token_bytes())
     devices = batch_devices(run.mesh)
     enough = -(-len(rows[0]) * samples // devices) * devices
     validation = Validation(
         run.config, objectives, special, rows, run.mesh, samples,
-        at_once=min(rows_at_once(run.mesh, tokens), enough),
+        at_once=min(sequences_at_once(run.mesh, tokens), enough),
     )  # fmt: skip
     for name in objectives:
         start = time.perf_counter()
@@ -96,15 +96,15 @@ def evaluate_held_out(
             "n": len(rows[0]),
             "samples": samples,
             "seconds": time.perf_counter() - start,
-            "settings": {"data": str(corpus.folder), "row_tokens": tokens, "samples": samples},
+            "settings": {"data": str(corpus.folder), "seq_len": tokens, "samples": samples},
         }
         yield name, result
 
 
-def _asked() -> Asked:
+def _asked() -> EvalSpec:
     """What the flags ask for. Raises `UserError`, naming the flag, for what cannot be done."""
     tasks, modes = (list(dict.fromkeys(flag.value)) for flag in (_TASKS, _MODES))
-    asked = Asked(tasks, modes, _TASK_DATA.value, _LIMIT.value)
+    asked = EvalSpec(tasks, modes, _TASK_DATA.value, _LIMIT.value)
     asked.check()
     if not _MASKS.value or not all(n.isdigit() and int(n) > 0 for n in _MASKS.value):
         raise UserError(f"--masks={','.join(_MASKS.value)} must be positive numbers")
@@ -148,7 +148,7 @@ def main(_: Sequence[str]) -> None:
 
 
 def _evaluate(
-    run: TrainedRun, asked: Asked, tasks: dict[str, Sequence[Question]], held_out: Corpus | None
+    run: TrainedRun, asked: EvalSpec, tasks: dict[str, Sequence[Question]], held_out: Corpus | None
 ) -> Iterator[dict]:
     """Yields the results so far after each task and mode, and after each objective on held-out text."""
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
@@ -167,7 +167,7 @@ def _evaluate(
 
 
 def _write_for_harness(
-    results: dict, asked: Asked, run: TrainedRun, everything: dict[str, Sequence[Question]], started: float
+    results: dict, asked: EvalSpec, run: TrainedRun, everything: dict[str, Sequence[Question]], started: float
 ) -> Iterator[Path]:
     """Writes the results in the layout of lm-evaluation-harness, one file per mode, and yields the paths."""
     limit, held_out = asked.limit or None, results.get("held_out", {})
@@ -192,7 +192,7 @@ def _write(path: Path, results: dict, flag: str) -> None:
 
 def _scoring(mode: str, run: TrainedRun) -> Scoring:
     masks = tuple(int(n) for n in _MASKS.value)
-    return Scoring(mode, masks=masks, samples=_SAMPLES.value, longest=run.config.row_tokens)
+    return Scoring(mode, masks=masks, samples=_SAMPLES.value, longest=run.config.seq_len)
 
 
 def _print(results: dict, modes: Sequence[str]) -> None:

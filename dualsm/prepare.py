@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dualsm import cli
 from dualsm.data.build import Recipe, build
 from dualsm.data.readers import SUFFIXES
 from dualsm.data.streams import COMPRESSIONS
-from dualsm.hardware import usable_cores
+from dualsm.devices.chips import usable_cores
+from dualsm.process import cli
 
 _INPUT = flags.DEFINE_string(
     "input",
@@ -50,7 +50,7 @@ def main(_: Sequence[str]) -> None:
         input=_INPUT.value,
         valid_input=_VALID_INPUT.value,
         valid_fraction=_VALID_FRACTION.value,
-        vocabulary=_VOCAB_SIZE.value,
+        vocab_size=_VOCAB_SIZE.value,
         tokenizer=_TOKENIZER.value,
         tokenizer_bytes=_TOKENIZER_BYTES.value,
         text_key=_TEXT_KEY.value,
@@ -65,7 +65,7 @@ def main(_: Sequence[str]) -> None:
         )
     faulty = sum(manifest["documents_faulty"].values())
     print(f"dropped {manifest['documents_duplicate']:,} duplicates and {faulty:,} faulty documents")
-    print(f"corpus of {manifest['vocabulary']:,} ids in {_OUTPUT.value}")
+    print(f"corpus of {manifest['vocab_size']:,} ids in {_OUTPUT.value}")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from absl import flags
 
-from dualsm import cli
 from dualsm.analysis.advice import DEFAULT_METRIC
 from dualsm.analysis.answer import advise, ask, describe
-from dualsm.errors import UserError
-from dualsm.output import check_output, write_output
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.process.output import check_output, write_output
 
 _UNIQUE = flags.DEFINE_float("unique_tokens", None, "tokens of text there are", lower_bound=1)
 _BUDGET = flags.DEFINE_float("budget", None, "tokens to train on, repeated ones included", lower_bound=1)

@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from dualsm import cli
 from dualsm.config import freeze
-from dualsm.errors import UserError
-from dualsm.evaluation.run import TrainedRun, open_run
 from dualsm.generation import causal, diffusion
 from dualsm.generation.batches import prompt_keys
-from dualsm.generation.pick import Picking
 from dualsm.generation.prompts import encode_prompt, read_prompts, show
-from dualsm.output import check_output, write_output
-from dualsm.progress import warn
+from dualsm.generation.sampling_params import SamplingParams
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.process.output import check_output, write_output
+from dualsm.process.progress import warn
+from dualsm.rundir.trained_run import TrainedRun, open_run
 
 MODES = (*causal.MODES, "diffusion")
 
@@ -55,23 +55,23 @@ flags.mark_flags_as_required(["workdir"])
 
 
 def run_mode(
-    run: TrainedRun, prompts: list[list[int]], picking: Picking, unmasking: diffusion.Unmasking
+    run: TrainedRun, prompts: list[list[int]], sampling: SamplingParams, unmasking: diffusion.Unmasking
 ) -> Iterator[list[list[int]]]:
     """The texts as they grow or settle, in the mode and with the seed of the flags."""
     special, config = run.tokenizer.special, freeze(run.config.model)
     key_B = prompt_keys(_SEED.value, prompts)
     if _MODE.value != "diffusion":
         yield from causal.generate(
-            config, run.params, prompts, _TOKENS.value, picking, special, _MODE.value, key_B
+            config, run.params, prompts, _TOKENS.value, sampling, special, _MODE.value, key_B
         )
         return
     texts = [p if special.mask in p else p + [special.mask] * _TOKENS.value for p in prompts]
-    yield from diffusion.fill(config, run.params, texts, picking, unmasking, special, key_B)
+    yield from diffusion.fill(config, run.params, texts, sampling, unmasking, special, key_B)
 
 
 def main(_: Sequence[str]) -> None:
     cli.set_up_jax()
-    picking = Picking(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    sampling = SamplingParams(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     unmasking = diffusion.Unmasking(_ORDER.value, _STEPS.value, _THRESHOLD.value, _BLOCK.value)
     texts = [*_PROMPT.value, *(read_prompts(_PROMPTS.value) if _PROMPTS.value else [])] or [""]
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
@@ -87,7 +87,7 @@ def main(_: Sequence[str]) -> None:
     watch = sys.stdout.isatty() if _WATCH.value is None else _WATCH.value
     screen = _Screen() if watch else None
     mask, times, counts, states = run.tokenizer.special.mask, [], [], None
-    for states in run_mode(run, prompts, picking, unmasking):
+    for states in run_mode(run, prompts, sampling, unmasking):
         times.append(time.perf_counter())
         counts.append([len(tokens) - tokens.count(mask) for tokens in states])
         if screen:
@@ -110,8 +110,8 @@ def main(_: Sequence[str]) -> None:
 def _warn_of_length(prompts: list[list[int]], run: TrainedRun) -> None:
     mask = run.tokenizer.special.mask
     longest = max(len(prompt) + (0 if mask in prompt else _TOKENS.value) for prompt in prompts)
-    if longest > run.config.row_tokens:
-        warn(f"texts of up to {longest} tokens; the model was trained on {run.config.row_tokens} at most")
+    if longest > run.config.seq_len:
+        warn(f"texts of up to {longest} tokens; the model was trained on {run.config.seq_len} at most")
 
 
 def _report(times: list[float], counts_SxB: np.ndarray) -> str:

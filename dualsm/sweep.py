@@ -17,12 +17,12 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dualsm import cli
-from dualsm.analysis.grid import make_cells, parse_axes, parse_cell, parse_rule
-from dualsm.analysis.jobs import check_outcomes, run_missing
-from dualsm.analysis.sweep import Sweep, job_list
-from dualsm.evaluation.results import Asked
-from dualsm.progress import say
+from dualsm.process import cli
+from dualsm.process.progress import say
+from dualsm.rundir.results import EvalSpec
+from dualsm.sweeps.grid import make_cells, parse_axes, parse_cell, parse_rule
+from dualsm.sweeps.jobs import check_outcomes, run_missing
+from dualsm.sweeps.sweep import Sweep, job_list
 
 GRID = ("repetitions=1,4,16,64", "alpha=0,1/8,1/2,7/8,1")
 
@@ -57,7 +57,7 @@ def main(_: Sequence[str]) -> None:
     recipe, given = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
     asked = None
     if _TASKS.value:
-        asked = Asked(_TASKS.value, _MODES.value, _TASK_DATA.value, _LIMIT.value)
+        asked = EvalSpec(_TASKS.value, _MODES.value, _TASK_DATA.value, _LIMIT.value)
         asked.check()
     sweep = Sweep(Path(_WORKDIR.value), recipe, given, config, cells, asked)
     if _LAUNCH.value != "here":

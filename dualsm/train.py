@@ -21,8 +21,9 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dualsm import cli, cores, distributed
-from dualsm.progress import say
+from dualsm.devices import cores
+from dualsm.process import cli, distributed
+from dualsm.process.progress import say
 from dualsm.training.loop import train
 from dualsm.training.profile import parse_window, profiled
 
@@ -47,7 +48,7 @@ def main(_: Sequence[str]) -> None:
     with distributed.job(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value):
         config, alone = cli.config(_CONFIG), not jax.distributed.is_initialized()
         cli.set_up_jax(cores.devices(config) if alone else 0)
-        stop = distributed.asked_to_stop if jax.process_count() > 1 else _on_signals()
+        stop = distributed.preempted if jax.process_count() > 1 else _on_signals()
         with profiled(stop, window, _WORKDIR.value) as stop:
             finished = train(config, _WORKDIR.value, stop)
         if not finished:

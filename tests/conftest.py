@@ -49,7 +49,7 @@ def jsonl(documents, tmp_path_factory) -> Path:
 def corpus_path(jsonl, tmp_path_factory) -> Path:
     """A corpus of 512 ids prepared from real text."""
     path = tmp_path_factory.mktemp("corpus") / "corpus"
-    build(Recipe(input=str(jsonl), vocabulary=512, valid_fraction=0.05), str(path), workers=1, quiet=True)
+    build(Recipe(input=str(jsonl), vocab_size=512, valid_fraction=0.05), str(path), workers=1, quiet=True)
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from dualsm import distributed
+from dualsm.process import distributed
 from dualsm.training.loop import train
 from tests.micro import micro_config
 
@@ -32,12 +32,12 @@ def main(_) -> None:
     with distributed.job(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value):
         config = micro_config(_CORPUS.value)
         config.steps, config.mesh.data, config.optimizer.name = 6, -1, "adamw"
-        config.checkpoint.every, config.checkpoint.keep, config.valid.objectives = 2, 9, ""
+        config.checkpoint.every, config.checkpoint.max_to_keep, config.valid.objectives = 2, 9, ""
 
         def stop(step: int) -> bool:
-            if distributed.leads():
+            if distributed.is_main_process():
                 _limit_files(step)
-            return distributed.asked_to_stop(step)
+            return distributed.preempted(step)
 
         assert train(config, _WORKDIR.value, stop)
     sys.exit(0)

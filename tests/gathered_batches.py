@@ -7,11 +7,12 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import multihost_utils
 
-from dualsm import distributed, sharding
 from dualsm.config import default_config
 from dualsm.data.corpus import Corpus
 from dualsm.data.order import RowOrder
 from dualsm.data.pipeline import StepRows
+from dualsm.devices import sharding
+from dualsm.process import distributed
 
 _CORPUS = flags.DEFINE_string("corpus", None, "")
 _JOB = [flags.DEFINE_string("coordinator", None, "")]
@@ -32,7 +33,7 @@ def main(_) -> None:
         whole = StepRows(documents, order, ROWS, 32, 0, np.arange(ROWS))
         for step in (0, 7):
             for name in ("tokens", "documents"):
-                placed = sharding.place_rows(mesh, part[step][name], ROWS)
+                placed = sharding.shard_batch(mesh, part[step][name], ROWS)
                 gathered = multihost_utils.process_allgather(placed, tiled=True)
                 assert gathered.tobytes() == whole[step][name].tobytes()
         print(f"rows {len(mine)} of {ROWS}", file=sys.stderr)

@@ -20,12 +20,12 @@ import jax
 import numpy as np
 
 from dualsm.config import load_config, save_config
-from dualsm.evaluation.validation import Validation
 from dualsm.model.transformer import init_params
-from dualsm.training.checkpoint import FOLDER, Checkpoints, restore_params
+from dualsm.rundir.checkpoint import FOLDER, Checkpoints, restore_params
+from dualsm.rundir.metrics import read_metrics
+from dualsm.rundir.workdir import CONFIG
 from dualsm.training.loop import train
-from dualsm.training.metrics import read_metrics
-from dualsm.training.workdir import CONFIG
+from dualsm.training.validation import Validation
 from tests.micro import micro_config
 
 STAGES = ("starting", "training", "validating", "saving")

@@ -9,12 +9,12 @@ def micro_config(path: Path | str = ""):
     """A config that compiles in seconds; all three objectives are on."""
     config = default_config()
     config.data.path = str(path)
-    config.steps, config.batch_rows, config.row_tokens = 12, 8, 32
+    config.steps, config.batch_size, config.seq_len = 12, 8, 32
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
-    config.model.layers, config.model.width, config.model.heads, config.model.mlp_width = 2, 32, 2, 64
-    config.loss.chunk = 16
+    config.model.num_layers, config.model.d_model, config.model.num_heads, config.model.d_ff = 2, 32, 2, 64
+    config.loss.chunk_size = 16
     config.log.every, config.valid.every, config.checkpoint.every = 2, 6, 4
-    config.valid.rows = 16
+    config.valid.num_sequences = 16
     config.log.tensorboard = False
     config.mesh.data = 1
     return config

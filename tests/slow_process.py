@@ -8,7 +8,7 @@ import time
 from absl import app, flags
 from jax.experimental import multihost_utils
 
-from dualsm import distributed
+from dualsm.process import distributed
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0")
 _PROCESSES = flags.DEFINE_integer("processes", None, "of the job")
@@ -20,10 +20,10 @@ distributed.LEAVE_SECONDS = 3
 def main(_) -> None:
     with distributed.job(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value):
         with distributed.together():
-            if distributed.leads():
+            if distributed.is_main_process():
                 time.sleep(_FIRST_MEETING + 5)
         assert multihost_utils.process_allgather(_PROCESS_ID.value).tolist() == [0, 1]
-        if distributed.leads():
+        if distributed.is_main_process():
             time.sleep(distributed.LEAVE_SECONDS + 5)
     sys.exit(75)
 

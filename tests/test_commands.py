@@ -11,10 +11,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from dualsm import cli
 from dualsm.config import default_config, load_config, save_config
 from dualsm.data.corpus import Corpus
-from dualsm.errors import unread
+from dualsm.process import cli
+from dualsm.process.errors import unread
 from tests.conftest import ROOT, command_env, run_command
 
 
@@ -49,14 +49,20 @@ BAD_CONFIGS = {
     "unknown key": (["--config.model.widht=64"], ["unknown config key", "widht"]),
     "unknown node": (["--config.modell.layers=3"], ["unknown config key", "'modell'", "dualsm/config.py"]),
     "wrong type": (["--config.steps=many"], ["config.steps", "many"]),
-    "rows and microbatches": (["--config.microbatches=3"], ["config.microbatches=3", "config.batch_rows=8"]),
-    "heads": (["--config.model.heads=5"], ["config.model.heads=5", "config.model.width=32"]),
-    "odd heads": (["--config.model.heads=32"], ["config.model.heads=32", "even width"]),
-    "vocabulary": (["--config.model.vocabulary=1024"], ["config.model.vocabulary=1024", "512"]),
+    "rows and gradient_accumulation_steps": (
+        ["--config.gradient_accumulation_steps=3"],
+        ["config.gradient_accumulation_steps=3", "config.batch_size=8"],
+    ),
+    "heads": (["--config.model.num_heads=5"], ["config.model.num_heads=5", "config.model.d_model=32"]),
+    "odd heads": (["--config.model.num_heads=32"], ["config.model.num_heads=32", "even width"]),
+    "vocab_size": (["--config.model.vocab_size=1024"], ["config.model.vocab_size=1024", "512"]),
     "data": (["--config.repetitions=1", "--config.steps=100000"], ["training tokens", "25,600,000 unique"]),
     "no corpus": (["--config.data.path=nowhere"], ["nowhere", "dualsm.prepare"]),
     "backend": (["--config.model.attention=telepathy"], ["config.model.attention", "telepathy"]),
-    "schedule": (["--config.optimizer.schedule.warmup=11"], ["config.optimizer.schedule", "config.steps=12"]),
+    "schedule": (
+        ["--config.optimizer.schedule.warmup_steps=11"],
+        ["config.optimizer.schedule", "config.steps=12"],
+    ),
     "infinite": (["--config.optimizer.schedule.name=infinite"], ["final=0.0", "constant=0.5"]),
     "zero steps": (["--config.steps=0"], ["config.steps=0", "at least 1"]),
     "mesh": (["--config.mesh.data=3"], ["data=3", "devices"]),
@@ -76,9 +82,9 @@ def test_bad_configs_end_in_one_line(case, recipe, tmp_path):
 def test_rows_that_devices_cannot_share(recipe, tmp_path):
     process = run_command(
         "dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=8",
-        "--config.batch_rows=12", devices=8,
+        "--config.batch_size=12", devices=8,
     )  # fmt: skip
-    assert_one_line(process, "8 devices", "config.batch_rows=12")
+    assert_one_line(process, "8 devices", "config.batch_size=12")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +108,7 @@ def test_bad_command_lines_end_in_one_line(arguments, expected, recipe):
 def test_config_arguments_and_overrides_reach_the_run(recipe, tmp_path):
     process = run_command(
         "dualsm.train", f"--config={recipe}:alpha=0.75,repetitions=4", f"--workdir={tmp_path / 'run'}",
-        "--config.steps=2", "--config.valid.rows=4",
+        "--config.steps=2", "--config.valid.num_sequences=4",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     config = load_config((tmp_path / "run" / "config.json").read_text())
@@ -197,12 +203,13 @@ def test_a_config_file_that_exits_keeps_its_status(tmp_path, monkeypatch):
 def test_memory_that_does_not_suffice_ends_in_one_line(tmp_path):
     script = tmp_path / "huge.py"
     script.write_text(
-        "import jax.numpy as jnp\nfrom dualsm import cli\n\ncli.run(lambda argv: print(jnp.zeros(2**44)))\n"
+        "import jax.numpy as jnp\nfrom dualsm.process import cli\n\n"
+        "cli.run(lambda argv: print(jnp.zeros(2**44)))\n"
     )
     process = run_command(str(script))
     assert_one_line(
-        process, "70368744177664 bytes", "config.device_rows", "config.batch_rows", "config.model.remat",
-        "config.mesh.fsdp",
+        process, "70368744177664 bytes", "config.per_device_batch_size", "config.batch_size",
+        "config.model.remat", "config.mesh.fsdp",
     )  # fmt: skip
     assert process.returncode == 2
 
@@ -211,7 +218,7 @@ def test_memory_that_does_not_suffice_ends_in_one_line(tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_a_command_whose_output_nobody_reads_ends_quietly(arguments, unbuffered, tmp_path):
     script = tmp_path / "talk.py"
-    script.write_text("from dualsm import cli\n\ncli.run(lambda argv: print('of much'))\n")
+    script.write_text("from dualsm.process import cli\n\ncli.run(lambda argv: print('of much'))\n")
     reader, writer = os.pipe()
     os.close(reader)
     env = command_env() | {"PYTHONUNBUFFERED": unbuffered}
@@ -226,7 +233,7 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(arguments, unbuffered,
 def test_any_text_is_printed_in_any_encoding(encoding, tmp_path):
     script = tmp_path / "talk.py"
     script.write_text(
-        "from dualsm import cli\nfrom dualsm.progress import say, warn\n\n"
+        "from dualsm.process import cli\nfrom dualsm.process.progress import say, warn\n\n"
         "text = '\\xb1 \\u2581 \\ud800'\ncli.run(lambda argv: (print(text), say(text), warn(text)))\n"
     )
     env = command_env() | {"PYTHONIOENCODING": encoding}
@@ -285,7 +292,7 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path, jsonl, monkeypatch):
                           "--tokenizer_bytes=50000", "--valid_fraction=0.05")  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "c" / "manifest.json").exists()
-    assert Corpus("~/c").vocabulary == 512
+    assert Corpus("~/c").vocab_size == 512
     (tmp_path / "recipe.py").write_text("from tests.micro import micro_config as get_config\n")
     assert_one_line(run_command("dualsm.train", "--config=~/recipe.py:~/none", "--workdir=~/w"), "no corpus")
     assert_one_line(run_command("dualsm.sample", "--workdir=~/w"), f"{tmp_path}/w")

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from dualsm import sharding
 from dualsm.aot.absent import absent_devices
 from dualsm.aot.hlo import Work, analyse
 from dualsm.aot.report import (
@@ -21,12 +20,13 @@ from dualsm.aot.report import (
     walked_share,
 )
 from dualsm.aot.roofline import estimate, interconnect_bandwidth
-from dualsm.errors import UserError
-from dualsm.hardware import CHIPS
+from dualsm.devices import sharding
+from dualsm.devices.chips import CHIPS
 from dualsm.model.flops import train_flops
 from dualsm.objectives.example import SpecialIds
+from dualsm.process.errors import UserError
 from dualsm.training.optimizer import make_optimizer
-from dualsm.training.program import activation_bytes, attended_share, batch_shapes, make_program
+from dualsm.training.program import activation_bytes, attended_share, batch_shapes, compile_train_step
 from tests.conftest import run_command
 from tests.micro import micro_config
 
@@ -34,13 +34,13 @@ from tests.micro import micro_config
 def config_on(devices: int, **mesh):
     """The micro config and a mesh over some of the fake devices."""
     config = micro_config()
-    config.model.vocabulary = 128
+    config.model.vocab_size = 128
     config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1} | mesh)
     return config, sharding.make_mesh(config.mesh, jax.devices()[:devices])
 
 
 def compiled_step(config, mesh):
-    program = make_program(config, SpecialIds(), mesh)
+    program = compile_train_step(config, SpecialIds(), mesh)
     with jax.set_mesh(mesh):
         return program, program.step.lower(program.abstract_state, batch_shapes(config, mesh)).compile()
 
@@ -50,7 +50,7 @@ def test_the_formula_counts_the_operations_of_the_compiled_step():
     config, mesh = config_on(1)
     config.model.remat, config.optimizer.name = "none", "adamw"
     _, compiled = compiled_step(config, mesh)
-    expected = config.batch_rows * train_flops(config.model, config.row_tokens, attended=1.0)
+    expected = config.batch_size * train_flops(config.model, config.seq_len, attended=1.0)
     assert analyse(compiled.as_text(), 1).flops == pytest.approx(expected, rel=0.01)
 
 
@@ -61,7 +61,7 @@ def test_attended_share():
     config.mixture.update({"causal": 0.5, "masked_diffusion": 0.5})
     assert attended_share(config, SpecialIds()) == pytest.approx(33 / 128 + 0.5)
     # In blocks of a quarter of the row: 1, 2, 3 and 4 of 4 for causal rows.
-    assert attended_share(config, SpecialIds(), config.row_tokens // 4) == pytest.approx(10 / 32 + 0.5)
+    assert attended_share(config, SpecialIds(), config.seq_len // 4) == pytest.approx(10 / 32 + 0.5)
 
 
 def test_full_remat_keeps_one_input_a_layer():
@@ -69,9 +69,9 @@ def test_full_remat_keeps_one_input_a_layer():
     sizes = {}
     for remat in ("full", "none"):
         for layers in (2, 4):
-            config.model.remat, config.model.layers = remat, layers
+            config.model.remat, config.model.num_layers = remat, layers
             sizes[remat, layers] = activation_bytes(config, SpecialIds(), rows=4)
-    width = 4 * config.row_tokens * config.model.width * 4
+    width = 4 * config.seq_len * config.model.d_model * 4
     assert sizes["full", 4] - sizes["full", 2] == 2 * width
     assert sizes["none", 4] - sizes["none", 2] > 10 * 2 * width
 
@@ -107,14 +107,14 @@ def test_muon_divides_the_layers_among_devices(layers, mesh):
 
 def test_a_report_divides_the_parameters_by_the_devices():
     (_, two), (config, eight) = (config_on(n, data=1, fsdp=n) for n in (2, 8))
-    config.batch_rows, config.optimizer.name = 16, "adamw"
+    config.batch_size, config.optimizer.name = 16, "adamw"
     program, compiled = compiled_step(config, eight)
     work = analyse(compiled.as_text(), 8)
     report = make_report(config, "v5e:2x4", eight, program, compiled.memory_analysis(), work)
-    at_two = make_program(config, SpecialIds(), two).abstract_state
+    at_two = compile_train_step(config, SpecialIds(), two).abstract_state
     for part, tree in (("parameters", at_two.params), ("optimizer", at_two.opt_state)):
         assert report["memory"][part] == pytest.approx(device_bytes(tree) / 4, rel=0.1)  # vectors are whole
-    assert report["rows_at_once"] == 2
+    assert report["sequences_at_once"] == 2
     assert report["flops"]["compiled"] * 8 > report["flops"]["model_all_devices"]
     assert "2 rows a chip at once" in as_text(report)
 
@@ -122,7 +122,7 @@ def test_a_report_divides_the_parameters_by_the_devices():
 def test_objectives_that_draw_random_tokens_can_be_reported():
     config, _ = config_on(1)
     config.mixture.update({"causal": 0.5, "prefix": 0.0, "masked_diffusion": 0.0, "masked": 0.5})
-    assert special_ids(config).vocabulary == 128
+    assert special_ids(config).vocab_size == 128
     assert walked_share(config, "tpu") == pytest.approx(33 / 128 + 0.5)
 
 
@@ -152,21 +152,27 @@ def test_a_share_of_memory_that_is_no_number_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "device_rows", "microbatches", "expected"),
+    ("rows", "per_device_batch_size", "gradient_accumulation_steps", "expected"),
     [(64, 0, 4, 4), (64, 4, 1, 2), (64, 3, 1, 4), (64, 100, 1, 1), (24, 2, 1, 3)],
 )
-def test_microbatches_keep_to_the_rows_a_device_may_hold(rows, device_rows, microbatches, expected):
+def test_gradient_accumulation_steps_keep_to_the_rows_a_device_may_hold(
+    rows, per_device_batch_size, gradient_accumulation_steps, expected
+):
     config, mesh = config_on(8) if rows == 64 else config_on(4)
-    config.batch_rows, config.device_rows, config.microbatches = rows, device_rows, microbatches
-    assert sharding.microbatches(config, mesh) == expected
+    config.batch_size, config.per_device_batch_size, config.gradient_accumulation_steps = (
+        rows,
+        per_device_batch_size,
+        gradient_accumulation_steps,
+    )
+    assert sharding.accumulation_steps(config, mesh) == expected
 
 
 def test_rows_that_cannot_be_shared():
     config, mesh = config_on(8)
-    for rows, microbatches in ((12, 1), (16, 4)):
-        config.batch_rows, config.microbatches = rows, microbatches
+    for rows, gradient_accumulation_steps in ((12, 1), (16, 4)):
+        config.batch_size, config.gradient_accumulation_steps = rows, gradient_accumulation_steps
         with pytest.raises(UserError, match="8 devices cannot share"):
-            sharding.microbatches(config, mesh)
+            sharding.accumulation_steps(config, mesh)
 
 
 def test_the_roofline():
@@ -196,7 +202,7 @@ needs_cuda = pytest.mark.skipif(
 )
 
 
-MICRO = ("--config=tests/micro.py", "--config.model.vocabulary=128", "--config.mesh.fsdp=-1")
+MICRO = ("--config=tests/micro.py", "--config.model.vocab_size=128", "--config.mesh.fsdp=-1")
 
 
 @pytest.mark.extras
@@ -221,7 +227,7 @@ def test_attention_scores_stay_out_of_main_memory(tmp_path):
     def has_scores(backend: str) -> bool:
         program = tmp_path / backend
         done = run_command(
-            "dualsm.compile", *MICRO, "--topology=v5e:2x2", "--config.row_tokens=256",
+            "dualsm.compile", *MICRO, "--topology=v5e:2x2", "--config.seq_len=256",
             f"--config.model.attention={backend}", f"--hlo={program}",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -236,7 +242,7 @@ def test_the_command_compiles_for_absent_gpus(tmp_path):
     """The kernel's program is compiled too; no row's scores are in main memory."""
     output, program = tmp_path / "report.json", tmp_path / "program"
     done = run_command(
-        "dualsm.compile", *MICRO, "--topology=h200:4", "--config.row_tokens=256",
+        "dualsm.compile", *MICRO, "--topology=h200:4", "--config.seq_len=256",
         "--config.model.attention=flash", f"--output={output}", f"--hlo={program}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -261,8 +267,8 @@ def test_a_slice_that_does_not_exist_is_refused():
 @needs_libtpu
 def test_a_step_that_does_not_fit_is_refused():
     done = run_command(
-        "dualsm.compile", *MICRO, "--topology=v5e:2x2", "--config.model.width=16384",
-        "--config.model.mlp_width=65536", "--config.model.heads=128",
+        "dualsm.compile", *MICRO, "--topology=v5e:2x2", "--config.model.d_model=16384",
+        "--config.model.d_ff=65536", "--config.model.num_heads=128",
     )  # fmt: skip
     assert done.returncode == 2
     assert "error: does not fit" in done.stderr

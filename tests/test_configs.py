@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from dualsm.config import check_config, default_config, difference, parse_arg, set_alpha
-from dualsm.errors import UserError
+from dualsm.config import check_config, default_config, difference, load_config, parse_arg, set_alpha
 from dualsm.model.transformer import init_params
+from dualsm.process.errors import UserError
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
@@ -42,7 +42,7 @@ def test_the_papers_recipe():
     total = sum(p.size for p in jax.tree.leaves(params))
     assert 465e6 < total < 475e6
     assert 360e6 < total - 2 * 51_200 * 1024 < 365e6  # without embedding and output matrix
-    assert config.steps * config.batch_rows * config.row_tokens == 2**35
+    assert config.steps * config.batch_size * config.seq_len == 2**35
     assert params["blocks"]["attention"]["query"]["kernel"].shape == (24, 1024, 1024)
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("muon", 7e-3, 0.1)
@@ -52,8 +52,12 @@ def test_the_papers_recipe():
         0.95,
         1e-8,
     )
-    assert (optimizer.schedule.name, optimizer.schedule.warmup, optimizer.schedule.decay) == ("wsd", 0, 0.25)
-    assert (config.loss.z, optimizer.clip_norm, config.valid.every) == (1e-4, 0.0, 128)
+    assert (optimizer.schedule.name, optimizer.schedule.warmup_steps, optimizer.schedule.decay_fraction) == (
+        "wsd",
+        0,
+        0.25,
+    )
+    assert (config.loss.z_loss, optimizer.max_grad_norm, config.valid.every) == (1e-4, 0.0, 128)
 
 
 def test_alpha_is_the_share_of_causal_rows():
@@ -77,21 +81,27 @@ def test_arguments_are_read_by_type():
 
 def test_only_what_changes_learning_keeps_a_run_from_resuming():
     a, b = default_config(), default_config()
-    b.mesh.fsdp, b.log.every, b.checkpoint.keep, b.microbatches, b.data.path = 4, 3, 9, 2, "elsewhere"
+    b.mesh.fsdp, b.log.every, b.checkpoint.max_to_keep, b.gradient_accumulation_steps, b.data.path = (
+        4,
+        3,
+        9,
+        2,
+        "elsewhere",
+    )
     b.model.remat, b.valid.every = "full", 7
     assert difference(a, b) == []
-    b.optimizer.beta2, b.model.layers = 0.99, 5
-    assert difference(a, b) == ["model.layers: 4 -> 5", "optimizer.beta2: 0.95 -> 0.99"]
+    b.optimizer.beta2, b.model.num_layers = 0.99, 5
+    assert difference(a, b) == ["model.num_layers: 4 -> 5", "optimizer.beta2: 0.95 -> 0.99"]
 
 
 def test_what_a_run_fills_in_is_no_difference_where_it_is_left_open():
     run, config = default_config(), default_config()
-    run.model.vocabulary, run.data.identity, run.start.step = 512, "abc", 8
+    run.model.vocab_size, run.data.identity, run.start.step = 512, "abc", 8
     assert difference(run, config) == []
-    config.model.vocabulary, config.data.identity, config.start.step = 384, "abd", 4
+    config.model.vocab_size, config.data.identity, config.start.step = 384, "abd", 4
     assert [change.split(":")[0] for change in difference(run, config)] == [
         "data.identity",
-        "model.vocabulary",
+        "model.vocab_size",
         "start.step",
     ]
 
@@ -99,11 +109,11 @@ def test_what_a_run_fills_in_is_no_difference_where_it_is_left_open():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model.layers", 0, "at least 1"),
+        ("model.num_layers", 0, "at least 1"),
         ("optimizer.learning_rate", -1.0, "positive"),
         ("optimizer.beta2", 1.0, r"\[0, 1\)"),
-        ("optimizer.schedule.decay", 1.5, r"\[0, 1\]"),
-        ("loss.z", -1e-4, "negative"),
+        ("optimizer.schedule.decay_fraction", 1.5, r"\[0, 1\]"),
+        ("loss.z_loss", -1e-4, "negative"),
         ("model.dtype", "float8", "one of float32, bfloat16"),
         ("model.remat", "some", "one of"),
         ("optimizer.name", "sgd", "one of"),
@@ -126,11 +136,16 @@ def test_missing_extra_and_mistyped_keys_are_named():
     with pytest.raises(UserError, match=r"config\.model\.depth"):
         check_config(config)
     config = default_config()
-    del config.loss.z
-    with pytest.raises(UserError, match=r"config\.loss\.z is missing"):
+    del config.loss.z_loss
+    with pytest.raises(UserError, match=r"config\.loss\.z_loss is missing"):
         check_config(config)
     config = default_config()
     with config.ignore_type():
         config.steps = "ten"
     with pytest.raises(UserError, match=r"config\.steps='ten'.*int"):
         check_config(config)
+
+
+def test_a_run_of_version_0_1_is_refused_by_name():
+    with pytest.raises(UserError, match="made by dualsm 0.1"):
+        load_config('{"batch_rows": 64}')

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from dualsm import cli, cores, hardware, sharding
-from dualsm.errors import UserError
+from dualsm.devices import chips as hardware
+from dualsm.devices import cores, sharding
+from dualsm.process import cli
+from dualsm.process.errors import UserError
 from tests.conftest import XLA_FLAGS, run_command
 from tests.micro import micro_config
 
@@ -17,22 +19,22 @@ def small(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(cores, "_cores", lambda: 6)
     config = micro_config()
-    config.batch_rows, config.row_tokens, config.model.vocabulary, config.mesh.data = 16, 256, 512, -1
+    config.batch_size, config.seq_len, config.model.vocab_size, config.mesh.data = 16, 256, 512, -1
     return config
 
 
 def test_small_models_take_a_device_a_core(small):
     assert cores.devices(small) == 4  # which 16 rows can be shared by
-    small.batch_rows = 18
+    small.batch_size = 18
     assert cores.devices(small) == 6
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.width": 1024},
-        {"model.vocabulary": 65536},
-        {"row_tokens": 32},  # 512 tokens a step: enough for one core only
+        {"model.d_model": 1024},
+        {"model.vocab_size": 65536},
+        {"seq_len": 32},  # 512 tokens a step: enough for one core only
         {"mesh.fsdp": 2},
         {"mesh.data": 1, "mesh.fsdp": -1},
     ],
@@ -49,7 +51,7 @@ def test_what_xla_was_told_stays(small, monkeypatch):
 
 
 def test_the_vocabulary_is_the_corpus_s(small, corpus_path):
-    small.model.vocabulary, small.data.path = 0, ""
+    small.model.vocab_size, small.data.path = 0, ""
     with pytest.raises(UserError, match="data.path"):
         cores.devices(small)
     small.data.path = str(corpus_path)
@@ -58,7 +60,7 @@ def test_the_vocabulary_is_the_corpus_s(small, corpus_path):
 
 @pytest.mark.parametrize("told", ["", "3"])
 def test_training_takes_them(told, corpus_path, tmp_path):
-    flags = ("--config.mesh.data=-1", "--config.row_tokens=256", "--config.batch_rows=12", "--config.steps=1")
+    flags = ("--config.mesh.data=-1", "--config.seq_len=256", "--config.batch_size=12", "--config.steps=1")
     env = {"XLA_FLAGS": XLA_FLAGS.split()[0], "JAX_NUM_CPU_DEVICES": told} if told else {"XLA_FLAGS": ""}
     config = f"--config=tests/micro.py:{corpus_path}"
     done = run_command("dualsm.train", config, f"--workdir={tmp_path}", *flags, env=env)
@@ -68,16 +70,20 @@ def test_training_takes_them(told, corpus_path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("axis", "size", "microbatches", "expected"),
+    ("axis", "size", "gradient_accumulation_steps", "expected"),
     [("data", 4, 1, 8), ("data", 4, 2, 2), ("data", 1, 1, 1), ("fsdp", 4, 1, 1)],
 )
-def test_parts_fit_a_core_s_cache(axis, size, microbatches, expected):
+def test_parts_fit_a_core_s_cache(axis, size, gradient_accumulation_steps, expected):
     """Where devices hold copies, and nothing else was asked for."""
     config = micro_config()
     config.mesh.update(dict.fromkeys(config.mesh, 1) | {axis: size})
-    config.batch_rows, config.row_tokens, config.microbatches = 64, 256, microbatches
+    config.batch_size, config.seq_len, config.gradient_accumulation_steps = (
+        64,
+        256,
+        gradient_accumulation_steps,
+    )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:size])
-    assert sharding.microbatches(config, mesh) == expected
+    assert sharding.accumulation_steps(config, mesh) == expected
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from dualsm import hardware
-from dualsm.hardware import CHIPS, Peak, listed_flops, peak_flops
+from dualsm.devices import chips as hardware
+from dualsm.devices.chips import CHIPS, Peak, listed_flops, peak_flops
 
 
 @pytest.mark.parametrize(

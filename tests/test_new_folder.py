@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dualsm.errors import UserError
-from dualsm.output import new_folder
+from dualsm.process.errors import UserError
+from dualsm.process.output import new_folder
 
 
 def names(folder) -> list[str]:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dualsm.errors import UserError
-from dualsm.output import check_output, write_output
+from dualsm.process.errors import UserError
+from dualsm.process.output import check_output, write_output
 
 
 def test_a_file_and_its_folder_are_made(tmp_path):

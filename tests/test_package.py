@@ -9,8 +9,8 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from dualsm.__main__ import commands, main
-from dualsm.cli import find_configs
-from dualsm.errors import UserError
+from dualsm.process.cli import find_configs
+from dualsm.process.errors import UserError
 from tests.conftest import ROOT, command_env, run_command
 
 

@@ -14,10 +14,10 @@ from jax.errors import JaxRuntimeError
 
 from dualsm.config import load_config
 from dualsm.data.build import Recipe, build
-from dualsm.distributed import _ending, job
-from dualsm.errors import UserError
+from dualsm.process.distributed import _ending, job
+from dualsm.process.errors import UserError
+from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
-from dualsm.training.metrics import read_metrics
 from tests.processes import MET_TOO_LATE, STOPPED, end, launch, start, write_recipe
 
 SHORT = {"steps": 20, "log.every": 1, "valid.every": 20, "checkpoint.every": 10}
@@ -162,9 +162,9 @@ def test_a_process_that_dies_takes_the_job_down(endless, tmp_path):
 
 
 def test_a_mistake_is_told_by_every_process_and_ends_the_job(recipe, tmp_path):
-    done = launch(2, 1, f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.batch_rows=7")
+    done = launch(2, 1, f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.batch_size=7")
     assert done.returncode == 2
-    assert "error: process 0 of 2: 2 devices cannot share config.batch_rows=7" in done.stderr
+    assert "error: process 0 of 2: 2 devices cannot share config.batch_size=7" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -175,7 +175,7 @@ def stale_corpus(jsonl, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stale")
     lines = jsonl.read_text().splitlines(keepends=True)
     (folder / "half.jsonl").write_text("".join(lines[::2]))
-    recipe = Recipe(input=str(folder / "half.jsonl"), vocabulary=512, valid_fraction=0.05)
+    recipe = Recipe(input=str(folder / "half.jsonl"), vocab_size=512, valid_fraction=0.05)
     build(recipe, str(folder / "corpus"), workers=1, quiet=True)
     return folder / "corpus"
 

@@ -8,7 +8,7 @@ import pytest
 from dualsm.analysis import answer
 from dualsm.analysis.advice import SHIPPED, advise_by_rules, advise_by_table
 from dualsm.analysis.table import load, read_table, write_table
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 from tests.analysis.synthetic import BUDGET, STEPS, grid, write_cell, write_plan, write_sweep
 from tests.conftest import run_command
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from dualsm import sharding
-from dualsm.errors import UserError
+from dualsm.devices import sharding
+from dualsm.process.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from dualsm.analysis.grid import Cell, make_cells
-from dualsm.analysis.jobs import run_missing
-from dualsm.analysis.sweep import Sweep, _divergence
-from dualsm.errors import UserError
-from dualsm.evaluation.results import OBJECTIVES, Asked
-from dualsm.training.metrics import read_metrics
+from dualsm.process.errors import UserError
+from dualsm.rundir.metrics import read_metrics
+from dualsm.rundir.results import OBJECTIVES, EvalSpec
+from dualsm.sweeps.grid import Cell, make_cells
+from dualsm.sweeps.jobs import run_missing
+from dualsm.sweeps.sweep import Sweep, _divergence
 from tests.conftest import ROOT, command_env, run_command
 from tests.micro import micro_config
 
@@ -34,8 +34,8 @@ def arguments(recipe: str, workdir: Path, *more: str) -> list[str]:
 GRID = ("--grid=repetitions=1,4", "--grid=alpha=0,1/2")
 # Too large for the corpus; rates at which float32 overflows at once, and later than the run gives up.
 BAD = (
-    "--cell=batch_rows=100000,alpha=1",
-    "--cell=optimizer.learning_rate=1e30,skip_limit=3,alpha=1",
+    "--cell=batch_size=100000,alpha=1",
+    "--cell=optimizer.learning_rate=1e30,max_consecutive_skips=3,alpha=1",
     "--cell=optimizer.learning_rate=1e6,alpha=1",
 )
 NAMES = [f"repetitions={r},alpha={a}" for r in (1, 4) for a in ("0", "0.5")]
@@ -76,10 +76,10 @@ def test_every_cell_is_an_ordinary_finished_run(sweep):
 
 
 def test_failed_and_diverged_cells_are_recorded_and_the_sweep_goes_on(sweep):
-    failed = status(sweep, "batch_rows=100000,alpha=1")
+    failed = status(sweep, "batch_size=100000,alpha=1")
     assert failed["status"] == "failed"
     assert "tokens" in failed["reason"]
-    diverged = status(sweep, "optimizer.learning_rate=1e+30,skip_limit=3,alpha=1")
+    diverged = status(sweep, "optimizer.learning_rate=1e+30,max_consecutive_skips=3,alpha=1")
     assert diverged["status"] == "diverged"
     assert "steps 2 to 4" in diverged["reason"]
     lost = status(sweep, "optimizer.learning_rate=1000000,alpha=1")
@@ -104,14 +104,14 @@ def test_the_report_has_every_cell(sweep):
 
 def test_the_same_sweep_again_runs_only_what_failed(sweep, corpus_path, monkeypatch):
     started = []
-    monkeypatch.setattr("dualsm.analysis.jobs._Job", lambda sweep, cell, *_: started.append(cell.name))
+    monkeypatch.setattr("dualsm.sweeps.jobs._Job", lambda sweep, cell, *_: started.append(cell.name))
     cells = [
         Cell(name, values) for name, values in json.loads((sweep / "sweep.json").read_text())["cells"].items()
     ]
     again = Sweep(sweep, "micro.py", {}, micro_config(corpus_path), cells)
     with pytest.raises(AttributeError):  # the job that stands in for the first is none
         run_missing(again, jobs=1)
-    assert started == ["batch_rows=100000,alpha=1"]
+    assert started == ["batch_size=100000,alpha=1"]
 
 
 def test_a_cluster_gets_one_task_a_cell(recipe, tmp_path):
@@ -186,7 +186,7 @@ def one_cell(sweep, corpus_path, tmp_path):
     (cell,) = make_cells({"repetitions": [1], "alpha": [0]})
     shutil.copytree(sweep / "cells" / cell.name, tmp_path / "cells" / cell.name)
 
-    def make(asked: Asked | None = None, **values) -> tuple[Sweep, Cell]:
+    def make(asked: EvalSpec | None = None, **values) -> tuple[Sweep, Cell]:
         changed = Cell(cell.name, cell.values | values)
         return Sweep(tmp_path, "micro.py", {}, micro_config(corpus_path), [changed], asked), changed
 
@@ -206,13 +206,13 @@ def test_cells_of_another_config_are_refused_before_anything_is_written(recipe, 
 
 def test_a_cell_may_change_in_what_does_not_change_the_run(one_cell):
     one_cell()[0].check()
-    one_cell(microbatches=2)[0].check()
+    one_cell(gradient_accumulation_steps=2)[0].check()
     with pytest.raises(UserError, match=r"steps: 12 -> 24"):
         one_cell(steps=24)[0].check()
 
 
 def test_only_what_was_not_measured_as_asked_is_evaluated(one_cell):
-    asked = Asked(["blimp", "piqa", "valid"], ["causal", "masked"], "eval", limit=5)
+    asked = EvalSpec(["blimp", "piqa", "valid"], ["causal", "masked"], "eval", limit=5)
     sweep, cell = one_cell(asked)
 
     def measured(step=12, limit=5, tasks=asked.tasks[:2], modes=asked.modes, held_out=OBJECTIVES):
@@ -234,7 +234,7 @@ def test_only_what_was_not_measured_as_asked_is_evaluated(one_cell):
 
 
 def test_a_finished_cell_is_evaluated_on_more(one_cell):
-    sweep, cell = one_cell(Asked(["valid"], ["causal"]))
+    sweep, cell = one_cell(EvalSpec(["valid"], ["causal"]))
     (sweep.path(cell) / "cell.json").write_text(json.dumps({"status": "done", "seconds": 1000}))
     assert run_missing(sweep, jobs=1)[cell.name]["status"] == "done"
     results = json.loads((sweep.path(cell) / "eval" / "step_12.json").read_text())
@@ -253,7 +253,7 @@ def test_log_lines_are_read_again_only_when_the_file_has_changed(one_cell, monke
         reads.append(path)
         return read_metrics(path)
 
-    monkeypatch.setattr("dualsm.analysis.sweep.read_metrics", counted)
+    monkeypatch.setattr("dualsm.sweeps.sweep.read_metrics", counted)
     shown = [sweep.row(cell) for _ in range(5)]
     assert len(reads) == 1
     assert all(row == shown[0] for row in shown)
@@ -289,11 +289,11 @@ def test_the_folder_of_something_else_is_refused(one_cell, content):
 
 def test_a_sweep_of_failures_fails(recipe, tmp_path):
     folder = tmp_path / "sweep"
-    done = run_command(*arguments(recipe, folder, "--grid=batch_rows=100000", "--grid=alpha=0,1"))
+    done = run_command(*arguments(recipe, folder, "--grid=batch_size=100000", "--grid=alpha=0,1"))
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stderr.startswith("error: all 2 cells that ran failed; batch_rows=100000,alpha=0: ")
-    assert status(folder, "batch_rows=100000,alpha=0")["reason"].removeprefix("error: ") in done.stderr
+    assert done.stderr.startswith("error: all 2 cells that ran failed; batch_size=100000,alpha=0: ")
+    assert status(folder, "batch_size=100000,alpha=0")["reason"].removeprefix("error: ") in done.stderr
     assert (folder / "table.csv").exists()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dualsm.data.corpus import Corpus
-from dualsm.errors import UserError, explained
+from dualsm.process.errors import UserError, explained
 from tests.conftest import ROOT, command_env, run_command
 
 
@@ -89,8 +89,8 @@ def test_a_script_without_a_guard_is_told_of_it(jsonl, tmp_path):
 
 TERMINAL = """
 import sys, time
-from dualsm import distributed
-from dualsm.progress import bar, say, warn
+from dualsm.process import distributed
+from dualsm.process.progress import bar, say, warn
 
 signals = []
 if sys.argv[2] == "hangup":

@@ -134,7 +134,7 @@ def test_results_are_written_after_each_mode(workdir, task_data, tmp_path):
 
 
 def test_held_out_scores_are_those_of_training(workdir):
-    from dualsm.training.metrics import read_metrics
+    from dualsm.rundir.metrics import read_metrics
 
     process = run_command("dualsm.evaluate", f"--workdir={workdir}", "--tasks=valid", "--valid_samples=1")
     assert process.returncode == 0, process.stderr
@@ -169,7 +169,7 @@ def test_how_a_run_was_trained_does_not_bind_its_use(workdir, tmp_path):
     """A kernel of GPUs; and rows at once that the devices here cannot share."""
     run = shutil.copytree(workdir, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
-    config["model"]["attention"], config["microbatches"] = "flash", 8
+    config["model"]["attention"], config["gradient_accumulation_steps"] = "flash", 8
     (run / "config.json").write_text(json.dumps(config))
     losses = []
     for number, folder in enumerate((workdir, run)):
@@ -289,7 +289,7 @@ def test_the_benchmarks_run(workdir, tmp_path):
     process = run_command("benchmarks.attention", "--length=768", "--heads=1", "--width=8", "--rounds=1")
     assert process.returncode == 0, process.stderr
     process = run_command(
-        "benchmarks/accelerator.py", "--config=tests/micro.py", "--config.model.vocabulary=128", "--rows=8",
+        "benchmarks/accelerator.py", "--config=tests/micro.py", "--config.model.vocab_size=128", "--rows=8",
         "--rounds=1", "--seconds=0.01", f"--output={tmp_path / 'accelerator.json'}",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr

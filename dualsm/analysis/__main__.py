@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dualsm import cli
 from dualsm.analysis.reporting import as_text, report
+from dualsm.process import cli
 
 _SWEEP = cli.DEFINE_path("sweep", None, "folder of the sweep; it need not be finished")
 flags.mark_flags_as_required(["sweep"])

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dualsm.analysis import rules
-from dualsm.analysis.cells import Row
 from dualsm.analysis.scales import octaves_outside
 from dualsm.analysis.stopping import Stopping, compare_lengths
 from dualsm.analysis.summary import by_mixture
 from dualsm.analysis.surface import Recommendation, Surface, fit_surface
 from dualsm.analysis.table import comparable, lower_is_better, mean, seed_sd, unequal_tuning
+from dualsm.sweeps.cells import Row
 
 SHIPPED = Path(__file__).with_name("shipped.csv")  # the project's own sweep
 DEFAULT_METRIC = "valid/causal/loss"

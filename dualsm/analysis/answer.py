@@ -14,7 +14,7 @@ from dualsm.analysis.scales import fraction
 from dualsm.analysis.stopping import Side, Stopping, in_words
 from dualsm.analysis.surface import CREDIBLE, Estimate
 from dualsm.analysis.table import load
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 _INSTALL = "pip install 'dualsm[analysis]'"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 
 class TooFewCells(UserError):

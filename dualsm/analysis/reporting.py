@@ -11,13 +11,13 @@ import numpy as np
 
 from dualsm.analysis import plots
 from dualsm.analysis.advice import fit_to_cells
-from dualsm.analysis.cells import CELLS, Row, collect, curve
 from dualsm.analysis.errors import TooFewCells
 from dualsm.analysis.scales import alpha_from_scale, alpha_scale, repetition_scale
 from dualsm.analysis.summary import by_mixture, summary
 from dualsm.analysis.surface import CREDIBLE, Surface
 from dualsm.analysis.table import TABLE, comparable, drawable, lower_is_better, measures, write_table
-from dualsm.progress import say
+from dualsm.process.progress import say
+from dualsm.sweeps.cells import CELLS, Row, collect, curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from dualsm.analysis.cells import Row
 from dualsm.analysis.errors import analysis_extra
 from dualsm.analysis.surface import Estimate
 from dualsm.analysis.table import (
@@ -20,6 +19,7 @@ from dualsm.analysis.table import (
     setting,
     usable,
 )
+from dualsm.sweeps.cells import Row
 
 SEEDS = 2  # fewest seeds of a group that is compared: one seed says nothing about the noise
 SIGNIFICANT = 0.05  # p-value of Welch's t-test below which two groups differ

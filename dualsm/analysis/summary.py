@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from dualsm.analysis.cells import Row
 from dualsm.analysis.errors import TooFewCells
 from dualsm.analysis.scales import fraction
 from dualsm.analysis.table import comparable, lower_is_better, mean
-from dualsm.progress import table
+from dualsm.process.progress import table
+from dualsm.sweeps.cells import Row
 
 
 def by_mixture(rows: Sequence[Row], metric: str) -> dict[tuple[float, float], list[Row]]:

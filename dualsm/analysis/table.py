@@ -10,9 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dualsm.analysis.cells import Row, collect
 from dualsm.analysis.errors import TooFewCells
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
+from dualsm.sweeps.cells import Row, collect
 
 TABLE = "table.csv"
 # Columns that are no swept keys; those of measurements have a "/" in their names.

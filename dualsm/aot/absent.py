@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import jax
 
-from dualsm.errors import UserError
-from dualsm.hardware import CHIPS
+from dualsm.devices.chips import CHIPS
+from dualsm.process.errors import UserError
 
 
 def absent_devices(topology: str) -> Sequence[jax.Device]:

@@ -1,7 +1,7 @@
 """What a compiled program does, read from its HLO text: operations, memory traffic and collectives, a device.
 
 XLA's own cost analysis counts the body of a loop once; here a body counts as often as it runs. The loops of
-a training step (microbatches, layers, slices of the vocabulary's logits) all count from 0 to a constant.
+a training step (gradient accumulation, layers, slices of the vocabulary's logits) count from 0 to a constant.
 """
 
 from __future__ import annotations

@@ -7,21 +7,23 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-from dualsm import sharding
 from dualsm.aot.hlo import Work
 from dualsm.aot.roofline import estimate
-from dualsm.errors import UserError
-from dualsm.hardware import CHIPS
+from dualsm.devices import sharding
+from dualsm.devices.chips import CHIPS
 from dualsm.model import flash, splash
 from dualsm.model.flops import train_flops
 from dualsm.objectives.example import SpecialIds
-from dualsm.progress import table
-from dualsm.training.program import Program, activation_bytes, attended_share, batch_shapes
+from dualsm.process.errors import UserError
+from dualsm.process.progress import table
+from dualsm.training.program import CompiledTrainStep, activation_bytes, attended_share, batch_shapes
 
 MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new and old name in JAX
 
 
-def compile_step(config: ConfigDict, program: Program, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+def compile_step(
+    config: ConfigDict, program: CompiledTrainStep, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
     """The compiled step. Raises `UserError` when the compiler itself finds that it does not fit."""
     with jax.set_mesh(mesh):
         lowered = program.step.lower(program.abstract_state, batch_shapes(config, mesh))
@@ -31,7 +33,7 @@ def compile_step(config: ConfigDict, program: Program, mesh: jax.sharding.Mesh) 
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise UserError(
-                f"does not fit ({str(error).splitlines()[0]}); lower config.device_rows, or use more of "
+                f"does not fit ({str(error).splitlines()[0]}); lower config.per_device_batch_size, or raise "
                 "config.model.remat, config.mesh.fsdp or config.mesh.tensor"
             ) from error
 
@@ -39,13 +41,13 @@ def compile_step(config: ConfigDict, program: Program, mesh: jax.sharding.Mesh) 
 def walked_share(config: ConfigDict, platform: str) -> float:
     """Share of the blocks of scores that an attention kernel does not skip, in rows of one document."""
     sizes = (flash.LENGTHS,) if platform == "gpu" else splash.BLOCKS
-    size = next((size for size in sizes if config.row_tokens % size == 0), 1)  # 1 where no kernel is used
+    size = next((size for size in sizes if config.seq_len % size == 0), 1)  # 1 where no kernel is used
     return attended_share(config, special_ids(config), size)
 
 
 def special_ids(config: ConfigDict) -> SpecialIds:
     """Returns the special ids of a tokenizer of the config's vocabulary size, as no corpus is read here."""
-    return SpecialIds(vocabulary=config.model.vocabulary)
+    return SpecialIds(vocab_size=config.model.vocab_size)
 
 
 def usable_memory(chip: str) -> int:
@@ -61,7 +63,7 @@ def usable_memory(chip: str) -> int:
 
 
 def make_report(
-    config: ConfigDict, topology: str, mesh: jax.sharding.Mesh, program: Program, memory, work: Work
+    config: ConfigDict, topology: str, mesh: jax.sharding.Mesh, program: CompiledTrainStep, memory, work: Work
 ) -> dict:
     """All that is known of a compiled step; bytes and operations are one device's unless the key says else.
 
@@ -75,7 +77,7 @@ def make_report(
     """
     special, chip = special_ids(config), topology.split(":")[0]
     share = attended_share(config, special)
-    model_flops = config.batch_rows * train_flops(config.model, config.row_tokens, share)
+    model_flops = config.batch_size * train_flops(config.model, config.seq_len, share)
     total = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -83,7 +85,7 @@ def make_report(
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    rows = config.batch_rows // config.microbatches // sharding.batch_devices(mesh)
+    rows = config.batch_size // config.gradient_accumulation_steps // sharding.batch_devices(mesh)
     one_device = jax.sharding.Mesh(mesh.devices.flat[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
     with jax.set_mesh(one_device):
         activations = activation_bytes(config, special, rows)
@@ -92,10 +94,10 @@ def make_report(
         "topology": topology,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
-        "batch_rows": config.batch_rows,
-        "row_tokens": config.row_tokens,
-        "microbatches": config.microbatches,
-        "rows_at_once": rows,
+        "batch_size": config.batch_size,
+        "seq_len": config.seq_len,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "sequences_at_once": rows,
         "remat": config.model.remat,
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
         "memory": {
@@ -141,8 +143,8 @@ def as_text(report: dict) -> str:
     ]
     parts = [
         f"{report['parameters']:,} parameters on {report['topology']}, {chips}; "
-        f"{report['batch_rows']} rows of {report['row_tokens']} tokens a step, "
-        f"{report['rows_at_once']} rows a chip at once, remat {report['remat']}",
+        f"{report['batch_size']} rows of {report['seq_len']} tokens a step, "
+        f"{report['sequences_at_once']} rows a chip at once, remat {report['remat']}",
         table(
             ["memory of a chip", "GiB"],
             [[name, gib(memory[name])] for name in memory],

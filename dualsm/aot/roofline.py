@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dualsm.aot.hlo import Work
-from dualsm.hardware import CHIPS
+from dualsm.devices.chips import CHIPS
 
 
 def interconnect_bandwidth(topology: str) -> float:

@@ -14,8 +14,8 @@ from pathlib import Path
 from dualsm.data import readers
 from dualsm.data.recipe import Recipe
 from dualsm.data.workers import in_order
-from dualsm.errors import UserError
-from dualsm.progress import bar
+from dualsm.process.errors import UserError
+from dualsm.process.progress import bar
 
 _FAULTS_JUDGED_AFTER = 1000  # documents; before that a share of bad ones means little
 _HEADER = struct.Struct("<16s?I")  # hash, held out, bytes of text

@@ -31,9 +31,9 @@ from dualsm.data.buckets import Counts, Scatter, read_bucket
 from dualsm.data.recipe import Recipe
 from dualsm.data.tokenizer import Tokenizer, train_tokenizer
 from dualsm.data.workers import in_order, pool_of
-from dualsm.errors import UserError
-from dualsm.output import new_folder
-from dualsm.progress import bar, say
+from dualsm.process.errors import UserError
+from dualsm.process.output import new_folder
+from dualsm.process.progress import bar, say
 
 _BUCKET_BYTES = 32 << 20  # text a worker holds at once
 _MINIMUM_BUCKETS = 8
@@ -95,6 +95,8 @@ def _existing(recipe: Recipe, target: Path, inputs: dict) -> dict:
         made_by = dict(manifest["arguments"])
         if "inputs_sha256" in manifest:  # earlier versions know their files by these paths alone
             made_by |= {"input": recipe.input, "valid_input": recipe.valid_input}
+        if "vocabulary" in made_by:  # the name of earlier versions
+            made_by["vocab_size"] = made_by.pop("vocabulary")
         same_recipe = made_by == dataclasses.asdict(recipe)
         same_files = all(manifest.get(key, value) == value for key, value in inputs.items())
     except (OSError, ValueError, KeyError, TypeError):
@@ -128,9 +130,9 @@ def _train(recipe: Recipe, folder: Path, buckets: int, quiet: bool) -> Tokenizer
             if left <= 0:
                 return
 
-    description = f"training a tokenizer of {recipe.vocabulary} ids"
+    description = f"training a tokenizer of {recipe.vocab_size} ids"
     with bar(desc=description, unit="B", unit_scale=True, disable=quiet) as progress:
-        return train_tokenizer(sample(), recipe.vocabulary)
+        return train_tokenizer(sample(), recipe.vocab_size)
 
 
 @dataclasses.dataclass
@@ -196,7 +198,7 @@ class _Encoder:
     def _write(path: Path, texts: list[bytes], tokenizer: Tokenizer) -> np.ndarray:
         """Writes the documents' records; returns the documents' lengths in tokens."""
         bos, eos = tokenizer.special.bos, tokenizer.special.eos
-        dtype = corpus.token_dtype(tokenizer.vocabulary)
+        dtype = corpus.token_dtype(tokenizer.vocab_size)
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:1")
         lengths = []
         for batch in _batches(texts, _ENCODE_BYTES):
@@ -245,7 +247,7 @@ def _manifest(
     return {
         "format": corpus.FORMAT,
         "identity": identity.hexdigest(),
-        "vocabulary": tokenizer.vocabulary,
+        "vocabulary": tokenizer.vocab_size,
         "special": tokenizer.special.as_dict(),
         "tokenizer_sha256": tokenizer.sha256(),
         **inputs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 _ROWS = 256  # read at once from parquet
 

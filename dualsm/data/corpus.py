@@ -21,7 +21,7 @@ from etils import epath
 from grain.sources import ArrayRecordDataSource
 
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 FORMAT = 1
 RECORD_TOKENS = 2048
@@ -32,9 +32,9 @@ _HASHED_AT_ONCE = 8  # files
 _OTHER_FILES = 64  # that a process may have open beside the shards
 
 
-def token_dtype(vocabulary: int) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype:
     """The type tokens are stored in."""
-    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def record_count(tokens):
@@ -191,7 +191,7 @@ class Corpus:
             raise UserError(
                 f"corpus {self.folder} has format {self.manifest['format']}, this version reads {FORMAT}"
             )
-        self.vocabulary: int = _positive(self.manifest["vocabulary"])
+        self.vocab_size: int = _positive(self.manifest["vocabulary"])
         self.identity: str = self.manifest["identity"]
         for split in (self.manifest["splits"][name] for name in SPLITS):
             _positive(split["tokens"]), _positive(split["bytes"])
@@ -227,7 +227,7 @@ class Corpus:
         parts = self.manifest["splits"][split]
         for key in _array_keys(parts):
             self._check_array(self.folder / parts[key], parts[f"{key}_sha256"])
-        return Documents(self.folder, parts, token_dtype(self.vocabulary))
+        return Documents(self.folder, parts, token_dtype(self.vocab_size))
 
     @staticmethod
     def _check_array(path: epath.Path, expected: str) -> None:

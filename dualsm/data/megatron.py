@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 
 class Segments(NamedTuple):
@@ -51,7 +51,7 @@ class RowOrder:
         self,
         lengths_N: np.ndarray,
         budget: int,
-        row_tokens: int,
+        seq_len: int,
         repetitions: int = 1,
         seed: int | None = None,
     ):
@@ -59,7 +59,7 @@ class RowOrder:
         Args:
           lengths_N: tokens of each document of the corpus, in its order.
           budget: D.
-          row_tokens: L.
+          seq_len: L.
           repetitions: R; each of the first ceil(D/R) tokens comes R times (where R does not divide D,
             the last pass ends up to R - 1 tokens early).
           seed: decides the order of documents and rows in each pass; None keeps the corpus's own.
@@ -67,8 +67,8 @@ class RowOrder:
         Raises:
           UserError: when the corpus holds fewer than ceil(D/R) tokens.
         """
-        self.budget, self.unique, self.rows = budget, -(-budget // repetitions), -(-budget // row_tokens)
-        self._row_tokens, self._seed = row_tokens, seed
+        self.budget, self.unique, self.rows = budget, -(-budget // repetitions), -(-budget // seq_len)
+        self._seq_len, self._seed = seq_len, seed
         ends_N = np.cumsum(lengths_N, dtype=np.int64)
         available = int(ends_N[-1]) if len(ends_N) else 0
         if available < self.unique:
@@ -92,8 +92,8 @@ class RowOrder:
           row_B: numbers of rows in the order in which the run visits them, in [0, rows).
         """
         with self._lock:
-            start_B = self._places(np.asarray(row_B, np.int64)) * self._row_tokens
-            stop_B = np.minimum(start_B + self._row_tokens + 1, self.budget)
+            start_B = self._places(np.asarray(row_B, np.int64)) * self._seq_len
+            stop_B = np.minimum(start_B + self._seq_len + 1, self.budget)
             # A row that crosses the border between passes has a part in each.
             first_B, last_B = start_B // self.unique, (stop_B - 1) // self.unique
             row_P, part_P = _ranges(last_B - first_B + 1)
@@ -111,7 +111,7 @@ class RowOrder:
 
     def _places(self, row_B: np.ndarray) -> np.ndarray:
         """Where in the stream the rows lie, counted in rows."""
-        pass_B = row_B * self._row_tokens // self.unique
+        pass_B = row_B * self._seq_len // self.unique
         place_B = np.empty_like(row_B)
         for number in np.unique(pass_B).tolist():
             mine = pass_B == number
@@ -121,7 +121,7 @@ class RowOrder:
 
     def _first_row(self, number: int) -> int:
         """The first row that begins in a pass."""
-        return min(-(-number * self.unique // self._row_tokens), self.rows)
+        return min(-(-number * self.unique // self._seq_len), self.rows)
 
     def _shuffle_rows(self, number: int) -> np.ndarray:
         return _permutation(self._first_row(number + 1) - self._first_row(number), self._seed, 2 * number + 1)

@@ -21,7 +21,7 @@ PAD_DOCUMENT = -1  # document id of positions that hold no text
 
 
 def read_rows(
-    documents: Documents, order: RowOrder, row_B: np.ndarray, row_tokens: int, pad: int
+    documents: Documents, order: RowOrder, row_B: np.ndarray, seq_len: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of packed documents: L inputs and, shifted by one, their targets.
 
@@ -29,7 +29,7 @@ def read_rows(
       documents: a split of a corpus.
       order: of its rows.
       row_B: numbers of the rows wanted.
-      row_tokens: L.
+      seq_len: L.
       pad: token for positions after the end of the stream.
 
     Returns:
@@ -43,7 +43,7 @@ def read_rows(
     local_S = segments.occurrence_S - segments.occurrence_S[first_S]
 
     size_B = np.bincount(segments.row_S, weights=size_S, minlength=len(row_B)).astype(np.int64)
-    filled_BxL1 = np.arange(row_tokens + 1) < size_B[:, None]
+    filled_BxL1 = np.arange(seq_len + 1) < size_B[:, None]
     tokens_BxL1 = np.full(filled_BxL1.shape, pad, np.int32)
     documents_BxL1 = np.full(filled_BxL1.shape, PAD_DOCUMENT, np.int32)
     tokens_BxL1[filled_BxL1] = np.concatenate(pieces)
@@ -58,25 +58,25 @@ class StepRows:
     Attributes:
       documents: the training split.
       order: the order of its rows.
-      batch_rows: B, rows a step over all processes.
-      row_tokens: L.
+      batch_size: B, rows a step over all processes.
+      seq_len: L.
       pad: id of `<pad>`, which fills the one position after the end of the run.
       part: the rows of a batch that this process reads, numbers in [0, B).
     """
 
     documents: Documents
     order: RowOrder
-    batch_rows: int
-    row_tokens: int
+    batch_size: int
+    seq_len: int
     pad: int
     part: Sequence[int] | np.ndarray
 
     def __len__(self) -> int:
-        return self.order.rows // self.batch_rows
+        return self.order.rows // self.batch_size
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        row_B = step * self.batch_rows + np.asarray(self.part)
-        tokens_BxL1, documents_BxL1 = read_rows(self.documents, self.order, row_B, self.row_tokens, self.pad)
+        row_B = step * self.batch_size + np.asarray(self.part)
+        tokens_BxL1, documents_BxL1 = read_rows(self.documents, self.order, row_B, self.seq_len, self.pad)
         return {"step": step, "tokens": tokens_BxL1, "documents": documents_BxL1}
 
 

@@ -24,7 +24,7 @@ from dualsm.data.columns import read_column
 from dualsm.data.megatron import read_documents
 from dualsm.data.text import likely_encoding, parse_json, without_bom
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 _LINES = (".jsonl", ".ndjson", ".json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from dualsm.data.tokenizer import check_vocabulary
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Recipe:
     input: str
     valid_input: str = ""
     valid_fraction: float = 0.01
-    vocabulary: int = 0
+    vocab_size: int = 0
     tokenizer: str = ""
     tokenizer_bytes: int = 50_000_000
     text_key: str = "text"
@@ -42,7 +42,7 @@ class Recipe:
             raise UserError("--valid_fraction=0 holds nothing out; raise it, or give --valid_input=FILES")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"--max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
-        if bool(self.vocabulary) == bool(self.tokenizer):
+        if bool(self.vocab_size) == bool(self.tokenizer):
             raise UserError("give either --vocab_size=N to train a tokenizer or --tokenizer=FILE to use one")
-        if self.vocabulary:
-            check_vocabulary(self.vocabulary)
+        if self.vocab_size:
+            check_vocabulary(self.vocab_size)

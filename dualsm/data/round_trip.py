@@ -10,8 +10,8 @@ from array_record.python import array_record_module
 
 from dualsm.data import corpus
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.errors import UserError
-from dualsm.progress import warn
+from dualsm.process.errors import UserError
+from dualsm.process.progress import warn
 
 COUNTS = ("documents", "identical", "bytes", "surviving_bytes")
 _SAMPLE_BYTES = 1 << 20  # text of each shard that is decoded
@@ -30,7 +30,7 @@ def verify(path: Path, texts: list[bytes], lengths: np.ndarray, tokenizer: Token
     """
     sample = collections.Counter(dict.fromkeys(COUNTS, 0))
     reader = array_record_module.ArrayRecordReader(str(path))
-    dtype, first = corpus.token_dtype(tokenizer.vocabulary), 0
+    dtype, first = corpus.token_dtype(tokenizer.vocab_size), 0
     for text, length in zip(texts, lengths, strict=True):
         last = first + int(corpus.record_count(length))
         tokens = np.frombuffer(b"".join(reader.read(first, last)), dtype)

@@ -14,7 +14,7 @@ from pathlib import Path
 import zstandard
 
 from dualsm.data.text import foreign_encoding, without_bom
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20

@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece as spm
 from etils import epath
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 RESERVED_IDS = 16  # ids below this never stand for text and are never masked
 SPECIAL_PIECES = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>", "mask": "<mask>"}
@@ -62,12 +62,12 @@ class SpecialIds:
     ahead5: int = 13
     ahead6: int = 14
     ahead7: int = 15
-    vocabulary: int = 0
+    vocab_size: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """The special ids by name."""
         ids = dataclasses.asdict(self)
-        del ids["vocabulary"]
+        del ids["vocab_size"]
         return ids
 
 
@@ -78,14 +78,14 @@ class Tokenizer(abc.ABC):
       model: the tokenizer as a file, byte for byte as it lies in `tokenizer.model`.
       vocabulary: number of ids.
       special: the special ids.
-      own_V: int32; the id that the file itself gives to each of our ids, -1 for ids it does not know.
+      external_ids_V: int32; the id of each of our ids in the tokenizer's own file, -1 where it has none.
       lossless: the file guarantees `decode(encode([text])[0]) == text` for every text.
     """
 
     model: bytes
-    vocabulary: int
+    vocab_size: int
     special: SpecialIds
-    own_V: np.ndarray
+    external_ids_V: np.ndarray
     lossless: bool
 
     @staticmethod
@@ -154,20 +154,20 @@ class SentencePieceTokenizer(Tokenizer):
         self.model = model
         try:
             self._processor = _processor(model)
-            self.vocabulary = self._processor.vocab_size()
-            pieces = self._processor.id_to_piece(list(range(self.vocabulary)))  # all must be UTF-8
+            self.vocab_size = self._processor.vocab_size()
+            pieces = self._processor.id_to_piece(list(range(self.vocab_size)))  # all must be UTF-8
             self._inside = _processor(model + _PLAIN_EDGES)
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"not a SentencePiece model ({error})") from error
-        self.special = SpecialIds(vocabulary=self.vocabulary)
+        self.special = SpecialIds(vocab_size=self.vocab_size)
         for name, piece in SPECIAL_PIECES.items():
             token = getattr(self.special, name)
-            if token >= self.vocabulary or pieces[token] != piece:
+            if token >= self.vocab_size or pieces[token] != piece:
                 raise UserError(
                     f"the tokenizer has no {piece} at id {token}; "
                     "train one with `python -m dualsm.prepare`, without --tokenizer"
                 )
-        self.own_V = np.arange(self.vocabulary, dtype=np.int32)
+        self.external_ids_V = np.arange(self.vocab_size, dtype=np.int32)
         self.lossless = self._is_lossless()
         # SentencePiece spells a space as U+2581. Bytes keep the character itself, and keep spaces where the
         # vocabulary has no U+2581.
@@ -176,7 +176,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _is_lossless(self) -> bool:
         """Returns True for a model that neither normalises text nor lacks a byte."""
         unchanged = _processor(self.model + _NO_NORMALISER).serialized_model_proto()
-        has_bytes = sum(self._processor.is_byte(list(range(self.vocabulary)))) == BYTE_PIECES
+        has_bytes = sum(self._processor.is_byte(list(range(self.vocab_size)))) == BYTE_PIECES
         return has_bytes and self._processor.serialized_model_proto() == unchanged
 
     def encode(self, texts: Sequence[str], inside: bool = False) -> list[list[int]]:
@@ -200,11 +200,11 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.id_to_piece(int(token))
 
     def from_own(self, own_S: np.ndarray) -> np.ndarray:
-        return self.own_V[natural(own_S)]
+        return self.external_ids_V[natural(own_S)]
 
     def token_bytes(self) -> np.ndarray:
-        sizes_V = np.zeros(self.vocabulary, np.int32)
-        for token in range(RESERVED_IDS, self.vocabulary):
+        sizes_V = np.zeros(self.vocab_size, np.int32)
+        for token in range(RESERVED_IDS, self.vocab_size):
             piece = self._processor.id_to_piece(token)
             is_byte = self._processor.is_byte(token)
             sizes_V[token] = 1 if is_byte else len(piece.replace(_SPACE_MARK, " ").encode("utf-8"))
@@ -225,15 +225,15 @@ def natural(ids: np.ndarray) -> np.ndarray:
     return ids
 
 
-def check_vocabulary(vocabulary: int) -> None:
+def check_vocabulary(vocab_size: int) -> None:
     """Raises `UserError` for a number of ids that no tokenizer trained here has."""
-    if vocabulary % 128 or vocabulary < MINIMUM_VOCABULARY:
+    if vocab_size % 128 or vocab_size < MINIMUM_VOCABULARY:
         raise UserError(
-            f"--vocab_size={vocabulary} must be a multiple of 128 and at least {MINIMUM_VOCABULARY}"
+            f"--vocab_size={vocab_size} must be a multiple of 128 and at least {MINIMUM_VOCABULARY}"
         )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> SentencePieceTokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
     """Trains a byte-pair encoding on `texts`, whose size the caller bounds.
 
     Args:
@@ -243,7 +243,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> SentencePieceToken
     Raises:
       UserError: when the vocabulary is impossible, or too large for the texts.
     """
-    check_vocabulary(vocabulary)
+    check_vocabulary(vocab_size)
     special = SpecialIds()
     output = io.BytesIO()
     try:
@@ -251,7 +251,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> SentencePieceToken
             sentence_iterator=_pieces(texts),
             model_writer=output,
             model_type="bpe",
-            vocab_size=vocabulary,
+            vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=0.9999,
             required_chars=_SPACE_MARK,  # or texts without spaces give a vocabulary without them
@@ -271,7 +271,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> SentencePieceToken
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"SentencePiece cannot train {vocabulary} ids on this text: {reason}") from error
+        raise UserError(f"SentencePiece cannot train {vocab_size} ids on this text: {reason}") from error
     return SentencePieceTokenizer(output.getvalue())
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds, Tokenizer, natural
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 _REQUIRED = ("bos", "mask")  # without these no objective but the causal one would mean anything
 _HIGHEST_ID = (1 << 24) - 1  # there are arrays of that length
@@ -61,12 +61,12 @@ class JsonTokenizer(Tokenizer):
         ids = sorted(self._tokenizer.get_vocab().values())
         if ids[-1] > _HIGHEST_ID:
             raise UserError(f"it has the id {ids[-1]}; ids above {_HIGHEST_ID} are not supported")
-        self.own_V = own_ids(named, special, ids)
-        self.vocabulary = len(self.own_V)
-        self.special = SpecialIds(vocabulary=self.vocabulary)
-        known = np.flatnonzero(self.own_V >= 0)
-        self._ours = np.full(self.own_V.max() + 1, self.special.unk)
-        self._ours[self.own_V[known]] = known
+        self.external_ids_V = own_ids(named, special, ids)
+        self.vocab_size = len(self.external_ids_V)
+        self.special = SpecialIds(vocab_size=self.vocab_size)
+        known = np.flatnonzero(self.external_ids_V >= 0)
+        self._ours = np.full(self.external_ids_V.max() + 1, self.special.unk)
+        self._ours[self.external_ids_V[known]] = known
         # Normalisers may change texts that no probe has, so that a file with one guarantees nothing.
         self.lossless = content.get("normalizer") is None and self._returns_probes()
 
@@ -89,18 +89,18 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, tokens: Iterable[int], inside: bool = False) -> str:
         tokenizer = self._inside if inside else self._tokenizer
-        own = [int(self.own_V[token]) for token in tokens if token >= RESERVED_IDS]
+        own = [int(self.external_ids_V[token]) for token in tokens if token >= RESERVED_IDS]
         return tokenizer.decode([t for t in own if t >= 0], skip_special_tokens=False)
 
     def piece(self, token: int) -> str:
-        own = int(self.own_V[token])
+        own = int(self.external_ids_V[token])
         return self._tokenizer.id_to_token(own) if own >= 0 else f"<reserved_{token}>"
 
     def token_bytes(self) -> np.ndarray:
         added = self._tokenizer.get_added_tokens_decoder()
-        sizes_V = np.zeros(self.vocabulary, np.int32)
-        for token in range(RESERVED_IDS, self.vocabulary):
-            own = int(self.own_V[token])
+        sizes_V = np.zeros(self.vocab_size, np.int32)
+        for token in range(RESERVED_IDS, self.vocab_size):
+            own = int(self.external_ids_V[token])
             if own in added:
                 sizes_V[token] = 0 if added[own].special else len(added[own].content.encode("utf-8"))
             elif own >= 0:
@@ -124,7 +124,7 @@ def own_ids(named: dict[str, int], special: list[int], ids: list[int]) -> np.nda
       ids: all its ids, ascending.
 
     Returns:
-      own_V, int32: the tokenizer's id of each of ours, -1 for ours that it does not know.
+      external_ids_V, int32: the tokenizer's id of each of ours, -1 for ours that it does not know.
     """
     own = np.full(RESERVED_IDS, -1, np.int32)
     for name, token in named.items():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 
 class _ThisProcess(futures.Executor):

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 
 from dualsm.config import freeze
-from dualsm.errors import UserError, explained
 from dualsm.evaluation.harness_arguments import (
     command_line_as_json,
     read_integer,
@@ -26,11 +25,12 @@ from dualsm.evaluation.harness_arguments import (
     read_model_args,
 )
 from dualsm.evaluation.modes import Scoring
-from dualsm.evaluation.run import open_run
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
 from dualsm.generation import batches, causal, diffusion
-from dualsm.generation.pick import Picking
-from dualsm.progress import bar, escape_unprintable, warn
+from dualsm.generation.sampling_params import SamplingParams
+from dualsm.process.errors import UserError, explained
+from dualsm.process.progress import bar, escape_unprintable, warn
+from dualsm.rundir.trained_run import open_run
 
 NAME = "dualsm"
 _ROWS = 16  # most texts generated together
@@ -38,18 +38,18 @@ _DEFAULT_NEW_TOKENS = 256  # as in the harness's own models
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-class Wish(NamedTuple):
+class GenerationRequest(NamedTuple):
     """What a task asks of a generated text.
 
     Attributes:
       until: strings that end it; they are no part of it.
       new_tokens: at most so many.
-      picking: how tokens are drawn.
+      sampling: how tokens are drawn.
     """
 
     until: tuple[str, ...]
     new_tokens: int
-    picking: Picking
+    sampling: SamplingParams
 
 
 class HarnessModel:
@@ -97,7 +97,7 @@ class HarnessModel:
         )
         self._run = run = open_run(str(workdir), checkpoint)
         run.check_mode(mode)
-        self._scoring = Scoring(mode, read_masks(masks), samples, run.config.row_tokens, seed)
+        self._scoring = Scoring(mode, read_masks(masks), samples, run.config.seq_len, seed)
         self._config = freeze(run.config.model)
         self._scorer = Scorer(self._config, run.params, run.tokenizer, run.mesh)
 
@@ -151,15 +151,15 @@ class HarnessModel:
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
         """A continuation of each `(context, options)`, without the string that ended it."""
-        wishes = [read_wish(request.args[1], self._scoring.longest) for request in requests]
+        requests = [read_request(request.args[1], self._scoring.longest) for request in requests]
         prompts = self._run.tokenizer.encode([request.args[0] for request in requests])
         key_B = batches.prompt_keys(self._scoring.seed, prompts)
-        order = sorted(range(len(requests)), key=lambda i: (wishes[i].new_tokens, len(prompts[i])))
+        order = sorted(range(len(requests)), key=lambda i: (requests[i].new_tokens, len(prompts[i])))
         texts = [""] * len(requests)
         with bar(total=len(requests), desc="generate", unit="text", disable=disable_tqdm) as progress:
-            for members in _alike(order, wishes, min(_ROWS, batches.texts_at_once(self._scoring.longest))):
-                cut = [self._prompt(prompts[i], wishes[i].new_tokens) for i in members]
-                new = self._generate(cut, [wishes[i] for i in members], key_B[np.array(members)])
+            for members in _alike(order, requests, min(_ROWS, batches.texts_at_once(self._scoring.longest))):
+                cut = [self._prompt(prompts[i], requests[i].new_tokens) for i in members]
+                new = self._generate(cut, [requests[i] for i in members], key_B[np.array(members)])
                 for i, text in zip(members, new, strict=True):
                     texts[i] = text
                 progress.update(len(members))
@@ -169,26 +169,34 @@ class HarnessModel:
         room = self._scoring.longest - 1 - new_tokens
         return [self._run.tokenizer.special.bos, *prompt[-room:]]
 
-    def _generate(self, prompts: list[list[int]], wishes: list[Wish], key_B: jax.Array) -> list[str]:
-        """Continuations of prompts whose wishes differ in `until` only."""
+    def _generate(
+        self, prompts: list[list[int]], requests: list[GenerationRequest], key_B: jax.Array
+    ) -> list[str]:
+        """Continuations of prompts whose requests differ in `until` only."""
         texts = [""] * len(prompts)
-        for states in self._states(prompts, wishes[0], key_B):
+        for states in self._states(prompts, requests[0], key_B):
             new = [tokens[len(prompt) :] for tokens, prompt in zip(states, prompts, strict=True)]
             texts = [self._settled(tokens) for tokens in new]
-            if all(_end(text, wish.until) < len(text) for text, wish in zip(texts, wishes, strict=True)):
+            if all(
+                _end(text, request.until) < len(text) for text, request in zip(texts, requests, strict=True)
+            ):
                 break
-        return [text[: _end(text, wish.until)] for text, wish in zip(texts, wishes, strict=True)]
+        return [text[: _end(text, request.until)] for text, request in zip(texts, requests, strict=True)]
 
-    def _states(self, prompts: list[list[int]], wish: Wish, key_B: jax.Array) -> Iterator[list[list[int]]]:
+    def _states(
+        self, prompts: list[list[int]], request: GenerationRequest, key_B: jax.Array
+    ) -> Iterator[list[list[int]]]:
         """The texts as they grow or settle."""
         run, special = self._run, self._run.tokenizer.special
         mode = self._scoring.mode
         if mode in causal.MODES:
             return causal.generate(
-                self._config, run.params, prompts, wish.new_tokens, wish.picking, special, mode, key_B
+                self._config, run.params, prompts, request.new_tokens, request.sampling, special, mode, key_B
             )
-        masked = [prompt + [special.mask] * wish.new_tokens for prompt in prompts]
-        return diffusion.fill(self._config, run.params, masked, wish.picking, self._unmasking, special, key_B)
+        masked = [prompt + [special.mask] * request.new_tokens for prompt in prompts]
+        return diffusion.fill(
+            self._config, run.params, masked, request.sampling, self._unmasking, special, key_B
+        )
 
     def _settled(self, tokens: list[int]) -> str:
         """The text before the first mask."""
@@ -206,7 +214,7 @@ def _count_ties(requests: Sequence, scores: Sequence[float]) -> int:
     return sum(first == second for first, second in best)
 
 
-def read_wish(options: dict, longest: int) -> Wish:
+def read_request(options: dict, longest: int) -> GenerationRequest:
     """A task's `generation_kwargs`; without `do_sample` or a temperature, the likeliest token is taken.
 
     Args:
@@ -225,23 +233,23 @@ def read_wish(options: dict, longest: int) -> Wish:
         top_k, top_p = int(options.pop("top_k", 0)), float(options.pop("top_p", 1.0))
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"generation_kwargs: a number was expected: {error}") from error
-    picking = Picking(temperature if options.pop("do_sample", True) else 0.0, top_k, top_p)
+    sampling = SamplingParams(temperature if options.pop("do_sample", True) else 0.0, top_k, top_p)
     if options:
         raise UserError(f"generation_kwargs: the model {NAME} does not know {', '.join(options)}")
     most = min((new_tokens or [_DEFAULT_NEW_TOKENS])[0], longest // 2)
     if most < 1:
         raise UserError(f"generation_kwargs: at least one token must be generated, not {most}")
-    return Wish(tuple(filter(None, until)), most, picking)
+    return GenerationRequest(tuple(filter(None, until)), most, sampling)
 
 
-def _alike(order: Iterable[int], wishes: Sequence[Wish], most: int) -> Iterator[list[int]]:
+def _alike(order: Iterable[int], requests: Sequence[GenerationRequest], most: int) -> Iterator[list[int]]:
     """Requests in groups that can be generated together: at most `most`, and drawn in the same way."""
     groups: dict[tuple, list[int]] = {}
     for i in order:
-        members = groups.setdefault(wishes[i][1:], [])
+        members = groups.setdefault(requests[i][1:], [])
         members.append(i)
         if len(members) == most:
-            yield groups.pop(wishes[i][1:])
+            yield groups.pop(requests[i][1:])
     yield from groups.values()
 
 
@@ -281,7 +289,7 @@ def main() -> None:
     """lm_eval's command line; what the user can mend ends in one line and exit status 2."""
     from absl import logging
 
-    from dualsm import cli
+    from dualsm.process import cli
 
     escape_unprintable()
     logging.set_verbosity(logging.ERROR)  # Orbax tells its life story below it

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Sequence
 from pathlib import Path
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 
 def read_masks(masks: int | str | Sequence[int]) -> tuple[int, ...]:

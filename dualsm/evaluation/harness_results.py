@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 
 from dualsm import __version__
-from dualsm.evaluation.results import HELD_OUT
 from dualsm.evaluation.tasks import Question
+from dualsm.rundir.results import HELD_OUT
 
 # In place of a task's version: prompts and metrics are those of docs/evaluation.md, not the harness's.
 VERSION = f"dualsm {__version__}"

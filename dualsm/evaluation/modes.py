@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 MODES = ("causal", "prefix", "masked", "monte_carlo")
 

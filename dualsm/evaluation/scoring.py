@@ -17,11 +17,11 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.errors import UserError
+from dualsm.devices.sharding import batch_devices, shard_batch
 from dualsm.evaluation.modes import Row, Scoring, make_rows
 from dualsm.model.transformer import bind
-from dualsm.progress import bar
-from dualsm.sharding import batch_devices, place_rows
+from dualsm.process.errors import UserError
+from dualsm.process.progress import bar
 
 _SHORTEST = 16  # tokens of the shortest bucket
 _BATCH_TOKENS = 8192  # tokens a device scores at once
@@ -77,7 +77,7 @@ def encode_pair(tokenizer: Tokenizer, item: Item) -> tuple[list[int], list[int]]
     return first, rest
 
 
-def rows_at_once(mesh: jax.sharding.Mesh, length: int) -> int:
+def sequences_at_once(mesh: jax.sharding.Mesh, length: int) -> int:
     """How many rows of `length` tokens the devices of a mesh score at once, all of them together."""
     return batch_devices(mesh) * max(1, _BATCH_TOKENS // length)
 
@@ -143,7 +143,7 @@ class Scorer:
 
         with bar(total=len(distinct), desc=label or scoring.mode, unit="item", disable=quiet) as progress:
             done = 0.0
-            for batch, results in _one_ahead(_batches(rows(), self._batch_rows), self._score):
+            for batch, results in _one_ahead(_batches(rows(), self._batch_size), self._score):
                 for row, nll, likeliest in zip(batch, *jax.device_get(results), strict=False):
                     totals[row.item] -= row.weight * nll
                     greedy[row.item] &= bool(likeliest)
@@ -153,14 +153,14 @@ class Scorer:
             raise UserError("the model's scores are not finite; its training diverged")
         return Scores(totals[number_N], greedy[number_N], tokens_N, cut_N, int(rows_of.sum()))
 
-    def _batch_rows(self, length: int) -> int:
-        return rows_at_once(self._mesh, length)
+    def _batch_size(self, length: int) -> int:
+        return sequences_at_once(self._mesh, length)
 
     def _score(self, batch: list[Row]) -> tuple[jax.Array, jax.Array]:
         """Sum of nll and whether all targets are the likeliest, for each row of a batch of one shape."""
         length = _bucket(max(len(row.tokens) for row in batch))
         scored = 1 if max(len(row.positions) for row in batch) == 1 else length
-        size = self._batch_rows(length)
+        size = self._batch_size(length)
         tokens_BxL = np.full((size, length), self._tokenizer.special.pad, np.int32)
         prefix_end_B, position_BxP, target_BxP, weight_BxP = (
             np.zeros(shape, np.int32) for shape in ((size,), *((size, scored),) * 3)
@@ -173,7 +173,7 @@ class Scorer:
             weight_BxP[b, : len(row.positions)] = 1
         arrays = (tokens_BxL, prefix_end_B, position_BxP, target_BxP, weight_BxP)
         with jax.set_mesh(self._mesh):
-            placed = (place_rows(self._mesh, a) for a in arrays)
+            placed = (shard_batch(self._mesh, a) for a in arrays)
             return _score_rows(self._config, self._params, *placed)
 
 
@@ -196,8 +196,8 @@ def _score_rows(config, params, tokens_BxL, prefix_end_B, position_BxP, target_B
     by_position = (features_BxPxD.swapaxes(0, 1), target_BxP.T)
     at_once = max(1, _LOGITS_AT_ONCE * tokens_BxL.shape[1] // _BATCH_TOKENS)
     nll_PxB, likeliest_PxB = jax.lax.map(lambda part: one(*part), by_position, batch_size=at_once)
-    counted_PxB = weight_BxP.T > 0
-    return (nll_PxB * counted_PxB).sum(0), (likeliest_PxB | ~counted_PxB).all(0)
+    loss_denominator_PxB = weight_BxP.T > 0
+    return (nll_PxB * loss_denominator_PxB).sum(0), (likeliest_PxB | ~loss_denominator_PxB).all(0)
 
 
 def _bucket(length: int) -> int:

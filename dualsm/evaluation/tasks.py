@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualsm.data.text import foreign_encoding, likely_encoding, parse_json, without_bom
-from dualsm.errors import UserError
 from dualsm.evaluation.scoring import Item
+from dualsm.process.errors import UserError
 
 
 class Question(NamedTuple):

@@ -15,12 +15,12 @@ import numpy as np
 
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, Tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
-from dualsm.evaluation.run import TrainedRun
 from dualsm.exchange import sentencepiece_json, vocabulary
 from dualsm.exchange.model_card import model_card
 from dualsm.exchange.reference import flatten
 from dualsm.exchange.weights import write_safetensors
-from dualsm.output import new_folder
+from dualsm.process.output import new_folder
+from dualsm.rundir.trained_run import TrainedRun
 
 _REMOTE = Path(__file__).parent / "remote"
 _CODE = ("configuration_dualsm.py", "modeling_dualsm.py")
@@ -52,7 +52,7 @@ def export(run: TrainedRun, output: Path) -> str:
       UserError: when `output` is in use or cannot be written.
     """
     plain = run.config.model.get("head", "projected") == "plain"
-    params = vocabulary.to_own(jax.device_get(run.params), run.tokenizer.own_V)
+    params = vocabulary.to_own(jax.device_get(run.params), run.tokenizer.external_ids_V)
     config = llama_config(run) if plain else dualsm_config(run)
     with new_folder(output, "--output") as folder:
         write_safetensors(folder / "model.safetensors", named_tensors(params), {"format": "pt"})
@@ -75,25 +75,25 @@ def named_tensors(params: dict) -> dict[str, np.ndarray]:
             continue
         name = BLOCK_NAMES[path.removeprefix("blocks/")]
         for i, part in enumerate(value):
-            tensors[f"model.layers.{i}.{name}"] = part.T if path.endswith("kernel") else part
+            tensors[f"model.num_layers.{i}.{name}"] = part.T if path.endswith("kernel") else part
     return tensors
 
 
 def own_special(tokenizer: Tokenizer) -> dict[str, int]:
     """Ids of the named special tokens in the tokenizer's own numbering."""
-    return {name: int(tokenizer.own_V[getattr(tokenizer.special, name)]) for name in SPECIAL_PIECES}
+    return {name: int(tokenizer.external_ids_V[getattr(tokenizer.special, name)]) for name in SPECIAL_PIECES}
 
 
 def _shape(run: TrainedRun) -> dict:
     model, special = run.config.model, own_special(run.tokenizer)
     return {
-        "vocab_size": int(run.tokenizer.own_V.max()) + 1,
-        "hidden_size": model.width,
-        "intermediate_size": model.mlp_width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
+        "vocab_size": int(run.tokenizer.external_ids_V.max()) + 1,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
         "rms_norm_eps": model.norm_eps,
-        "max_position_embeddings": run.config.row_tokens,
+        "max_position_embeddings": run.config.seq_len,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "bos_token_id": special["bos"],
@@ -109,8 +109,8 @@ def llama_config(run: TrainedRun) -> dict:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "num_key_value_heads": run.config.model.heads,
-        "head_dim": run.config.model.width // run.config.model.heads,
+        "num_key_value_heads": run.config.model.num_heads,
+        "head_dim": run.config.model.d_model // run.config.model.num_heads,
         "attention_bias": False,
         "mlp_bias": False,
         "rope_theta": theta,  # where transformers before version 5 looks for it
@@ -137,7 +137,7 @@ def dualsm_config(run: TrainedRun) -> dict:
 def generation_config(tokenizer: Tokenizer) -> dict:
     """What generation may not write: the special tokens, but for the end."""
     special = own_special(tokenizer)
-    reserved = {int(own) for own in tokenizer.own_V[:RESERVED_IDS] if own >= 0}
+    reserved = {int(own) for own in tokenizer.external_ids_V[:RESERVED_IDS] if own >= 0}
     return {
         "bos_token_id": special["bos"],
         "eos_token_id": special["eos"],
@@ -157,7 +157,7 @@ def tokenizer_config(run: TrainedRun) -> dict:
     }
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": run.config.row_tokens,
+        "model_max_length": run.config.seq_len,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "padding_side": "left",

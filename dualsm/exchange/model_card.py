@@ -7,11 +7,11 @@ from pathlib import Path
 
 from dualsm.config import save_config
 from dualsm.data.corpus import MANIFEST
-from dualsm.evaluation.results import results_file
-from dualsm.evaluation.run import TrainedRun
 from dualsm.exchange.run_folder import SOURCE
-from dualsm.training.metrics import read_metrics
-from dualsm.training.workdir import read_config
+from dualsm.rundir.metrics import read_metrics
+from dualsm.rundir.results import results_file
+from dualsm.rundir.trained_run import TrainedRun
+from dualsm.rundir.workdir import read_config
 
 _MODES = {
     "causal": "each token sees those before it",
@@ -69,13 +69,13 @@ def _use(plain: bool) -> str:
 
 def _training(run: TrainedRun) -> list[tuple]:
     config = run.config
-    tokens = run.step * config.batch_rows * config.row_tokens
+    tokens = run.step * config.batch_size * config.seq_len
     rows = [
         ("steps", f"{run.step:,} of {config.steps:,}"),
-        ("tokens seen", f"{tokens:,} (rows of {config.row_tokens:,}, {config.batch_rows:,} a step)"),
+        ("tokens seen", f"{tokens:,} (rows of {config.seq_len:,}, {config.batch_size:,} a step)"),
         ("repetitions of the data", f"{config.repetitions:,}"),
-        ("unique tokens", f"{config.steps * config.batch_rows * config.row_tokens // config.repetitions:,}"),
-        ("vocabulary", f"{config.model.vocabulary:,}"),
+        ("unique tokens", f"{config.steps * config.batch_size * config.seq_len // config.repetitions:,}"),
+        ("vocabulary", f"{config.model.vocab_size:,}"),
         ("seed", config.seed),
     ]
     source = _read(run.workdir / SOURCE)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 _PREFIX = "param."
 _LAYERS = "encoder.layers"
@@ -36,10 +36,10 @@ OUTER_NAMES = {
 }
 # Keys of `config.model` and what the reference calls them.
 SETTINGS = {
-    "layers": "num_layers",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "mlp_width": "intermediate_size",
+    "num_layers": "num_layers",
+    "d_model": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "d_ff": "intermediate_size",
     "rope_theta": "rope_theta",
     "norm_eps": "norm_eps",
 }
@@ -94,18 +94,18 @@ def model_settings(params: dict, told: Mapping[str, float]) -> dict[str, int | f
       UserError: when `told` contradicts the weights.
     """
     flat = flatten(params)
-    layers, width, mlp_width = flat["blocks/mlp/value/kernel"].shape
-    shown = {"layers": layers, "width": width, "mlp_width": mlp_width}
+    layers, width, d_ff = flat["blocks/mlp/value/kernel"].shape
+    shown = {"num_layers": layers, "d_model": width, "d_ff": d_ff}
     for key, value in shown.items():
         if told.get(SETTINGS[key], value) != value:
             raise UserError(
                 f"{SETTINGS[key]} is said to be {told[SETTINGS[key]]:g}, but the weights have {value}"
             )
     settings = {key: told[name] for key, name in SETTINGS.items() if name in told}
-    if "heads" in settings:
-        if settings["heads"] not in range(1, width + 1):
+    if "num_heads" in settings:
+        if settings["num_heads"] not in range(1, width + 1):
             raise UserError(f"{SETTINGS['heads']}={settings['heads']:g} is no number of heads")
-        settings["heads"] = int(settings["heads"])
+        settings["num_heads"] = int(settings["num_heads"])
     return settings | shown | {"head": "projected"}
 
 
@@ -136,7 +136,7 @@ def _turned(ours: str, tensor: np.ndarray) -> np.ndarray:
 
 def _check_shapes(flat: Mapping[str, np.ndarray]) -> None:
     try:
-        vocabulary, width = flat["embedding/embedding"].shape
+        vocab_size, width = flat["embedding/embedding"].shape
         layers, _, inner = flat["blocks/mlp/value/kernel"].shape
     except ValueError as error:
         raise UserError("embedding and MLP weights must be matrices") from error
@@ -150,8 +150,8 @@ def _check_shapes(flat: Mapping[str, np.ndarray]) -> None:
         "blocks/mlp/norm/scale": scale,
         "head/norm/scale": (width,),
         "head/projection/kernel": (width, width),
-        "head/output/kernel": (width, vocabulary),
-        "head/output/bias": (vocabulary,),
+        "head/output/kernel": (width, vocab_size),
+        "head/output/bias": (vocab_size,),
     }
     for path, shape in expected.items():
         if flat[path].shape != shape:

@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 from dualsm.data.corpus import sha256
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
-from dualsm.errors import UserError
-from dualsm.evaluation.run import TrainedRun
 from dualsm.exchange import reference, run_folder, vocabulary
 from dualsm.exchange.huggingface import tokenizer_file
 from dualsm.exchange.weights import read_settings, read_weights, write_safetensors
-from dualsm.output import new_folder
+from dualsm.process.errors import UserError
+from dualsm.process.output import new_folder
+from dualsm.rundir.trained_run import TrainedRun
 
 
 def load(weights: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path) -> str:
@@ -36,10 +36,10 @@ def load(weights: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path
     known = Tokenizer.load(tokenizer or str(weights.with_name("tokenizer.json")))
     config = run_folder.fit_config(recipe, settings, known)
     source = {"format": "reference", "weights": weights.name, "sha256": sha256(weights)}
-    run_folder.write_run(config, vocabulary.to_ours(params, known.own_V), known, workdir, source)
+    run_folder.write_run(config, vocabulary.to_ours(params, known.external_ids_V), known, workdir, source)
     model = config.model
     hint = "" if config.data.path else "; to train it on, import it with --config and --config.data.path"
-    return f"{model.layers} layers of width {model.width}, at step 0, in {workdir}{hint}"
+    return f"{model.num_layers} layers of width {model.d_model}, at step 0, in {workdir}{hint}"
 
 
 def export(run: TrainedRun, output: Path) -> str:
@@ -51,7 +51,7 @@ def export(run: TrainedRun, output: Path) -> str:
     model = run.config.model
     if model.get("head", "projected") != "projected":
         raise UserError("the reference format has no plain head; use --format=huggingface")
-    params = vocabulary.to_own(jax.device_get(run.params), run.tokenizer.own_V)
+    params = vocabulary.to_own(jax.device_get(run.params), run.tokenizer.external_ids_V)
     metadata = {name: str(model[key]) for key, name in reference.SETTINGS.items()}
     metadata["vocab_size"] = str(len(params["embedding"]["embedding"]))
     own = run.tokenizer

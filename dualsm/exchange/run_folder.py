@@ -9,15 +9,15 @@ import jax
 from ml_collections import ConfigDict
 
 from dualsm import config as configs
-from dualsm import sharding
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.errors import UserError
-from dualsm.output import new_folder
-from dualsm.training.checkpoint import Checkpoints
+from dualsm.devices import sharding
+from dualsm.process.errors import UserError
+from dualsm.process.output import new_folder
+from dualsm.rundir.checkpoint import Checkpoints
+from dualsm.rundir.workdir import CONFIG
 from dualsm.training.loop import complete
-from dualsm.training.program import make_program
-from dualsm.training.workdir import CONFIG
+from dualsm.training.program import compile_train_step
 
 SOURCE = "source.json"  # where the weights came from
 
@@ -36,13 +36,13 @@ def fit_config(config: ConfigDict | None, settings: dict, tokenizer: Tokenizer) 
     """
     recipe = config is not None
     config = config.copy_and_resolve_references() if recipe else configs.default_config()
-    if not recipe and "heads" not in settings:
+    if not recipe and "num_heads" not in settings:
         raise UserError(
             "neither the weights file nor a config.json beside it says num_attention_heads; "
             "give a recipe, as in --config=dualsm:dual_470m"
         )
-    for key, value in (settings | {"vocabulary": tokenizer.vocabulary}).items():
-        if recipe and config.model[key] != value and (key, config.model[key]) != ("vocabulary", 0):
+    for key, value in (settings | {"vocab_size": tokenizer.vocab_size}).items():
+        if recipe and config.model[key] != value and (key, config.model[key]) != ("vocab_size", 0):
             raise UserError(f"config.model.{key}={config.model[key]} but the weights have {value}")
         config.model[key] = value
     configs.check_config(config)
@@ -71,7 +71,7 @@ def write_run(config: ConfigDict, params: dict, tokenizer: Tokenizer, workdir: P
       UserError: when the folder is in use.
     """
     mesh = sharding.make_mesh(configs.default_config().mesh, jax.devices())
-    program = make_program(config, tokenizer.special, mesh)
+    program = compile_train_step(config, tokenizer.special, mesh)
     state = program.init()
     layout = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
     state = state._replace(params=jax.device_put(params, layout))

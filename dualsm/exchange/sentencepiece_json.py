@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SentencePieceTokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 _SPACE_MARK = "\u2581"
 
@@ -28,7 +28,7 @@ def to_json(tokenizer: SentencePieceTokenizer) -> str:
     """
     content = _convert(tokenizer)
     # All pieces, in a fixed order other than their own, so that pieces meet that are no words together.
-    order = np.random.default_rng(0).permutation(np.arange(RESERVED_IDS, tokenizer.vocabulary))
+    order = np.random.default_rng(0).permutation(np.arange(RESERVED_IDS, tokenizer.vocab_size))
     text = tokenizer.decode(order)
     if not tokenizer.lossless or JsonTokenizer(content.encode()).encode([text]) != tokenizer.encode([text]):
         raise UserError(
@@ -42,8 +42,8 @@ def _convert(tokenizer: SentencePieceTokenizer) -> str:
     """Returns the `tokenizer.json` of a BPE model without a normaliser."""
     model = SentencePieceProcessor()
     model.LoadFromSerializedProto(tokenizer.model)
-    pieces = [model.id_to_piece(i).replace(_SPACE_MARK, " ") for i in range(tokenizer.vocabulary)]
-    special = [i for i in range(tokenizer.vocabulary) if model.is_control(i) or model.is_unknown(i)]
+    pieces = [model.id_to_piece(i).replace(_SPACE_MARK, " ") for i in range(tokenizer.vocab_size)]
+    special = [i for i in range(tokenizer.vocab_size) if model.is_control(i) or model.is_unknown(i)]
     text = {
         piece: model.get_score(i)
         for i, piece in enumerate(pieces)

@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401 (it comes with JAX, and gives numpy bfloat16)
 import numpy as np
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"  # how torch's files begin, new and old
 

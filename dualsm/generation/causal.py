@@ -13,11 +13,11 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
-from dualsm.errors import UserError
 from dualsm.generation import batches
-from dualsm.generation.pick import Picking, allowed_logits, pick
+from dualsm.generation.sampling_params import SamplingParams, allowed_logits, pick
 from dualsm.model.attention import attend
 from dualsm.model.transformer import Block, Transformer, bind, rotary_angles
+from dualsm.process.errors import UserError
 
 MODES = ("causal", "prefix")
 
@@ -71,7 +71,7 @@ def extend(
     rows, size = tokens_BxP.shape
     positions_BxP = position_B[:, None] + jnp.arange(size)
     key_end_BxP = jnp.maximum(positions_BxP + 1, prefix_end_B[:, None])
-    angles = rotary_angles(positions_BxP, model.head_width, model.theta)
+    angles = rotary_angles(positions_BxP, model.head_dim, model.theta)
     row_Bx1 = jnp.arange(rows)[:, None]
 
     def layer(block: Block, keys_BxSxHxK, values_BxSxHxK, x_TxD):
@@ -92,7 +92,7 @@ def empty_cache(model: Transformer, rows: int, size: int) -> Cache:
     """A cache for `rows` texts of at most `size` tokens."""
     kernel = model.blocks.attention.key.kernel
     layers, _, width = kernel.shape
-    shape = (layers, rows, size, width // model.head_width, model.head_width)
+    shape = (layers, rows, size, width // model.head_dim, model.head_dim)
     return Cache(*jnp.zeros((2, *shape), model.embedding.dtype or kernel.dtype))
 
 
@@ -133,14 +133,14 @@ def begin(
     return Decoding(tokens_BxS, length_B, logits_BxV, length_B >= size, cache, key_B)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "picking", "special"), donate_argnums=2)
+@functools.partial(jax.jit, static_argnames=("config", "steps", "sampling", "special"), donate_argnums=2)
 def decode(
     config: FrozenConfigDict,
     params: dict,
     state: Decoding,
     *,
     steps: int,
-    picking: Picking,
+    sampling: SamplingParams,
     special: SpecialIds,
 ) -> Decoding:
     """Adds at most `steps` tokens to each text that has not stopped.
@@ -152,7 +152,7 @@ def decode(
         model = bind(config, params)  # here, since NNX modules must not cross into a loop's body
         logits_BxV = allowed_logits(state.logits_BxV, special, may_stop=True)
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
-        token_B = jax.vmap(functools.partial(pick, picking=picking))(logits_BxV, key_B)
+        token_B = jax.vmap(functools.partial(pick, sampling=sampling))(logits_BxV, key_B)
         token_B = jnp.where(state.done_B, special.pad, token_B)
         rows = jnp.arange(len(token_B))
         place_B = jnp.where(state.done_B, state.tokens_BxS.shape[1], state.length_B)
@@ -175,7 +175,7 @@ def generate(
     params: dict,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
-    picking: Picking,
+    sampling: SamplingParams,
     special: SpecialIds,
     mode: str = "causal",
     key_B: jax.Array | None = None,
@@ -188,7 +188,7 @@ def generate(
       params: parameters.
       prompts: token ids, `<s>` first; many are generated batch by batch.
       new_tokens: most tokens to add to each.
-      picking: how to draw.
+      sampling: how to draw.
       special: the tokenizer's special ids.
       mode: "causal", or "prefix" for prompts that are read bidirectionally.
       key_B: PRNG key of each prompt; None: those of seed 0, see `batches.prompt_keys`.
@@ -224,4 +224,4 @@ def generate(
             yield list(texts)
             if (done_B | (length_B == most_B)).all():
                 break
-            state = decode(config, params, state, steps=at_once, picking=picking, special=special)
+            state = decode(config, params, state, steps=at_once, sampling=sampling, special=special)

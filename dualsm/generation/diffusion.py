@@ -18,10 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
-from dualsm.errors import UserError
 from dualsm.generation import batches
-from dualsm.generation.pick import Picking, allowed_logits, pick
+from dualsm.generation.sampling_params import SamplingParams, allowed_logits, pick
 from dualsm.model.transformer import bind
+from dualsm.process.errors import UserError
 
 ORDERS = ("confidence", "margin", "entropy", "random")
 _LOGITS_AT_ONCE = 256  # positions whose logits are held at once
@@ -55,7 +55,7 @@ class Unmasking:
             )
 
 
-class Filling(NamedTuple):
+class DiffusionState(NamedTuple):
     """Where a batch of texts stands.
 
     Attributes:
@@ -75,16 +75,16 @@ class Filling(NamedTuple):
     forwards: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "picking", "unmasking", "special"))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "unmasking", "special"))
 def settle(
     config: FrozenConfigDict,
     params: dict,
-    state: Filling,
+    state: DiffusionState,
     *,
-    picking: Picking,
+    sampling: SamplingParams,
     unmasking: Unmasking,
     special: SpecialIds,
-) -> Filling:
+) -> DiffusionState:
     """One forward, and the places it settles: at least one in every text that has masks left."""
     start_BxL = jnp.zeros_like(state.tokens_BxL)
     features_BxLxD = bind(config, params).features(
@@ -96,7 +96,7 @@ def settle(
         logits_V = bind(config, params).head.output(feature_D).astype(jnp.float32)
         logits_V = allowed_logits(logits_V, special, may_stop=False)
         draw_key, order_key = jax.random.split(key)
-        token, log_p_V = pick(logits_V, draw_key, picking), jax.nn.log_softmax(logits_V)
+        token, log_p_V = pick(logits_V, draw_key, sampling), jax.nn.log_softmax(logits_V)
         return token, jnp.exp(log_p_V[token]), _sureness(log_p_V, token, unmasking.order, order_key)
 
     # Position i - 1 predicts the token at position i; what is drawn for position 0 is used nowhere.
@@ -146,7 +146,7 @@ def fill(
     config: FrozenConfigDict,
     params: dict,
     texts: Sequence[Sequence[int]],
-    picking: Picking,
+    sampling: SamplingParams,
     unmasking: Unmasking,
     special: SpecialIds,
     key_B: jax.Array | None = None,
@@ -158,7 +158,7 @@ def fill(
       params: parameters.
       texts: token ids, `<s>` first, `<mask>` where a token is wanted; all others stay as they are. Many are
         filled in batch by batch.
-      picking: how tokens are drawn.
+      sampling: how tokens are drawn.
       unmasking: which places are settled when.
       special: the tokenizer's special ids.
       key_B: PRNG key of each text; None: those of seed 0, see `batches.prompt_keys`.
@@ -176,17 +176,17 @@ def fill(
     for part in batches.split(len(texts), max(map(len, texts))):
         tokens_BxL, length_B = batches.pad(texts[part], special.pad)
         plan = _plan(tokens_BxL == special.mask, unmasking)
-        state = _beside(params, Filling(tokens_BxL, length_B, *plan, key_B[part], np.int32(0)))
+        state = _beside(params, DiffusionState(tokens_BxL, length_B, *plan, key_B[part], np.int32(0)))
         while True:
             tokens_BxL = np.asarray(state.tokens_BxL)
             texts[part] = [row[:length].tolist() for row, length in zip(tokens_BxL, length_B, strict=True)]
             yield list(texts)
             if not (tokens_BxL == special.mask).any():
                 break
-            state = settle(config, params, state, picking=picking, unmasking=unmasking, special=special)
+            state = settle(config, params, state, sampling=sampling, unmasking=unmasking, special=special)
 
 
-def _beside(params: dict, state: Filling) -> Filling:
+def _beside(params: dict, state: DiffusionState) -> DiffusionState:
     """On the devices of the parameters, where `settle` leaves it too; else its second call compiles anew."""
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, NamedSharding):
@@ -195,7 +195,7 @@ def _beside(params: dict, state: Filling) -> Filling:
 
 
 def _plan(masked_BxL: np.ndarray, unmasking: Unmasking) -> tuple[np.ndarray, np.ndarray]:
-    """Block number and number of forwards for each masked place, int32 [B, L] (see `Filling`)."""
+    """Block number and number of forwards for each masked place, int32 [B, L] (see `DiffusionState`)."""
     place_BxL = np.cumsum(masked_BxL, axis=1) - 1
     size = unmasking.block or masked_BxL.shape[1]
     block_BxL = np.where(masked_BxL, place_BxL // size, -1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dualsm.data.text import foreign_encoding, likely_encoding, parse_json, without_bom
 from dualsm.data.tokenizer import RESERVED_IDS, Tokenizer
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 _MASKS = re.compile(r"<mask(?::(\d+))?>")
 _MOST_MASKS = 65536  # in one place

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dualsm import sharding
-from dualsm.errors import UserError
+from dualsm.devices import sharding
 from dualsm.model import flash, splash
 from dualsm.model.remat import ATTENTION
+from dualsm.process.errors import UserError
 
 BACKENDS = ("auto", "xla", "splash", "flash")
 KERNELS = {"tpu": "splash", "gpu": "flash"}  # by platform
@@ -56,7 +56,7 @@ def attend(
         raise UserError(f"config.model.attention={backend} {obstacle}; take auto or xla")
     kernel = {"splash": splash.attend_splash, "flash": flash.attend_flash}[backend]
     heads, ranges = ("batch", None, "heads", None), ("batch", None)
-    divided = sharding.by_device(kernel, (heads, heads, heads, ranges, ranges), heads)
+    divided = sharding.shard_mapped(kernel, (heads, heads, heads, ranges, ranges), heads)
     return divided(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
 
 

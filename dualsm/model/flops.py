@@ -11,19 +11,19 @@ import ml_collections
 
 def matrix_parameters(config: ml_collections.ConfigDict) -> int:
     """Weights that multiply every token: all but embedding and vectors. `config` is `config.model`."""
-    block = 4 * config.width**2 + 3 * config.width * config.mlp_width
-    projection = config.width**2 if config.get("head", "projected") == "projected" else 0
-    return config.layers * block + projection + config.width * config.vocabulary
+    block = 4 * config.d_model**2 + 3 * config.d_model * config.d_ff
+    projection = config.d_model**2 if config.get("head", "projected") == "projected" else 0
+    return config.num_layers * block + projection + config.d_model * config.vocab_size
 
 
-def train_flops(config: ml_collections.ConfigDict, row_tokens: int, attended: float) -> float:
+def train_flops(config: ml_collections.ConfigDict, seq_len: int, attended: float) -> float:
     """Operations of one training row.
 
     Args:
       config: `config.model`.
-      row_tokens: L.
+      seq_len: L.
       attended: share of the L x L attention scores that is needed, with one document a row: 1/2 for
         causal rows, 1 for bidirectional ones.
     """
-    attention = 2 * 2 * config.layers * config.width * row_tokens * attended
-    return 3 * row_tokens * (2 * matrix_parameters(config) + attention)
+    attention = 2 * 2 * config.num_layers * config.d_model * seq_len * attended
+    return 3 * seq_len * (2 * matrix_parameters(config) + attention)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
+from dualsm.devices.sharding import constrain, divided_by, platform
 from dualsm.model import remat
 from dualsm.model.attention import attend
-from dualsm.sharding import constrain, divided_by, platform
 
 TENSOR_CORE_MULTIPLE = 64  # GPUs multiply matrices of other sizes at half the rate, see docs/performance.md
 
@@ -32,19 +32,19 @@ def _linear(config, inputs: int, outputs: int, *, scale: float = 1.0, bias: bool
         inputs,
         outputs,
         use_bias=bias,
-        kernel_init=_initializer(config.width, scale),
+        kernel_init=_initializer(config.d_model, scale),
         dtype=config.dtype,
         rngs=rngs,
     )
 
 
 def _norm(config, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.width, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
+    return nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
 
 
-def rotary_angles(positions_L: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(positions_L: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary embedding, float32 [..., L, 1, K/2] each."""
-    frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions_L.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -60,13 +60,13 @@ class Attention(nnx.Module):
     """Pre-norm multi-head attention."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
-        width = config.width
-        self.heads = config.heads
+        width = config.d_model
+        self.heads = config.num_heads
         self.norm = _norm(config, rngs=rngs)
         self.query = _linear(config, width, width, rngs=rngs)
         self.key = _linear(config, width, width, rngs=rngs)
         self.value = _linear(config, width, width, rngs=rngs)
-        self.output = _linear(config, width, width, scale=(2 * config.layers) ** -0.5, rngs=rngs)
+        self.output = _linear(config, width, width, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
 
     def project(self, x_TxD: jax.Array, rows: int, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries and keys, and values, each [B, L, H, K] with B = `rows`."""
@@ -85,11 +85,11 @@ class MLP(nnx.Module):
     """Pre-norm SwiGLU: down(value(x) * silu(gate(x)))."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
-        width, inner = config.width, config.mlp_width
+        width, inner = config.d_model, config.d_ff
         self.norm = _norm(config, rngs=rngs)
         self.value = _linear(config, width, inner, rngs=rngs)
         self.gate = _linear(config, width, inner, rngs=rngs)
-        self.down = _linear(config, inner, width, scale=(2 * config.layers) ** -0.5, rngs=rngs)
+        self.down = _linear(config, inner, width, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
 
     def __call__(self, x_TxD: jax.Array) -> jax.Array:
         x_TxD = self.norm(x_TxD)
@@ -127,8 +127,8 @@ class ProjectedHead(nnx.Module):
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
         self.norm = _norm(config, rngs=rngs)
-        self.projection = _linear(config, config.width, config.width, rngs=rngs)
-        self.output = _linear(config, config.width, config.vocabulary, bias=True, rngs=rngs)
+        self.projection = _linear(config, config.d_model, config.d_model, rngs=rngs)
+        self.output = _linear(config, config.d_model, config.vocab_size, bias=True, rngs=rngs)
 
     def features(self, x_TxD: jax.Array) -> jax.Array:
         """What the output matrix is applied to, [T, D]."""
@@ -140,7 +140,7 @@ class PlainHead(nnx.Module):
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
         self.norm = _norm(config, rngs=rngs)
-        self.output = Unbiased(_linear(config, config.width, config.vocabulary, rngs=rngs))
+        self.output = Unbiased(_linear(config, config.d_model, config.vocab_size, rngs=rngs))
 
     def features(self, x_TxD: jax.Array) -> jax.Array:
         """What the output matrix is applied to, [T, D]."""
@@ -169,19 +169,19 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
         """`config` is `config.model`, with the vocabulary filled in."""
-        self.head_width = config.width // config.heads
+        self.head_dim = config.d_model // config.num_heads
         self.theta = config.rope_theta
         self.remat = config.remat
-        self.layers = config.layers
+        self.layers = config.num_layers
         self.embedding = nnx.Embed(
-            config.vocabulary,
-            config.width,
-            embedding_init=_initializer(config.width),
+            config.vocab_size,
+            config.d_model,
+            embedding_init=_initializer(config.d_model),
             dtype=config.dtype,
             rngs=rngs,
         )
 
-        @nnx.split_rngs(splits=config.layers)
+        @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked_blocks(rngs: nnx.Rngs) -> Block:
             return Block(config, rngs=rngs)
@@ -197,7 +197,7 @@ class Transformer(nnx.Module):
           key_start_BxL, key_end_BxL: int32; the keys each position sees (see `attend`).
         """
         positions_L = jnp.arange(tokens_BxL.shape[1])
-        angles = rotary_angles(positions_L, self.head_width, self.theta)
+        angles = rotary_angles(positions_L, self.head_dim, self.theta)
         layer = _apply_block
         if remat.POLICIES[self.remat] is not None:
             layer = nnx.remat(layer, policy=remat.POLICIES[self.remat])

@@ -51,15 +51,15 @@ class Example(NamedTuple):
       inputs_L: int32 [L]; tokens the model sees.
       targets_L: int32 [L]; position i is to predict targets[i].
       weights_L: float32 [L]; weight of each position's loss; 0 where it carries none.
-      counted_L: float32 [L]; what each position adds to the denominator. The loss of a set of rows is
-        sum(weights * nll) / sum(counted), divided once.
+      loss_denominator_L: float32 [L]; each position's addend to the denominator. The loss of a set of rows is
+        sum(weights * nll) / sum(loss_denominator), divided once.
       key_start_L, key_end_L: int32 [L]; position i attends to keys [key_start[i], key_end[i]).
     """
 
     inputs_L: jax.Array
     targets_L: jax.Array
     weights_L: jax.Array
-    counted_L: jax.Array
+    loss_denominator_L: jax.Array
     key_start_L: jax.Array
     key_end_L: jax.Array
 

@@ -40,7 +40,7 @@ def masked(
     Raises:
       ValueError: when random tokens are asked for and the vocabulary is unknown.
     """
-    if random and special.vocabulary <= RESERVED_IDS:
+    if random and special.vocab_size <= RESERVED_IDS:
         raise ValueError("masked draws random tokens and needs special.vocabulary, the number of ids")
     count_key, span_key, place_key, kind_key, token_key = jax.random.split(key, 5)
     maskable_L = has_target(row) & is_text(row.tokens_L1[1:])
@@ -53,7 +53,7 @@ def masked(
     kind_L = jax.random.uniform(kind_key, length)[span_L]
     replacement_L = jnp.full(length, special.mask, jnp.int32)
     if random:
-        random_L = jax.random.randint(token_key, length, RESERVED_IDS, special.vocabulary)
+        random_L = jax.random.randint(token_key, length, RESERVED_IDS, special.vocab_size)
         replacement_L = jnp.where(kind_L < random, random_L, replacement_L)
     # Positions so far are those that predict; a replacement goes one further, as does what is hidden.
     inputs_L = hide(row.tokens_L1[:-1], masked_L & (kind_L < 1 - keep), jnp.roll(replacement_L, 1))

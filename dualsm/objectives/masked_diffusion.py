@@ -81,7 +81,7 @@ def masked_diffusion(
         ),
         targets_L=targets_L,
         weights_L=jnp.where(masked_L, weight, 0.0),
-        counted_L=maskable_L.astype(jnp.float32),
+        loss_denominator_L=maskable_L.astype(jnp.float32),
         key_start_L=start_L,
         key_end_L=end_L,
     )

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualsm.errors import UserError
 from dualsm.objectives.ahead import diverse_causal, next_all
 from dualsm.objectives.causal import causal, masked_input_causal
 from dualsm.objectives.example import Example, Row, SpecialIds
@@ -21,6 +20,7 @@ from dualsm.objectives.masked import masked, variable_length_masked
 from dualsm.objectives.masked_diffusion import masked_diffusion
 from dualsm.objectives.prefix import prefix
 from dualsm.objectives.span_denoising import span_denoising
+from dualsm.process.errors import UserError
 
 OBJECTIVES: dict[str, Callable[..., Example]] = {
     "causal": causal,
@@ -48,7 +48,7 @@ def check_shares(shares: Mapping[str, float]) -> None:
         raise UserError(f"config.mixture sums to {total:g}, not 1 ({listed or 'all shares are 0'})")
 
 
-def row_counts(shares_SxJ: np.ndarray, batch_rows: int) -> np.ndarray:
+def sequence_counts(shares_SxJ: np.ndarray, batch_size: int) -> np.ndarray:
     """How many rows of each step follow each objective, by error diffusion.
 
     What an objective is owed after a step is carried to the next; each step pays whole rows and rounds by
@@ -57,7 +57,7 @@ def row_counts(shares_SxJ: np.ndarray, batch_rows: int) -> np.ndarray:
 
     Args:
       shares_SxJ: share of each objective at each step; each step's sum to 1.
-      batch_rows: rows a step, B.
+      batch_size: rows a step, B.
 
     Returns:
       int64 [S, J]; each step's sum to B.
@@ -66,9 +66,9 @@ def row_counts(shares_SxJ: np.ndarray, batch_rows: int) -> np.ndarray:
     objectives = range(shares_SxJ.shape[1])
     owed = [0.0 for _ in objectives]
     for step, shares in enumerate(shares_SxJ.tolist()):
-        due = [o + batch_rows * share for o, share in zip(owed, shares, strict=True)]
+        due = [o + batch_size * share for o, share in zip(owed, shares, strict=True)]
         paid = [max(int(d), 0) for d in due]
-        short = batch_rows - sum(paid)
+        short = batch_size - sum(paid)
         # Rounded, so that what float sums do to exact ties does not decide them.
         rest = [round(d - p, 6) for d, p in zip(due, paid, strict=True)]
         for j in sorted(objectives, key=lambda j: -rest[j])[: max(short, 0)]:

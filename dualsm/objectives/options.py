@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dualsm.errors import UserError
 from dualsm.objectives.ahead import FARTHEST
 from dualsm.objectives.masked_diffusion import NARROWEST, TIMES
 from dualsm.objectives.span_denoising import DENOISERS
+from dualsm.process.errors import UserError
 
 _MODES = "".join(dict.fromkeys(denoiser.mode for denoiser in DENOISERS))
 _SHARE = (lambda v: 0 <= v <= 1, "must lie in [0, 1]")

@@ -32,7 +32,7 @@ def prefix(row: Row, key: jax.Array, special: SpecialIds) -> Example:
         inputs_L=row.tokens_L1[:-1],
         targets_L=row.tokens_L1[1:],
         weights_L=weights_L,
-        counted_L=weights_L,
+        loss_denominator_L=weights_L,
         key_start_L=start_L,
         key_end_L=jnp.maximum(positions_L + 1, prefix_end_L),
     )

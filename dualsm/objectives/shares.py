@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dualsm.errors import UserError
 from dualsm.objectives.mixture import OBJECTIVES, check_shares
+from dualsm.process.errors import UserError
 
 SCHEDULES = ("constant", "linear", "steps")
 

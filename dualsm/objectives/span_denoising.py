@@ -155,7 +155,7 @@ def spans_last(row: Row, missing_L1: jax.Array, special: SpecialIds) -> Example:
         inputs_L=tokens_L1[:-1],
         targets_L=tokens_L1[1:],
         weights_L=weights_L,
-        counted_L=weights_L,
+        loss_denominator_L=weights_L,
         key_start_L=start_L1[:-1],
         key_end_L=jnp.maximum(positions_L + 1, jnp.minimum(bar_L1[:-1], size - 1)),
     )

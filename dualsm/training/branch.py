@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.errors import UserError
-from dualsm.training.checkpoint import find_step, restore_parts
+from dualsm.process.errors import UserError
+from dualsm.rundir.checkpoint import find_step, restore_parts
+from dualsm.rundir.workdir import CONFIG, read_config
 from dualsm.training.step import TrainState
-from dualsm.training.workdir import CONFIG, read_config
 
 
 def start_step(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> int:

@@ -17,26 +17,27 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dualsm import config as configs
-from dualsm import distributed, sharding
 from dualsm.data.corpus import Corpus
 from dualsm.data.order import RowOrder
 from dualsm.data.pipeline import StepRows, read_steps
-from dualsm.errors import UserError
-from dualsm.evaluation.validation import BYTES_OF_TOKENS, Validation, valid_rows
-from dualsm.hardware import Peak
+from dualsm.devices import sharding
+from dualsm.devices.chips import Peak
 from dualsm.model.attention import why_not_kernel
 from dualsm.model.flops import train_flops
 from dualsm.objectives import mixture, shares
-from dualsm.progress import bar, say, warn
+from dualsm.process import distributed
+from dualsm.process.errors import UserError
+from dualsm.process.progress import bar, say, warn
+from dualsm.rundir.checkpoint import Checkpoints, check_not_lost
+from dualsm.rundir.metrics import MetricsWriter, NoMetrics, read_metrics
+from dualsm.rundir.workdir import CONFIG, check_config_of_run, check_same, claim, hold
 from dualsm.training.branch import branched_state, start_step
-from dualsm.training.checkpoint import Checkpoints, check_not_lost
 from dualsm.training.clock import Clock
-from dualsm.training.metrics import MetricsWriter, NoMetrics, read_metrics
-from dualsm.training.program import attended_share, make_program
+from dualsm.training.program import attended_share, compile_train_step
 from dualsm.training.schedules import learning_rate
-from dualsm.training.step import Batch, Sums, TrainState
+from dualsm.training.step import Batch, StepMetrics, TrainState
 from dualsm.training.summary import summarise
-from dualsm.training.workdir import CONFIG, check_claim, check_same, claim, hold
+from dualsm.training.validation import BYTES_OF_TOKENS, Validation, valid_rows
 
 
 def train(
@@ -68,7 +69,7 @@ def train(
     config.start.step = int(distributed.from_main(str(config.start.step)))
     with distributed.together():
         mesh = sharding.make_mesh(config.mesh, jax.devices())
-        config.microbatches = sharding.microbatches(config, mesh)
+        config.gradient_accumulation_steps = sharding.accumulation_steps(config, mesh)
     main_config = distributed.from_main(configs.save_config(config))
     with distributed.together():
         check_same(config, main_config)
@@ -76,16 +77,16 @@ def train(
     leads_host = distributed.leads_host()
     with contextlib.ExitStack() as stack:
         with distributed.together():  # before anything is written
-            if distributed.leads():
-                check_claim(workdir, config, corpus)
+            if distributed.is_main_process():
+                check_config_of_run(workdir, config, corpus)
                 stack.enter_context(hold(workdir))
-                check_claim(workdir, config, corpus)  # another run may have come first
+                check_config_of_run(workdir, config, corpus)  # another run may have come first
                 check_not_lost(workdir)
             if config.data.verify and leads_host:
                 corpus.verify("train")
                 corpus.verify("valid")
         with distributed.together():
-            if distributed.leads():
+            if distributed.is_main_process():
                 claim(workdir, config, corpus)
         with distributed.together():
             if not (workdir / CONFIG).exists():
@@ -94,22 +95,22 @@ def train(
                 )
         with jax.set_mesh(mesh):
             finished = run.go(stop)
-    if finished and distributed.leads():
+    if finished and distributed.is_main_process():
         say("\n" + summarise(workdir, corpus if run.scores_all else None))
     return finished
 
 
 def complete(config: ConfigDict, corpus: Corpus) -> ConfigDict:
-    """The config with what follows from the corpus filled in: `model.vocabulary` and `data.identity`."""
+    """The config with what follows from the corpus filled in: `model.vocab_size` and `data.identity`."""
     config = config.copy_and_resolve_references()
-    if config.model.vocabulary not in (0, corpus.vocabulary):
+    if config.model.vocab_size not in (0, corpus.vocab_size):
         raise UserError(
-            f"config.model.vocabulary={config.model.vocabulary} but the corpus {corpus.folder} was made "
-            f"with a tokenizer of {corpus.vocabulary} ids"
+            f"config.model.vocab_size={config.model.vocab_size} but the corpus {corpus.folder} was made "
+            f"with a tokenizer of {corpus.vocab_size} ids"
         )
     if config.data.identity not in ("", corpus.identity):
         raise UserError(f"the corpus {corpus.folder} is not the one named by config.data.identity")
-    config.model.vocabulary = corpus.vocabulary
+    config.model.vocab_size = corpus.vocab_size
     config.data.identity = corpus.identity
     return config
 
@@ -124,34 +125,34 @@ class _Run:
         special = tokenizer.special
 
         documents = corpus.documents("train")
-        budget = config.steps * config.batch_rows * config.row_tokens
-        self.order = RowOrder(documents.lengths_N, budget, config.row_tokens, config.repetitions, config.seed)
+        budget = config.steps * config.batch_size * config.seq_len
+        self.order = RowOrder(documents.lengths_N, budget, config.seq_len, config.repetitions, config.seed)
         self.rows = StepRows(
             documents=documents,
             order=self.order,
-            batch_rows=config.batch_rows,
-            row_tokens=config.row_tokens,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
             pad=special.pad,
-            part=sharding.process_rows(mesh, config.batch_rows),
+            part=sharding.process_rows(mesh, config.batch_size),
         )
         self.shares_SxJ = shares.step_shares(config, self.names)
-        self.counts_SxJ = mixture.row_counts(self.shares_SxJ, config.batch_rows)
+        self.counts_SxJ = mixture.sequence_counts(self.shares_SxJ, config.batch_size)
 
         self.schedule = learning_rate(config.optimizer, config.steps)
-        self.abstract_state, self.init, self.step = make_program(config, special, mesh)
+        self.abstract_state, self.init, self.step = compile_train_step(config, special, mesh)
 
-        self.row_flops = train_flops(config.model, config.row_tokens, attended_share(config, special))
+        self.row_flops = train_flops(config.model, config.seq_len, attended_share(config, special))
         self.peak = Peak(mesh.local_devices[0], mesh.size)
         self.validation, self.scores_all = None, False
         if scored := configs.valid_objectives(config):
             held_out = corpus.documents("valid")
             rows = valid_rows(
-                held_out, config.row_tokens, config.valid.rows, special, tokenizer.token_bytes()
+                held_out, config.seq_len, config.valid.num_sequences, special, tokenizer.token_bytes()
             )
-            if not rows.exact and distributed.leads():
+            if not rows.exact and distributed.is_main_process():
                 warn(BYTES_OF_TOKENS)
             # Only then are the scores those of the documents that gzip had to do.
-            self.scores_all = rows.documents_VxL1.shape[0] * config.row_tokens >= held_out.tokens
+            self.scores_all = rows.documents_VxL1.shape[0] * config.seq_len >= held_out.tokens
             self.validation = Validation(config, scored, special, rows, mesh)
 
     def go(self, stop: Callable[[int], bool]) -> bool:
@@ -168,7 +169,7 @@ class _Run:
                 return True
             writer = NoMetrics()
             with distributed.together():  # a tracker may take minutes to start
-                if distributed.leads():
+                if distributed.is_main_process():
                     writer = MetricsWriter(self.workdir, self.config, resumed_at=first or None)
             with contextlib.closing(writer):
                 untrained = state is None
@@ -184,14 +185,16 @@ class _Run:
         if not self.validation or (first % config.valid.every and first != config.steps):
             return False
         with distributed.together():
-            lines = read_metrics(self.workdir) if distributed.leads() else [{"step": first}]
+            lines = read_metrics(self.workdir) if distributed.is_main_process() else [{"step": first}]
         return not distributed.all_agree(any(line["step"] == first for line in lines))
 
     def _train(self, state: TrainState, first: int, checkpoints: Checkpoints, writer, stop) -> bool:
         """The loop, from step `first` on."""
         config = self.config
-        batches = read_steps(self.rows, first, config.data.threads, config.data.ahead, self._batch)
-        clock, unwritten, sums, quiet = Clock(), None, None, not distributed.leads()
+        batches = read_steps(
+            self.rows, first, config.data.num_threads, config.data.prefetch_steps, self._batch
+        )
+        clock, unwritten, sums, quiet = Clock(), None, None, not distributed.is_main_process()
         done, save, unscored = first, False, False
         with bar(total=config.steps, initial=first, desc="training", unit="step", disable=quiet) as progress:
             for done in range(first + 1, config.steps + 1):
@@ -239,7 +242,7 @@ class _Run:
         checkpoints.finish(lambda: checkpoints.save(done, state, before=writer.sync, last=True))
         return done == config.steps and not unscored
 
-    def _check_step(self, sums: Sums | None, step: int, checkpoints: Checkpoints) -> None:
+    def _check_step(self, sums: StepMetrics | None, step: int, checkpoints: Checkpoints) -> None:
         """Reports a spike or a skipped update at `step`, and gives up after too many of those in a row."""
         if sums is None:
             return
@@ -248,12 +251,12 @@ class _Run:
             warn(f"step {step}: loss spike, {spike:.3f} nats a token")
         if not in_row:
             return
-        rows = self.config.batch_rows
+        rows = self.config.batch_size
         warn(
             f"step {step}: the loss or its gradient was no finite number, the update was skipped "
             f"(rows {(step - 1) * rows} to {step * rows - 1} of the run)"
         )
-        if in_row >= self.config.skip_limit:
+        if in_row >= self.config.max_consecutive_skips:
             newest = checkpoints.newest()
             raise UserError(
                 f"diverged: the updates of steps {step - in_row + 1} to {step} were all skipped for numbers "
@@ -268,7 +271,7 @@ class _Run:
         batch = Batch(
             element["tokens"], element["documents"], objective_B[mine], stratum_B[mine], strata_B[mine]
         )
-        return jax.tree.map(lambda rows: sharding.place_rows(self.mesh, rows, self.config.batch_rows), batch)
+        return jax.tree.map(lambda rows: sharding.shard_batch(self.mesh, rows, self.config.batch_size), batch)
 
     def _validate_first(self, state, first: int, writer: MetricsWriter, untrained: bool, stop) -> bool:
         """Validates before step `first + 1`; returns False when it was stopped."""
@@ -287,10 +290,12 @@ class _Run:
         return True
 
     def _progress(self, done: int) -> dict[str, float]:
-        tokens = done * self.config.batch_rows * self.config.row_tokens
+        tokens = done * self.config.batch_size * self.config.seq_len
         return {"tokens": tokens, "epoch": tokens / self.order.unique}
 
-    def _write(self, writer, progress, done: int, sums: Sums | None, scores: dict, clock: Clock) -> None:
+    def _write(
+        self, writer, progress, done: int, sums: StepMetrics | None, scores: dict, clock: Clock
+    ) -> None:
         """Writes the line of step `done`: `sums` when it is a log step, `scores` when it was validated."""
         config = self.config
         record = self._progress(done)
@@ -302,12 +307,12 @@ class _Run:
             say(_valid_line(done, config.steps, scores))
         writer.write(done, record | scores)
 
-    def _train_metrics(self, sums: Sums, done: int) -> dict[str, float]:
+    def _train_metrics(self, sums: StepMetrics, done: int) -> dict[str, float]:
         metrics = {"train/skipped": float(sums.skipped)} if sums.skipped else {}
         if not sums.steps:
             return metrics
         metrics["train/loss"] = float(sums.loss / max(sums.weight, 1))
-        for name, nll, counted in zip(self.names, sums.nll_J, sums.counted_J, strict=True):
+        for name, nll, counted in zip(self.names, sums.nll_J, sums.loss_denominator_J, strict=True):
             if counted:
                 metrics[f"train/{name}/loss"] = float(nll / counted)
         metrics["train/gradient_norm"] = float(sums.gradient_norm / sums.steps)
@@ -316,9 +321,9 @@ class _Run:
 
     def _perf_metrics(self, clock: Clock) -> dict[str, float]:
         interval = clock.interval()
-        rows_per_second = interval.steps * self.config.batch_rows / interval.seconds
+        rows_per_second = interval.steps * self.config.batch_size / interval.seconds
         return {
-            "perf/tokens_per_second": rows_per_second * self.config.row_tokens,
+            "perf/tokens_per_second": rows_per_second * self.config.seq_len,
             "perf/mfu": self.peak.utilisation(rows_per_second * self.row_flops),
             "perf/data_wait_fraction": interval.waiting / interval.seconds,
             "perf/checkpoint_seconds": interval.saving,
@@ -340,10 +345,10 @@ class _Run:
         if first:
             say(f"resuming {self.workdir} at step {first} of {config.steps}")
         model = config.model
-        if model.attention == "auto" and sharding.platform() != "cpu" and distributed.leads():
+        if model.attention == "auto" and sharding.platform() != "cpu" and distributed.is_main_process():
             shape = (
-                config.batch_rows // config.microbatches, config.row_tokens, model.heads,
-                model.width // model.heads,
+                config.batch_size // config.gradient_accumulation_steps, config.seq_len, model.num_heads,
+                model.d_model // model.num_heads,
             )  # fmt: skip
             if reason := why_not_kernel(shape, shape):
                 warn(f"config.model.attention=auto takes plain attention: {reason}")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from dualsm.sharding import RULES, spec
+from dualsm.devices.sharding import RULES, spec
 
 OPTIMIZERS = ("muon", "adamw")
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from dualsm import distributed
-from dualsm.errors import UserError
-from dualsm.progress import say, warn
+from dualsm.process import distributed
+from dualsm.process.errors import UserError
+from dualsm.process.progress import say, warn
 
 FOLDER = "profile"
 
@@ -49,7 +49,7 @@ def profiled(
       window: None traces nothing.
       workdir: of the run; the trace is written to `profile/` in it.
     """
-    if window is None or not distributed.leads():
+    if window is None or not distributed.is_main_process():
         yield stop
         return
     folder = epath.Path(workdir) / FOLDER

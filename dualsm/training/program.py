@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from dualsm import sharding
 from dualsm.data.tokenizer import RESERVED_IDS
+from dualsm.devices import sharding
 from dualsm.model import transformer
 from dualsm.model.splash import block_ranges
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds, single_row
-from dualsm.objectives.loss import example_loss
 from dualsm.objectives.shares import step_shares, trained_objectives
-from dualsm.training.checkpoint import abstract
+from dualsm.rundir.checkpoint import abstract
+from dualsm.training.objective_loss import example_loss
 from dualsm.training.optimizer import make_optimizer
 from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, TrainState, init_state, make_train_step
@@ -31,7 +31,7 @@ from dualsm.training.step import Batch, TrainState, init_state, make_train_step
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
 
 
-class Program(NamedTuple):
+class CompiledTrainStep(NamedTuple):
     """What a run compiles.
 
     Attributes:
@@ -45,7 +45,9 @@ class Program(NamedTuple):
     step: Any
 
 
-def make_program(config: ml_collections.ConfigDict, special: SpecialIds, mesh: Mesh) -> Program:
+def compile_train_step(
+    config: ml_collections.ConfigDict, special: SpecialIds, mesh: Mesh
+) -> CompiledTrainStep:
     """The program of a run on the devices of `mesh`.
 
     Args:
@@ -60,7 +62,7 @@ def make_program(config: ml_collections.ConfigDict, special: SpecialIds, mesh: M
     layout = sharding.tree_shardings(mesh, shapes)
     step = make_train_step(config, names, special, optimizer)
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
-    return Program(
+    return CompiledTrainStep(
         abstract_state=abstract(shapes, layout),
         init=jax.jit(init, out_shardings=layout),
         step=jax.jit(
@@ -75,7 +77,7 @@ def make_program(config: ml_collections.ConfigDict, special: SpecialIds, mesh: M
 def batch_shapes(config: ml_collections.ConfigDict, mesh: Mesh) -> Batch:
     """Shapes, types and layouts of a step's batch."""
     layout = jax.sharding.NamedSharding(mesh, sharding.spec("batch"))
-    rows, length = config.batch_rows, config.row_tokens + 1
+    rows, length = config.batch_size, config.seq_len + 1
     shapes = Batch((rows, length), (rows, length), (rows,), (rows,), (rows,))
     return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout) for shape in shapes))
 
@@ -89,12 +91,12 @@ def attended_share(config: ml_collections.ConfigDict, special: SpecialIds, block
 
     @jax.jit  # op by op it would be a hundred small programs to compile at each start
     def seen_J(keys: jax.Array) -> jax.Array:
-        row = single_row(jnp.full(config.row_tokens + 1, RESERVED_IDS), jnp.zeros(config.row_tokens + 1))
+        row = single_row(jnp.full(config.seq_len + 1, RESERVED_IDS), jnp.zeros(config.seq_len + 1))
         seen = []
         for objective in mixture.bind(names, config.objectives, special):
             example = jax.vmap(objective, in_axes=(None, 0))(row, keys)
             first, last = block_ranges(example.key_start_L, example.key_end_L, block)
-            seen.append((last + 1 - first).mean() * block / config.row_tokens)
+            seen.append((last + 1 - first).mean() * block / config.seq_len)
         return jnp.stack(seen)
 
     keys = jax.random.split(jax.random.key(0), 16)
@@ -114,15 +116,15 @@ def activation_bytes(config: ml_collections.ConfigDict, special: SpecialIds, row
         zeros_B = jnp.zeros(size, jnp.int32)
         row = Row(tokens_BxL1, jnp.zeros_like(tokens_BxL1), zeros_B, zeros_B + 1, jnp.zeros(size))
         keys_B = mixture.row_keys(jax.random.key(0), size)
-        example = mixture.rewrite(objectives, row, zeros_B, keys_B)
+        example = mixture.make_examples(objectives, row, zeros_B, keys_B)
 
         def loss(params):
-            return example_loss(transformer.bind(config.model, params), example, config.loss.chunk)[0]
+            return example_loss(transformer.bind(config.model, params), example, config.loss.chunk_size)[0]
 
         return jax.vjp(loss, params)[1]
 
     def size(rows: int) -> int:
-        tokens = jax.ShapeDtypeStruct((rows, config.row_tokens + 1), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((rows, config.seq_len + 1), jnp.int32)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(kept, params, tokens)))
 
     return size(2 * rows) - size(rows)

@@ -25,16 +25,18 @@ def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
       steps: length of the run.
     """
     schedule, peak = config.schedule, config.learning_rate
-    warmup, decay = schedule.warmup, round(schedule.decay * steps)
+    warmup, decay = schedule.warmup_steps, round(schedule.decay_fraction * steps)
     rise = optax.linear_schedule(0.0, peak, warmup)
     if schedule.name == "cosine":
-        fall = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=schedule.final)
+        fall = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=schedule.final_fraction)
         return optax.join_schedules([rise, fall], [warmup])
     if schedule.name == "wsd":
-        fall = optax.linear_schedule(peak, peak * schedule.final, max(1, decay))
+        fall = optax.linear_schedule(peak, peak * schedule.final_fraction, max(1, decay))
         return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, steps - decay])
     # The cosine stays at its end value, which is the constant phase.
-    cool = optax.cosine_decay_schedule(peak, max(1, schedule.cooldown), alpha=schedule.constant)
-    ratio = schedule.final / schedule.constant
-    anneal = optax.exponential_decay(peak * schedule.constant, max(1, decay), ratio)
+    cool = optax.cosine_decay_schedule(
+        peak, max(1, schedule.cooldown_steps), alpha=schedule.constant_fraction
+    )
+    ratio = schedule.final_fraction / schedule.constant_fraction
+    anneal = optax.exponential_decay(peak * schedule.constant_fraction, max(1, decay), ratio)
     return optax.join_schedules([rise, cool, anneal], [warmup, steps - decay])

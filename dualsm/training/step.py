@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from dualsm.devices.sharding import constrain, platform, summed_over_devices
 from dualsm.model import transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Example, Row, SpecialIds
-from dualsm.objectives.loss import example_loss
-from dualsm.sharding import constrain, platform, summed_by_device
+from dualsm.training.objective_loss import example_loss
 from dualsm.training.optimizer import at_step
 
 SPIKE = 8.0  # a loss this many mean absolute deviations above the mean counts as a spike
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     strata_B: jax.Array
 
 
-class Sums(NamedTuple):
+class StepMetrics(NamedTuple):
     """What the log lines are made of, summed since the last one; J objectives, float32.
 
     Kept in the state so that a resumed run logs what an uninterrupted one logs. A step whose loss or
@@ -55,7 +55,7 @@ class Sums(NamedTuple):
     loss: jax.Array
     weight: jax.Array
     nll_J: jax.Array
-    counted_J: jax.Array
+    loss_denominator_J: jax.Array
     gradient_norm: jax.Array
     steps: jax.Array
     skipped: jax.Array
@@ -63,7 +63,7 @@ class Sums(NamedTuple):
     spike: jax.Array
 
 
-class Usual(NamedTuple):
+class LossStats(NamedTuple):
     """Running statistics of the loss of each of J objectives, for spike detection; float32.
 
     They are kept by objective so that a change of the mixture is not taken for a spike.
@@ -88,8 +88,8 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: dict
     opt_state: optax.OptState
-    sums: Sums
-    usual: Usual
+    sums: StepMetrics
+    usual: LossStats
 
 
 def init_state(
@@ -102,8 +102,8 @@ def init_state(
         step=jnp.int32(0),
         params=params,
         opt_state=optimizer.init(params),
-        sums=Sums(zero, zero, zeros_J, zeros_J, zero, zero, zero, zero, zero),
-        usual=Usual(zeros_J, zeros_J, zeros_J, zeros_J),
+        sums=StepMetrics(zero, zero, zeros_J, zeros_J, zero, zero, zero, zero, zero),
+        usual=LossStats(zeros_J, zeros_J, zeros_J, zeros_J),
     )
 
 
@@ -112,7 +112,7 @@ def make_train_step(
     names: Sequence[str],
     special: SpecialIds,
     optimizer: optax.GradientTransformation,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The step function, to be jitted with donation of the state.
 
     It returns the new state and, apart from it so that it can be read while the next step runs, its sums.
@@ -129,7 +129,9 @@ def make_train_step(
     def loss(params: dict, rows: tuple[Example, jax.Array]):
         example, weight_B = rows
         model = transformer.bind(config.model, params)
-        weighted_sum, _, stats = example_loss(model, example, config.loss.chunk, config.loss.z, weight_B)
+        weighted_sum, _, stats = example_loss(
+            model, example, config.loss.chunk_size, config.loss.z_loss, weight_B
+        )
         return weighted_sum, stats
 
     differentiate = jax.grad(loss, has_aux=True)
@@ -139,27 +141,29 @@ def make_train_step(
             grads, stats = differentiate(params, part)
             return jax.tree.map(jnp.add, total, grads), stats
 
-        parts = jax.tree.map(lambda a: _interleave(a, config.microbatches), rows)
+        parts = jax.tree.map(lambda a: _interleave(a, config.gradient_accumulation_steps), rows)
         grads, stats = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
         return grads, jax.tree.map(_undo_interleave, stats)
 
     def gradients(params: dict, rows: tuple[Example, jax.Array]):
-        """Gradients and statistics of all rows, worked through in `config.microbatches` parts."""
+        """Returns gradients and statistics of all rows, accumulated where the config says so."""
         # On accelerators sums over devices of one layer hide behind the work of another.
-        if config.microbatches == 1 and platform() != "cpu":
+        if config.gradient_accumulation_steps == 1 and platform() != "cpu":
             return differentiate(params, rows)
-        return summed_by_device(in_parts if config.microbatches > 1 else differentiate)(params, rows)
+        return summed_over_devices(in_parts if config.gradient_accumulation_steps > 1 else differentiate)(
+            params, rows
+        )
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         rows = batch.tokens_BxL1.shape[0]
         progress_B = jnp.full(rows, state.step / config.steps, jnp.float32)
         row = Row(batch.tokens_BxL1, batch.documents_BxL1, batch.stratum_B, batch.strata_B, progress_B)
-        example = mixture.rewrite(objectives, row, batch.objective_B, mixture.row_keys(key, rows))
+        example = mixture.make_examples(objectives, row, batch.objective_B, mixture.row_keys(key, rows))
         example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
 
         grads, stats = gradients(state.params, (example, weight_J[batch.objective_B]))
-        weight = jnp.maximum(stats.counted_B.sum(), 1.0)
+        weight = jnp.maximum(stats.loss_denominator_B.sum(), 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         gradient_norm = optax.global_norm(grads)
         finite = jnp.isfinite(gradient_norm) & jnp.isfinite(stats.nll_B.sum())
@@ -173,12 +177,12 @@ def make_train_step(
         params, opt_state = jax.lax.cond(finite, update, lambda *old: old, state.params, state.opt_state)
 
         objective_BxJ = jax.nn.one_hot(batch.objective_B, len(names))
-        new = Sums(
+        new = StepMetrics(
             loss=(weight_J[batch.objective_B] * stats.nll_B).sum(),
-            weight=stats.counted_B.sum(),
+            weight=stats.loss_denominator_B.sum(),
             # Not matrix products, which accelerators compute in reduced precision.
             nll_J=(stats.nll_B[:, None] * objective_BxJ).sum(0),
-            counted_J=(stats.counted_B[:, None] * objective_BxJ).sum(0),
+            loss_denominator_J=(stats.loss_denominator_B[:, None] * objective_BxJ).sum(0),
             gradient_norm=gradient_norm,
             steps=jnp.float32(1),
             skipped=jnp.float32(0),
@@ -189,7 +193,7 @@ def make_train_step(
         new = _where(finite, new, nothing)
         kept = jnp.where(state.step % config.log.every == 0, 0.0, 1.0)
         sums = jax.tree.map(lambda old, add: kept * old + add, state.sums, new)
-        usual, is_spike = _watch(state.usual, new.nll_J, new.counted_J)
+        usual, is_spike = update_loss_stats(state.usual, new.nll_J, new.loss_denominator_J)
         usual = _where(finite, usual, state.usual)
         in_row = jnp.where(finite, 0.0, state.sums.skipped_in_row + 1)
         spike = jnp.where(finite & is_spike, new.loss / jnp.maximum(new.weight, 1), 0.0)
@@ -199,7 +203,9 @@ def make_train_step(
     return train_step
 
 
-def _watch(usual: Usual, nll_J: jax.Array, counted_J: jax.Array) -> tuple[Usual, jax.Array]:
+def update_loss_stats(
+    usual: LossStats, nll_J: jax.Array, loss_denominator_J: jax.Array
+) -> tuple[LossStats, jax.Array]:
     """Returns the statistics after a step, and True if its loss is a spike.
 
     A step is a spike when its loss lies above the one that it would have if the loss of each objective were
@@ -209,15 +215,15 @@ def _watch(usual: Usual, nll_J: jax.Array, counted_J: jax.Array) -> tuple[Usual,
     Args:
       usual: the statistics before the step.
       nll_J: weighted sum of nats of each objective's rows.
-      counted_J: their loss denominators; 0 for an objective without rows.
+      loss_denominator_J: their loss denominators; 0 for an objective without rows.
     """
-    present_J = counted_J > 0
-    tokens_J = jnp.maximum(counted_J, 1)
+    present_J = loss_denominator_J > 0
+    tokens_J = jnp.maximum(loss_denominator_J, 1)
     loss_J = nll_J / tokens_J
     steps_J = jnp.where(present_J & (usual.absent_J >= SPIKE_GAP), 0, usual.steps_J)
     known_J = present_J & (steps_J >= SPIKE_AFTER)
     limit_J = usual.loss_J + SPIKE * usual.spread_J / jnp.sqrt(tokens_J)
-    is_spike = jnp.where(known_J, counted_J * (loss_J - limit_J), 0).sum() > 0
+    is_spike = jnp.where(known_J, loss_denominator_J * (loss_J - limit_J), 0).sum() > 0
 
     loss_J = jnp.where(known_J, jnp.minimum(loss_J, limit_J), loss_J)
     steps_J = steps_J + 1
@@ -226,7 +232,7 @@ def _watch(usual: Usual, nll_J: jax.Array, counted_J: jax.Array) -> tuple[Usual,
     spread_J = jnp.where(steps_J == 1, 0, usual.spread_J)
     spread_J += (jnp.abs(deviation_J) * jnp.sqrt(tokens_J) - spread_J) / jnp.minimum(steps_J, 50)
     mean_J += deviation_J / jnp.minimum(steps_J, 10)
-    seen = Usual(mean_J, spread_J, steps_J, jnp.zeros_like(usual.absent_J))
+    seen = LossStats(mean_J, spread_J, steps_J, jnp.zeros_like(usual.absent_J))
     unseen = usual._replace(absent_J=usual.absent_J + 1)
     return _where(present_J, seen, unseen), is_spike
 

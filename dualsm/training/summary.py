@@ -6,8 +6,8 @@ import statistics
 from pathlib import Path
 
 from dualsm.data.corpus import Corpus
-from dualsm.progress import table
-from dualsm.training.metrics import read_metrics
+from dualsm.process.progress import table
+from dualsm.rundir.metrics import read_metrics
 
 
 def summarise(workdir: str | Path, corpus: Corpus | None = None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dualsm.analysis.grid import apply
+from dualsm.sweeps.grid import apply
 from tests.micro import micro_config
 
 STEPS, BATCH_ROWS, ROW_TOKENS = 512, 32, 64
@@ -35,8 +35,8 @@ def write_cell(sweep: Path, values: dict, *, steps: int = STEPS, noise: float = 
     (workdir / "eval").mkdir(parents=True)
     alpha, repetitions, seed = values["alpha"], values["repetitions"], values.get("seed", 0)
     config = micro_config()
-    config.steps, config.batch_rows, config.row_tokens = steps, BATCH_ROWS, ROW_TOKENS
-    config.repetitions, config.seed, config.model.vocabulary = repetitions, seed, 512
+    config.steps, config.batch_size, config.seq_len = steps, BATCH_ROWS, ROW_TOKENS
+    config.repetitions, config.seed, config.model.vocab_size = repetitions, seed, 512
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = alpha, 0.0, 1 - alpha
     config = apply(config, {key: value for key, value in values.items() if "." in key})
     (workdir / "config.json").write_text(config.to_json())

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dualsm.analysis.cells import cell_row, collect, curve
 from dualsm.analysis.table import seed_groups
-from dualsm.errors import UserError
 from dualsm.model.transformer import init_params
+from dualsm.process.errors import UserError
+from dualsm.sweeps.cells import cell_row, collect, curve
 from tests.analysis.synthetic import BUDGET, STEPS, write_cell, write_plan, write_sweep
 from tests.micro import micro_config
 
@@ -52,7 +52,7 @@ def test_a_finished_cell(sweep):
     assert (row["status"], row["reason"], row["seconds"], row["step"]) == ("done", None, 12.5, STEPS)
     assert (row["budget_tokens"], row["unique_tokens"]) == (BUDGET, BUDGET // 4)
     config = micro_config()
-    config.model.vocabulary = 512
+    config.model.vocab_size = 512
     params = init_params(config.model, jax.random.key(0))
     assert row["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert row["valid/causal/loss"] == 4.0
@@ -152,10 +152,10 @@ DAMAGE = {
     "config.json cut off": ("config.json", '{"steps": 1', "config.json"),
     "config.json without keys": ("config.json", "{}", "is missing"),
     "config.json with a word for a number": (
-        "config.json", '{"steps": "many", "batch_rows": 1, "row_tokens": 2, "repetitions": 1}', "'many'",
+        "config.json", '{"steps": "many", "batch_size": 1, "seq_len": 2, "repetitions": 1}', "'many'",
     ),
     "no repetitions": (
-        "config.json", '{"steps": 1, "batch_rows": 1, "row_tokens": 2, "repetitions": 0}', "repetitions=0",
+        "config.json", '{"steps": 1, "batch_size": 1, "seq_len": 2, "repetitions": 0}', "repetitions=0",
     ),
     "no config.json": ("config.json", None, "config.json is missing"),
     "metrics of another kind": ("metrics.jsonl", "[1]\n[2]\n", ""),

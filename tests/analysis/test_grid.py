@@ -2,16 +2,8 @@
 
 import pytest
 
-from dualsm.analysis.grid import (
-    LONGEST_NAME,
-    apply,
-    make_cells,
-    parse_axes,
-    parse_axis,
-    parse_cell,
-    parse_rule,
-)
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
+from dualsm.sweeps.grid import LONGEST_NAME, apply, make_cells, parse_axes, parse_axis, parse_cell, parse_rule
 from tests.micro import micro_config
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from dualsm.analysis import report
 from dualsm.analysis.table import read_table
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 from tests.analysis.synthetic import grid, write_cell, write_plan, write_sweep
 from tests.conftest import run_command
 

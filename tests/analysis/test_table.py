@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from dualsm.analysis.cells import collect
 from dualsm.analysis.errors import TooFewCells
 from dualsm.analysis.table import (
     comparable,
@@ -20,7 +19,8 @@ from dualsm.analysis.table import (
     usable,
     write_table,
 )
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
+from dualsm.sweeps.cells import collect
 from tests.analysis.synthetic import grid, write_sweep
 
 LOSS = "valid/causal/loss"
@@ -129,7 +129,7 @@ def test_groups_differ_in_more_than_the_seed():
     assert seed_groups(rows) == [rows[:2], rows[2:]]
     # alpha says what the mixture is, and the budget how many steps.
     assert len(seed_groups([row(), row(seed=1, steps=3, **{"mixture.causal": 0.5})])) == 1
-    assert len(seed_groups([row(), row(seed=1, batch_rows=3)])) == 2
+    assert len(seed_groups([row(), row(seed=1, batch_size=3)])) == 2
 
 
 def test_alphas_that_were_tuned_more_than_others_are_found():

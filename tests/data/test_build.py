@@ -12,7 +12,7 @@ import pytest
 
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 from tests.exchange.conftest import ADDING, make_tokenizer_json, with_normalizers
 
 
@@ -22,7 +22,7 @@ def write_lines(path, texts):
 
 
 def make(tmp_path, name="corpus", workers=1, **recipe):
-    recipe = {"vocabulary": 384, "valid_fraction": 0.2} | recipe
+    recipe = {"vocab_size": 384, "valid_fraction": 0.2} | recipe
     return build(Recipe(**recipe), str(tmp_path / name), workers, quiet=True)
 
 
@@ -51,7 +51,7 @@ def test_every_document_comes_back_byte_for_byte(tmp_path, texts):
 def make_with(tmp_path, texts, content: str, **options) -> dict:
     """The manifest of a corpus whose tokenizer is the given `tokenizer.json`."""
     (tmp_path / "tokenizer.json").write_text(content)
-    recipe = {"vocabulary": 0, "tokenizer": str(tmp_path / "tokenizer.json")} | options
+    recipe = {"vocab_size": 0, "tokenizer": str(tmp_path / "tokenizer.json")} | options
     return make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), **recipe)
 
 
@@ -257,11 +257,11 @@ def test_a_hopeless_input_stops_long_before_its_end(tmp_path):
         ({"input": "nowhere/*.jsonl"}, "no file matches"),
         ({"input": __file__}, "is none of"),
         ({"input": "python-stdlib", "valid_input": "nowhere"}, "--valid_input: no file matches 'nowhere'"),
-        ({"input": "python-stdlib", "vocabulary": 0}, "--vocab_size"),
-        ({"input": "python-stdlib", "vocabulary": 512, "tokenizer": "x.model"}, "--vocab_size"),
+        ({"input": "python-stdlib", "vocab_size": 0}, "--vocab_size"),
+        ({"input": "python-stdlib", "vocab_size": 512, "tokenizer": "x.model"}, "--vocab_size"),
         ({"input": "python-stdlib", "valid_fraction": 1.5}, "--valid_fraction"),
         ({"input": "python-stdlib", "valid_fraction": 0.0}, "holds nothing out.*--valid_input"),
-        ({"input": "python-stdlib", "tokenizer": "nowhere.model", "vocabulary": 0}, "nowhere.model"),
+        ({"input": "python-stdlib", "tokenizer": "nowhere.model", "vocab_size": 0}, "nowhere.model"),
     ],
 )
 def test_impossible_recipes_are_refused(tmp_path, recipe, message):
@@ -270,16 +270,16 @@ def test_impossible_recipes_are_refused(tmp_path, recipe, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("vocabulary", [100, 256, 1000])
-def test_impossible_vocabularies_are_refused_before_anything_is_read(tmp_path, vocabulary):
+@pytest.mark.parametrize("vocab_size", [100, 256, 1000])
+def test_impossible_vocabularies_are_refused_before_anything_is_read(tmp_path, vocab_size):
     (tmp_path / "a.jsonl").write_text("not json\n" * 1000)
     with pytest.raises(UserError, match="must be a multiple of 128 and at least 384"):
-        make(tmp_path, input=str(tmp_path / "a.jsonl"), vocabulary=vocabulary)
+        make(tmp_path, input=str(tmp_path / "a.jsonl"), vocab_size=vocab_size)
 
 
 def test_a_vocabulary_too_large_for_the_text_is_refused(tmp_path, texts):
     with pytest.raises(UserError, match="cannot train"):
-        make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), vocabulary=1 << 20)
+        make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), vocab_size=1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_an_existing_output_is_kept_if_it_is_the_same_and_refused_if_not(tmp_pat
     assert make(tmp_path, input=path) == json.loads(json.dumps(first))
     assert os.stat(tmp_path / "corpus" / "manifest.json").st_mtime_ns == changed
     with pytest.raises(UserError, match="was not made by this command"):
-        make(tmp_path, input=path, vocabulary=512)
+        make(tmp_path, input=path, vocab_size=512)
 
 
 def test_an_existing_output_is_refused_when_its_files_are_others_now(tmp_path, texts):
@@ -348,7 +348,7 @@ def test_it_is_said_that_nothing_was_read(corpus_path, corpus, capsys):
 
 def _prepare(path, output, pid):
     os.getpid = lambda: pid
-    build(Recipe(input=path, vocabulary=384, valid_fraction=0.2), output, workers=1, quiet=True)
+    build(Recipe(input=path, vocab_size=384, valid_fraction=0.2), output, workers=1, quiet=True)
 
 
 def test_an_interrupted_run_leaves_nothing_that_looks_done(tmp_path, texts):

@@ -10,7 +10,7 @@ import pytest
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
 from dualsm.data.workers import pool_of
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 from tests.fuzzing.artefacts import real_texts
 from tests.fuzzing.corpora import make_corpus
 
@@ -94,6 +94,6 @@ def test_a_killed_worker_is_told_of():
 def test_one_process_makes_what_several_make(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in real_texts()))
-    recipe = Recipe(input=str(path), vocabulary=384, valid_fraction=0.2)
+    recipe = Recipe(input=str(path), vocab_size=384, valid_fraction=0.2)
     one, two = (build(recipe, str(tmp_path / f"{n}"), workers=n, quiet=True) for n in (1, 2))
     assert one == two

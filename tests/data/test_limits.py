@@ -11,8 +11,8 @@ import pytest
 import zstandard
 
 from dualsm.data.build import Recipe, build
-from dualsm.errors import UserError
 from dualsm.evaluation.tasks import load_task
+from dualsm.process.errors import UserError
 from tests.conftest import ROOT, command_env
 
 HUGE = 2 << 30  # bytes
@@ -85,7 +85,7 @@ def test_a_huge_document_is_never_held(tmp_path, name):
 def test_prepare_refuses_it(tmp_path):
     path = sparse(tmp_path / "a.txt")
     with pytest.raises(UserError, match=r"1 of 1 documents are unusable \(1 too_long\)"):
-        build(Recipe(input=str(path), vocabulary=384), str(tmp_path / "corpus"), workers=1, quiet=True)
+        build(Recipe(input=str(path), vocab_size=384), str(tmp_path / "corpus"), workers=1, quiet=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from dualsm.data.order import RowOrder
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, 100).astype(np.int32)
 ROW = 10
 
 
-def order(budget=1600, repetitions=1, seed=3, lengths=LENGTHS, row_tokens=ROW):
-    return RowOrder(lengths, budget, row_tokens, repetitions, seed)
+def order(budget=1600, repetitions=1, seed=3, lengths=LENGTHS, seq_len=ROW):
+    return RowOrder(lengths, budget, seq_len, repetitions, seed)
 
 
 def tokens_of(order, rows, inputs_only=True) -> list[list[tuple[int, int, int]]]:
@@ -19,7 +19,7 @@ def tokens_of(order, rows, inputs_only=True) -> list[list[tuple[int, int, int]]]
     found = [[] for _ in rows]
     for row, document, start, stop, occurrence in zip(*order.segments(np.array(rows)), strict=True):
         found[row] += [(int(document), t, int(occurrence)) for t in range(start, stop)]
-    return [row[: order._row_tokens] if inputs_only else row for row in found]
+    return [row[: order._seq_len] if inputs_only else row for row in found]
 
 
 def inputs_of(order, rows=None) -> list[tuple[int, int]]:
@@ -33,11 +33,11 @@ def corpus_prefix(tokens: int) -> set[tuple[int, int]]:
     return set(flat[:tokens])
 
 
-@pytest.mark.parametrize("row_tokens", [10, 16, 7, 500])
+@pytest.mark.parametrize("seq_len", [10, 16, 7, 500])
 @pytest.mark.parametrize("repetitions", [1, 4, 8])
-def test_each_unique_token_is_an_input_r_times(repetitions, row_tokens):
+def test_each_unique_token_is_an_input_r_times(repetitions, seq_len):
     budget = 1600
-    tokens = inputs_of(order(budget, repetitions, row_tokens=row_tokens))
+    tokens = inputs_of(order(budget, repetitions, seq_len=seq_len))
     counts = {token: tokens.count(token) for token in set(tokens)}
     assert set(counts.values()) == {repetitions}
     assert set(counts) == corpus_prefix(budget // repetitions)

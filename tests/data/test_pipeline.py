@@ -51,7 +51,7 @@ def test_parts_of_long_documents_are_read_from_their_records(tmp_path):
     (tmp_path / "long.txt").write_text(text)
     for number in range(60):
         (tmp_path / f"{number}.txt").write_text(f"{number} is a short document")
-    recipe = Recipe(str(tmp_path / "*.txt"), vocabulary=384, valid_fraction=0.1)
+    recipe = Recipe(str(tmp_path / "*.txt"), vocab_size=384, valid_fraction=0.1)
     build(recipe, str(tmp_path / "corpus"), workers=1, quiet=True)
     corpus = Corpus(str(tmp_path / "corpus"))
     split = max((corpus.documents(name) for name in ("train", "valid")), key=lambda s: s.lengths_N.max())

@@ -15,7 +15,7 @@ import zstandard
 from dualsm.data import readers
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 TEXTS = ["first", "  second\twith tab", "third 🙂\nand a line", "naïve \x00"]
 TYPES = {"<u2": 8, "<i4": 4, "<i8": 5}
@@ -268,7 +268,7 @@ def test_a_single_text_is_divided_at_blank_lines(tmp_path):
     assert all(len(text) <= 2048 for text in found)
     assert all(len(a) + len(b.split("\r\n\r\n")[0]) > 2000 for a, b in zip(found, found[1:], strict=False))
     assert read(path) == ["\r\n\r\n".join(paragraphs)]
-    build(Recipe(input=str(path), vocabulary=384, valid_fraction=0.1), str(tmp_path / "c"), 1, quiet=True)
+    build(Recipe(input=str(path), vocab_size=384, valid_fraction=0.1), str(tmp_path / "c"), 1, quiet=True)
     documents = Corpus(str(tmp_path / "c")).manifest["splits"]
     assert documents["train"]["documents"] + documents["valid"]["documents"] == len(found)
 
@@ -290,7 +290,7 @@ def test_of_several_texts_each_is_a_document(tmp_path):
     for name in "abc":
         text = "\n\n".join(f"{name} {random.Random(i).random()}" for i in range(1000))
         (tmp_path / f"{name}.txt").write_text(text)
-    recipe = Recipe(input=f"{tmp_path}/[ab].txt", valid_input=f"{tmp_path}/c.txt", vocabulary=384)
+    recipe = Recipe(input=f"{tmp_path}/[ab].txt", valid_input=f"{tmp_path}/c.txt", vocab_size=384)
     splits = build(recipe, str(tmp_path / "corpus"), workers=1, quiet=True)["splits"]
     assert splits["train"]["documents"] == 2
     assert splits["valid"]["documents"] > 5  # the only one of its flag
@@ -377,7 +377,7 @@ def test_megatron_documents_are_spelled_out_with_their_tokenizer(tmp_path, corpu
     write_megatron(tmp_path / "a.bin", [*documents, []], dtype)
     path = str(corpus_path / "tokenizer.model")
     assert read(tmp_path / "a.bin", tokenizer=path) == [*TEXTS, "<empty_text>"]
-    write_megatron(tmp_path / "b.bin", [documents[0], [tokenizer.vocabulary]], dtype)
+    write_megatron(tmp_path / "b.bin", [documents[0], [tokenizer.vocab_size]], dtype)
     assert read(tmp_path / "b.bin", tokenizer=path) == [TEXTS[0], "<unknown_id>"]
     with pytest.raises(UserError, match="give it with --tokenizer"):
         read(tmp_path / "a.bin")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from dualsm.data.tokenizer import RESERVED_IDS, SentencePieceTokenizer, Tokenizer, train_tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
-from dualsm.errors import UserError
 from dualsm.exchange.sentencepiece_json import to_json
+from dualsm.process.errors import UserError
 
 DIFFICULT = [
     "plain words",
@@ -132,7 +132,7 @@ PLAIN = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remo
 def test_a_vocabulary_without_a_piece_for_spaces_spells_them_in_bytes():
     """Earlier versions trained such vocabularies."""
     tokenizer = custom_model(random_lines(ALPHABETS["han"]), model_type="bpe", **PLAIN)
-    assert "▁" not in [tokenizer.piece(token) for token in range(tokenizer.vocabulary)]
+    assert "▁" not in [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
     text = " 丁 ▁ 丂"
     tokens = tokenizer.encode([text])[0]
     assert tokenizer.decode(tokens) == text

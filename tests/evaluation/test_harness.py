@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from dualsm.config import freeze
-from dualsm.errors import UserError
 from dualsm.evaluation import harness
 from dualsm.evaluation.judging import judge
 from dualsm.evaluation.modes import MODES, Scoring
-from dualsm.evaluation.run import open_run
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
 from dualsm.evaluation.tasks import load_task
 from dualsm.generation import causal, diffusion
-from dualsm.generation.pick import Picking
+from dualsm.generation.sampling_params import SamplingParams
+from dualsm.process.errors import UserError
+from dualsm.rundir.trained_run import open_run
 from tests.conftest import ROOT, command_env
 
 PAIRS = [("def main", "(self):"), ("", "import os"), ("import os\nimport ", "sys\n"), ("", "import os")]
@@ -115,7 +115,7 @@ def continuation(run, mode, prompt, tokens):
     """Of one text alone, without the adapter."""
     special = run.tokenizer.special
     start = [special.bos, *run.tokenizer.encode([prompt])[0][-(31 - tokens) :]]
-    config, greedy = freeze(run.config.model), Picking(temperature=0)
+    config, greedy = freeze(run.config.model), SamplingParams(temperature=0)
     if mode in causal.MODES:
         states = causal.generate(config, run.params, [start], tokens, greedy, special, mode)
     else:
@@ -138,8 +138,8 @@ def test_texts_are_those_of_generation_up_to_the_string_that_ends_them(model, ru
 
 
 def test_different_wishes_are_answered_in_order(model):
-    wishes = [("import os", GREEDY | {"until": [], "max_gen_toks": n}) for n in (5, 1, 3, 5)]
-    texts = model("causal").generate_until(requests(*wishes), disable_tqdm=True)
+    requests = [("import os", GREEDY | {"until": [], "max_gen_toks": n}) for n in (5, 1, 3, 5)]
+    texts = model("causal").generate_until(requests(*requests), disable_tqdm=True)
     assert texts[0] == texts[3]
     assert texts[0].startswith(texts[2])
     assert texts[2].startswith(texts[1])
@@ -158,15 +158,19 @@ def test_sampled_texts_differ_and_depend_on_no_other_request(model, mode):
 
 
 def test_what_a_task_may_wish():
-    assert harness.read_wish({}, 64) == harness.Wish((), 32, Picking(0.0))
-    assert harness.read_wish({"until": "\n", "max_new_tokens": 8}, 64) == harness.Wish(
-        ("\n",), 8, Picking(0.0)
+    assert harness.read_request({}, 64) == harness.GenerationRequest((), 32, SamplingParams(0.0))
+    assert harness.read_request({"until": "\n", "max_new_tokens": 8}, 64) == harness.GenerationRequest(
+        ("\n",), 8, SamplingParams(0.0)
     )
     sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "until": ["a", ""]}
-    assert harness.read_wish(sampled, 1024) == harness.Wish(("a",), 256, Picking(0.7, 5, 0.9))
-    assert harness.read_wish({"temperature": 0.7}, 64).picking == Picking(0.7)
-    assert harness.read_wish({"temperature": 0.7, "do_sample": False}, 64).picking == Picking(0.0)
-    assert harness.read_wish({"temperature": None, "top_k": None, "until": None}, 64).picking == Picking(0.0)
+    assert harness.read_request(sampled, 1024) == harness.GenerationRequest(
+        ("a",), 256, SamplingParams(0.7, 5, 0.9)
+    )
+    assert harness.read_request({"temperature": 0.7}, 64).sampling == SamplingParams(0.7)
+    assert harness.read_request({"temperature": 0.7, "do_sample": False}, 64).sampling == SamplingParams(0.0)
+    assert harness.read_request(
+        {"temperature": None, "top_k": None, "until": None}, 64
+    ).sampling == SamplingParams(0.0)
     for options in (
         {"num_beams": 4},
         {"temperature": "warm"},
@@ -174,7 +178,7 @@ def test_what_a_task_may_wish():
         {"max_tokens": 0},
     ):
         with pytest.raises(UserError, match="num_beams|number|temperature|at least one token"):
-            harness.read_wish(options, 64)
+            harness.read_request(options, 64)
 
 
 def test_masks_as_a_command_line_gives_them():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dualsm.errors import UserError
-from dualsm.evaluation.results import Asked, merge, read_results
+from dualsm.process.errors import UserError
+from dualsm.rundir.results import EvalSpec, merge, read_results
 
 
 def results(step=12, **parts) -> dict:
@@ -58,4 +58,4 @@ def test_damaged_results_are_told_in_one_line(tmp_path, content):
 )
 def test_what_cannot_be_evaluated_is_refused(tasks, modes, text):
     with pytest.raises(UserError, match=text):
-        Asked(tasks, modes).check()
+        EvalSpec(tasks, modes).check()

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from dualsm.config import save_config
-from dualsm.errors import UserError
-from dualsm.evaluation.run import TrainedRun
-from dualsm.training.workdir import read_config
+from dualsm.process.errors import UserError
+from dualsm.rundir.trained_run import TrainedRun
+from dualsm.rundir.workdir import read_config
 
 
 def test_keys_of_later_versions_get_their_defaults(micro, tmp_path):
     content = json.loads(save_config(micro))
-    del content["model"]["head"], content["skip_limit"]
+    del content["model"]["head"], content["max_consecutive_skips"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert read_config(tmp_path).to_dict() == micro.to_dict()
 

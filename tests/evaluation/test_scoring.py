@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualsm import sharding
 from dualsm.config import default_config, freeze
-from dualsm.errors import UserError
+from dualsm.devices import sharding
 from dualsm.evaluation.modes import MODES, Scoring
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
 from dualsm.model.transformer import bind, init_params
+from dualsm.process.errors import UserError
 from tests.micro import micro_config
 
 CONTEXT, COMPLETION = [300, 41, 62, 300], [41, 62, 77, 300, 41]
@@ -23,7 +23,7 @@ CONTEXT, COMPLETION = [300, 41, 62, 300], [41, 62, 77, 300, 41]
 @pytest.fixture(scope="module")
 def config(corpus):
     config = micro_config().model
-    config.vocabulary = corpus.vocabulary
+    config.vocab_size = corpus.vocab_size
     return freeze(config)
 
 

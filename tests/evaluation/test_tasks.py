@@ -6,10 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from dualsm.errors import UserError
 from dualsm.evaluation.judging import by_group, judge, right_answers
 from dualsm.evaluation.scoring import Item
 from dualsm.evaluation.tasks import TASKS, Question, describe_files, load_task, task_files
+from dualsm.process.errors import UserError
 
 LABELLED = {"text": ["a cell", "a rock"], "label": ["A", "B"]}
 AS_PUBLISHED = [{"text": "a cell", "label": "A"}, {"text": "a rock", "label": "B"}]

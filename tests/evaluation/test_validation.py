@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualsm import sharding
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
-from dualsm.evaluation.validation import Validation, valid_rows
+from dualsm.devices import sharding
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.mixture import OBJECTIVES
+from dualsm.training.validation import Validation, valid_rows
 from tests.exchange.conftest import ADDING, make_tokenizer_json, with_normalizers
 
 
@@ -37,7 +37,7 @@ def some_of(rows, chosen):
 
 
 def validation(config, corpus, rows, devices=1, names=tuple(OBJECTIVES)):
-    config.model.vocabulary = corpus.vocabulary
+    config.model.vocab_size = corpus.vocab_size
     config.mesh.data = devices
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     return Validation(config, names, corpus.tokenizer().special, rows, mesh)
@@ -45,7 +45,7 @@ def validation(config, corpus, rows, devices=1, names=tuple(OBJECTIVES)):
 
 @pytest.fixture
 def params(micro, corpus):
-    micro.model.vocabulary = corpus.vocabulary
+    micro.model.vocab_size = corpus.vocab_size
     fresh = init_params(micro.model, jax.random.key(0))
     return jax.tree.map(lambda p: p * 3, fresh)
 
@@ -63,7 +63,7 @@ def test_rows_hold_every_held_out_token(corpus, rows):
 
 def test_batch_size_seed_and_devices_do_not_matter(micro, corpus, rows, params):
     expected = validation(micro, corpus, rows)(params)
-    micro.batch_rows, micro.seed = 24, 17
+    micro.batch_size, micro.seed = 24, 17
     other = validation(micro, corpus, rows, devices=8)
     with jax.set_mesh(sharding.make_mesh(micro.mesh, jax.devices()[:8])):
         ours = other(params)
@@ -71,7 +71,7 @@ def test_batch_size_seed_and_devices_do_not_matter(micro, corpus, rows, params):
 
 
 def test_every_third_batch(micro, corpus, rows, params):
-    batches = -(-len(rows[0]) // micro.batch_rows)
+    batches = -(-len(rows[0]) // micro.batch_size)
     assert batches > 3
     chosen = np.arange(len(rows[0])) % batches % 3 == 0  # from all over the text
     some = some_of(rows, chosen)
@@ -170,7 +170,7 @@ def test_a_corpus_of_an_earlier_version_falls_back_to_the_bytes_of_tokens(corpus
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_documents(micro, adding):
-    micro.model.vocabulary = adding.vocabulary
+    micro.model.vocab_size = adding.vocab_size
     documents, rows = adding.documents("valid"), rows_of(adding)
     params = init_params(micro.model, jax.random.key(0))
     scores = validation(micro, adding, rows, names=("causal",))(params)

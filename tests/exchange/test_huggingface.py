@@ -12,14 +12,14 @@ import pytest
 
 from dualsm.config import freeze
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.errors import UserError
-from dualsm.evaluation.run import open_run
 from dualsm.exchange.huggingface import export
 from dualsm.exchange.run_folder import write_run
 from dualsm.exchange.vocabulary import to_ours, to_own
 from dualsm.generation.causal import generate
-from dualsm.generation.pick import Picking
+from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import init_params
+from dualsm.process.errors import UserError
+from dualsm.rundir.trained_run import open_run
 from tests.conftest import ROOT
 from tests.data.test_tokenizer import DIFFICULT
 from tests.micro import micro_config
@@ -51,7 +51,7 @@ def exported(request, corpus_path, tokenizer_json, tmp_path_factory):
     tokenizer = Tokenizer.load(str(path))
     config = micro_config()
     config.mesh.data = -1
-    config.model.head, config.model.vocabulary = head, tokenizer.vocabulary
+    config.model.head, config.model.vocab_size = head, tokenizer.vocab_size
     config.model.norm_eps = 1e-3  # so that a default in its place would show
     params = init_params(config.model, jax.random.key(1))
     leaves, tree = jax.tree.flatten(params)
@@ -60,7 +60,9 @@ def exported(request, corpus_path, tokenizer_json, tmp_path_factory):
         [p + 0.3 * jax.random.normal(key, p.shape) for p, key in zip(leaves, keys, strict=True)]
     )
     if kind == "json":
-        params = to_ours(to_own(params, tokenizer.own_V), tokenizer.own_V)  # none for ids the file lacks
+        params = to_ours(
+            to_own(params, tokenizer.external_ids_V), tokenizer.external_ids_V
+        )  # none for ids the file lacks
     write_run(config, params, tokenizer, folder / "run", {"format": "test", "weights": "w", "sha256": "0"})
     run = open_run(folder / "run")
     export(run, folder / "out")
@@ -84,7 +86,7 @@ def is_own(folder) -> bool:
 def ids_of_text(run, rows: int) -> np.ndarray:
     """Random texts in our ids, `<s>` first, with a mask here and there."""
     rng = np.random.default_rng(0)
-    known = np.flatnonzero(run.tokenizer.own_V >= 0)
+    known = np.flatnonzero(run.tokenizer.external_ids_V >= 0)
     tokens_BxL = rng.choice(known[known >= 16], (rows, LENGTH))
     tokens_BxL[:, 0] = run.tokenizer.special.bos
     tokens_BxL[:, 5::7] = run.tokenizer.special.mask
@@ -93,7 +95,7 @@ def ids_of_text(run, rows: int) -> np.ndarray:
 
 def own_ids_of_text(run, rows: int):
     """The same in the numbering of the tokenizer's file."""
-    return torch.tensor(run.tokenizer.own_V[ids_of_text(run, rows)]).long()
+    return torch.tensor(run.tokenizer.external_ids_V[ids_of_text(run, rows)]).long()
 
 
 def our_logits(run, tokens_BxL, key_end_BxL) -> np.ndarray:
@@ -102,9 +104,9 @@ def our_logits(run, tokens_BxL, key_end_BxL) -> np.ndarray:
     logits = run.model().logits(
         jnp.asarray(tokens_BxL, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.broadcast_to(key_end_BxL, shape)
     )
-    own_V = run.tokenizer.own_V
-    found = np.zeros((*shape, own_V.max() + 1), np.float32)
-    found[..., own_V[own_V >= 0]] = np.asarray(logits)[..., own_V >= 0]
+    external_ids_V = run.tokenizer.external_ids_V
+    found = np.zeros((*shape, external_ids_V.max() + 1), np.float32)
+    found[..., external_ids_V[external_ids_V >= 0]] = np.asarray(logits)[..., external_ids_V >= 0]
     return found
 
 
@@ -123,7 +125,7 @@ def modes(run, theirs):
 def test_logits_are_equal_in_every_mode(exported, theirs):
     run, _ = exported
     tokens_BxL = ids_of_text(run, rows=3)
-    own_BxL = torch.tensor(run.tokenizer.own_V[tokens_BxL])
+    own_BxL = torch.tensor(run.tokenizer.external_ids_V[tokens_BxL])
     seen = []
     for arguments, key_end in modes(run, theirs):
         expected = our_logits(run, tokens_BxL, key_end)
@@ -141,11 +143,11 @@ def test_greedy_generation_is_equal_token_for_token(exported, theirs, mode):
     if mode == "prefix" and theirs.config.model_type == "llama":
         pytest.skip("the stock class attends causally only")
     prompts = [list(row[: 5 + 3 * i]) for i, row in enumerate(ids_of_text(run, rows=3))]
-    picking, special = Picking(temperature=0), run.tokenizer.special
-    *_, expected = generate(freeze(run.config.model), run.params, prompts, 20, picking, special, mode)
-    own_V, pad = run.tokenizer.own_V, theirs.config.pad_token_id
+    sampling, special = SamplingParams(temperature=0), run.tokenizer.special
+    *_, expected = generate(freeze(run.config.model), run.params, prompts, 20, sampling, special, mode)
+    external_ids_V, pad = run.tokenizer.external_ids_V, theirs.config.pad_token_id
     longest = max(map(len, prompts))
-    padded = [[pad] * (longest - len(prompt)) + own_V[prompt].tolist() for prompt in prompts]
+    padded = [[pad] * (longest - len(prompt)) + external_ids_V[prompt].tolist() for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     arguments = {"mode": mode} if mode != "causal" else {}
     found = theirs.generate(
@@ -156,7 +158,7 @@ def test_greedy_generation_is_equal_token_for_token(exported, theirs, mode):
         **arguments,
     )
     for prompt, tokens, row in zip(prompts, expected, found.tolist(), strict=True):
-        wanted = own_V[tokens].tolist()
+        wanted = external_ids_V[tokens].tolist()
         start = longest - len(prompt)
         assert row[start : start + len(wanted)] == wanted
         assert len(set(wanted[len(prompt) :])) > 2  # more than one token over and over
@@ -209,16 +211,16 @@ def test_the_tokenizer_is_equal_on_a_thousand_difficult_lines(exported, document
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=is_own(folder))
     lines = difficult_lines(documents)
     assert len(lines) == 1000
-    ours = [run.tokenizer.own_V[tokens].tolist() for tokens in run.tokenizer.encode(lines)]
+    ours = [run.tokenizer.external_ids_V[tokens].tolist() for tokens in run.tokenizer.encode(lines)]
     assert tokenizer(lines, add_special_tokens=False)["input_ids"] == ours
     bos = tokenizer.bos_token_id
     assert tokenizer(lines)["input_ids"] == [[bos, *tokens] for tokens in ours]
     for line, tokens in zip(lines, ours, strict=True):
         assert tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == line
-    own_V, special = run.tokenizer.own_V, run.tokenizer.special
+    external_ids_V, special = run.tokenizer.external_ids_V, run.tokenizer.special
     names = ("pad", "unk", "bos", "eos", "mask")
     assert [getattr(tokenizer, f"{name}_token_id") for name in names] == [
-        own_V[getattr(special, name)] for name in names
+        external_ids_V[getattr(special, name)] for name in names
     ]
     read = tokenizer("a<mask>", add_special_tokens=False, split_special_tokens=False)["input_ids"]
     assert read[-1] == tokenizer.mask_token_id
@@ -332,7 +334,7 @@ def test_the_folder_holds_what_it_should_and_nothing_half(exported):
     card = (folder / "README.md").read_text()
     assert "| causal | 0.5 |" in card
     assert "repetitions of the data | 1 |" in card
-    assert json.dumps(run.config.model.width) in card
+    assert json.dumps(run.config.model.d_model) in card
     assert (folder / "generation_config.json").exists()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     with pytest.raises(UserError, match="is there already"):

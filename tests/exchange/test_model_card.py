@@ -3,8 +3,8 @@
 import json
 
 from dualsm.config import save_config
-from dualsm.evaluation.run import TrainedRun
 from dualsm.exchange.model_card import model_card
+from dualsm.rundir.trained_run import TrainedRun
 
 
 def test_scores_come_with_the_questions_asked(micro, tmp_path):

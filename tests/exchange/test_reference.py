@@ -11,23 +11,23 @@ import pytest
 
 from dualsm.data.build import Recipe, build
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.errors import UserError
 from dualsm.evaluate import evaluate_held_out, open_held_out
-from dualsm.evaluation.run import open_run
 from dualsm.exchange import reference
 from dualsm.exchange.reference_folder import load
 from dualsm.exchange.run_folder import fit_config
 from dualsm.exchange.vocabulary import to_ours
 from dualsm.exchange.weights import read_weights, write_safetensors
 from dualsm.objectives.example import document_spans
+from dualsm.process.errors import UserError
+from dualsm.rundir.metrics import read_metrics
+from dualsm.rundir.trained_run import open_run
 from dualsm.training.loop import train
-from dualsm.training.metrics import read_metrics
 from tests.conftest import run_command
 from tests.exchange.conftest import FIXTURE, VOCABULARY
 from tests.micro import micro_config
 from tests.test_commands import assert_one_line
 
-SHAPE = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 172}
+SHAPE = {"num_layers": 2, "d_model": 64, "num_heads": 4, "d_ff": 172}
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -76,9 +76,9 @@ def test_names_and_shapes_survive_the_way_there_and_back():
 def test_the_run_has_the_references_logits(imported, view):
     run = open_run(imported)
     tensors, _ = read_weights(FIXTURE)
-    own_V = run.tokenizer.own_V
+    external_ids_V = run.tokenizer.external_ids_V
     ours = np.zeros(VOCABULARY, np.int32)
-    ours[own_V[own_V >= 0]] = np.flatnonzero(own_V >= 0)
+    ours[external_ids_V[external_ids_V >= 0]] = np.flatnonzero(external_ids_V >= 0)
     tokens_BxL = jnp.asarray(ours[tensors["input_ids"]])
     start_BxL, end_BxL = jax.vmap(document_spans)(jnp.asarray(tensors["doc_ids"], jnp.int32))
     if view == "causal":
@@ -86,7 +86,7 @@ def test_the_run_has_the_references_logits(imported, view):
     logits_BxLxV = np.asarray(run.model().logits(tokens_BxL, start_BxL, end_BxL))
     np.testing.assert_allclose(logits_BxLxV[..., ours], tensors[f"logits_{view}"], atol=1e-4, rtol=0)
     # Ids that the weights know nothing of are as good as impossible.
-    assert logits_BxLxV[..., own_V < 0].max() < logits_BxLxV[..., own_V >= 0].min() - 10
+    assert logits_BxLxV[..., external_ids_V < 0].max() < logits_BxLxV[..., external_ids_V >= 0].min() - 10
 
 
 def test_the_run_samples(imported):
@@ -273,8 +273,8 @@ def test_bad_command_lines_end_in_one_line(arguments, expected):
 
 def test_a_recipe_for_another_model_is_refused(bare, tmp_path):
     config = recipe_for("")
-    config.model.layers = 3
-    with pytest.raises(UserError, match="config.model.layers=3 but the weights have 2"):
+    config.model.num_layers = 3
+    with pytest.raises(UserError, match="config.model.num_layers=3 but the weights have 2"):
         load(bare / "model.safetensors", "", config, tmp_path / "run")
 
 
@@ -293,9 +293,9 @@ def test_a_tokenizer_of_more_text_than_the_weights_is_refused():
 def test_a_recipe_tells_what_the_weights_do_not(bare):
     tokenizer = Tokenizer.load(str(bare / "tokenizer.json"))
     settings = reference.model_settings(reference.to_params(weights()), {})
-    assert "heads" not in settings
+    assert "num_heads" not in settings
     recipe = recipe_for("")
     recipe.model.rope_theta = 1234.0
     config = fit_config(recipe, settings, tokenizer)
-    assert (config.model.heads, config.model.rope_theta) == (SHAPE["heads"], 1234.0)
-    assert config.model.vocabulary == tokenizer.vocabulary
+    assert (config.model.num_heads, config.model.rope_theta) == (SHAPE["num_heads"], 1234.0)
+    assert config.model.vocab_size == tokenizer.vocab_size

@@ -9,9 +9,9 @@ from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds, Tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer, own_ids
-from dualsm.errors import UserError
 from dualsm.exchange.sentencepiece_json import added_token, to_json
 from dualsm.generation.prompts import encode_prompt, show
+from dualsm.process.errors import UserError
 from tests.data.test_tokenizer import DIFFICULT, PLAIN, custom_model, random_lines
 from tests.exchange.conftest import ADDING, SPECIAL, VOCABULARY, make_tokenizer_json, with_normalizers
 
@@ -30,7 +30,7 @@ def test_ids_are_the_files_own_renumbered(tokenizer, tokenizer_json):
     for text in DIFFICULT:
         if "<s>" not in text:  # there the library would read special tokens out of the text
             expected = theirs.encode(text, add_special_tokens=False).ids
-            assert tokenizer.own_V[tokenizer.encode([text])[0]].tolist() == expected
+            assert tokenizer.external_ids_V[tokenizer.encode([text])[0]].tolist() == expected
 
 
 def test_special_tokens_have_their_reserved_ids_and_text_never_does(tokenizer):
@@ -53,9 +53,9 @@ def test_text_comes_back_and_its_bytes_add_up(tokenizer):
 
 
 def test_every_id_of_the_file_has_one_of_ours(tokenizer):
-    assert sorted(tokenizer.own_V[tokenizer.own_V >= 0]) == list(range(VOCABULARY))
-    assert tokenizer.vocabulary == 384  # filled up to a multiple of 128
-    assert tokenizer.special == SpecialIds(vocabulary=384)
+    assert sorted(tokenizer.external_ids_V[tokenizer.external_ids_V >= 0]) == list(range(VOCABULARY))
+    assert tokenizer.vocab_size == 384  # filled up to a multiple of 128
+    assert tokenizer.special == SpecialIds(vocab_size=384)
 
 
 @pytest.mark.parametrize("missing", ["<mask>", "<s>"])
@@ -69,18 +69,18 @@ def test_a_tokenizer_without_mask_or_start_is_refused(documents, missing, tmp_pa
 
 def test_other_special_tokens_that_are_missing_are_added_at_the_end(documents):
     tokenizer = JsonTokenizer(make_tokenizer_json(documents[:50], ["<mask>", "<s>"]).encode())
-    assert sorted(tokenizer.own_V[[0, 1, 3]]) == [VOCABULARY, VOCABULARY + 1, VOCABULARY + 2]
-    assert (tokenizer.own_V[5:RESERVED_IDS] == -1).all()
+    assert sorted(tokenizer.external_ids_V[[0, 1, 3]]) == [VOCABULARY, VOCABULARY + 1, VOCABULARY + 2]
+    assert (tokenizer.external_ids_V[5:RESERVED_IDS] == -1).all()
     assert tokenizer.piece(3) == "</s>"
     assert "</s>" in json.loads(tokenizer.file())["added_tokens"][-1]["content"]
 
 
 def test_more_special_tokens_than_there_is_room_for():
-    own_V = own_ids(
+    external_ids_V = own_ids(
         {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 50}, [0, 1, 2, 3, *range(20, 51)], range(60)
     )
-    assert own_V[:RESERVED_IDS].tolist() == [0, 1, 2, 3, 50, *range(20, 31)]
-    assert sorted(own_V[own_V >= 0]) == list(range(60))
+    assert external_ids_V[:RESERVED_IDS].tolist() == [0, 1, 2, 3, 50, *range(20, 31)]
+    assert sorted(external_ids_V[external_ids_V >= 0]) == list(range(60))
 
 
 @pytest.mark.parametrize("content", [b"{}", b'{"version": "1.0"}', b"{\xff", b" {not json"])
@@ -93,8 +93,8 @@ def test_a_damaged_file_is_refused_in_one_line(content, tmp_path):
 def test_ours_as_json_is_the_same_tokenizer(corpus):
     ours = corpus.tokenizer()
     theirs = JsonTokenizer(to_json(ours).encode())
-    assert theirs.vocabulary == ours.vocabulary
-    np.testing.assert_array_equal(theirs.own_V, ours.own_V)
+    assert theirs.vocab_size == ours.vocab_size
+    np.testing.assert_array_equal(theirs.external_ids_V, ours.external_ids_V)
     np.testing.assert_array_equal(theirs.token_bytes(), ours.token_bytes())
     assert theirs.encode(DIFFICULT) == ours.encode(DIFFICULT)
     assert [theirs.piece(i) for i in range(300)] == [ours.piece(i).replace("\u2581", " ") for i in range(300)]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from dualsm.errors import UserError, explained
+from dualsm.process.errors import UserError, explained
 from tests.fuzzing.artefacts import Target
 from tests.fuzzing.damage import damaged
 

@@ -22,7 +22,7 @@ FORMATS = (
 def make_corpus(scratch: Path, texts: list[str]) -> Path:
     """A corpus of real text in an empty folder."""
     (scratch / "documents.jsonl").write_bytes(jsonl({"text": text} for text in texts))
-    recipe = Recipe(input=str(scratch / "documents.jsonl"), vocabulary=384, valid_fraction=0.2)
+    recipe = Recipe(input=str(scratch / "documents.jsonl"), vocab_size=384, valid_fraction=0.2)
     build(recipe, str(scratch / "corpus"), workers=1, quiet=True)
     return scratch / "corpus"
 
@@ -105,7 +105,7 @@ def _megatron(documents: list[list[int]]) -> dict[str, bytes]:
 
 
 def _preparer(name: str, tokenizer: Path | None) -> Callable[[Path], None]:
-    options = {"tokenizer": str(tokenizer)} if tokenizer else {"vocabulary": 384}
+    options = {"tokenizer": str(tokenizer)} if tokenizer else {"vocab_size": 384}
     suffix = name[1:]
 
     def use(folder: Path) -> None:

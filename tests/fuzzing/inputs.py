@@ -18,8 +18,8 @@ import zstandard
 from hypothesis import strategies as st
 
 from dualsm.data import readers
-from dualsm.errors import UserError
 from dualsm.evaluation.tasks import load_task
+from dualsm.process.errors import UserError
 from tests.fuzzing.artefacts import Target, jsonl
 from tests.fuzzing.damage import ODD_TEXTS, odd_values
 

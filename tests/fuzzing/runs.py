@@ -13,13 +13,13 @@ from dualsm import config as configs
 from dualsm.analysis.answer import advise, describe
 from dualsm.analysis.table import load, write_table
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.evaluation.run import open_run
+from dualsm.devices.sharding import make_mesh
 from dualsm.exchange import reference, reference_folder, run_folder
 from dualsm.exchange.weights import write_safetensors
 from dualsm.generation.prompts import encode_prompt, read_prompts
-from dualsm.sharding import make_mesh
-from dualsm.training.metrics import METRICS, read_metrics
-from dualsm.training.program import make_program
+from dualsm.rundir.metrics import METRICS, read_metrics
+from dualsm.rundir.trained_run import open_run
+from dualsm.training.program import compile_train_step
 from tests.analysis.synthetic import grid, write_sweep
 from tests.exchange.conftest import make_tokenizer_json
 from tests.fuzzing.artefacts import TEXT, Target, files_of, jsonl
@@ -57,10 +57,10 @@ def make_run(corpus: Path, workdir: Path) -> Path:
     """A run directory with the checkpoint of a model as it is before training."""
     tokenizer = Tokenizer.load(str(corpus / "tokenizer.model"))
     config = micro_config(corpus)
-    config.model.vocabulary, config.model.layers = tokenizer.vocabulary, 1
-    config.model.width, config.model.mlp_width = 8, 16
+    config.model.vocab_size, config.model.num_layers = tokenizer.vocab_size, 1
+    config.model.d_model, config.model.d_ff = 8, 16
     mesh = make_mesh(configs.default_config().mesh, jax.devices())
-    params = jax.device_get(make_program(config, tokenizer.special, mesh).init().params)
+    params = jax.device_get(compile_train_step(config, tokenizer.special, mesh).init().params)
     run_folder.write_run(config, params, tokenizer, workdir, {"format": "none"})
     (workdir / METRICS).write_bytes(jsonl({"step": n, "train/loss": 5.0} for n in range(4)))
     return workdir
@@ -69,10 +69,10 @@ def make_run(corpus: Path, workdir: Path) -> Path:
 def _use_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer.load(str(folder / "t"))
     for tokens in tokenizer.encode([TEXT, "", "def f(x):"]):
-        assert all(0 <= token < tokenizer.vocabulary for token in tokens)
+        assert all(0 <= token < tokenizer.vocab_size for token in tokens)
         tokenizer.decode(tokens)
-    assert len(tokenizer.token_bytes()) == tokenizer.vocabulary
-    for token in range(min(tokenizer.vocabulary, 400)):
+    assert len(tokenizer.token_bytes()) == tokenizer.vocab_size
+    for token in range(min(tokenizer.vocab_size, 400)):
         tokenizer.piece(token)
 
 
@@ -105,4 +105,4 @@ def _use_run(folder: Path) -> None:
 
     read_metrics(folder)
     run = open_run(folder)
-    assert run.params["embedding"]["embedding"].shape[0] == run.config.model.vocabulary
+    assert run.params["embedding"]["embedding"].shape[0] == run.config.model.vocab_size

@@ -13,11 +13,11 @@ from absl import flags
 from hypothesis import strategies as st
 from ml_collections import config_flags
 
-from dualsm import cli
 from dualsm import config as configs
-from dualsm.errors import UserError
+from dualsm.process import cli
+from dualsm.process.errors import UserError
+from dualsm.rundir.workdir import read_config
 from dualsm.training import loop
-from dualsm.training.workdir import read_config
 from tests.fuzzing.artefacts import Target
 from tests.fuzzing.damage import ODD_VALUES
 from tests.micro import micro_config
@@ -109,7 +109,7 @@ def _parser(recipe: Path) -> Callable[[Path], None]:
 def _begin(config, workdir: Path) -> None:
     """Trains up to where it would compile; nothing may be written before."""
     try:
-        with mock.patch.object(loop, "make_program", side_effect=_Compiling):
+        with mock.patch.object(loop, "compile_train_step", side_effect=_Compiling):
             loop.train(config, workdir)
     except _Compiling:
         pass

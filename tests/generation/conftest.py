@@ -8,7 +8,7 @@ import pytest
 
 from dualsm.config import freeze
 from dualsm.objectives.example import SpecialIds
-from dualsm.objectives.mixture import assign, row_counts
+from dualsm.objectives.mixture import assign, sequence_counts
 from dualsm.objectives.shares import trained_objectives
 from dualsm.training.optimizer import make_optimizer
 from dualsm.training.step import Batch, init_state, make_train_step
@@ -22,17 +22,17 @@ class Memorised:
 
     def __init__(self, steps: int = 250):
         config = micro_config()
-        config.steps, config.batch_rows = steps, 8
-        config.model.vocabulary = VOCABULARY
+        config.steps, config.batch_size = steps, 8
+        config.model.vocab_size = VOCABULARY
         rng = np.random.default_rng(0)
         text = [2, *rng.integers(16, VOCABULARY, 31).tolist(), 3]
-        config.row_tokens = len(text) - 1
+        config.seq_len = len(text) - 1
         names = trained_objectives(config)
         optimizer = make_optimizer(config.optimizer, lambda _: 7e-3)
         step = jax.jit(make_train_step(config, names, SpecialIds(), optimizer), donate_argnums=0)
         state = jax.jit(functools.partial(init_state, config, optimizer, len(names)))()
-        counts = row_counts(np.tile([config.mixture[n] for n in names], (1, 1)), config.batch_rows)[0]
-        tokens = np.tile(np.array(text, np.int32), (config.batch_rows, 1))
+        counts = sequence_counts(np.tile([config.mixture[n] for n in names], (1, 1)), config.batch_size)[0]
+        tokens = np.tile(np.array(text, np.int32), (config.batch_size, 1))
         batch = Batch(tokens, np.zeros_like(tokens), *assign(counts))
         for _ in range(steps):
             state, _ = step(state, batch)

@@ -5,26 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualsm.errors import UserError
 from dualsm.generation import batches
 from dualsm.generation.batches import prompt_keys
 from dualsm.generation.causal import begin, extend, generate
-from dualsm.generation.pick import Picking, pick
+from dualsm.generation.sampling_params import SamplingParams, pick
 from dualsm.model.transformer import bind
 from dualsm.objectives.example import SpecialIds
+from dualsm.process.errors import UserError
 
 from .conftest import VOCABULARY
 
-GREEDY, SPECIAL = Picking(temperature=0), SpecialIds()
+GREEDY, SPECIAL = SamplingParams(temperature=0), SpecialIds()
 
 
 def last(texts):
     return list(texts)[-1]
 
 
-def run(model, prompts, tokens=40, picking=GREEDY, seed=0, **options):
+def run(model, prompts, tokens=40, sampling=GREEDY, seed=0, **options):
     options |= {"key_B": prompt_keys(seed, prompts)}
-    return last(generate(model.config, model.params, prompts, tokens, picking, SPECIAL, **options))
+    return last(generate(model.config, model.params, prompts, tokens, sampling, SPECIAL, **options))
 
 
 def test_a_memorised_text_is_continued_exactly(memorised):
@@ -74,8 +74,8 @@ def test_drawing_at_temperature_one_follows_the_distribution():
     logits_V = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     keys = jax.random.split(jax.random.key(0), 20_000)
 
-    def shares(**picking):
-        drawn = jax.vmap(lambda key: pick(logits_V, key, Picking(**picking)))(keys)
+    def shares(**sampling):
+        drawn = jax.vmap(lambda key: pick(logits_V, key, SamplingParams(**sampling)))(keys)
         return np.bincount(np.asarray(drawn), minlength=4) / len(keys)
 
     np.testing.assert_allclose(shares(), [0.5, 0.3, 0.15, 0.05], atol=0.015)
@@ -95,22 +95,22 @@ def test_drawing_at_temperature_one_follows_the_distribution():
 
 
 def test_reserved_ids_are_never_drawn(memorised):
-    hot = Picking(temperature=50.0)
-    texts = run(memorised, [[2]] * 8, tokens=30, picking=hot)
+    hot = SamplingParams(temperature=50.0)
+    texts = run(memorised, [[2]] * 8, tokens=30, sampling=hot)
     for text in texts:
         assert all(token >= 16 for token in text[1:-1])
         assert text[-1] >= 16 or text[-1] == SPECIAL.eos
 
 
 def test_seeds_decide_the_draws(memorised):
-    hot = Picking(temperature=5.0)
-    texts = [run(memorised, [[2]], picking=hot, seed=seed)[0] for seed in (1, 1, 2)]
+    hot = SamplingParams(temperature=5.0)
+    texts = [run(memorised, [[2]], sampling=hot, seed=seed)[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize("mode", ["causal", "prefix"])
 def test_a_sampled_text_depends_on_no_other_prompt(memorised, mode, monkeypatch):
-    hot = Picking(temperature=5.0)
+    hot = SamplingParams(temperature=5.0)
     prompts = [memorised.text[:n] for n in (2, 9, 4)]
     alone = [run(memorised, [prompt], 12, hot, mode=mode)[0] for prompt in prompts]
     assert run(memorised, prompts, 12, hot, mode=mode) == alone
@@ -122,7 +122,7 @@ def test_a_sampled_text_depends_on_no_other_prompt(memorised, mode, monkeypatch)
 
 def test_equal_prompts_get_different_texts(memorised):
     prompts = [memorised.text[:2]] * 40
-    texts = run(memorised, prompts, 12, Picking(temperature=5.0))
+    texts = run(memorised, prompts, 12, SamplingParams(temperature=5.0))
     assert len({tuple(text) for text in texts}) == 40
 
 
@@ -148,7 +148,7 @@ def test_bad_requests_are_refused(memorised):
         run(memorised, [[2]], mode="telepathy")
     for top_p in (0.0, float("nan")):
         with pytest.raises(UserError, match="top_p"):
-            Picking(top_p=top_p)
+            SamplingParams(top_p=top_p)
     for temperature in (float("nan"), float("inf"), -1.0, 1e39):  # the last is infinite in float32
         with pytest.raises(UserError, match="temperature"):
-            Picking(temperature=temperature)
+            SamplingParams(temperature=temperature)

@@ -4,24 +4,24 @@ import jax
 import numpy as np
 import pytest
 
-from dualsm import sharding
 from dualsm.config import default_config, freeze
-from dualsm.errors import UserError
+from dualsm.devices import sharding
 from dualsm.generation import batches
 from dualsm.generation.batches import prompt_keys
-from dualsm.generation.diffusion import ORDERS, Filling, Unmasking, fill, settle
-from dualsm.generation.pick import Picking
+from dualsm.generation.diffusion import ORDERS, DiffusionState, Unmasking, fill, settle
+from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import SpecialIds
+from dualsm.process.errors import UserError
 from tests.micro import micro_config
 
-GREEDY, SPECIAL = Picking(temperature=0), SpecialIds()
+GREEDY, SPECIAL = SamplingParams(temperature=0), SpecialIds()
 MASK = SPECIAL.mask
 
 
-def states(model, texts, picking=GREEDY, seed=0, **unmasking):
+def states(model, texts, sampling=GREEDY, seed=0, **unmasking):
     key_B = prompt_keys(seed, texts)
-    return list(fill(model.config, model.params, texts, picking, Unmasking(**unmasking), SPECIAL, key_B))
+    return list(fill(model.config, model.params, texts, sampling, Unmasking(**unmasking), SPECIAL, key_B))
 
 
 def hide(text, *places):
@@ -40,7 +40,7 @@ def test_every_order_fills_all_places_and_leaves_the_rest(memorised, order):
     rng = np.random.default_rng(0)
     texts = [[2, *rng.integers(16, 64, n).tolist()] for n in (12, 25)]
     masked = [hide(text, 3, 4, 5, 9) for text in texts]
-    result = states(memorised, masked, Picking(temperature=1.0), order=order)[-1]
+    result = states(memorised, masked, SamplingParams(temperature=1.0), order=order)[-1]
     for before, after in zip(masked, result, strict=True):
         assert len(before) == len(after)
         assert all(a == b for a, b in zip(before, after, strict=True) if b is not None and a != MASK)
@@ -80,7 +80,7 @@ def test_a_threshold_settles_all_sure_tokens_and_always_one(memorised):
     assert max(a - b for a, b in zip(impossible, impossible[1:], strict=False)) <= 16
     rng = np.random.default_rng(0)
     unsure = [2, *hide(rng.integers(16, 64, 12).tolist(), 2, 3, 4, 5)]
-    assert masks_left(states(memorised, [unsure], Picking(temperature=30.0), threshold=0.999)) == [
+    assert masks_left(states(memorised, [unsure], SamplingParams(temperature=30.0), threshold=0.999)) == [
         4,
         3,
         2,
@@ -108,7 +108,7 @@ def test_texts_with_different_numbers_of_masks_run_together(memorised):
 
 @pytest.mark.parametrize("order", ["confidence", "random"])
 def test_a_sampled_text_depends_on_no_other_text(memorised, order, monkeypatch):
-    hot, options = Picking(temperature=5.0), {"order": order, "steps": 3}
+    hot, options = SamplingParams(temperature=5.0), {"order": order, "steps": 3}
     texts = [
         hide(memorised.text, *range(5, 13)),
         hide(memorised.text[:20], 7, 8),
@@ -126,13 +126,15 @@ def test_a_sampled_text_depends_on_no_other_text(memorised, order, monkeypatch):
 def test_memory_is_bounded_for_many_prompts_and_a_large_vocabulary():
     """All logits of 400 texts of 160 tokens would take 2 GB, and drawing from them eight times that."""
     config = micro_config().model
-    config.vocabulary = 8192
+    config.vocab_size = 8192
     config = freeze(config)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     part = next(batches.split(400, 160))
     tokens_BxL, length_B = batches.pad([[2] * 160] * len(range(400)[part]), SPECIAL.pad)
-    state = Filling(tokens_BxL, length_B, tokens_BxL, tokens_BxL, prompt_keys(0, tokens_BxL), np.int32(0))
-    options = {"picking": Picking(0.8, 50, 0.95), "unmasking": Unmasking(), "special": SPECIAL}
+    state = DiffusionState(
+        tokens_BxL, length_B, tokens_BxL, tokens_BxL, prompt_keys(0, tokens_BxL), np.int32(0)
+    )
+    options = {"sampling": SamplingParams(0.8, 50, 0.95), "unmasking": Unmasking(), "special": SPECIAL}
     compiled = settle.lower(config, params, state, **options).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 256 * 2**20
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from dualsm import sharding
 from dualsm.config import default_config
+from dualsm.devices import sharding
 from dualsm.evaluation.modes import MODES, Scoring
 from dualsm.evaluation.scoring import Scorer
 from dualsm.objectives.example import SpecialIds

@@ -4,8 +4,8 @@ import codecs
 
 import pytest
 
-from dualsm.errors import UserError
 from dualsm.generation.prompts import encode_prompt, read_prompts
+from dualsm.process.errors import UserError
 
 
 def test_masks_stand_where_the_prompt_says(corpus):

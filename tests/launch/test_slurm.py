@@ -18,8 +18,8 @@ import pytest
 
 from dualsm.config import load_config
 from dualsm.model.transformer import init_params
-from dualsm.training.checkpoint import restore_params
-from dualsm.training.metrics import read_metrics
+from dualsm.rundir.checkpoint import restore_params
+from dualsm.rundir.metrics import read_metrics
 from tests.conftest import ROOT, run_command
 from tests.launch import slurm as real
 from tests.processes import write_recipe

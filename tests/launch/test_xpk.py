@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dualsm.training.metrics import read_metrics
+from dualsm.rundir.metrics import read_metrics
 from tests.conftest import ROOT, command_env
 from tests.processes import write_recipe
 

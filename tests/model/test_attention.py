@@ -97,7 +97,7 @@ def test_an_unknown_backend_is_refused(qkv, ranges):
     ],
 )
 def test_auto_says_why_it_is_plain_attention(monkeypatch, platform, length, because):
-    monkeypatch.setattr("dualsm.sharding.platform", lambda: platform)
+    monkeypatch.setattr("dualsm.devices.sharding.platform", lambda: platform)
     reason = attention.why_not_kernel((2, length, 4, 64), (2, length, 4, 64))
     assert reason is None if because is None else because in reason
 
@@ -106,6 +106,6 @@ def test_a_run_on_an_accelerator_is_told_of_plain_attention(micro, tmp_path, mon
     micro.mesh.data = -1
     train(micro, tmp_path / "cpu", stop=lambda step: True)
     assert "plain attention" not in capsys.readouterr().err
-    monkeypatch.setattr("dualsm.sharding.platform", lambda: "gpu")
+    monkeypatch.setattr("dualsm.devices.sharding.platform", lambda: "gpu")
     train(micro, tmp_path / "gpu", stop=lambda step: True)
     assert "config.model.attention=auto takes plain attention: " in capsys.readouterr().err

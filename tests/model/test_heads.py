@@ -8,13 +8,13 @@ import pytest
 from dualsm.data.tokenizer import SpecialIds
 from dualsm.model.transformer import HEADS, bind, init_params
 from dualsm.objectives.example import single_row
-from dualsm.objectives.loss import objective_loss
+from dualsm.training.objective_loss import objective_loss
 from tests.micro import micro_config
 
 
 def config_with(head: str):
     config = micro_config().model
-    config.vocabulary, config.head = 128, head
+    config.vocab_size, config.head = 128, head
     return config
 
 
@@ -42,7 +42,7 @@ def test_its_logits_are_the_normalised_stream_times_the_matrix():
 def test_the_loss_is_that_of_the_logits(head, rows):
     config = config_with(head)
     params = init_params(config, jax.random.key(0))
-    special = SpecialIds(vocabulary=128)
+    special = SpecialIds(vocab_size=128)
     total, count, _ = objective_loss("causal", config, special)(params, rows, jax.random.key(0))
     tokens_BxL = rows.tokens_L1[:, :-1]
     end_BxL = jnp.arange(1, 17)[None]
@@ -55,6 +55,6 @@ def test_the_loss_is_that_of_the_logits(head, rows):
 def test_every_parameter_of_a_head_has_a_gradient(head, rows):
     config = config_with(head)
     params = init_params(config, jax.random.key(0))
-    loss = objective_loss("causal", config, SpecialIds(vocabulary=128))
+    loss = objective_loss("causal", config, SpecialIds(vocab_size=128))
     gradients = jax.grad(lambda p: loss(p, rows, jax.random.key(0))[0])(params)
     assert all(float(abs(g).max()) > 0 for g in jax.tree.leaves(gradients["head"]))

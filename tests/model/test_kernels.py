@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualsm import sharding
-from dualsm.errors import UserError
+from dualsm.devices import sharding
 from dualsm.model import attention, flash, splash
 from dualsm.model.attention import attend, range_mask
 from dualsm.model.transformer import bind
-from dualsm.objectives.loss import example_loss
 from dualsm.objectives.mixture import OBJECTIVES
+from dualsm.process.errors import UserError
+from dualsm.training.objective_loss import example_loss
 from tests.objectives.conftest import batch, far_from_initial, packed, rewritten, tiny_model
 
 L, H, K = 384, 2, 16  # three blocks of 128
@@ -155,7 +155,7 @@ def test_what_splash_fetches_next(axis):
 def test_a_model_trains_the_same(backend, on_its_platform, monkeypatch):
     """Under the scan over layers, remat, and a mesh that divides rows and heads."""
     config = tiny_model()
-    config.width = config.heads * K
+    config.d_model = config.num_heads * K
     config.remat = "full"
     params = far_from_initial(config, 0.1)
     rows = batch([packed([100, 90, 300], 256)] * 4)

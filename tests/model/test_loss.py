@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualsm.model.loss import cross_entropy
+from dualsm.model.cross_entropy import cross_entropy
 
 B, L, D, V = 3, 10, 8, 40
 
@@ -64,9 +64,9 @@ def test_bfloat16_features_keep_float32_sums(inputs):
 
 
 def test_memory_stays_far_below_that_of_all_logits():
-    batch, length, vocabulary = 4, 256, 4096
-    logits_bytes = batch * length * vocabulary * 4
-    shapes = [(batch, length, D), (D, vocabulary), (vocabulary,)]
+    batch, length, vocab_size = 4, 256, 4096
+    logits_bytes = batch * length * vocab_size * 4
+    shapes = [(batch, length, D), (D, vocab_size), (vocab_size,)]
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     targets = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     weights = jax.ShapeDtypeStruct((batch, length), jnp.float32)

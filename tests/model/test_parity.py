@@ -24,7 +24,7 @@ def reference():
     params = to_params(tensors)
     config = default_config().model
     config.update(model_settings(params, read_settings(FIXTURE, metadata)))
-    config.vocabulary = len(params["embedding"]["embedding"])
+    config.vocab_size = len(params["embedding"]["embedding"])
     config.remat, config.attention = "none", "xla"
     return config, params, others
 

@@ -14,7 +14,7 @@ from tests.micro import micro_config
 @pytest.fixture(scope="module")
 def config():
     config = micro_config().model
-    config.vocabulary = 128
+    config.vocab_size = 128
     return config
 
 
@@ -55,7 +55,7 @@ def test_remat_computes_anew_what_it_does_not_keep(config):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gpus_compute_the_same_with_padded_matrices_and_unrolled_layers(config, dtype, monkeypatch):
     config = config.copy_and_resolve_references()
-    config.mlp_width, config.dtype = 50, dtype
+    config.d_ff, config.dtype = 50, dtype
     params = init_params(config, jax.random.key(0))
     expected = jax.value_and_grad(loss_of(config))(params)
     monkeypatch.setattr("dualsm.model.transformer.platform", lambda: "gpu")
@@ -84,7 +84,7 @@ def test_bfloat16_computes_in_bfloat16_over_float32_weights(config):
 def test_the_formula_for_flops_agrees_with_xla_on_one_layer(config):
     """XLA counts the body of a scan once, so one layer it is; it also counts the softmax, a few percent."""
     config = config.copy_and_resolve_references()
-    config.layers, config.width, config.mlp_width, config.remat = 1, 64, 192, "none"
+    config.num_layers, config.d_model, config.d_ff, config.remat = 1, 64, 192, "none"
     params = init_params(config, jax.random.key(0))
     rows, length = 2, 32
     tokens = jax.random.randint(jax.random.key(1), (rows, length), 0, 128)

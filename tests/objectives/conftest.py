@@ -10,21 +10,21 @@ from ml_collections import ConfigDict
 
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import Example, Row, SpecialIds
-from dualsm.objectives.loss import example_loss
 from dualsm.objectives.mixture import OBJECTIVES, row_keys
+from dualsm.training.objective_loss import example_loss
 
 VOCABULARY = 64
-SPECIAL = SpecialIds(vocabulary=VOCABULARY)
+SPECIAL = SpecialIds(vocab_size=VOCABULARY)
 
 
-def tiny_model(vocabulary: int = VOCABULARY, width: int = 16) -> ConfigDict:
+def tiny_model(vocab_size: int = VOCABULARY, width: int = 16) -> ConfigDict:
     return ConfigDict(
         {
-            "layers": 2,
-            "width": width,
-            "heads": 2,
-            "mlp_width": 24,
-            "vocabulary": vocabulary,
+            "num_layers": 2,
+            "d_model": width,
+            "num_heads": 2,
+            "d_ff": 24,
+            "vocab_size": vocab_size,
             "rope_theta": 100.0,
             "norm_eps": 1e-7,
             "dtype": "float32",
@@ -69,16 +69,16 @@ def gradient(score):
     return jax.jit(jax.grad(lambda params, example: score(params, example)[0]))
 
 
-def packed(lengths: list[int], row_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def packed(lengths: list[int], seq_len: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A row of random text tokens in documents of the given lengths, cut or filled up to L + 1."""
     rng = np.random.default_rng(seed)
     tokens, documents = [], []
     for number, length in enumerate(lengths):
         tokens += [2, *rng.integers(16, VOCABULARY, length - 1)]
         documents += [number] * length
-    filling = max(0, row_tokens + 1 - len(tokens))
+    filling = max(0, seq_len + 1 - len(tokens))
     tokens, documents = tokens + [0] * filling, documents + [-1] * filling
-    return np.array(tokens[: row_tokens + 1], np.int32), np.array(documents[: row_tokens + 1], np.int32)
+    return np.array(tokens[: seq_len + 1], np.int32), np.array(documents[: seq_len + 1], np.int32)
 
 
 def batch(rows: list[tuple[np.ndarray, np.ndarray]], progress: float = 0.0) -> Row:

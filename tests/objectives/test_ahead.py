@@ -33,7 +33,7 @@ def test_every_position_predicts_the_token_at_its_distance_inside_the_document()
         seen.add(d)
         for i in range(LENGTH):
             inside = i + d <= LENGTH and documents_L1[i + d] == documents_L1[i]
-            assert example.weights_L[b, i] == example.counted_L[b, i] == inside
+            assert example.weights_L[b, i] == example.loss_denominator_L[b, i] == inside
             if inside:
                 assert example.targets_L[b, i] == tokens_L1[i + d]
     assert seen == set(range(1, 8))
@@ -72,7 +72,7 @@ def test_next_all_is_an_unbiased_sample_of_the_rest_of_the_document():
     for i in range(LENGTH):
         rest = [j for j in range(i + 1, LENGTH + 1) if documents_L1[j] == documents_L1[i]]
         assert (example.weights_L[:, i] == bool(rest)).all()
-        assert (example.counted_L[:, i] == bool(rest)).all()
+        assert (example.loss_denominator_L[:, i] == bool(rest)).all()
         if rest:
             drawn = loss[i, example.targets_L[:, i]]
             exact = loss[i, tokens_L1[rest]]

@@ -10,8 +10,8 @@ import pytest
 from scipy.stats import truncnorm
 
 from dualsm.model.transformer import bind
-from dualsm.objectives.loss import example_loss
 from dualsm.objectives.masked_diffusion import NARROWEST, draw_time
+from dualsm.training.objective_loss import example_loss
 
 from .conftest import SPECIAL, batch, far_from_initial, packed, rewritten, tiny_model
 
@@ -64,9 +64,9 @@ def draw(count: int, **options):
 
 def sampled(example, nll: dict) -> tuple[np.ndarray, np.ndarray]:
     """Loss of each draw, [B], from the enumerated ones, and what it counts."""
-    masked_BxL, counted_B = example.weights_L > 0, example.counted_L.sum(1)
+    masked_BxL, loss_denominator_B = example.weights_L > 0, example.loss_denominator_L.sum(1)
     sums_B = np.array([nll[tuple(m)] if any(m) else 0.0 for m in masked_BxL.tolist()])
-    return example.weights_L.max(1) * sums_B, counted_B
+    return example.weights_L.max(1) * sums_B, loss_denominator_B
 
 
 def expected(nll: dict, n: int, weight=lambda n, k: n / k, chance=lambda n, k: 1 / n) -> float:
@@ -100,8 +100,8 @@ def test_the_estimate_is_unbiased(options, tiny):
     shifted = options.get("shifted", True)
     nll = enumerated(tiny[2], shifted)
     n, draws = (4 if shifted else 3), 40_000
-    losses_B, counted_B = sampled(draw(draws, **options), nll)
-    assert (counted_B == n).all()
+    losses_B, loss_denominator_B = sampled(draw(draws, **options), nll)
+    assert (loss_denominator_B == n).all()
     error = losses_B.std() / math.sqrt(draws)
     assert error < 0.02 * expected(nll, n)
     assert abs(losses_B.mean() - expected(nll, n)) < 4 * error
@@ -205,7 +205,7 @@ def test_special_tokens_are_never_masked_and_never_counted(shifted):
     by_target = [0, 4, 5] if shifted else [1, 5, 6]
     example = rewritten("masked_diffusion", batch([(tokens_L1, documents_L1)] * 30), shifted=shifted)
     for b in range(30):
-        assert np.flatnonzero(example.counted_L[b]).tolist() == by_target
+        assert np.flatnonzero(example.loss_denominator_L[b]).tolist() == by_target
         assert set(np.flatnonzero(example.weights_L[b])) <= set(by_target)
         assert set(np.flatnonzero(example.inputs_L[b] != tokens_L1[:-1])) <= {1, 5, 6}
 

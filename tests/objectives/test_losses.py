@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dualsm.objectives.example import document_spans
-from dualsm.objectives.loss import objective_loss
 from dualsm.objectives.mixture import OBJECTIVES
+from dualsm.training.objective_loss import objective_loss
 
 from .conftest import SPECIAL, VOCABULARY, batch, packed, rewritten
 

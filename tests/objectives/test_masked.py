@@ -103,7 +103,7 @@ def test_replacement_follows_its_options(options, seen):
 
 def test_random_tokens_need_the_vocabulary():
     row = single_row(*packed([40], LENGTH))
-    with pytest.raises(ValueError, match="vocabulary"):
+    with pytest.raises(ValueError, match="vocab_size"):
         masked(row, jax.random.key(0), SpecialIds())
     jax.eval_shape(lambda key: masked(row, key, SpecialIds(), random=0.0), jax.random.key(0))
 
@@ -112,7 +112,7 @@ def test_random_tokens_need_the_vocabulary():
 def test_masked_tokens_weigh_and_count_one(name):
     example = rewritten(name, rows_of(20, 9, 30))
     assert set(np.unique(example.weights_L)) == {0.0, 1.0}
-    np.testing.assert_array_equal(example.weights_L, example.counted_L)
+    np.testing.assert_array_equal(example.weights_L, example.loss_denominator_L)
     np.testing.assert_array_equal(
         example.targets_L, [packed([20, 9, 30, 1], LENGTH, seed)[0][1:] for seed in range(ROWS)]
     )
@@ -137,7 +137,7 @@ def test_masked_input_causal_hides_a_share_of_the_text_and_no_target(low, high):
     hidden_BxL = example.inputs_L != plain.inputs_L
     assert (example.inputs_L[hidden_BxL] == SPECIAL.mask).all()
     assert (plain.inputs_L[hidden_BxL] >= 16).all()
-    for field in ("targets_L", "weights_L", "counted_L", "key_start_L", "key_end_L"):
+    for field in ("targets_L", "weights_L", "loss_denominator_L", "key_start_L", "key_end_L"):
         np.testing.assert_array_equal(getattr(example, field), getattr(plain, field))
     text_B = (plain.inputs_L >= 16).sum(1)
     share_B = low + (high - low) * (np.arange(ROWS) + 0.5) / ROWS

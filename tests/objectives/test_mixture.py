@@ -4,28 +4,28 @@ import jax
 import numpy as np
 import pytest
 
-from dualsm.errors import UserError
-from dualsm.objectives.mixture import assign, bind, check_shares, rewrite, row_counts, row_keys
+from dualsm.objectives.mixture import assign, bind, check_shares, rewrite, row_keys, sequence_counts
+from dualsm.process.errors import UserError
 
 from .conftest import SPECIAL, batch, packed, rewritten
 
 
-def errors_of(shares, batch_rows: int, steps: int = 500) -> np.ndarray:
+def errors_of(shares, batch_size: int, steps: int = 500) -> np.ndarray:
     """Rows given minus exact share after each number of steps, [steps + 1, J]."""
-    counts_SxJ = row_counts(np.tile(shares, (steps, 1)), batch_rows)
+    counts_SxJ = sequence_counts(np.tile(shares, (steps, 1)), batch_size)
     assert (counts_SxJ >= 0).all()
-    assert (counts_SxJ.sum(1) == batch_rows).all()
-    exact = np.arange(steps + 1)[:, None] * batch_rows * np.array(shares)
+    assert (counts_SxJ.sum(1) == batch_size).all()
+    exact = np.arange(steps + 1)[:, None] * batch_size * np.array(shares)
     return np.vstack([np.zeros(len(shares)), counts_SxJ.cumsum(0)]) - exact
 
 
-@pytest.mark.parametrize("batch_rows", [1, 6, 8, 64])
+@pytest.mark.parametrize("batch_size", [1, 6, 8, 64])
 @pytest.mark.parametrize(
     "shares",
     [[1.0], [0.5, 0.5], [63 / 64, 1 / 64], [0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.6, 0.3, 0.1]],
 )
-def test_any_window_of_steps_is_within_one_row_of_the_exact_share(shares, batch_rows):
-    errors = errors_of(shares, batch_rows)
+def test_any_window_of_steps_is_within_one_row_of_the_exact_share(shares, batch_size):
+    errors = errors_of(shares, batch_size)
     assert (errors.max(0) - errors.min(0)).max() <= 1 + 1e-6
 
 
@@ -38,7 +38,7 @@ def test_any_number_of_steps_is_within_one_row_for_random_shares():
 
 def test_changing_shares_are_followed():
     share_S = np.linspace(0, 1, 200)
-    counts_SxJ = row_counts(np.stack([share_S, 1 - share_S], 1), 7)
+    counts_SxJ = sequence_counts(np.stack([share_S, 1 - share_S], 1), 7)
     np.testing.assert_allclose(counts_SxJ[:, 0].cumsum(), (7 * share_S).cumsum(), atol=0.51)
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from dualsm.config import check_config, default_config
 from dualsm.data.tokenizer import RESERVED_IDS
-from dualsm.errors import UserError
 from dualsm.objectives.ahead import FARTHEST
 from dualsm.objectives.mixture import OBJECTIVES
+from dualsm.process.errors import UserError
 
 from .conftest import SPECIAL
 

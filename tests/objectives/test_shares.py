@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dualsm.config import check_config
-from dualsm.errors import UserError
 from dualsm.objectives.shares import points, set_phases, step_shares, trained_objectives
+from dualsm.process.errors import UserError
 from tests.micro import micro_config
 
 NAMES = ["causal", "masked_diffusion"]

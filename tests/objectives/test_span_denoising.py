@@ -77,7 +77,7 @@ def test_the_prefix_with_its_holes_filled_is_the_document(mode, layouts, example
 
 
 def test_the_loss_is_on_the_tokens_of_the_missing_spans_alone(layouts, example):
-    np.testing.assert_array_equal(example.weights_L, example.counted_L)
+    np.testing.assert_array_equal(example.weights_L, example.loss_denominator_L)
     for b in [*BY_MODE["R"], *BY_MODE["X"]]:
         form_L1, scored_L1 = form(example, b), np.zeros(LENGTH + 1, bool)
         for start, end in documents_of(layouts[b][1]):

@@ -30,7 +30,7 @@ def influence(model_config, params):
             model = bind(model_config, params)
             model.embedding = lambda _: embeddings_LxD
             features_1xLxD = model.features(inputs_L[None], start_L[None], end_L[None])
-            return features_1xLxD[0] @ jnp.linspace(0.5, 1.5, model_config.width)
+            return features_1xLxD[0] @ jnp.linspace(0.5, 1.5, model_config.d_model)
 
         return jax.jacrev(features)(bind(model_config, params).embedding(inputs_L))
 

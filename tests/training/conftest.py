@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dualsm.objectives.example import SpecialIds
-from dualsm.objectives.mixture import assign, row_counts
+from dualsm.objectives.mixture import assign, sequence_counts
 from dualsm.objectives.shares import trained_objectives
 from dualsm.training.optimizer import make_optimizer
 from dualsm.training.step import Batch, init_state, make_train_step
@@ -20,7 +20,7 @@ class Micro:
 
     def __init__(self, schedule=None, **changes):
         config = micro_config()
-        config.model.vocabulary = 128
+        config.model.vocab_size = 128
         for key, value in changes.items():
             *folders, name = key.split(".")
             place = config
@@ -35,14 +35,14 @@ class Micro:
         self.init = lambda: init_state(config, self.optimizer, len(self.names))
 
     def batch(self, step: int = 0) -> Batch:
-        rows, length = self.config.batch_rows, self.config.row_tokens + 1
+        rows, length = self.config.batch_size, self.config.seq_len + 1
         rng = np.random.default_rng(step)
         tokens = rng.integers(16, 128, (rows, length)).astype(np.int32)
         documents = np.cumsum(rng.random((rows, length)) < 0.1, axis=1).astype(np.int32)
         documents[0, length // 4 :] = -1  # rows of very different weight
         documents[1, length // 2 :] = -1
         shares = np.tile([self.config.mixture[name] for name in self.names], (step + 1, 1))
-        return Batch(tokens, documents, *assign(row_counts(shares, rows)[step]))
+        return Batch(tokens, documents, *assign(sequence_counts(shares, rows)[step]))
 
     def run(self, steps: int = 1):
         """State after some steps, unsharded."""

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from dualsm.data.build import Recipe, build
-from dualsm.errors import UserError
-from dualsm.training.checkpoint import restore_params
+from dualsm.process.errors import UserError
+from dualsm.rundir.checkpoint import restore_params
+from dualsm.rundir.metrics import read_metrics
+from dualsm.rundir.workdir import read_config
 from dualsm.training.loop import train
-from dualsm.training.metrics import read_metrics
-from dualsm.training.workdir import read_config
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +20,14 @@ def trunk(corpus_path, tmp_path_factory):
     from tests.micro import micro_config
 
     config = micro_config(corpus_path)
-    config.checkpoint.keep, config.mesh.data = 3, -1
+    config.checkpoint.max_to_keep, config.mesh.data = 3, -1
     folder = tmp_path_factory.mktemp("trunk") / "run"
     assert train(config, folder)
     return config, folder
 
 
 def final_params(folder, like) -> list[np.ndarray]:
-    from dualsm.evaluation.run import open_run
+    from dualsm.rundir.trained_run import open_run
 
     run = open_run(folder)
     assert run.step == like.steps
@@ -50,7 +50,7 @@ def test_a_branch_may_decay_and_mix_otherwise(trunk, tmp_path):
     config, folder = trunk
     branch = config.copy_and_resolve_references()
     branch.start.run, branch.start.step = str(folder), 8
-    branch.optimizer.schedule.decay = 1 / 3
+    branch.optimizer.schedule.decay_fraction = 1 / 3
     branch.mixture_schedule.name, branch.mixture_schedule.path = "steps", "0.5 masked_diffusion=1"
     assert train(branch, tmp_path / "branch")
     records = read_metrics(tmp_path / "branch")
@@ -78,7 +78,7 @@ def test_a_branch_that_was_stopped_resumes_from_its_own_checkpoint(trunk, tmp_pa
         ({"start.step": 12}, "does not lie before the end of this run, config.steps=12"),
         ({"start.step": -1}, "does not lie before the end"),
         ({"start.run": "", "start.step": 4}, "must be a checkpoint's of config.start.run"),
-        ({"start.step": 4, "model.mlp_width": 96}, "of another model"),
+        ({"start.step": 4, "model.d_ff": 96}, "of another model"),
         ({"start.step": 4, "optimizer.name": "adamw"}, "of another model or optimizer"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_branch_onto_a_corpus_of_another_tokenizer_is_refused(trunk, jsonl, tm
     config, folder = trunk
     lines = jsonl.read_text().splitlines(keepends=True)
     (tmp_path / "half.jsonl").write_text("".join(lines[::2]))
-    recipe = Recipe(input=str(tmp_path / "half.jsonl"), vocabulary=512, valid_fraction=0.05)
+    recipe = Recipe(input=str(tmp_path / "half.jsonl"), vocab_size=512, valid_fraction=0.05)
     build(recipe, str(tmp_path / "corpus"), workers=1, quiet=True)
     branch = config.copy_and_resolve_references()
     branch.start.run, branch.start.step = str(folder), 4
@@ -142,7 +142,7 @@ def test_the_trunk_is_left_as_it_was(trunk):
 
 
 def _abstract(config, folder):
-    from dualsm.evaluation.run import open_run
+    from dualsm.rundir.trained_run import open_run
 
     return jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), open_run(folder).params

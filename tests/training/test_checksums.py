@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dualsm.config import default_config
-from dualsm.errors import UserError
-from dualsm.training.checkpoint import Checkpoints, abstract, restore_parts
-from dualsm.training.checksums import changed, checksums
+from dualsm.process.errors import UserError
+from dualsm.rundir.checkpoint import Checkpoints, abstract, restore_parts
+from dualsm.rundir.checksums import changed, checksums
 
 
 def tree() -> dict:
@@ -111,7 +111,7 @@ def test_weights_that_are_not_the_saved_ones_are_refused(saved, monkeypatch):
     wrong = checksums(tree()) | {"params/kernel": 1}
     checkpoints = Checkpoints(workdir, config)
     with monkeypatch.context() as patch:
-        patch.setattr("dualsm.training.checksums.started", lambda state: lambda: wrong)
+        patch.setattr("dualsm.rundir.checksums.started", lambda state: lambda: wrong)
         checkpoints.save(2, tree())
     checkpoints.finish()
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(shapes), tree())  # step 1

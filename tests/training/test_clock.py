@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from dualsm.data.pipeline import read_steps
+from dualsm.rundir.metrics import MetricsWriter, read_metrics
 from dualsm.training.loop import train
-from dualsm.training.metrics import MetricsWriter, read_metrics
-from dualsm.training.program import make_program
+from dualsm.training.program import compile_train_step
 from tests.micro import micro_config
 
 DELAY = 0.1
@@ -41,7 +41,7 @@ def run(corpus_path, tmp_path_factory):
             yield next(batches)
 
     def observed_program(*arguments):
-        program = make_program(*arguments)
+        program = compile_train_step(*arguments)
 
         def step(state, batch):
             state, sums = program.step(state, batch)
@@ -54,9 +54,9 @@ def run(corpus_path, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricsWriter, "write", slow_write)
         patch.setattr("dualsm.training.loop.read_steps", slow_steps)
-        patch.setattr("dualsm.training.loop.make_program", observed_program)
+        patch.setattr("dualsm.training.loop.compile_train_step", observed_program)
         train(config, workdir)
-    tokens = config.batch_rows * config.row_tokens
+    tokens = config.batch_size * config.seq_len
     lines = read_metrics(workdir)
     seconds = [tokens / line["perf/tokens_per_second"] for line in lines]
     return SimpleNamespace(lines=lines, seconds=seconds, written=written, idle=idle)

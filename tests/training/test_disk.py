@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dualsm.training.metrics import read_metrics
+from dualsm.rundir.metrics import read_metrics
 from tests.conftest import ROOT, command_env
 
 SAVED = "while ls run/checkpoints/*tmp >/dev/null 2>&1; do sleep 0.05; done; "  # what was begun is whole
@@ -20,7 +20,7 @@ VANISH = SAVED + 'umount --lazy "$PWD"'  # a network's disk that is gone: its pl
 # Trains the micro config in ./run, saving after every second step, and runs a shell command after some steps.
 DRIVER = """
 import json, os, subprocess, sys
-from dualsm import cli
+from dualsm.process import cli
 from tests.micro import micro_config
 
 corpus, actions, retries = sys.argv[1], json.loads(sys.argv[2]), 1
@@ -29,7 +29,8 @@ del sys.argv[1:]
 def main(_):
     from dualsm.training.loop import train
     config = micro_config(corpus)
-    config.checkpoint.every, config.checkpoint.failed_saves, config.checkpoint.final_retries = 2, 3, retries
+    config.checkpoint.every, config.checkpoint.max_failed_saves = 2, 3
+    config.checkpoint.final_retries = retries
     config.valid.objectives = "causal"
 
     def after(step):

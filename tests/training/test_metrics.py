@@ -2,7 +2,7 @@
 
 from etils import epath
 
-from dualsm.training.metrics import _ObjectFile
+from dualsm.rundir.metrics import _ObjectFile
 
 
 def test_a_file_in_a_bucket_is_written_whole_now_and_then(tmp_path):

@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
+from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
-from dualsm.training.metrics import read_metrics
 from dualsm.training.profile import Window, parse_window, profiled
 
 

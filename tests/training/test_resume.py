@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from dualsm.config import load_config
-from dualsm.training.checkpoint import restore_params
+from dualsm.rundir.checkpoint import restore_params
+from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
-from dualsm.training.metrics import read_metrics
 from tests.conftest import ROOT, command_env
 
 STEPS, LOG_EVERY, VALID_EVERY, SAVE_EVERY = 12, 2, 6, 4
@@ -102,7 +102,11 @@ def test_an_uninterrupted_run_leaves_what_it_should(uninterrupted):
 def test_cores_as_devices_train_the_same_run(recipe, uninterrupted, tmp_path, monkeypatch):
     """The programs of many held-out batches are on their way at once; none takes the last thread."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
-    flags = ("--config.mesh.data=2", "--config.microbatches=4", "--config.valid.rows=0")
+    flags = (
+        "--config.mesh.data=2",
+        "--config.gradient_accumulation_steps=4",
+        "--config.valid.num_sequences=0",
+    )
     finish(start(recipe, tmp_path, *flags))
     ours, expected = read_metrics(tmp_path), read_metrics(uninterrupted)
     assert [record["step"] for record in ours] == LOGGED
@@ -165,11 +169,11 @@ def test_eight_devices_train_to_the_same_losses(recipe, uninterrupted, tmp_path,
 
 
 def test_resuming_on_another_mesh_and_accumulation(recipe, uninterrupted, tmp_path):
-    """Stop on 8 devices, go on with one and in two microbatches."""
+    """Stop on 8 devices, go on with one and in two gradient_accumulation_steps."""
     workdir = tmp_path / "run"
     process = interrupted(recipe, workdir, 3, "--config.mesh.data=2", "--config.mesh.fsdp=4", devices=8)
     finish(process)
-    finish(start(recipe, workdir, "--config.mesh.data=1", "--config.microbatches=2"))
+    finish(start(recipe, workdir, "--config.mesh.data=1", "--config.gradient_accumulation_steps=2"))
     for a, b in zip(read_metrics(workdir), read_metrics(uninterrupted), strict=True):
         assert a["step"] == b["step"]
         for name in learned(b):
@@ -178,7 +182,7 @@ def test_resuming_on_another_mesh_and_accumulation(recipe, uninterrupted, tmp_pa
 
 
 def test_checkpoints_are_kept_as_configured(micro, tmp_path):
-    micro.checkpoint.every, micro.checkpoint.keep, micro.checkpoint.keep_every = 1, 2, 5
+    micro.checkpoint.every, micro.checkpoint.max_to_keep, micro.checkpoint.keep_period = 1, 2, 5
     micro.valid.objectives = "causal"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])

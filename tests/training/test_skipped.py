@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from dualsm.config import default_config
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
+from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
-from dualsm.training.metrics import read_metrics
 from dualsm.training.optimizer import OPTIMIZERS
 from dualsm.training.schedules import learning_rate
-from dualsm.training.step import Usual, _watch
+from dualsm.training.step import LossStats, update_loss_stats
 
 from .conftest import Micro
 
@@ -89,7 +89,7 @@ def test_the_learning_rate_after_skipped_updates_is_that_of_the_step(name):
 
 def test_a_run_that_diverges_ends_and_names_the_checkpoint_before_it(micro, tmp_path, capsys):
     micro.mesh.data = -1
-    micro.skip_limit = 3
+    micro.max_consecutive_skips = 3
     assert train(micro, tmp_path / "good") is True
     branch = micro.copy_and_resolve_references()
     branch.start.run, branch.start.step = str(tmp_path / "good"), 8
@@ -104,7 +104,7 @@ def test_a_run_that_diverges_ends_and_names_the_checkpoint_before_it(micro, tmp_
 def spikes_of(losses_SxJ, tokens_SxJ) -> list[int]:
     """Steps that are reported as spikes; losses per token and tokens of each objective."""
     losses_SxJ, tokens_SxJ = (np.asarray(a, np.float32) for a in (losses_SxJ, tokens_SxJ))
-    usual, watch, spikes = Usual(*jnp.zeros((4, tokens_SxJ.shape[1]))), jax.jit(_watch), []
+    usual, watch, spikes = LossStats(*jnp.zeros((4, tokens_SxJ.shape[1]))), jax.jit(update_loss_stats), []
     for step, (loss_J, tokens_J) in enumerate(zip(losses_SxJ, tokens_SxJ, strict=True)):
         usual, is_spike = watch(usual, loss_J * tokens_J, tokens_J)
         if is_spike:

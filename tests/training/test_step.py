@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualsm import sharding
 from dualsm.aot.hlo import analyse
 from dualsm.config import default_config
-from dualsm.errors import UserError
+from dualsm.devices import sharding
 from dualsm.model import transformer
 from dualsm.objectives.example import SpecialIds
-from dualsm.objectives.loss import objective_loss
+from dualsm.process.errors import UserError
+from dualsm.training.objective_loss import objective_loss
 from dualsm.training.step import Row
 
 from .conftest import Micro
@@ -26,13 +26,16 @@ def assert_trees_close(a, b, **tolerance):
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path[0]), **tolerance)
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_accumulation_equals_the_whole_batch_with_uneven_weights(micro_step, microbatches):
+@pytest.mark.parametrize("gradient_accumulation_steps", [2, 4])
+def test_accumulation_equals_the_whole_batch_with_uneven_weights(micro_step, gradient_accumulation_steps):
     """With plain gradient descent, where an error of the gradient shows undistorted."""
-    states = [Micro(microbatches=m, **{"optimizer.name": "adamw"}).run(3) for m in (1, microbatches)]
+    states = [
+        Micro(gradient_accumulation_steps=m, **{"optimizer.name": "adamw"}).run(3)
+        for m in (1, gradient_accumulation_steps)
+    ]
     assert_trees_close(states[0].sums, states[1].sums, rtol=1e-5)
     assert_trees_close(states[0].params, states[1].params, atol=2e-5)
-    # The average of the microbatches' own means would be another number.
+    # The average of the gradient_accumulation_steps' own means would be another number.
     batch = micro_step.batch()
     valid = (batch.documents_BxL1[:, 1:] == batch.documents_BxL1[:, :-1]) & (batch.documents_BxL1[:, 1:] >= 0)
     assert valid.sum(1).max() > 2 * valid.sum(1).min()
@@ -57,7 +60,7 @@ def test_sharded_equals_unsharded(micro_step, layout):
         state = jax.jit(micro_step.init, out_shardings=places)()
         step = jax.jit(micro_step.step, donate_argnums=0, out_shardings=(places, None))
         for s in range(3):
-            batch = jax.tree.map(lambda rows: sharding.place_rows(mesh, rows), micro_step.batch(s))
+            batch = jax.tree.map(lambda rows: sharding.shard_batch(mesh, rows), micro_step.batch(s))
             state, _ = step(state, batch)
     expected = micro_step.run(3)
     assert_trees_close(state.sums, expected.sums, rtol=1e-4)
@@ -73,7 +76,7 @@ def test_sharded_equals_unsharded(micro_step, layout):
 
 
 @pytest.mark.parametrize(
-    ("layout", "microbatches", "once"),
+    ("layout", "gradient_accumulation_steps", "once"),
     [
         ({"data": 4}, 1, True),
         ({"data": 4}, 2, True),
@@ -82,16 +85,18 @@ def test_sharded_equals_unsharded(micro_step, layout):
     ],
     ids=str,
 )
-def test_copies_of_the_parameters_add_up_their_gradients_once_a_step(layout, microbatches, once):
+def test_copies_of_the_parameters_add_up_their_gradients_once_a_step(
+    layout, gradient_accumulation_steps, once
+):
     """Not once a layer or microbatch, as others do; the result is that of one device."""
     config = default_config().mesh
     config.update(layout)
     mesh = sharding.make_mesh(config, jax.devices()[:4])
-    micro = Micro(microbatches=microbatches, **{"optimizer.name": "adamw"})
+    micro = Micro(gradient_accumulation_steps=gradient_accumulation_steps, **{"optimizer.name": "adamw"})
     places = sharding.tree_shardings(mesh, jax.eval_shape(micro.init))
     with jax.set_mesh(mesh):
         state = jax.jit(micro.init, out_shardings=places)()
-        batch = jax.tree.map(lambda rows: sharding.place_rows(mesh, rows), micro.batch())
+        batch = jax.tree.map(lambda rows: sharding.shard_batch(mesh, rows), micro.batch())
         step = jax.jit(micro.step, out_shardings=(places, None)).lower(state, batch).compile()
         state, _ = step(state, batch)
     expected = Micro(**{"optimizer.name": "adamw"}).run()
@@ -116,8 +121,8 @@ def test_the_sums_are_those_of_the_objectives_on_their_own(micro_step):
     loss = objective_loss("causal", config.model, SpecialIds())
     weighted, weight, _ = loss(state.params, rows, jax.random.key(0))
     assert float(sums.nll_J[j]) == pytest.approx(float(weighted), rel=1e-5)
-    assert float(sums.counted_J[j]) == float(weight)
-    assert float(sums.weight) == pytest.approx(float(sums.counted_J.sum()))
+    assert float(sums.loss_denominator_J[j]) == float(weight)
+    assert float(sums.weight) == pytest.approx(float(sums.loss_denominator_J.sum()))
 
 
 def test_sums_gather_since_the_last_log_line(micro_step):

@@ -5,11 +5,11 @@ import shutil
 import jax
 import pytest
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
+from dualsm.rundir.checkpoint import LATEST, Checkpoints
+from dualsm.rundir.metrics import read_metrics
 from dualsm.training import loop
-from dualsm.training.checkpoint import LATEST, Checkpoints
 from dualsm.training.loop import train
-from dualsm.training.metrics import read_metrics
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def small(micro, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     micro.optimizer.name = "adamw"
     micro.mixture.update({"causal": 1.0, "prefix": 0.0, "masked_diffusion": 0.0})
-    micro.valid.objectives, micro.checkpoint.keep = "causal", 9
+    micro.valid.objectives, micro.checkpoint.max_to_keep = "causal", 9
     return micro
 
 
@@ -69,10 +69,10 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(small, tmp_path):
 def test_a_save_that_a_skipped_update_held_up_follows_at_once(small, tmp_path, monkeypatch):
     """Steps 4 and 5 are reported as skipped; the save that is due at step 4 comes after step 6."""
     small.valid.objectives = ""
-    make_program = loop.make_program
+    compile_train_step = loop.compile_train_step
 
     def make(*args):
-        program = make_program(*args)
+        program = compile_train_step(*args)
 
         def step(state, batch):
             done = int(state.step) + 1
@@ -81,14 +81,14 @@ def test_a_save_that_a_skipped_update_held_up_follows_at_once(small, tmp_path, m
 
         return program._replace(step=step)
 
-    monkeypatch.setattr(loop, "make_program", make)
+    monkeypatch.setattr(loop, "compile_train_step", make)
     assert train(small, tmp_path)
     assert saved(tmp_path) == [6, 8, 12]
 
 
 def test_the_last_save_is_tried_again(small, tmp_path, monkeypatch, capsys):
     """The last save fails twice where nothing more may fail, by a check of the disk that is made to fail."""
-    small.valid.objectives, small.checkpoint.failed_saves, small.checkpoint.final_retries = "", 0, 2
+    small.valid.objectives, small.checkpoint.max_failed_saves, small.checkpoint.final_retries = "", 0, 2
     failures, probe, pauses = [12, 12], Checkpoints._probe, []
 
     def fail(self):
@@ -98,7 +98,7 @@ def test_the_last_save_is_tried_again(small, tmp_path, monkeypatch, capsys):
         probe(self)
 
     monkeypatch.setattr(Checkpoints, "_probe", fail)
-    monkeypatch.setattr("dualsm.training.checkpoint.time.sleep", pauses.append)
+    monkeypatch.setattr("dualsm.rundir.checkpoint.time.sleep", pauses.append)
     assert train(small, tmp_path)
     assert saved(tmp_path) == [4, 8, 12] and not failures
     assert [pause for pause in pauses if pause >= 1] == [1, 2]

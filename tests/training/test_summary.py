@@ -1,7 +1,7 @@
 """What a run says at its end, also where there is little to say."""
 
+from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
-from dualsm.training.metrics import read_metrics
 from dualsm.training.summary import summarise
 
 

@@ -8,14 +8,14 @@ import sys
 import jax
 import pytest
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
+from dualsm.rundir.workdir import CONFIG, check_config_of_run, claim, hold, read_config
 from dualsm.training import loop
-from dualsm.training.workdir import CONFIG, check_claim, claim, hold, read_config
 from tests.conftest import ROOT, command_env
 
 HOLD = """
 import sys, time
-from dualsm.training.workdir import hold
+from dualsm.rundir.workdir import hold
 with hold(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -67,7 +67,7 @@ CLAIM = """
 import os, signal, sys
 from pathlib import Path
 from dualsm.data.corpus import Corpus
-from dualsm.training.workdir import claim
+from dualsm.rundir.workdir import claim
 from tests.micro import micro_config
 
 corpus = Corpus(sys.argv[1])
@@ -92,7 +92,7 @@ for moment in range(100):
 
 def test_a_workdir_stays_usable_whenever_its_first_run_is_killed(corpus, corpus_path, tmp_path):
     """Killed before each of its accesses to the workdir in turn."""
-    from dualsm.training.workdir import epath
+    from dualsm.rundir.workdir import epath
     from tests.micro import micro_config
 
     done = subprocess.run(
@@ -103,7 +103,7 @@ def test_a_workdir_stays_usable_whenever_its_first_run_is_killed(corpus, corpus_
     moments = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
     assert len(moments) >= 5  # the folder is made, then two files are opened aside and renamed
     for path in moments:
-        check_claim(epath.Path(path), micro_config(), corpus)
+        check_config_of_run(epath.Path(path), micro_config(), corpus)
         claim(epath.Path(path), micro_config(), corpus)
         assert sorted(p.name for p in path.iterdir()) == [CONFIG, "tokenizer.model"]
 

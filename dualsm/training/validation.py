@@ -14,12 +14,12 @@ import numpy as np
 from dualsm.data.corpus import Documents
 from dualsm.data.order import RowOrder
 from dualsm.data.pipeline import PAD_DOCUMENT, read_rows
+from dualsm.devices.sharding import constrain, replicated, shard_batch
 from dualsm.model import transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
-from dualsm.objectives.loss import example_loss
 from dualsm.objectives.options import valid_options
-from dualsm.sharding import constrain, place_rows, replicated
+from dualsm.training.objective_loss import example_loss
 
 _SEED = 20251214  # of the corruption; never the run's seed, so that runs are compared on the same task
 # Batches on their way at once: enough to keep devices busy. With over 32 XLA's CPU devices can stand still
@@ -52,20 +52,20 @@ class ValidRows(NamedTuple):
 
 
 def valid_rows(
-    documents: Documents, row_tokens: int, rows: int, special: SpecialIds, token_bytes_V: np.ndarray
+    documents: Documents, seq_len: int, rows: int, special: SpecialIds, token_bytes_V: np.ndarray
 ) -> ValidRows:
     """Packs the held-out documents into rows, in their order.
 
     Args:
       documents: the held-out split.
-      row_tokens: L.
+      seq_len: L.
       rows: at most this many rows; 0 takes all.
       special: its `pad` fills the last row.
       token_bytes_V: from `Tokenizer.token_bytes`.
     """
-    order = RowOrder(documents.lengths_N, documents.tokens, row_tokens)
+    order = RowOrder(documents.lengths_N, documents.tokens, seq_len)
     row_V = np.arange(min(order.rows, rows) if rows else order.rows)
-    tokens_VxL1, documents_VxL1 = read_rows(documents, order, row_V, row_tokens, special.pad)
+    tokens_VxL1, documents_VxL1 = read_rows(documents, order, row_V, seq_len, special.pad)
     scale_VxL1 = np.ones(tokens_VxL1.shape, np.float32)
     if documents.bytes_N is not None:
         segments = order.segments(row_V)
@@ -132,9 +132,9 @@ class Validation:
         """
         self._names = list(names)
         arrays = tuple(np.tile(a, (samples, 1)) for a in rows[:3])
-        at_once = at_once or config.batch_rows // config.microbatches
+        at_once = at_once or config.batch_size // config.gradient_accumulation_steps
         self._batches = [
-            tuple(place_rows(mesh, part) for part in batch)
+            tuple(shard_batch(mesh, part) for part in batch)
             for batch in _batches(arrays, at_once, special.pad)
         ]
         self._strata = len(arrays[0])
@@ -147,14 +147,14 @@ class Validation:
             keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(_SEED), i))(stratum_B)
             strata_B = jnp.full(size, self._strata)
             row = Row(tokens_BxL1, documents_BxL1, stratum_B, strata_B, jnp.zeros(size))
-            example = mixture.rewrite(objectives, row, jnp.full(size, objective), keys_B)
+            example = mixture.make_examples(objectives, row, jnp.full(size, objective), keys_B)
             example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
             _, counted, stats = example_loss(
-                transformer.bind(config.model, params), example, config.loss.chunk
+                transformer.bind(config.model, params), example, config.loss.chunk_size
             )
             # Position i and its target are in one document, whatever the objective.
             bytes_BxL = scale_BxL1[:, :-1] * token_bytes_V[example.targets_L]
-            bytes_ = (example.counted_L * bytes_BxL).sum()
+            bytes_ = (example.loss_denominator_L * bytes_BxL).sum()
             return stats.nll_B.sum(), counted, bytes_
 
         self._score = jax.jit(score, out_shardings=replicated(mesh))

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from ml_collections import ConfigDict
 
 from dualsm.config import set_alpha
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 Value = int | float | str
 ALPHA = "alpha"  # stands for the mixture {causal: alpha, masked_diffusion: 1 - alpha}

@@ -9,15 +9,15 @@ import jax
 from ml_collections import ConfigDict
 
 from dualsm import config as configs
-from dualsm import sharding
 from dualsm.data.corpus import TOKENIZER
 from dualsm.data.tokenizer import Tokenizer
-from dualsm.errors import UserError
+from dualsm.devices import sharding
 from dualsm.generation import causal
 from dualsm.model.transformer import Transformer, bind, init_params
 from dualsm.objectives.shares import trained_objectives
-from dualsm.training.checkpoint import abstract, restore_params
-from dualsm.training.workdir import read_config
+from dualsm.process.errors import UserError
+from dualsm.rundir.checkpoint import abstract, restore_params
+from dualsm.rundir.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dualsm.errors import UserError
 from dualsm.evaluation.modes import MODES
 from dualsm.evaluation.tasks import TASKS
+from dualsm.process.errors import UserError
 
 HELD_OUT = "valid"  # the task that is no file of questions
 # What a mode is on held-out text.
@@ -22,7 +22,7 @@ OBJECTIVES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class EvalSpec:
     """What an evaluation is asked for.
 
     Attributes:

@@ -16,14 +16,14 @@ from ml_collections import ConfigDict
 
 from dualsm import config as configs
 from dualsm.data.corpus import TOKENIZER, Corpus
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 CONFIG = "config.json"
 LOCK = ".lock"
 _ASIDE = "config.partial"
 
 # Keys that may differ between the processes of one job; any other key decides what they compute together.
-PROCESS_KEYS = ("data.ahead", "data.path", "data.threads", "data.verify")
+PROCESS_KEYS = ("data.prefetch_steps", "data.path", "data.num_threads", "data.verify")
 
 _ALWAYS = {"steps", "model", "data", "mixture"}  # keys that every version has had
 _DAMAGE = (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError, UserError)
@@ -45,12 +45,14 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
         configs.check_config(config)
     except OSError as error:
         raise UserError(f"no run at {workdir}: {CONFIG} is missing") from error
+    except configs.OldVersion as error:
+        raise UserError(f"{path}: {error}") from error
     except _DAMAGE as error:
         raise UserError(f"{path} is damaged: {error}") from error
     return config
 
 
-def check_claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
+def check_config_of_run(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
     """Raises `UserError` unless the workdir is new or holds the same run."""
     path = workdir / CONFIG
     if path.exists():
@@ -93,7 +95,7 @@ def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
     """Writes the config and the tokenizer into the workdir.
 
     The config comes first and at once, so that a run killed at any moment leaves a workdir that
-    `check_claim` accepts.
+    `check_config_of_run` accepts.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     files = {CONFIG: configs.save_config(config).encode()}

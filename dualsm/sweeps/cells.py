@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dualsm.errors import UserError
-from dualsm.training.metrics import METRICS, read_metrics
+from dualsm.process.errors import UserError
+from dualsm.rundir.metrics import METRICS, read_metrics
 
 SWEEP, CELLS, CELL, CONFIG = "sweep.json", "cells", "cell.json", "config.json"
 # Of a cell. The first three are what the sweep says of a cell it has tried.
@@ -130,9 +130,7 @@ def _config_columns(workdir: Path, row: Row, keys: Iterable[str]) -> Row:
             raise ValueError(f"{CONFIG} is missing")
         return {}
     config = _read_object(path)
-    repetitions, *sizes = (
-        _count(config, key) for key in ("repetitions", "steps", "batch_rows", "row_tokens")
-    )
+    repetitions, *sizes = (_count(config, key) for key in ("repetitions", "steps", "batch_size", "seq_len"))
     budget = math.prod(sizes)
     return {key: _config_value(config, key, row[key]) for key in keys} | {
         "repetitions": repetitions,

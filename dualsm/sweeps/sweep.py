@@ -11,16 +11,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dualsm.analysis.cells import CELL, CELLS, CONFIG, SWEEP, read_outcome, read_sweep
-from dualsm.analysis.grid import ALPHA, Cell, apply
 from dualsm.config import check_config, difference, valid_objectives
 from dualsm.data.corpus import Corpus
-from dualsm.errors import UserError
-from dualsm.evaluation.results import Asked, read_results, results_file
-from dualsm.progress import warn
-from dualsm.training.checkpoint import FOLDER
-from dualsm.training.metrics import METRICS, read_metrics
-from dualsm.training.workdir import read_config
+from dualsm.process.errors import UserError
+from dualsm.process.progress import warn
+from dualsm.rundir.checkpoint import FOLDER
+from dualsm.rundir.metrics import METRICS, read_metrics
+from dualsm.rundir.results import EvalSpec, read_results, results_file
+from dualsm.rundir.workdir import read_config
+from dualsm.sweeps.cells import CELL, CELLS, CONFIG, SWEEP, read_outcome, read_sweep
+from dualsm.sweeps.grid import ALPHA, Cell, apply
 
 
 class Sweep:
@@ -33,7 +33,7 @@ class Sweep:
         given: dict,
         config: ConfigDict,
         cells: Sequence[Cell],
-        asked: Asked | None = None,
+        asked: EvalSpec | None = None,
     ):
         """
         Args:

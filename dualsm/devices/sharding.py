@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 AXES = ("replica", "data", "fsdp", "tensor")
 
@@ -98,28 +98,34 @@ def batch_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def microbatches(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
-    """Parts a step's rows are worked through in.
+def accumulation_steps(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
+    """Returns the number of gradient accumulation steps of a training step.
 
-    With `config.device_rows` set they are as few as keep a device at no more than so many rows at once: on
-    fewer devices there are more of them, and the batch stays what it is. Else `config.microbatches`; or,
-    where that is 1 and the devices are a CPU's and hold copies, as few as keep one at `CORE_TOKENS`.
+    With `config.per_device_batch_size` it is the smallest number that keeps each device at or below that many
+    sequences, so that fewer devices take more steps and the batch stays the same. Otherwise it is
+    `config.gradient_accumulation_steps`; if that is 1 and the devices are CPU devices that all hold the whole
+    parameters, it is the smallest number that keeps each at or below `CORE_TOKENS`.
 
     Raises:
       UserError: when the devices cannot share the rows.
     """
     parts = batch_devices(mesh)
-    rows, rest = divmod(config.batch_rows, parts)
-    if rest or not config.device_rows and rows % config.microbatches:
+    rows, rest = divmod(config.batch_size, parts)
+    if rest or not config.per_device_batch_size and rows % config.gradient_accumulation_steps:
         raise UserError(
-            f"{parts} devices cannot share config.batch_rows={config.batch_rows} in "
-            f"config.microbatches={config.microbatches} parts"
+            f"{parts} devices cannot share config.batch_size={config.batch_size} in "
+            f"config.gradient_accumulation_steps={config.gradient_accumulation_steps} parts"
         )
-    most = config.device_rows
-    if not most and config.microbatches == 1 and mesh.devices.flat[0].platform == "cpu" and _has_copies(mesh):
-        most = max(1, CORE_TOKENS // config.row_tokens)
+    most = config.per_device_batch_size
+    if (
+        not most
+        and config.gradient_accumulation_steps == 1
+        and mesh.devices.flat[0].platform == "cpu"
+        and _has_copies(mesh)
+    ):
+        most = max(1, CORE_TOKENS // config.seq_len)
     if not most:
-        return config.microbatches
+        return config.gradient_accumulation_steps
     return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
 
 
@@ -150,7 +156,7 @@ def divided_by(logical: str) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes))
 
 
-def by_device(
+def shard_mapped(
     function: Callable, inputs: Sequence[Sequence[str | None]], output: Sequence[str | None]
 ) -> Callable:
     """`function`, which GSPMD cannot divide, as one call a device, each on its own part of the arrays.
@@ -166,7 +172,7 @@ def by_device(
     return jax.shard_map(function, in_specs=specs, out_specs=spec(*output), check_vma=False)
 
 
-def summed_by_device(function: Callable) -> Callable:
+def summed_over_devices(function: Callable) -> Callable:
     """`function(params, rows) -> (sums, by_row)`, a call a device on its own rows, then one sum over devices.
 
     GSPMD would add up over devices wherever sums grow: in each layer of each microbatch. Where parameters
@@ -194,28 +200,28 @@ def _divides(mesh: jax.sharding.AbstractMesh) -> bool:
     return not mesh.empty and not mesh.manual_axes
 
 
-def process_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Numbers of the rows of a batch that this process's devices work on, in order."""
-    parts = NamedSharding(mesh, spec("batch")).addressable_devices_indices_map((batch_rows,))
-    return np.unique(np.concatenate([np.arange(batch_rows)[rows] for (rows,) in parts.values()]))
+    parts = NamedSharding(mesh, spec("batch")).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in parts.values()]))
 
 
-def place_rows(mesh: Mesh, rows_Px: np.ndarray, batch_rows: int | None = None) -> jax.Array:
+def shard_batch(mesh: Mesh, rows_Px: np.ndarray, batch_size: int | None = None) -> jax.Array:
     """A batch on the devices of all processes, of which each puts its own part there.
 
     Args:
       mesh: the mesh.
-      rows_Px: the whole batch; or, with `batch_rows`, only the rows of it that `process_rows` names.
-      batch_rows: B, rows of the whole batch.
+      rows_Px: the whole batch; or, with `batch_size`, only the rows of it that `process_rows` names.
+      batch_size: B, rows of the whole batch.
     """
-    row_P = np.arange(len(rows_Px)) if batch_rows is None else process_rows(mesh, batch_rows)
-    batch_rows = batch_rows or len(rows_Px)
+    row_P = np.arange(len(rows_Px)) if batch_size is None else process_rows(mesh, batch_size)
+    batch_size = batch_size or len(rows_Px)
 
     def part(index) -> np.ndarray:
-        start, stop, _ = index[0].indices(batch_rows)
+        start, stop, _ = index[0].indices(batch_size)
         return rows_Px[slice(*np.searchsorted(row_P, (start, stop)))]
 
-    shape = (batch_rows, *rows_Px.shape[1:])
+    shape = (batch_size, *rows_Px.shape[1:])
     return jax.make_array_from_callback(shape, NamedSharding(mesh, spec("batch")), part)
 
 

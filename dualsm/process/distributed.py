@@ -19,8 +19,8 @@ import jax
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
-from dualsm.errors import UNREAD, UserError, explained, unread
-from dualsm.progress import drop_terminal
+from dualsm.process.errors import UNREAD, UserError, explained, unread
+from dualsm.process.progress import drop_terminal
 
 JOIN_SECONDS = 300  # for all processes to appear
 HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
@@ -57,15 +57,15 @@ def job(
         yield
         return
     me = f"process {jax.process_index()} of {jax.process_count()}"
-    # The handler of SIGTERM is JAX's: it tells all processes, see `asked_to_stop`.
+    # The handler of SIGTERM is JAX's: it tells all processes, see `preempted`.
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     on_hangup(lambda: signal.raise_signal(signal.SIGTERM))
     try:
         with contextlib.ExitStack() as stack:
-            if not leads():
+            if not is_main_process():
                 silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
-            wait_for_all()
+            barrier()
             # Connects the devices now: after compiling, processes may be too far apart for that.
             multihost_utils.sync_global_devices("joined")
             yield
@@ -74,16 +74,16 @@ def job(
         if not told:
             sys.excepthook(*sys.exc_info())
         _die(f"error: {me}{told or ' failed'}", status, agreed=getattr(error, "agreed", False))
-    wait_for_all()  # one may still upload its metrics, for longer than `shutdown` waits
+    barrier()  # one may still upload its metrics, for longer than `shutdown` waits
     jax.distributed.shutdown()
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that prints and writes for all."""
     return jax.process_index() == 0
 
 
-def asked_to_stop(step: int) -> bool:
+def preempted(step: int) -> bool:
     """Returns True once SIGTERM has reached any process, after the same call in all of them.
 
     Every process must call this equally often. JAX only compares the numbers of calls.
@@ -111,14 +111,14 @@ def all_agree(holds: bool) -> bool:
     return not gather("" if holds else "no")
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Returns once every process has come here, however long that takes."""
     gather("")
 
 
 def from_main(text: str) -> str:
     """Returns the `text` of the main process."""
-    return gather(text if leads() else "").get(0, "")
+    return gather(text if is_main_process() else "").get(0, "")
 
 
 def leads_host() -> bool:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from dualsm.errors import UNREAD, UserError, explained, unread
-from dualsm.memory import keep_freed_memory
-from dualsm.progress import escape_unprintable
+from dualsm.process.errors import UNREAD, UserError, explained, unread
+from dualsm.process.memory import keep_freed_memory
+from dualsm.process.progress import escape_unprintable
 
 flags.disclaim_key_flags()  # those of `DEFINE_path` belong to the command that calls it
 
@@ -124,7 +124,7 @@ def set_up_jax(cpu_devices: int = 0) -> None:
     """
     import jax
 
-    from dualsm.hardware import may_use_accelerator
+    from dualsm.devices.chips import may_use_accelerator
 
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)

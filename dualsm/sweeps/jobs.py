@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dualsm.analysis.cells import CELL
-from dualsm.analysis.grid import Cell
-from dualsm.analysis.sweep import Sweep
-from dualsm.errors import UserError
-from dualsm.progress import Board, say
+from dualsm.process.errors import UserError
+from dualsm.process.progress import Board, say
+from dualsm.sweeps.cells import CELL
+from dualsm.sweeps.grid import Cell
+from dualsm.sweeps.sweep import Sweep
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # what ends a sweep and its cells
 

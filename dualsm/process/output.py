@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 _LOCK = ".lock"
 

@@ -43,8 +43,8 @@ def explained(error: BaseException) -> str | None:
             reason = text.strip().partition("\n")[0]  # accounts of who holds how much follow
             return (
                 f"the devices' memory does not suffice ({reason}); in training lower "
-                "config.device_rows (or config.batch_rows), set config.model.remat=full, or divide the "
-                "parameters with a larger config.mesh.fsdp"
+                "config.per_device_batch_size (or config.batch_size), set config.model.remat=full, or "
+                "divide the parameters with a larger config.mesh.fsdp"
             )
     return None
 

@@ -12,10 +12,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dualsm import distributed
-from dualsm.errors import UserError
-from dualsm.progress import warn
-from dualsm.training import checksums
+from dualsm.process import distributed
+from dualsm.process.errors import UserError
+from dualsm.process.progress import warn
+from dualsm.rundir import checksums
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums"
@@ -83,7 +83,7 @@ class Checkpoints:
 
     def _probe(self) -> None:
         """Raises OSError where nothing can be written; Orbax would leave threads that wait for minutes."""
-        if distributed.leads():
+        if distributed.is_main_process():
             probe = self._folder / ".probe"
             probe.write_bytes(b"x" * 4096)
             probe.unlink(missing_ok=True)
@@ -118,7 +118,7 @@ class Checkpoints:
 
     def _note_whole(self, step: int) -> None:
         """Writes the step of a whole checkpoint beside the folder of checkpoints."""
-        if distributed.leads():
+        if distributed.is_main_process():
             with contextlib.suppress(OSError):  # a failure of this file alone is no reason to stop
                 self._latest.write_text(f"{step}\n")
 

@@ -13,9 +13,9 @@ import ml_collections
 
 from dualsm.config import check_config
 from dualsm.data.corpus import Corpus
-from dualsm.hardware import usable_cores
+from dualsm.devices.chips import usable_cores
+from dualsm.devices.sharding import CORE_TOKENS
 from dualsm.model.flops import matrix_parameters
-from dualsm.sharding import CORE_TOKENS
 
 SMALL = 2_000_000  # weights of matrices; with more, keeping copies of them costs what is won
 
@@ -40,12 +40,12 @@ def devices(config: ml_collections.ConfigDict) -> int:
     if mesh.data != -1 or mesh.replica * mesh.fsdp * mesh.tensor != 1:
         return 1
     model = config.model.copy_and_resolve_references()
-    if not model.vocabulary and matrix_parameters(model) <= SMALL:  # a corpus in a bucket takes time to open
-        model.vocabulary = Corpus(config.data.path).vocabulary
+    if not model.vocab_size and matrix_parameters(model) <= SMALL:  # a corpus in a bucket takes time to open
+        model.vocab_size = Corpus(config.data.path).vocab_size
     if matrix_parameters(model) > SMALL:
         return 1
-    most = min(_cores(), config.batch_rows * config.row_tokens // CORE_TOKENS)
-    return max((n for n in range(1, most + 1) if config.batch_rows % n == 0), default=1)
+    most = min(_cores(), config.batch_size * config.seq_len // CORE_TOKENS)
+    return max((n for n in range(1, most + 1) if config.batch_size % n == 0), default=1)
 
 
 def _cores() -> int:

@@ -9,9 +9,9 @@ import time
 import ml_collections
 from etils import epath
 
-from dualsm.errors import UserError
-from dualsm.progress import warn
-from dualsm.training import boards
+from dualsm.process.errors import UserError
+from dualsm.process.progress import warn
+from dualsm.rundir import trackers as boards
 
 METRICS = "metrics.jsonl"
 

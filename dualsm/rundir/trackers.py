@@ -15,7 +15,7 @@ import ml_collections
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from dualsm.progress import warn
+from dualsm.process.progress import warn
 
 # Shows metrics (name -> value) at a step; a step of None means that no more will come.
 Show = Callable[[int | None, dict[str, float]], None]

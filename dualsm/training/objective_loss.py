@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import ml_collections
 
 from dualsm.model import transformer
-from dualsm.model.loss import cross_entropy
+from dualsm.model.cross_entropy import cross_entropy
 from dualsm.objectives.example import Example, Row, SpecialIds
 from dualsm.objectives.mixture import OBJECTIVES, row_keys
 
 
 class RowSums(NamedTuple):
-    """Per row: `nll_B`, the weighted sum of nats, and `counted_B`, its denominator."""
+    """Per row: `nll_B`, the weighted sum of nats, and `loss_denominator_B`, its denominator."""
 
     nll_B: jax.Array
-    counted_B: jax.Array
+    loss_denominator_B: jax.Array
 
 
 def example_loss(
@@ -54,8 +54,8 @@ def example_loss(
         z_loss * carries,
         chunk,
     )
-    stats = RowSums((example.weights_L * nll_BxL).sum(1), example.counted_L.sum(1))
-    return weighted_sum, stats.counted_B.sum(), stats
+    stats = RowSums((example.weights_L * nll_BxL).sum(1), example.loss_denominator_L.sum(1))
+    return weighted_sum, stats.loss_denominator_B.sum(), stats
 
 
 def objective_loss(

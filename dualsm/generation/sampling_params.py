@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualsm.data.tokenizer import RESERVED_IDS, SpecialIds
-from dualsm.errors import UserError
+from dualsm.process.errors import UserError
 
 GREEDY_BELOW = 1e-5  # temperature; float32 cannot hold logits over less, and vLLM has the same limit
 
 
 @dataclasses.dataclass(frozen=True)
-class Picking:
+class SamplingParams:
     """How tokens are drawn.
 
     Attributes:
@@ -52,21 +52,21 @@ def allowed_logits(logits_V: jax.Array, special: SpecialIds, may_stop: bool) -> 
     return jnp.where(allowed_V, logits_V, -jnp.inf)
 
 
-def pick(logits_V: jax.Array, key: jax.Array, picking: Picking) -> jax.Array:
+def pick(logits_V: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax.Array:
     """One token from the logits at one position, int32 []."""
-    if picking.greedy:
+    if sampling.greedy:
         return jnp.argmax(logits_V, axis=-1).astype(jnp.int32)
-    logits_V = logits_V / picking.temperature
-    if picking.top_k or picking.top_p < 1:
+    logits_V = logits_V / sampling.temperature
+    if sampling.top_k or sampling.top_p < 1:
         sorted_V = jnp.sort(logits_V, descending=True)
         least = sorted_V[-1]
-        if picking.top_k:
-            least = sorted_V[min(picking.top_k, sorted_V.shape[0]) - 1]
+        if sampling.top_k:
+            least = sorted_V[min(sampling.top_k, sorted_V.shape[0]) - 1]
             sorted_V = jnp.where(sorted_V >= least, sorted_V, -jnp.inf)
-        if picking.top_p < 1:
+        if sampling.top_p < 1:
             # A token stays if those likelier than it have together less than top_p.
             probability_V = jax.nn.softmax(sorted_V)
             before_V = jnp.cumsum(probability_V) - probability_V
-            least = jnp.maximum(least, jnp.min(jnp.where(before_V < picking.top_p, sorted_V, sorted_V[0])))
+            least = jnp.maximum(least, jnp.min(jnp.where(before_V < sampling.top_p, sorted_V, sorted_V[0])))
         logits_V = jnp.where(logits_V >= least, logits_V, -jnp.inf)
     return jax.random.categorical(key, logits_V).astype(jnp.int32)
