@@ -31,7 +31,7 @@ def masked(
     Args:
       row: a packed row; its progress sets the share, its stratified draw rounds the number of tokens.
       key: draws spans, places and replacements.
-      special: its `mask` and `vocabulary`.
+      special: its `mask` and `vocab_size`.
       first, last: share of the targets masked at the start and at the end of training.
       span: the longest span, tokens.
       random: share of the spans replaced by random tokens of text.
@@ -41,7 +41,7 @@ def masked(
       ValueError: when random tokens are asked for and the vocabulary is unknown.
     """
     if random and special.vocab_size <= RESERVED_IDS:
-        raise ValueError("masked draws random tokens and needs special.vocabulary, the number of ids")
+        raise ValueError("masked draws random tokens and needs special.vocab_size, the number of ids")
     count_key, span_key, place_key, kind_key, token_key = jax.random.split(key, 5)
     maskable_L = has_target(row) & is_text(row.tokens_L1[1:])
     length = maskable_L.shape

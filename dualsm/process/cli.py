@@ -88,7 +88,7 @@ def find_configs(argv: Sequence[str]) -> list[str]:
     Raises:
       UserError: when there is no such config.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folder = package / "configs"
     if not folder.is_dir():
         folder = package.parent / "configs"

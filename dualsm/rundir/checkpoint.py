@@ -36,9 +36,9 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        keep = [policies.LatestN(self._config.keep)]
-        if self._config.keep_every:
-            keep.append(policies.EveryNSteps(self._config.keep_every))
+        keep = [policies.LatestN(self._config.max_to_keep)]
+        if self._config.keep_period:
+            keep.append(policies.EveryNSteps(self._config.keep_period))
         return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -61,7 +61,7 @@ class Checkpoints:
           last: the run ends with this one; `finish` tries it again when it failed.
 
         Raises:
-          UserError: when more saves in a row failed than `failed_saves` allows; those before are reported.
+          UserError: when more saves in a row failed than `max_failed_saves` allows; those before are reported.
         """
         self._settle(last)
         with self._reporting(step, last):
@@ -129,7 +129,7 @@ class Checkpoints:
             yield
         except Exception as error:  # whatever a full disk or a lost mount makes the writers raise
             self._failed.append(step)
-            count, allowed = len(self._failed), self._config.failed_saves
+            count, allowed = len(self._failed), self._config.max_failed_saves
             # One process alone cannot go on: the others may wait for it in the same save.
             alone = jax.process_count() > 1 and not getattr(error, "agreed", False)
             if alone or (count > allowed and not last):
@@ -140,7 +140,7 @@ class Checkpoints:
             next_ = "trying again" if last else f"{allowed - count} more in a row may fail"
             warn(
                 f"the checkpoint of step {step} could not be saved ({_reason(error)}); going on, {next_} "
-                f"(config.checkpoint.{'final_retries' if last else 'failed_saves'})"
+                f"(config.checkpoint.{'final_retries' if last else 'max_failed_saves'})"
             )
             with contextlib.suppress(Exception):
                 self._manager.close()

@@ -39,8 +39,8 @@ def make_optimizer(
             muon_weight_dimension_numbers=_matrices,
         )
         optimizer = optax.partition({"muon": _layers_apart(muon), "adamw": adamw}, _labels)
-    if config.clip_norm:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if config.max_grad_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
     return optimizer
 
 

@@ -197,7 +197,7 @@ def test_a_save_that_fails_leaves_the_whole_checkpoint(passed_over, monkeypatch,
 
 def test_a_save_that_orbax_does_not_make_has_failed(saved):
     workdir, config, _ = saved
-    config.failed_saves = 0
+    config.max_failed_saves = 0
     checkpoints = Checkpoints(workdir, config)
     with pytest.raises(UserError, match="step 0 could not be saved .there is one of step 1 already"):
         checkpoints.save(0, tree())

@@ -63,7 +63,7 @@ def test_a_stack_of_matrices_is_updated_like_each_matrix_alone():
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_clipping_bounds_the_gradient(name):
     config = default_config().optimizer
-    config.name, config.clip_norm, config.weight_decay = name, 1.0, 0.0
+    config.name, config.max_grad_norm, config.weight_decay = name, 1.0, 0.0
     params = {"embedding": {"embedding": jnp.ones((4, 4))}}
     optimizer = make_optimizer(config, lambda _: 1.0)
     # Adam's first update does not depend on the scale of the gradient, its first moment does.
