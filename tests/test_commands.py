@@ -63,7 +63,10 @@ BAD_CONFIGS = {
         ["--config.optimizer.schedule.warmup_steps=11"],
         ["config.optimizer.schedule", "config.steps=12"],
     ),
-    "infinite": (["--config.optimizer.schedule.name=infinite"], ["final_fraction=0.0", "constant_fraction=0.5"]),
+    "infinite": (
+        ["--config.optimizer.schedule.name=infinite"],
+        ["final_fraction=0.0", "constant_fraction=0.5"],
+    ),
     "zero steps": (["--config.steps=0"], ["config.steps=0", "at least 1"]),
     "mesh": (["--config.mesh.data=3"], ["data=3", "devices"]),
     "valid objective": (["--config.valid.objectives=causal,nothing"], ["config.valid.objectives", "nothing"]),

@@ -61,7 +61,7 @@ class Checkpoints:
           last: the run ends with this one; `finish` tries it again when it failed.
 
         Raises:
-          UserError: when more saves in a row failed than `max_failed_saves` allows; those before are reported.
+          UserError: after more than `max_failed_saves` consecutive failures; earlier ones are reported.
         """
         self._settle(last)
         with self._reporting(step, last):
