@@ -94,13 +94,13 @@ def assign(counts_J: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(a[order_B].astype(np.int32) for a in (objective_B, stratum_B, strata_B))
 
 
-def rewrite(
+def make_examples(
     objectives: Sequence[Callable[[Row, jax.Array], Example]],
     rows: Row,
     objective_B: jax.Array,
     keys_B: jax.Array,
 ) -> Example:
-    """Rewrites each row by its objective.
+    """Turns each row into an example of its objective.
 
     Args:
       objectives: functions from (row, key) to an example.

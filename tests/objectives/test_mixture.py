@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dualsm.objectives.mixture import assign, bind, check_shares, rewrite, row_keys, sequence_counts
+from dualsm.objectives.mixture import assign, bind, check_shares, make_examples, row_keys, sequence_counts
 from dualsm.process.errors import UserError
 
 from .conftest import SPECIAL, batch, packed, rewritten
@@ -56,7 +56,9 @@ def test_rows_are_rewritten_by_their_own_objective_and_key():
     objectives = bind(names, {name: {"weight": 1.0} for name in names}, SPECIAL)
     rows = batch([packed([9, 30], 24, seed) for seed in range(32)])
     objective_B = np.arange(32) * 7 // 2 % len(names)
-    together = jax.jit(lambda *a: rewrite(objectives, *a))(rows, objective_B, row_keys(jax.random.key(0), 32))
+    together = jax.jit(lambda *a: make_examples(objectives, *a))(
+        rows, objective_B, row_keys(jax.random.key(0), 32)
+    )
     for j, name in enumerate(names):
         alone = rewritten(name, rows)
         for field, value in alone._asdict().items():
