@@ -65,7 +65,7 @@ def main(_: Sequence[str]) -> None:
         )
     faulty = sum(manifest["documents_faulty"].values())
     print(f"dropped {manifest['documents_duplicate']:,} duplicates and {faulty:,} faulty documents")
-    print(f"corpus of {manifest['vocab_size']:,} ids in {_OUTPUT.value}")
+    print(f"corpus of {manifest['vocabulary']:,} ids in {_OUTPUT.value}")
 
 
 if __name__ == "__main__":
