@@ -75,7 +75,7 @@ def named_tensors(params: dict) -> dict[str, np.ndarray]:
             continue
         name = BLOCK_NAMES[path.removeprefix("blocks/")]
         for i, part in enumerate(value):
-            tensors[f"model.num_layers.{i}.{name}"] = part.T if path.endswith("kernel") else part
+            tensors[f"model.layers.{i}.{name}"] = part.T if path.endswith("kernel") else part
     return tensors
 
 

@@ -104,7 +104,8 @@ def model_settings(params: dict, told: Mapping[str, float]) -> dict[str, int | f
     settings = {key: told[name] for key, name in SETTINGS.items() if name in told}
     if "num_heads" in settings:
         if settings["num_heads"] not in range(1, width + 1):
-            raise UserError(f"{SETTINGS['heads']}={settings['heads']:g} is no number of heads")
+            name, value = SETTINGS["num_heads"], settings["num_heads"]
+            raise UserError(f"{name}={value:g} must be an integer from 1 to {width}")
         settings["num_heads"] = int(settings["num_heads"])
     return settings | shown | {"head": "projected"}
 

@@ -194,6 +194,8 @@ def damaged_weights(case: str, folder) -> None:
         write_safetensors(path, tensors, {})
     elif case == "no heads":
         write_safetensors(path, weights(), {})
+    elif case == "too many heads":
+        write_safetensors(path, weights(), {"num_attention_heads": "65"})
     elif case == "contradiction":
         write_safetensors(path, weights(), {"num_layers": "3", "num_attention_heads": "4"})
 
@@ -208,6 +210,7 @@ DAMAGED = {
     "gap": "they lack encoder.layers.1.",
     "shape": "head/projection/kernel",
     "no heads": "num_attention_heads",
+    "too many heads": "num_attention_heads=65 must be an integer from 1 to 64",
     "contradiction": "num_layers",
     "gone": "cannot read",
 }
