@@ -24,10 +24,10 @@ from absl import flags
 from grain.sources import ArrayRecordDataSource
 
 from dualsm.data import readers
+from dualsm.data.batches import BatchSource, read_batches
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import RECORD_TOKENS, TOKENIZER, Corpus
-from dualsm.data.order import RowOrder
-from dualsm.data.pipeline import StepRows, read_steps
+from dualsm.data.sequence_order import SequenceOrder
 from dualsm.process import cli
 from dualsm.process.progress import say, table
 
@@ -57,15 +57,15 @@ def timed(work: Callable[[], object]) -> Timing:
     return Timing(time.perf_counter() - clock, time.process_time() - cores)
 
 
-def step_rows(corpus: Corpus, rows: int, seq_len: int, steps: int) -> StepRows:
+def step_rows(corpus: Corpus, rows: int, seq_len: int, steps: int) -> BatchSource:
     """The rows of a run of so many steps, which repeats the corpus as often as it must."""
     documents = corpus.documents("train")
     budget = steps * rows * seq_len
-    order = RowOrder(documents.lengths_N, budget, seq_len, -(-budget // documents.tokens), seed=0)
-    return StepRows(documents, order, rows, seq_len, pad=0, part=range(rows))
+    order = SequenceOrder(documents.lengths_N, budget, seq_len, -(-budget // documents.tokens), seed=0)
+    return BatchSource(documents, order, rows, seq_len, pad=0, local_rows=range(rows))
 
 
-def records_of(source: StepRows, step: int) -> int:
+def records_of(source: BatchSource, step: int) -> int:
     """How many records hold the rows of a step."""
     segments = source.order.segments(step * source.batch_size + np.arange(source.batch_size))
     return int(((segments.stop_S - 1) // RECORD_TOKENS - segments.start_S // RECORD_TOKENS + 1).sum())
@@ -74,7 +74,7 @@ def records_of(source: StepRows, step: int) -> int:
 def reading(corpus: Corpus, rows: int, seq_len: int) -> dict:
     """Tokens a second of the pipeline, and of records that are only read."""
     source = step_rows(corpus, rows, seq_len, FAR)
-    batches = read_steps(source, 0, THREADS, AHEAD)
+    batches = read_batches(source, 0, THREADS, AHEAD)
     tokens = rows * seq_len
 
     def piped() -> float:
@@ -112,7 +112,7 @@ def first_batches(corpus: Corpus) -> dict:
     rows, seq_len = SHAPES[0]
 
     def first(step: int) -> None:
-        next(read_steps(step_rows(corpus, rows, seq_len, FAR + 2), step, THREADS, AHEAD))
+        next(read_batches(step_rows(corpus, rows, seq_len, FAR + 2), step, THREADS, AHEAD))
 
     first(0)
     pairs = [(timed(lambda: first(0)).clock, timed(lambda: first(FAR)).clock) for _ in range(_ROUNDS.value)]

@@ -8,9 +8,9 @@ from absl import app, flags
 from jax.experimental import multihost_utils
 
 from dualsm.config import default_config
+from dualsm.data.batches import BatchSource
 from dualsm.data.corpus import Corpus
-from dualsm.data.order import RowOrder
-from dualsm.data.pipeline import StepRows
+from dualsm.data.sequence_order import SequenceOrder
 from dualsm.devices import sharding
 from dualsm.process import distributed
 
@@ -27,10 +27,10 @@ def main(_) -> None:
         config.tensor = _TENSOR.value
         mesh = sharding.make_mesh(config, jax.devices())
         documents = Corpus(_CORPUS.value).documents("train")
-        order = RowOrder(documents.lengths_N, 20_000, 32, seed=0)
+        order = SequenceOrder(documents.lengths_N, 20_000, 32, seed=0)
         mine = sharding.process_rows(mesh, ROWS)
-        part = StepRows(documents, order, ROWS, 32, 0, mine)
-        whole = StepRows(documents, order, ROWS, 32, 0, np.arange(ROWS))
+        part = BatchSource(documents, order, ROWS, 32, 0, mine)
+        whole = BatchSource(documents, order, ROWS, 32, 0, np.arange(ROWS))
         for step in (0, 7):
             for name in ("tokens", "documents"):
                 placed = sharding.shard_batch(mesh, part[step][name], ROWS)

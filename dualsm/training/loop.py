@@ -17,9 +17,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dualsm import config as configs
+from dualsm.data.batches import BatchSource, read_batches
 from dualsm.data.corpus import Corpus
-from dualsm.data.order import RowOrder
-from dualsm.data.pipeline import StepRows, read_steps
+from dualsm.data.sequence_order import SequenceOrder
 from dualsm.devices import sharding
 from dualsm.devices.chips import Peak
 from dualsm.model.attention import why_not_kernel
@@ -126,14 +126,16 @@ class _Run:
 
         documents = corpus.documents("train")
         budget = config.steps * config.batch_size * config.seq_len
-        self.order = RowOrder(documents.lengths_N, budget, config.seq_len, config.repetitions, config.seed)
-        self.rows = StepRows(
+        self.order = SequenceOrder(
+            documents.lengths_N, budget, config.seq_len, config.repetitions, config.seed
+        )
+        self.batch_source = BatchSource(
             documents=documents,
             order=self.order,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             pad=special.pad,
-            part=sharding.process_rows(mesh, config.batch_size),
+            local_rows=sharding.process_rows(mesh, config.batch_size),
         )
         self.shares_SxJ = shares.step_shares(config, self.names)
         self.counts_SxJ = mixture.sequence_counts(self.shares_SxJ, config.batch_size)
@@ -191,8 +193,8 @@ class _Run:
     def _train(self, state: TrainState, first: int, checkpoints: Checkpoints, writer, stop) -> bool:
         """The loop, from step `first` on."""
         config = self.config
-        batches = read_steps(
-            self.rows, first, config.data.num_threads, config.data.prefetch_steps, self._batch
+        batches = read_batches(
+            self.batch_source, first, config.data.num_threads, config.data.prefetch_steps, self._batch
         )
         clock, unwritten, sums, quiet = Clock(), None, None, not distributed.is_main_process()
         done, save, unscored = first, False, False
@@ -267,7 +269,7 @@ class _Run:
     def _batch(self, element: dict[str, np.ndarray]) -> Batch:
         """A step's rows and their objectives, on the devices; runs in the threads that read ahead."""
         objective_B, stratum_B, strata_B = mixture.assign(self.counts_SxJ[element["step"]])
-        mine = self.rows.part
+        mine = self.batch_source.local_rows
         batch = Batch(
             element["tokens"], element["documents"], objective_B[mine], stratum_B[mine], strata_B[mine]
         )

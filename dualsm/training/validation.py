@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from dualsm.data.batches import PAD_DOCUMENT, read_sequences
 from dualsm.data.corpus import Documents
-from dualsm.data.order import RowOrder
-from dualsm.data.pipeline import PAD_DOCUMENT, read_rows
+from dualsm.data.sequence_order import SequenceOrder
 from dualsm.devices.sharding import constrain, replicated, shard_batch
 from dualsm.model import transformer
 from dualsm.objectives import mixture
@@ -63,9 +63,9 @@ def valid_rows(
       special: its `pad` fills the last row.
       token_bytes_V: from `Tokenizer.token_bytes`.
     """
-    order = RowOrder(documents.lengths_N, documents.tokens, seq_len)
-    row_V = np.arange(min(order.rows, rows) if rows else order.rows)
-    tokens_VxL1, documents_VxL1 = read_rows(documents, order, row_V, seq_len, special.pad)
+    order = SequenceOrder(documents.lengths_N, documents.tokens, seq_len)
+    row_V = np.arange(min(order.num_sequences, rows) if rows else order.num_sequences)
+    tokens_VxL1, documents_VxL1 = read_sequences(documents, order, row_V, seq_len, special.pad)
     scale_VxL1 = np.ones(tokens_VxL1.shape, np.float32)
     if documents.bytes_N is not None:
         segments = order.segments(row_V)

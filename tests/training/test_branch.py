@@ -102,7 +102,7 @@ def test_the_newest_checkpoint_is_settled_at_the_first_start(trunk, tmp_path, mo
     branch = config.copy_and_resolve_references()
     branch.start.run, branch.valid.objectives = str(moving), ""  # fewer programs to compile
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("dualsm.training.loop.read_steps", _killed)
+        patch.setattr("dualsm.training.loop.read_batches", _killed)
         train(branch, tmp_path / "branch")
     assert read_config(tmp_path / "branch").start.step == 4
     shutil.move(tmp_path / "8", moving / "checkpoints" / "8")

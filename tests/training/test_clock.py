@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dualsm.data.pipeline import read_steps
+from dualsm.data.batches import read_batches
 from dualsm.rundir.metrics import MetricsWriter, read_metrics
 from dualsm.training.loop import train
 from dualsm.training.program import compile_train_step
@@ -34,7 +34,7 @@ def run(corpus_path, tmp_path_factory):
         write(*arguments)
 
     def slow_steps(*arguments):
-        batches = read_steps(*arguments)
+        batches = read_batches(*arguments)
         while True:
             idle.append(all(sums.loss.is_ready() for sums in results))
             time.sleep(DELAY)
@@ -53,7 +53,7 @@ def run(corpus_path, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("clock") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricsWriter, "write", slow_write)
-        patch.setattr("dualsm.training.loop.read_steps", slow_steps)
+        patch.setattr("dualsm.training.loop.read_batches", slow_steps)
         patch.setattr("dualsm.training.loop.compile_train_step", observed_program)
         train(config, workdir)
     tokens = config.batch_size * config.seq_len
