@@ -20,7 +20,7 @@ demo: $(VENV)/.core
 	$(RUN) -m dualsm.sample --workdir=runs/tiny --mode=diffusion --prompt='for <mask:1> in <mask:4>:'
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n auto --maxprocesses=8 --dist=loadfile
+	$(RUN) -m pytest -n auto --maxprocesses=8 --dist=loadfile -m "not extras"
 
 test-all: test $(VENV)/.test-all $(XPK_VENV)/.test-launch
 	DUALSM_TEST_ALL=1 XPK=$(CURDIR)/$(XPK_VENV)/bin/xpk \
