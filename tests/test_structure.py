@@ -32,7 +32,6 @@ STAGES = [
 EXCEPTIONS = {
     ("dualsm.config", "dualsm.training.optimizer"),
     ("dualsm.config", "dualsm.training.schedules"),
-    ("dualsm.data.tokenizer", "dualsm.data.tokenizer_json"),
     ("dualsm.devices.cores", "dualsm.config"),
     ("dualsm.devices.cores", "dualsm.data.corpus"),
     ("dualsm.devices.cores", "dualsm.model.flops"),

@@ -29,7 +29,9 @@ from dualsm import __version__
 from dualsm.data import corpus, readers, round_trip
 from dualsm.data.buckets import Counts, Scatter, read_bucket
 from dualsm.data.recipe import Recipe
-from dualsm.data.tokenizer import Tokenizer, train_tokenizer
+from dualsm.data.sentencepiece_tokenizer import train_tokenizer
+from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.workers import in_order, pool_of
 from dualsm.process.errors import UserError
 from dualsm.process.output import new_folder
@@ -62,7 +64,7 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
         if not quiet:
             say(f"{target} holds this corpus already; nothing was read")
         return manifest
-    tokenizer = Tokenizer.load(recipe.tokenizer) if recipe.tokenizer else None
+    tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     with new_folder(target, "--output") as aside, pool_of(workers) as pool:
         (aside / "buckets").mkdir()
         buckets = max(_MINIMUM_BUCKETS, -(-readers.unpacked_bytes(train_files) // _BUCKET_BYTES))
@@ -169,7 +171,7 @@ class _Encoder:
 
     def one_bucket(self, bucket: int) -> _Shard:
         """Worker: sorts, de-duplicates, encodes and writes one bucket."""
-        tokenizer = Tokenizer.load(str(self.folder / corpus.TOKENIZER))
+        tokenizer = load_tokenizer(str(self.folder / corpus.TOKENIZER))
         documents, duplicates = read_bucket(self.folder / "buckets", bucket)
         shard = _Shard({}, {}, {}, duplicates, collections.Counter())
         for split in corpus.SPLITS:

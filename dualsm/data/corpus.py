@@ -21,6 +21,7 @@ from etils import epath
 from grain.sources import ArrayRecordDataSource
 
 from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import UserError
 
 FORMAT = 1
@@ -241,7 +242,7 @@ class Corpus:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the corpus was made with."""
-        tokenizer = Tokenizer.load(str(self.folder / TOKENIZER))
+        tokenizer = load_tokenizer(str(self.folder / TOKENIZER))
         if tokenizer.sha256() != self.manifest["tokenizer_sha256"]:
             raise UserError(f"{self.folder / TOKENIZER} is not the tokenizer this corpus was made with")
         return tokenizer

@@ -24,6 +24,7 @@ from dualsm.data.columns import read_column
 from dualsm.data.megatron import read_documents
 from dualsm.data.text import likely_encoding, parse_json, without_bom
 from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -273,7 +274,7 @@ def _id_blocks(path: str, max_bytes: int) -> Iterator[Block]:
 @functools.lru_cache(maxsize=1)
 def _tokenizer(path: str) -> Tokenizer:
     """The tokenizer that ids are spelled out with; loaded once in each worker."""
-    return Tokenizer.load(path)
+    return load_tokenizer(path)
 
 
 def _spell_out(ids: bytes, tokenizer: str) -> str:
@@ -281,6 +282,6 @@ def _spell_out(ids: bytes, tokenizer: str) -> str:
         raise UserError("token ids mean nothing without their tokenizer: give it with --tokenizer=FILE")
     known = _tokenizer(tokenizer)
     try:
-        return known.decode(known.from_own(np.frombuffer(ids, "<i8")))
+        return known.decode(known.from_external_ids(np.frombuffer(ids, "<i8")))
     except IndexError as error:
         raise Fault("unknown_id") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dualsm.data.tokenizer import check_vocabulary
+from dualsm.data.sentencepiece_tokenizer import check_vocab_size
 from dualsm.process.errors import UserError
 
 
@@ -45,4 +45,4 @@ class Recipe:
         if bool(self.vocab_size) == bool(self.tokenizer):
             raise UserError("give either --vocab_size=N to train a tokenizer or --tokenizer=FILE to use one")
         if self.vocab_size:
-            check_vocabulary(self.vocab_size)
+            check_vocab_size(self.vocab_size)

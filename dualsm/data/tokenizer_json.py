@@ -1,8 +1,8 @@
-"""Hugging Face `tokenizer.json` files as tokenizers of dualsm.
+"""Hugging Face `tokenizer.json` files as dualsm tokenizers.
 
-Their special tokens may have any ids. The ids are renumbered here, at the border, so that inside dualsm the
-ids below `RESERVED_IDS` are the special ones whatever the tokenizer: nothing else has to ask which ids are
-special. Weights that come in or go out are permuted accordingly (dualsm/exchange/vocabulary.py).
+Special tokens of a `tokenizer.json` can have any ids. The ids are renumbered when the file is loaded: the ids
+below `RESERVED_IDS` are the special ids of every tokenizer, so no other code needs to know which ids are
+special. `dualsm.exchange` permutes imported and exported weights accordingly.
 """
 
 from __future__ import annotations
@@ -12,28 +12,34 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds, Tokenizer, natural
+from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds, Tokenizer, check_not_negative
 from dualsm.process.errors import UserError
 
-_REQUIRED = ("bos", "mask")  # without these no objective but the causal one would mean anything
-_HIGHEST_ID = (1 << 24) - 1  # there are arrays of that length
+_REQUIRED = ("bos", "mask")  # without these, only the causal objective works
+_MAX_ID = (1 << 24) - 1  # bounds the size of arrays indexed by id
 _NESTED = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers", "decoder", "decoders")
-_NOTHING = {"type": "Sequence", "normalizers": [], "decoders": []}  # as a normaliser or decoder
-_MULTIPLE = 128  # the vocabulary is filled up to one, as those trained here are
-
-
+_IDENTITY = {"type": "Sequence", "normalizers": [], "decoders": []}  # as a normalizer or decoder
+_VOCAB_MULTIPLE = 128  # vocabularies are padded to a multiple of this
+# Texts that normalizers, pre-tokenizers and decoders are most likely to change.
 _PROBES = (
     " a  b \t\r\n c \u3000\u00a0\u200b\u2581 </s> ## \0\x7f\x85\ufeff",
     "Aa \u00e9 e\u0301 \uff21 \ufb01 \u0130 \u4e00 \U0001f642\u200d \U0010ffff",
     "do n't , ok . `` ''",
-)  # what normalisers, pre-tokenizers and decoders change most often
+)
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` with its ids renumbered."""
+    """A `tokenizer.json` with renumbered ids."""
 
     def __init__(self, model: bytes):
-        """Raises `UserError` for what is no tokenizer, and when `<mask>` or `<s>` is missing."""
+        """Loads a tokenizer.
+
+        Args:
+          model: content of the `tokenizer.json`.
+
+        Raises:
+          UserError: if the content is not a tokenizer, or if `<mask>` or `<s>` is missing.
+        """
         try:
             import tokenizers
         except ImportError as error:
@@ -43,109 +49,113 @@ class JsonTokenizer(Tokenizer):
             content = json.loads(model)
             self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
             self._inside = tokenizers.Tokenizer.from_str(json.dumps(_without_edges(content)))
-            self._kinds = _kinds(content)
-        except Exception as error:  # the library raises nothing narrower
+            self._types = _types(content)
+        except Exception as error:  # tokenizers raises plain Exception
             raise UserError(f"not a tokenizer.json ({error})") from error
         for name in _REQUIRED:
             if self._tokenizer.token_to_id(SPECIAL_PIECES[name]) is None:
-                raise UserError(f"it has no {SPECIAL_PIECES[name]}; add it to the file as a special token")
+                raise UserError(
+                    f"no special token {SPECIAL_PIECES[name]}; add it to the file as a special token"
+                )
         for tokenizer in (self._tokenizer, self._inside):
-            tokenizer.add_special_tokens(list(SPECIAL_PIECES.values()))  # those there are keep their ids
+            tokenizer.add_special_tokens(list(SPECIAL_PIECES.values()))  # existing ones keep their ids
             tokenizer.no_padding()
             tokenizer.no_truncation()
             tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
 
         named = {name: self._tokenizer.token_to_id(piece) for name, piece in SPECIAL_PIECES.items()}
         added = self._tokenizer.get_added_tokens_decoder()
-        special = [own for own in sorted(added) if added[own].special]
+        special = [token for token in sorted(added) if added[token].special]
         ids = sorted(self._tokenizer.get_vocab().values())
-        if ids[-1] > _HIGHEST_ID:
-            raise UserError(f"it has the id {ids[-1]}; ids above {_HIGHEST_ID} are not supported")
-        self.external_ids_V = own_ids(named, special, ids)
+        if ids[-1] > _MAX_ID:
+            raise UserError(f"its largest id is {ids[-1]}; ids above {_MAX_ID} are not supported")
+        self.external_ids_V = external_ids(named, special, ids)
         self.vocab_size = len(self.external_ids_V)
         self.special = SpecialIds(vocab_size=self.vocab_size)
         known = np.flatnonzero(self.external_ids_V >= 0)
-        self._ours = np.full(self.external_ids_V.max() + 1, self.special.unk)
-        self._ours[self.external_ids_V[known]] = known
-        # Normalisers may change texts that no probe has, so that a file with one guarantees nothing.
-        self.lossless = content.get("normalizer") is None and self._returns_probes()
+        self._internal_ids = np.full(self.external_ids_V.max() + 1, self.special.unk)
+        self._internal_ids[self.external_ids_V[known]] = known
+        # A normalizer can change texts that the probes do not cover.
+        self.lossless = content.get("normalizer") is None and self._round_trips_probes()
 
-    def _returns_probes(self) -> bool:
-        """Returns True when texts with difficult characters come back as they were."""
+    def _round_trips_probes(self) -> bool:
+        """Returns True if decoding returns every probe unchanged."""
         try:
             return all(self.decode(self.encode([text])[0]) == text for text in _PROBES)
-        except UserError:  # models without bytes and `<unk>` lack characters
+        except UserError:  # a model without bytes and `<unk>` cannot encode every character
             return False
 
     def encode(self, texts: Sequence[str], inside: bool = False) -> list[list[int]]:
         tokenizer = self._inside if inside else self._tokenizer
         try:
             encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # tokenizers raises plain Exception
             raise UserError(
-                f"the tokenizer.json cannot encode a text ({error}); give it an `unk_token` of its vocabulary"
+                f"the tokenizer.json cannot encode a text ({error}); add an `unk_token` from its vocabulary"
             ) from error
-        return [self._ours[encoding.ids].tolist() if encoding.ids else [] for encoding in encodings]
+        return [self._internal_ids[encoding.ids].tolist() if encoding.ids else [] for encoding in encodings]
 
     def decode(self, tokens: Iterable[int], inside: bool = False) -> str:
         tokenizer = self._inside if inside else self._tokenizer
-        own = [int(self.external_ids_V[token]) for token in tokens if token >= RESERVED_IDS]
-        return tokenizer.decode([t for t in own if t >= 0], skip_special_tokens=False)
+        external = [int(self.external_ids_V[token]) for token in tokens if token >= RESERVED_IDS]
+        return tokenizer.decode([t for t in external if t >= 0], skip_special_tokens=False)
 
     def piece(self, token: int) -> str:
-        own = int(self.external_ids_V[token])
-        return self._tokenizer.id_to_token(own) if own >= 0 else f"<reserved_{token}>"
+        external = int(self.external_ids_V[token])
+        return self._tokenizer.id_to_token(external) if external >= 0 else f"<reserved_{token}>"
 
     def token_bytes(self) -> np.ndarray:
         added = self._tokenizer.get_added_tokens_decoder()
         sizes_V = np.zeros(self.vocab_size, np.int32)
         for token in range(RESERVED_IDS, self.vocab_size):
-            own = int(self.external_ids_V[token])
-            if own in added:
-                sizes_V[token] = 0 if added[own].special else len(added[own].content.encode("utf-8"))
-            elif own >= 0:
-                sizes_V[token] = _size(self._tokenizer.id_to_token(own), self._kinds)
+            external = int(self.external_ids_V[token])
+            if external in added:
+                content = "" if added[external].special else added[external].content
+                sizes_V[token] = len(content.encode("utf-8"))
+            elif external >= 0:
+                sizes_V[token] = _piece_bytes(self._tokenizer.id_to_token(external), self._types)
         return sizes_V
 
-    def from_own(self, own_S: np.ndarray) -> np.ndarray:
-        return self._ours[natural(own_S)]
+    def from_external_ids(self, external_S: np.ndarray) -> np.ndarray:
+        return self._internal_ids[check_not_negative(external_S)]
 
     def file(self) -> str:
-        """The `tokenizer.json`, in its own numbering, with special tokens that it lacked added at its end."""
+        """Returns the `tokenizer.json` with external ids; missing special tokens are appended."""
         return self._tokenizer.to_str()
 
 
-def own_ids(named: dict[str, int], special: list[int], ids: list[int]) -> np.ndarray:
-    """The order in which dualsm numbers a tokenizer's ids.
+def external_ids(named: dict[str, int], special: list[int], ids: list[int]) -> np.ndarray:
+    """Numbers the ids of a tokenizer file: special ids first, then text ids, padded to a multiple of 128.
 
     Args:
-      named: the tokenizer's id of each field of `SpecialIds` that has a piece of its own.
-      special: ids of all its special tokens; those not named take the spare reserved ids, while they last.
-      ids: all its ids, ascending.
+      named: ids in the file of the special pieces, by field of `SpecialIds`.
+      special: ids of all special tokens in the file. Tokens not in `named` take the free reserved ids, while
+        there are any; the rest become text ids.
+      ids: all ids in the file, ascending.
 
     Returns:
-      external_ids_V, int32: the tokenizer's id of each of ours, -1 for ours that it does not know.
+      external_ids_V, int32; see `Tokenizer`.
     """
-    own = np.full(RESERVED_IDS, -1, np.int32)
+    reserved = np.full(RESERVED_IDS, -1, np.int32)
     for name, token in named.items():
-        own[getattr(SpecialIds(), name)] = token
-    spare = [token for token in special if token not in named.values()][: RESERVED_IDS - len(named)]
-    own[len(named) : len(named) + len(spare)] = spare
-    taken = {*named.values(), *spare}
+        reserved[getattr(SpecialIds(), name)] = token
+    unnamed = [token for token in special if token not in named.values()][: RESERVED_IDS - len(named)]
+    reserved[len(named) : len(named) + len(unnamed)] = unnamed
+    taken = {*named.values(), *unnamed}
     text = [token for token in ids if token not in taken]
-    filling = [-1] * (-(RESERVED_IDS + len(text)) % _MULTIPLE)
-    return np.concatenate([own, np.array([*text, *filling], np.int32)])
+    padding = [-1] * (-(RESERVED_IDS + len(text)) % _VOCAB_MULTIPLE)
+    return np.concatenate([reserved, np.array([*text, *padding], np.int32)])
 
 
 def _without_edges(node):
-    """Returns the file's content without the parts that add or strip whitespace at the edges of a text."""
+    """Returns the content of the file without steps that add or strip whitespace at the edges of a text."""
     if isinstance(node, list):
-        return [_without_edges(part) for part in node]
+        return [_without_edges(item) for item in node]
     if not isinstance(node, dict):
         return node
     inner = {key: _without_edges(node[key]) if key in _NESTED else value for key, value in node.items()}
     if node.get("type") in ("Prepend", "Strip"):
-        return _NOTHING
+        return _IDENTITY
     if "add_prefix_space" in node:
         inner["add_prefix_space"] = False
     if "prepend_scheme" in node:
@@ -153,22 +163,22 @@ def _without_edges(node):
     return inner
 
 
-def _kinds(node) -> set[str]:
-    """The names of all parts a tokenizer is made of."""
+def _types(node) -> set[str]:
+    """Returns the type names of all components of a tokenizer."""
     if isinstance(node, list):
-        return set().union(*map(_kinds, node))
+        return set().union(*map(_types, node))
     if not isinstance(node, dict):
         return set()
-    parts = (_kinds(node.get(key)) for key in ("pre_tokenizer", "decoder", "pretokenizers", "decoders"))
-    return {str(node.get("type"))}.union(*parts)
+    components = (_types(node.get(key)) for key in ("pre_tokenizer", "decoder", "pretokenizers", "decoders"))
+    return {str(node.get("type"))}.union(*components)
 
 
-def _size(piece: str, kinds: set[str]) -> int:
-    """Bytes of text that a piece stands for, by the alphabet its tokenizer spells text in."""
-    if "ByteLevel" in kinds:
-        return len(piece)  # one printable character a byte
-    if "ByteFallback" in kinds and len(piece) == 6 and piece.startswith("<0x"):
+def _piece_bytes(piece: str, types: set[str]) -> int:
+    """Returns the number of text bytes of a piece, given the component types of its tokenizer."""
+    if "ByteLevel" in types:
+        return len(piece)  # one printable character per byte
+    if "ByteFallback" in types and len(piece) == 6 and piece.startswith("<0x"):
         return 1
-    if "WordPiece" in kinds:
+    if "WordPiece" in types:
         piece = piece.removeprefix("##")
     return len(piece.replace("\u2581", " ").encode("utf-8"))

@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dualsm.data.corpus import sha256
-from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.exchange import reference, run_folder, vocabulary
 from dualsm.exchange.huggingface import tokenizer_file
@@ -33,7 +33,7 @@ def load(weights: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path
     tensors, metadata = read_weights(weights)
     params = reference.to_params(tensors)
     settings = reference.model_settings(params, read_settings(weights, metadata))
-    known = Tokenizer.load(tokenizer or str(weights.with_name("tokenizer.json")))
+    known = load_tokenizer(tokenizer or str(weights.with_name("tokenizer.json")))
     config = run_folder.fit_config(recipe, settings, known)
     source = {"format": "reference", "weights": weights.name, "sha256": sha256(weights)}
     run_folder.write_run(config, vocabulary.to_ours(params, known.external_ids_V), known, workdir, source)

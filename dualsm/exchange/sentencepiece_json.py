@@ -12,7 +12,8 @@ import json
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SentencePieceTokenizer
+from dualsm.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.process.errors import UserError
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dualsm import config as configs
 from dualsm.data.corpus import TOKENIZER
 from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.devices import sharding
 from dualsm.generation import causal
 from dualsm.model.transformer import Transformer, bind, init_params
@@ -76,4 +77,4 @@ def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     layout = sharding.tree_shardings(mesh, shapes)
     step, params = restore_params(workdir, abstract(shapes, layout), step)
-    return TrainedRun(workdir, config, Tokenizer.load(str(workdir / TOKENIZER)), step, params, mesh)
+    return TrainedRun(workdir, config, load_tokenizer(str(workdir / TOKENIZER)), step, params, mesh)

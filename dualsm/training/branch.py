@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dualsm.data.corpus import TOKENIZER, Corpus
-from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import UserError
 from dualsm.rundir.checkpoint import find_step, restore_parts
 from dualsm.rundir.workdir import CONFIG, read_config
@@ -34,7 +34,7 @@ def start_step(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> int:
     step = find_step(start.run, start.step if start.step >= 0 else None)
     _check_end(step, config)
     tokenizer = epath.Path(start.run) / TOKENIZER
-    if Tokenizer.load(str(tokenizer)).sha256() != corpus.manifest["tokenizer_sha256"]:
+    if load_tokenizer(str(tokenizer)).sha256() != corpus.manifest["tokenizer_sha256"]:
         raise UserError(
             f"the corpus {corpus.folder} was made with another tokenizer than config.start.run={start.run}; "
             f"prepare it with --tokenizer={tokenizer}"

@@ -9,7 +9,9 @@ import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualsm.data.tokenizer import RESERVED_IDS, SentencePieceTokenizer, Tokenizer, train_tokenizer
+from dualsm.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
+from dualsm.data.tokenizer import RESERVED_IDS
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.exchange.sentencepiece_json import to_json
 from dualsm.process.errors import UserError
@@ -175,4 +177,4 @@ def test_a_foreign_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a SentencePiece model"):
         SentencePieceTokenizer(b"something else")
     with pytest.raises(UserError, match="nowhere"):
-        Tokenizer.load(str(tmp_path / "nowhere"))
+        load_tokenizer(str(tmp_path / "nowhere"))

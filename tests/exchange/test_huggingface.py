@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dualsm.config import freeze
-from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.exchange.huggingface import export
 from dualsm.exchange.run_folder import write_run
 from dualsm.exchange.vocabulary import to_ours, to_own
@@ -48,7 +48,7 @@ def exported(request, corpus_path, tokenizer_json, tmp_path_factory):
     if kind == "json":
         path = folder / "tokenizer.json"
         path.write_text(tokenizer_json)
-    tokenizer = Tokenizer.load(str(path))
+    tokenizer = load_tokenizer(str(path))
     config = micro_config()
     config.mesh.data = -1
     config.model.head, config.model.vocab_size = head, tokenizer.vocab_size

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dualsm.data.build import Recipe, build
-from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.evaluate import evaluate_held_out, open_held_out
 from dualsm.exchange import reference
 from dualsm.exchange.reference_folder import load
@@ -282,7 +282,7 @@ def test_a_recipe_for_another_model_is_refused(bare, tmp_path):
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(bare, corpus_path):
-    tokenizer = Tokenizer.load(str(bare / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(bare / "tokenizer.json"))
     with pytest.raises(UserError, match="another tokenizer"):
         fit_config(recipe_for(corpus_path), SHAPE, tokenizer)
 
@@ -294,7 +294,7 @@ def test_a_tokenizer_of_more_text_than_the_weights_is_refused():
 
 
 def test_a_recipe_tells_what_the_weights_do_not(bare):
-    tokenizer = Tokenizer.load(str(bare / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(bare / "tokenizer.json"))
     settings = reference.model_settings(reference.to_params(weights()), {})
     assert "num_heads" not in settings
     recipe = recipe_for("")

@@ -7,8 +7,9 @@ import pytest
 
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
-from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds, Tokenizer
-from dualsm.data.tokenizer_json import JsonTokenizer, own_ids
+from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds
+from dualsm.data.tokenizer_file import load_tokenizer
+from dualsm.data.tokenizer_json import JsonTokenizer, external_ids
 from dualsm.exchange.sentencepiece_json import added_token, to_json
 from dualsm.generation.prompts import encode_prompt, show
 from dualsm.process.errors import UserError
@@ -63,8 +64,8 @@ def test_a_tokenizer_without_mask_or_start_is_refused(documents, missing, tmp_pa
     special = [piece for piece in SPECIAL if piece != missing]
     path = tmp_path / "tokenizer.json"
     path.write_text(make_tokenizer_json(documents[:50], special))
-    with pytest.raises(UserError, match=f"tokenizer.json: it has no {missing}"):
-        Tokenizer.load(str(path))
+    with pytest.raises(UserError, match=f"tokenizer.json: no special token {missing}"):
+        load_tokenizer(str(path))
 
 
 def test_other_special_tokens_that_are_missing_are_added_at_the_end(documents):
@@ -76,7 +77,7 @@ def test_other_special_tokens_that_are_missing_are_added_at_the_end(documents):
 
 
 def test_more_special_tokens_than_there_is_room_for():
-    external_ids_V = own_ids(
+    external_ids_V = external_ids(
         {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 50}, [0, 1, 2, 3, *range(20, 51)], range(60)
     )
     assert external_ids_V[:RESERVED_IDS].tolist() == [0, 1, 2, 3, 50, *range(20, 31)]
@@ -87,7 +88,7 @@ def test_more_special_tokens_than_there_is_room_for():
 def test_a_damaged_file_is_refused_in_one_line(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match="not a tokenizer.json"):
-        Tokenizer.load(str(tmp_path / "tokenizer.json"))
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 def test_ours_as_json_is_the_same_tokenizer(corpus):

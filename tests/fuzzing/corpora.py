@@ -12,6 +12,7 @@ import numpy as np
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import SPLITS, Corpus
 from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer_file import load_tokenizer
 from tests.fuzzing.artefacts import Target, files_of, jsonl
 
 FORMATS = (
@@ -30,7 +31,7 @@ def make_corpus(scratch: Path, texts: list[str]) -> Path:
 def targets(corpus: Path, texts: list[str], scratch: Path) -> dict[str, Target]:
     """Readers of corpora, and of documents in every format."""
     tokenizer, files = corpus / "tokenizer.model", files_of(corpus)
-    documents = _documents(texts[:8], Tokenizer.load(str(tokenizer)), scratch)
+    documents = _documents(texts[:8], load_tokenizer(str(tokenizer)), scratch)
     return {
         "corpus": Target(files, _corpus_reader(corpus, verified=False)),
         "corpus, by its hashes": Target(files, _corpus_reader(corpus, verified=True)),

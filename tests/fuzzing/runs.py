@@ -12,7 +12,7 @@ import jax
 from dualsm import config as configs
 from dualsm.analysis.answer import advise, describe
 from dualsm.analysis.table import load, write_table
-from dualsm.data.tokenizer import Tokenizer
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.devices.sharding import make_mesh
 from dualsm.exchange import reference, reference_folder, run_folder
 from dualsm.exchange.weights import write_safetensors
@@ -55,7 +55,7 @@ def targets(corpus: Path, texts: list[str], scratch: Path) -> dict[str, Target]:
 
 def make_run(corpus: Path, workdir: Path) -> Path:
     """A run directory with the checkpoint of a model as it is before training."""
-    tokenizer = Tokenizer.load(str(corpus / "tokenizer.model"))
+    tokenizer = load_tokenizer(str(corpus / "tokenizer.model"))
     config = micro_config(corpus)
     config.model.vocab_size, config.model.num_layers = tokenizer.vocab_size, 1
     config.model.d_model, config.model.d_ff = 8, 16
@@ -67,7 +67,7 @@ def make_run(corpus: Path, workdir: Path) -> Path:
 
 
 def _use_tokenizer(folder: Path) -> None:
-    tokenizer = Tokenizer.load(str(folder / "t"))
+    tokenizer = load_tokenizer(str(folder / "t"))
     for tokens in tokenizer.encode([TEXT, "", "def f(x):"]):
         assert all(0 <= token < tokenizer.vocab_size for token in tokens)
         tokenizer.decode(tokens)
@@ -79,7 +79,7 @@ def _use_tokenizer(folder: Path) -> None:
 def _prompter(tokenizer: Path) -> Callable[[Path], None]:
     def use(folder: Path) -> None:
         for prompt in read_prompts(str(folder / "p.jsonl")):
-            encode_prompt(Tokenizer.load(str(tokenizer)), prompt)
+            encode_prompt(load_tokenizer(str(tokenizer)), prompt)
 
     return use
 
