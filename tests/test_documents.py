@@ -3,14 +3,18 @@
 import ast
 import importlib
 import importlib.util
+import os
 import re
+import tomllib
 
 import pytest
 
+import dualsm
 from dualsm.config import default_config
 from tests.conftest import ROOT
 
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 # Flags of lm_eval's command line and of the launch scripts.
 OTHERS = {"help", "dry-run", "model", "model_args", "tasks", "include_path", "output_path"}
 FOLDERS = "benchmarks|configs|docs|dualsm|launch|notebooks|tests"
@@ -69,12 +73,16 @@ def test_files_exist(document):
 @documents
 def test_commands_have_their_flags(document):
     for line in code(document.read_text()):
-        command = re.search(r"python (?:-m (dualsm[\w.]*)|(benchmarks/\w+\.py))(?=\s|$)", line)
+        command = re.search(
+            r"python (?:-m (dualsm[\w.]*)|(benchmarks/\w+\.py))(?=\s|$)|^(?:\$ )?dualsm +([a-z]+)(?=\s|$)",
+            line,
+        )
         if not command:
             continue
-        path = source(command[1]) if command[1] else ROOT / command[2]
+        module, script, name = command.groups()
+        path = ROOT / script if script else source(module or f"dualsm.{name}")
         assert path.exists(), line
-        if command[1] != "dualsm.evaluation.harness":
+        if module != "dualsm.evaluation.harness":
             assert named_flags(line[command.end() :]) <= defined_flags(path) | {"config"}, line
 
 
@@ -102,10 +110,24 @@ def test_config_keys_exist(document):
                 place = place[part]
 
 
-def test_every_page_is_in_the_readme():
+def test_readme_is_short_and_links_every_page():
     readme = (ROOT / "README.md").read_text()
-    assert all(f"(docs/{path.name})" in readme for path in DOCUMENTS[1:] if path.parent.name == "docs")
-    assert len(readme.splitlines()) < 300
+    assert all(f"(docs/{path.name})" in readme for path in PAGES)
+    assert len(readme.split()) < 1100  # tables, commands and the figure of the views included
+
+
+def test_citation_has_the_version_of_the_package():
+    (version,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert version == dualsm.__version__
+
+
+def test_github_workflow_runs_the_checks_on_supported_pythons():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (script,) = re.findall(r"- run: (.*)$", workflow, re.M)
+    assert os.access(ROOT / script, os.X_OK)
+    (listed,) = re.findall(r"python: \[(.*)\]", workflow)
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert [v.strip('" ') for v in listed.split(",")] == [required.removeprefix(">="), "3.13"]
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
