@@ -1,6 +1,11 @@
 """The notebooks run from top to bottom in a smaller setting, and are committed with their plots."""
 
+import glob
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbclient
@@ -55,6 +60,51 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path, settings, tmp_path, monk
     shown = "\n".join(o.text for cell in notebook.cells for o in cell.get("outputs", ()) if "text" in o)
     assert "error:" not in shown
     assert "Traceback" not in shown
+    assert shown.startswith("[CpuDevice(id=0)]\n")
+
+
+def first_cell(path: Path) -> str:
+    return next(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+
+
+def test_notebooks_begin_with_the_same_cell():
+    assert len({first_cell(path) for path in NOTEBOOKS}) == 1
+
+
+@pytest.mark.skipif(
+    bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")),
+    reason="the cell finds this machine's TPU",
+)
+@pytest.mark.parametrize(
+    ("driver", "plugin", "repository", "installed"),
+    [
+        ("", "", "", f"{ROOT}[notebooks]"),
+        ("NVIDIA-SMI has failed", "", "", f"{ROOT}[notebooks]"),
+        ("535.104.05", "", "", f"{ROOT}[notebooks,cuda12]"),
+        ("580.65.06", "", "", f"{ROOT}[notebooks,cuda]"),
+        ("580.65.06", "jax-cuda12-plugin", "", f"{ROOT}[notebooks,cuda12]"),
+        ("580.65.06", "", "git+https://example.org/dualsm", "dualsm[notebooks,cuda] @ git+https://example.org/dualsm"),
+    ],
+)  # fmt: skip
+def test_first_cell_installs_the_extra_of_the_accelerator(driver, plugin, repository, installed, tmp_path):
+    """Runs in a Python without site-packages. pip, JAX and nvidia-smi are stand-ins, because a test cannot
+    download packages or choose its GPU."""
+    (tmp_path / "pip.py").write_text("import sys; open(__file__ + '.installed', 'w').write(sys.argv[-1])")
+    (tmp_path / "jax.py").write_text("devices = lambda: ['the device']")
+    if plugin:
+        (tmp_path / f"{plugin.replace('-', '_')}-0.7.dist-info").mkdir()
+        (tmp_path / f"{plugin.replace('-', '_')}-0.7.dist-info" / "METADATA").write_text(f"Name: {plugin}\n")
+    if driver:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{driver}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    cell = first_cell(NOTEBOOKS[0]).replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
+    process = subprocess.run(
+        [sys.executable, "-S", "-c", cell], cwd=ROOT / "notebooks", capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:/bin"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "pip.py.installed").read_text() == installed
+    assert process.stdout == "['the device']\n"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -64,3 +114,7 @@ def test_a_notebook_is_committed_with_its_outputs(path: Path):
     ran = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert ran == list(range(1, len(ran) + 1)), f"{path.name} was not run from top to bottom"
     assert str(ROOT) not in path.read_text(), "a path of one machine"
+    texts = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert not any("\r" in text or re.search(r"\b\d?\d%\|", text) for text in texts), (
+        "a bar before its last state"
+    )
