@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 import ml_collections
 from ml_collections import ConfigDict
 
+from dualsm.objectives.registry import OBJECTIVES, check_options, default_options
+from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
+from dualsm.objectives.shares import check_mixture
 from dualsm.process.errors import UserError
 
 
@@ -38,19 +41,7 @@ def default_config() -> ConfigDict:
     config.max_consecutive_skips = 20  # stop after this many consecutive non-finite updates
 
     # Share of rows by objective; must sum to 1.
-    config.mixture = ConfigDict(
-        {
-            "causal": 1.0,
-            "prefix": 0.0,
-            "masked_diffusion": 0.0,
-            "masked": 0.0,
-            "variable_length_masked": 0.0,
-            "diverse_causal": 0.0,
-            "masked_input_causal": 0.0,
-            "span_denoising": 0.0,
-            "next_all": 0.0,
-        }
-    )
+    config.mixture = ConfigDict(dict.fromkeys(OBJECTIVES, 0.0) | {"causal": 1.0})
 
     # How the shares change over the run: "constant", "linear" between points, or in "steps" at them. The
     # path lists the points after the start, as in "0.5 causal=0.25 masked_diffusion=0.75; 1 causal=1".
@@ -58,24 +49,7 @@ def default_config() -> ConfigDict:
 
     # Options of the objectives, explained in docs/objectives.md. `weight` is a factor on the loss of its
     # rows (the paper's released models were trained with 2.0 for causal rows).
-    objectives = config.objectives = ConfigDict({name: {"weight": 1.0} for name in config.mixture})
-    objectives.masked_diffusion.shifted = True  # position i predicts token i + 1; False: token i (LLaDA)
-    objectives.masked_diffusion.time = "uniform"  # distribution of the masked share; or "bell"
-    objectives.masked_diffusion.width = 0.2  # standard deviation of the bell around 0.5
-    objectives.masked_diffusion.importance = True  # weigh by 1 / density, so that the mean stays the bound
-    objectives.masked_diffusion.exact = True  # mask an exact number of tokens; False: each on its own
-    objectives.masked_diffusion.clip = 0.0  # largest weight of a token; 0: no limit
-    objectives.masked.first = 0.30  # share of tokens masked at the start of training
-    objectives.masked.last = 0.15  # at its end; linear between
-    objectives.masked.span = 3  # longest span, tokens
-    objectives.masked.random = 0.1  # share of the spans replaced by random tokens
-    objectives.masked.keep = 0.1  # share of the spans left as they are
-    objectives.variable_length_masked.low = 0.05  # range of the masked share of a row
-    objectives.variable_length_masked.high = 0.95
-    objectives.diverse_causal.distance = 4  # farthest target, tokens; at most 7
-    objectives.masked_input_causal.low = 0.15  # range of the hidden share of a row's inputs
-    objectives.masked_input_causal.high = 0.15
-    objectives.span_denoising.modes = "RSX"  # denoisers to draw from
+    config.objectives = ConfigDict(default_options())
 
     config.data = ConfigDict()
     config.data.path = ""  # folder made by `python -m dualsm.prepare`
@@ -196,10 +170,6 @@ def check_config(config: ConfigDict) -> None:
     from dualsm.model import remat
     from dualsm.model.attention import BACKENDS
     from dualsm.model.transformer import HEADS
-    from dualsm.objectives.mixture import OBJECTIVES
-    from dualsm.objectives.options import check_options
-    from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
-    from dualsm.objectives.shares import points
     from dualsm.training.optimizer import OPTIMIZERS
     from dualsm.training.schedules import SCHEDULES
 
@@ -235,7 +205,7 @@ def check_config(config: ConfigDict) -> None:
         _require(config, key, lambda v, known=known: v in known, f"must be one of {', '.join(known)}")
 
     check_options(config.objectives)
-    points(config)
+    check_mixture(config)
     _require(config, "steps", lambda v: v <= 10**7, "must be at most ten million")
     if config.repetitions > config.steps * config.batch_size:
         raise UserError(

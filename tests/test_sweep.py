@@ -146,7 +146,7 @@ def test_a_tpu_slice_is_asked_for_each_cell(recipe, tmp_path):
         (("--grid=repetitions",), "does not read"),
         (("--grid=alpha=0", "--grid=alpha=1"), "--grid: 'alpha' is given 2 times"),
         (("--grid=repetitoins=1,2",), "unknown config key 'repetitoins'"),
-        (("--grid=alpha=2",), "cell alpha=2: config.mixture.causal=2 must lie in [0, 1]"),
+        (("--grid=alpha=2",), "cell alpha=2: config.mixture.causal=2 must be in [0, 1]"),
         (("--grid=alpha=0,l/8",), "cell alpha=l%2F8: grid value alpha='l/8' is no number"),
         (("--grid=repetitions=1,4,",), "does not read"),
         (("--tasks=blimp",), "needs --task_data"),

@@ -23,13 +23,10 @@ class SpecialIds:
 
     Attributes:
       pad, unk, bos, eos, mask: have pieces of their own in every tokenizer.
-      hole: stands in place of a missing span, and again before the span itself (span denoising).
-      regular, sequential, extreme: mode tokens of the denoisers R, S and X (span denoising).
-      rest: mode token of next-all-token prediction.
-      ahead2..ahead7: mode tokens of diverse causal prediction at distances 2 to 7; 1 needs none.
       vocabulary: number of ids, text included; 0: unknown.
 
-    The ids from `hole` on are spare in the tokenizer: its pieces `<reserved_5>` to `<reserved_15>`.
+    The ids from 5 to `RESERVED_IDS` - 1, the pieces `<reserved_5>` to `<reserved_15>`, are reserved for the
+    mode tokens of objectives; see dualsm/objectives/registry.py.
     """
 
     pad: int = 0
@@ -37,17 +34,6 @@ class SpecialIds:
     bos: int = 2
     eos: int = 3
     mask: int = 4
-    hole: int = 5
-    regular: int = 6
-    sequential: int = 7
-    extreme: int = 8
-    rest: int = 9
-    ahead2: int = 10
-    ahead3: int = 11
-    ahead4: int = 12
-    ahead5: int = 13
-    ahead6: int = 14
-    ahead7: int = 15
     vocab_size: int = 0
 
     def as_dict(self) -> dict[str, int]:

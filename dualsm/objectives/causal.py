@@ -1,4 +1,4 @@
-"""Causal language modelling: every token from those before it in its document, seen in full or in part."""
+"""Causal language modelling, with all inputs visible or with a fraction of them masked."""
 
 from __future__ import annotations
 
@@ -6,40 +6,41 @@ import jax
 import jax.numpy as jnp
 
 from dualsm.objectives.example import Example, Row, SpecialIds, causal_example, has_target, is_text
-from dualsm.objectives.masking import choose, portion
+from dualsm.objectives.masking import choose, low_above_high, portion
+from dualsm.objectives.registry import Option, objective
+from dualsm.process.rules import FRACTION
 
 
+@objective(order=0, view="causal", sees="x_0 .. x_i", predicts="x_{i+1}", averages_over="all targets")
 def causal(row: Row, key: jax.Array, special: SpecialIds) -> Example:
-    """Inputs are the tokens, every target inside a document weighs 1.
-
-    Args:
-      row: a packed row.
-      key: unused; the objective is deterministic.
-      special: unused.
-    """
+    """Predicts the next token at every position, with weight 1 for every target inside the document."""
     del key, special
     return causal_example(row, row.tokens_L1[:-1], row.tokens_L1[1:], has_target(row))
 
 
+@objective(
+    order=6,
+    view="causal",
+    sees="x_0 .. x_i, some masked",
+    predicts="x_{i+1}",
+    averages_over="all targets",
+    low=Option("Smallest masked fraction of a row's text; equal to `high` for a fixed fraction.", FRACTION),
+    high=Option("Largest masked fraction.", FRACTION),
+    check=low_above_high,
+)
 def masked_input_causal(
     row: Row, key: jax.Array, special: SpecialIds, low: float = 0.15, high: float = 0.15
 ) -> Example:
-    """`causal`, with a share of the inputs hidden; all targets stay, and are clean.
+    """Predicts every next token while a fraction of the input text, U(low, high) per row, is `<mask>`.
 
-    Source: MEAP (arXiv 2502.07490) for a fixed share of 0.15; MIR (arXiv 2606.06888) for a share drawn
-    anew for each row, U(0, 0.5).
-
-    Args:
-      row: a packed row; its stratified draw is the share.
-      key: draws the share and the places.
-      special: its `mask` replaces hidden tokens of text; others are never hidden.
-      low, high: range of the share of the row's text that is hidden; equal: a fixed share.
+    Source: MEAP (arXiv 2502.07490) for a fixed fraction of 0.15; MIR (arXiv 2606.06888) for a fraction drawn
+    from U(0, 0.5) for each row.
     """
-    share_key, round_key, place_key = jax.random.split(key, 3)
+    fraction_key, round_key, position_key = jax.random.split(key, 3)
     inputs_L = row.tokens_L1[:-1]
     maskable_L = is_text(inputs_L) & (row.documents_L1[:-1] >= 0)
-    share = low + (high - low) * row.uniform(share_key)
-    k = portion(share, maskable_L.sum(), jax.random.uniform(round_key))
-    masked_L = choose(place_key, maskable_L, k)
+    fraction = low + (high - low) * row.uniform(fraction_key)
+    k = portion(fraction, maskable_L.sum(), jax.random.uniform(round_key))
+    masked_L = choose(position_key, maskable_L, k)
     inputs_L = jnp.where(masked_L, special.mask, inputs_L)
     return causal_example(row, inputs_L, row.tokens_L1[1:], has_target(row))

@@ -1,8 +1,7 @@
-"""What every objective takes and what it makes: a packed `Row` becomes an `Example`.
+"""The input of every objective, a packed `Row`, and its output, an `Example`.
 
-The shift is made here and nowhere else: position i predicts token i + 1. The objectives that differ on
-purpose say so in their name or option: `diverse_causal`, `next_all` and `masked_diffusion` with
-`shifted=False`.
+Position i predicts token i + 1. Objectives apply this shift, so that the model and the loss never shift.
+Exceptions are `diverse_causal`, `next_all`, and `masked_diffusion` with `shifted=False`.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from dualsm.data.tokenizer import RESERVED_IDS, SpecialIds
 
 
 class Row(NamedTuple):
-    """One packed row, or a batch of them with a leading axis on every field.
+    """A packed sequence, or a batch of packed sequences with a leading axis on every field.
 
     Attributes:
       tokens_L1: int32 [L+1]; x_0..x_L.
-      documents_L1: int32 [L+1]; equal for tokens of one document, negative where there is no text.
-      stratum: int32 []; this row's number among the rows of its objective in the batch.
-      strata: int32 []; how many those are. An objective that draws one number a row draws it from the
-        part [stratum/strata, (stratum+1)/strata) of its distribution, so that a batch covers all of it
-        (low-discrepancy sampling, as in MDLM, arXiv 2406.07524).
-      progress: float32 []; share of the training that is done, for schedules of an objective.
+      documents_L1: int32 [L+1]; equal for tokens of one document, negative for padding.
+      stratum: int32 []; index of the row among the rows of its objective in the batch.
+      strata: int32 []; number of rows of its objective in the batch. An objective that draws one number per
+        row draws it from the part [stratum/strata, (stratum+1)/strata) of its distribution, so that a batch
+        covers the whole distribution (low-discrepancy sampling, as in MDLM, arXiv 2406.07524).
+      progress: float32 []; completed fraction of the training steps, for schedules inside an objective.
     """
 
     tokens_L1: jax.Array
@@ -35,24 +34,24 @@ class Row(NamedTuple):
     progress: jax.Array
 
     def uniform(self, key: jax.Array) -> jax.Array:
-        """The row's one stratified draw from U[0, 1)."""
+        """Returns a stratified draw from U[0, 1); an objective uses at most one per row."""
         return (self.stratum + jax.random.uniform(key)) / self.strata
 
 
 def single_row(tokens_L1: jax.Array, documents_L1: jax.Array) -> Row:
-    """A row on its own: the whole of every distribution, at the start of training."""
+    """Returns a row that is the only one of its batch, at the start of training."""
     return Row(jnp.asarray(tokens_L1), jnp.asarray(documents_L1), jnp.int32(0), jnp.int32(1), jnp.float32(0))
 
 
 class Example(NamedTuple):
-    """All that the model and the loss need to know, whatever the objective.
+    """The inputs of the model and of the loss, for every objective.
 
     Attributes:
-      inputs_L: int32 [L]; tokens the model sees.
-      targets_L: int32 [L]; position i is to predict targets[i].
-      weights_L: float32 [L]; weight of each position's loss; 0 where it carries none.
-      loss_denominator_L: float32 [L]; each position's addend to the denominator. The loss of a set of rows is
-        sum(weights * nll) / sum(loss_denominator), divided once.
+      inputs_L: int32 [L]; input tokens.
+      targets_L: int32 [L]; position i predicts targets[i].
+      weights_L: float32 [L]; loss weight of each position; 0 for positions without loss.
+      loss_denominator_L: float32 [L]; contribution of each position to the denominator of the loss. The loss
+        of a batch is sum(weights * nll) / sum(loss_denominator) over all its rows.
       key_start_L, key_end_L: int32 [L]; position i attends to keys [key_start[i], key_end[i]).
     """
 
@@ -65,7 +64,7 @@ class Example(NamedTuple):
 
 
 def document_spans(documents_L: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First position and one past the last of the document at each position, int32 [L] each."""
+    """Returns the start and the exclusive end of the document at each position, int32 [L] each."""
     positions_L = jnp.arange(documents_L.shape[0], dtype=jnp.int32)
     changes_L = documents_L[1:] != documents_L[:-1]
     border = jnp.ones(1, bool)
@@ -77,7 +76,7 @@ def document_spans(documents_L: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def causal_example(row: Row, inputs_L: jax.Array, targets_L: jax.Array, weights_L: jax.Array) -> Example:
-    """An example in which every position sees its document up to itself."""
+    """Returns an example in which every position attends to its document up to itself."""
     start_L, _ = document_spans(row.documents_L1[:-1])
     end_L = jnp.arange(1, inputs_L.shape[0] + 1, dtype=jnp.int32)
     weights_L = weights_L.astype(jnp.float32)
@@ -85,11 +84,11 @@ def causal_example(row: Row, inputs_L: jax.Array, targets_L: jax.Array, weights_
 
 
 def with_mode(row: Row, inputs_L: jax.Array, token: jax.Array | int) -> jax.Array:
-    """The inputs with a mode token in the place of each document's first one, int32 [L].
+    """Returns the inputs with a mode token in place of each document's first token, int32 [L].
 
-    No target is lost, because the first token of a document within a row is never one. For a document
-    that begins in the row it is `<s>`; for one that goes on from the row before it is a token of text,
-    which the row then does not see.
+    No target is lost, because the first token of a document in a row is never a target. It is `<s>` for a
+    document that begins in the row, and a text token for a document that continues from the previous row; the
+    model then does not see that token.
     """
     start_L, _ = document_spans(row.documents_L1[:-1])
     first_L = (jnp.arange(start_L.shape[0]) == start_L) & (row.documents_L1[:-1] >= 0)
@@ -97,17 +96,17 @@ def with_mode(row: Row, inputs_L: jax.Array, token: jax.Array | int) -> jax.Arra
 
 
 def below(uniform: jax.Array, n: jax.Array | int) -> jax.Array:
-    """An integer in 0..n-1, int32, from a draw from U[0, 1), which rounding may have made 1."""
+    """Maps a draw from U[0, 1) to an integer in 0..n-1, int32; a draw that was rounded to 1 gives n-1."""
     return jnp.minimum(jnp.floor(uniform * n).astype(jnp.int32), n - 1)
 
 
 def has_target(row: Row) -> jax.Array:
-    """Whether position i and token i + 1 lie in one document, bool [L]."""
+    """Returns True at positions i for which token i + 1 belongs to the same document, bool [L]."""
     return (row.documents_L1[1:] == row.documents_L1[:-1]) & (row.documents_L1[1:] >= 0)
 
 
 def is_text(tokens_L: jax.Array) -> jax.Array:
-    """Whether a token stands for text; special ids may not be masked."""
+    """Returns True for tokens of text; special ids are never masked."""
     return tokens_L >= RESERVED_IDS
 
 

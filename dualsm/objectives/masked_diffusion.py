@@ -1,9 +1,11 @@
-"""Masked diffusion, shifted (masked next-token prediction) or not; its loss is a bound on the likelihood.
+"""Masked diffusion, shifted (masked next-token prediction) or not; its loss is a likelihood bound (NELBO).
 
 Source: LLaDA (arXiv 2502.09992) for the bound with exact counts, arXiv 2512.14549 for the shift.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,56 @@ from jax.scipy.special import ndtr, ndtri
 
 from dualsm.objectives.example import Example, Row, SpecialIds, document_spans, has_target, is_text
 from dualsm.objectives.masking import choose, hide
+from dualsm.objectives.registry import Option, objective
+from dualsm.process.rules import ANY, at_least, one_of
 
-TIMES = ("uniform", "bell")
-NARROWEST = 0.15  # bell with `importance`; float32 draws from a narrower one miss the ends, and so the mean
+# Smallest width of a bell with `importance`: float32 draws from a narrower bell miss its tails, which biases
+# the loss.
+MIN_WIDTH = 0.15
 
 
+def _too_narrow(options: Mapping) -> str:
+    width = options["width"]
+    if options["time"] != "bell" or not options["importance"] or width >= MIN_WIDTH:
+        return ""
+    return (
+        f"width={width} is too narrow for importance=True, the loss would be below the bound; use at least "
+        f"{MIN_WIDTH} or importance=False"
+    )
+
+
+@objective(
+    order=2,
+    view="document",
+    sees="the document, masked",
+    predicts="x_{i+1} where it is masked",
+    averages_over="all text, weighted: a likelihood bound",
+    shifted=Option(
+        "Position i predicts token i + 1. `False`: token i, as in LLaDA. For comparison only: the other "
+        "objectives are shifted, and scoring and diffusion sampling reject the model.",
+        ANY,
+        defines_task=True,
+    ),
+    time=Option(
+        'Distribution of t, the masked fraction. `"bell"`: normal around 1/2, truncated to [0, 1], after '
+        "arXiv 2605.13026.",
+        one_of(("uniform", "bell")),
+    ),
+    width=Option(
+        f"Standard deviation of the bell before truncation; at least {MIN_WIDTH} with `importance`.",
+        at_least(0.05),
+    ),
+    importance=Option(
+        "Divides the weights by the density of t, which keeps the mean and increases the variance. `False`: "
+        "masked fractions near 1/2 have a larger effect than others."
+    ),
+    exact=Option(
+        "Masks exactly k = 1 + floor(n t) tokens. `False`: masks each token independently with probability t "
+        "and weight 1/t; same mean, larger variance."
+    ),
+    clip=Option("Largest weight of a token; 0: no limit.", at_least(0)),
+    check=_too_narrow,
+)
 def masked_diffusion(
     row: Row,
     key: jax.Array,
@@ -27,49 +74,34 @@ def masked_diffusion(
     exact: bool = True,
     clip: float = 0.0,
 ) -> Example:
-    """Masks k of the row's n maskable tokens, k uniform on 1..n, and weighs each by n/k.
+    """Masks k of the row's n maskable tokens, with k uniform on 1..n, and gives each the weight n/k.
 
-    Maskable are the text tokens that some position has to predict. With k uniform the expected loss is
-    exactly the negative evidence bound of an any-order model,
+    Maskable are the text tokens that are the target of a position. The expected loss is exactly the negative
+    evidence lower bound of an any-order model,
 
         sum over k of 1/n * n/k * E[sum of nll over k masked tokens],
 
-    divided by n; t = k/n plays the part of the diffusion time. (The paper's code draws
-    k = max(1, int(n*t + U)), which favours k = 1 by half a count and is not quite unbiased.)
+    divided by n, and t = k/n is the diffusion time. (The paper's code draws k = max(1, int(n*t + U)), which
+    is slightly biased: it draws k = 1 half a count too often.)
 
-    The options `shifted`, `time` and `exact` keep the mean; `clip`, and `importance=False` with a bell,
-    give it up, and the loss is then no bound.
-
-    Args:
-      row: a packed row; its stratified draw is the time.
-      key: draws the time and the places.
-      special: its `mask` replaces masked tokens.
-      shifted: position i predicts token i + 1. False: it predicts token i, the convention of LLaDA, for
-        comparison; scoring and generation by filling in masks refuse such a model.
-      time: distribution of t; "uniform", or "bell", a normal distribution around 1/2 cut to [0, 1], after
-        arXiv 2605.13026.
-      width: standard deviation of the bell before it is cut.
-      importance: divide the weights by the density of t, which keeps the mean and costs variance; False
-        trains on the middle of the bell more than on its ends.
-      exact: mask exactly k = 1 + floor(n*t) tokens. False: mask each with probability t, on its own, and
-        weigh by 1/t; the mean is the same, the variance larger.
-      clip: largest weight; 0 does not clip.
+    The options `shifted`, `time` and `exact` keep the mean. With `clip`, or with a bell and
+    `importance=False`, the loss is no longer a bound.
 
     Raises:
-      ValueError: for a bell below `NARROWEST` with `importance`, whose loss would lie below the bound.
+      ValueError: for a bell narrower than `MIN_WIDTH` with `importance`.
     """
-    if time == "bell" and importance and width < NARROWEST:
-        raise ValueError(f"width={width} must be at least {NARROWEST} with importance=True")
-    time_key, place_key = jax.random.split(key)
+    if message := _too_narrow({"time": time, "width": width, "importance": importance}):
+        raise ValueError(message)
+    time_key, position_key = jax.random.split(key)
     maskable_L, targets_L = _targets(row, shifted)
     n = maskable_L.sum()
     t, density = draw_time(row.uniform(time_key), time, width)
     if exact:
         k = jnp.minimum(1 + jnp.floor(t * n).astype(jnp.int32), n)
-        masked_L = choose(place_key, maskable_L, k)
+        masked_L = choose(position_key, maskable_L, k)
         weight = n / jnp.maximum(k, 1)
     else:
-        masked_L = maskable_L & (jax.random.uniform(place_key, maskable_L.shape) < t)
+        masked_L = maskable_L & (jax.random.uniform(position_key, maskable_L.shape) < t)
         weight = 1 / jnp.maximum(t, jnp.finfo(jnp.float32).tiny)
     weight = weight / density if importance else weight
     weight = jnp.minimum(weight, clip) if clip else weight
@@ -88,23 +120,23 @@ def masked_diffusion(
 
 
 def _targets(row: Row, shifted: bool) -> tuple[jax.Array, jax.Array]:
-    """Which positions may have to predict their target (bool [L]), and the targets (int32 [L])."""
+    """Returns the positions whose target is maskable (bool [L]), and all targets (int32 [L])."""
     if shifted:
         return has_target(row) & is_text(row.tokens_L1[1:]), row.tokens_L1[1:]
     return (row.documents_L1[:-1] >= 0) & is_text(row.tokens_L1[:-1]), row.tokens_L1[:-1]
 
 
 def draw_time(uniform: jax.Array, time: str, width: float) -> tuple[jax.Array, jax.Array | float]:
-    """A time in [0, 1] from a draw from U[0, 1], increasing with it, and its density.
+    """Maps a draw from U[0, 1] monotonically to a time in [0, 1]; returns the time and its density.
 
     Args:
-      uniform: float32.
-      time: one of `TIMES`.
-      width: of the bell.
+      uniform: float32 [].
+      time: "uniform" or "bell".
+      width: standard deviation of the bell.
     """
     if time == "uniform":
         return uniform, 1.0
-    # Half of the bell is inverted and mirrored, because float32 is exact in the lower tail alone.
+    # Only the lower half of the bell is inverted, and then mirrored: float32 is exact in the lower tail only.
     tail = ndtr(-0.5 / jnp.float32(width))
     folded = jnp.minimum(uniform, 1 - uniform)
     z = ndtri(tail + 2 * folded * (0.5 - tail))

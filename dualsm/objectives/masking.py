@@ -1,13 +1,15 @@
-"""Choosing tokens to hide, and hiding them from a model that predicts token i + 1 at position i."""
+"""Selects tokens to mask, and masks them for a model that predicts token i + 1 at position i."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 
 def lowest(scores_L: jax.Array, among_L: jax.Array, k: jax.Array) -> jax.Array:
-    """The `k` positions of `among_L` with the lowest scores, bool [L]; ties go to the earlier ones.
+    """Returns the `k` positions of `among_L` with the lowest scores, bool [L]; earlier positions win ties.
 
     Args:
       scores_L: float32 [L], all below 2.
@@ -19,22 +21,28 @@ def lowest(scores_L: jax.Array, among_L: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def choose(key: jax.Array, among_L: jax.Array, k: jax.Array) -> jax.Array:
-    """A uniformly random choice of `k` of the positions in `among_L`, bool [L]."""
+    """Returns `k` positions of `among_L`, chosen uniformly at random, bool [L]."""
     return lowest(jax.random.uniform(key, among_L.shape), among_L, k)
 
 
-def portion(share: jax.Array, n: jax.Array, uniform: jax.Array) -> jax.Array:
-    """`share * n`, rounded up or down by a draw from U[0, 1) so that its mean is exact, int32."""
-    return jnp.minimum(jnp.floor(share * n + uniform).astype(jnp.int32), n)
+def portion(fraction: jax.Array, n: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Returns `fraction * n`, rounded stochastically by a draw from U[0, 1) with an exact mean, int32."""
+    return jnp.minimum(jnp.floor(fraction * n + uniform).astype(jnp.int32), n)
 
 
 def hide(inputs_L: jax.Array, masked_L: jax.Array, token: jax.Array | int) -> jax.Array:
-    """The inputs with token i + 1 replaced where position i has to predict it, int32 [L].
+    """Returns the inputs with token i + 1 replaced where position i must predict it, int32 [L].
 
     Args:
-      inputs_L: int32 [L]; the row's first token among them is always seen.
-      masked_L: bool [L]; by the predicting position.
-      token: int32 [] or, by the place it goes to, [L].
+      inputs_L: int32 [L]; the first token is never replaced.
+      masked_L: bool [L]; True at the positions that predict.
+      token: int32 []; or [L], one replacement per position of the inputs.
     """
     hidden_L = jnp.concatenate([jnp.zeros(1, bool), masked_L[:-1]])
     return jnp.where(hidden_L, token, inputs_L)
+
+
+def low_above_high(options: Mapping) -> str:
+    """Returns an error message if the range `low`..`high` of an objective's options is empty, else ""."""
+    low, high = options["low"], options["high"]
+    return f"low={low} is above high={high}; swap them" if low > high else ""

@@ -1,4 +1,4 @@
-"""Prefix language modelling: a bidirectional prefix, the rest of the document predicted causally."""
+"""Prefix language modelling: bidirectional attention to a prefix, causal prediction after it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import jax
 import jax.numpy as jnp
 
 from dualsm.objectives.example import Example, Row, SpecialIds, document_spans, has_target
+from dualsm.objectives.registry import objective
 
 
+@objective(
+    order=1,
+    view="prefix",
+    sees="prefix, and x_0 .. x_i",
+    predicts="x_{i+1}, after the prefix",
+    averages_over="targets after the prefix",
+)
 def prefix(row: Row, key: jax.Array, special: SpecialIds) -> Example:
-    """Each document gets a prefix of a length drawn uniformly from 1..n-1, n being its tokens in the row.
+    """Predicts the tokens after a prefix, whose length each document draws uniformly from 1..n-1.
 
-    The prefix is visible from everywhere in the document; targets after it weigh 1, those inside it 0.
-
-    Args:
-      row: a packed row.
-      key: draws the lengths, one a document.
-      special: unused.
+    Here n is the number of the document's tokens in the row. All positions of the document attend to the
+    prefix. Targets after the prefix have weight 1, targets inside it weight 0.
     """
     del special
     length = row.tokens_L1.shape[0] - 1
     positions_L = jnp.arange(length, dtype=jnp.int32)
     start_L1, end_L1 = document_spans(row.documents_L1)
     start_L, tokens_L = start_L1[:-1], (end_L1 - start_L1)[:-1]
-    # One draw a document: the one at its first position.
+    # One draw per document: that of its first position.
     uniform_L = jax.random.uniform(key, (length,))[start_L]
     drawn_L = 1 + jnp.floor(uniform_L * (tokens_L - 1)).astype(jnp.int32)
     prefix_end_L = start_L + jnp.clip(drawn_L, 1, jnp.maximum(tokens_L - 1, 1))

@@ -1,7 +1,7 @@
-"""Shares of the objectives as functions of training progress.
+"""Shares of the objectives over the run.
 
-They are read on the host, before the first step, and reach the device as the objective of each row: changing
-them never recompiles anything.
+The host computes them before the first step and sends only the objective of each row to the device, so that a
+change of the shares never recompiles the training step.
 """
 
 from __future__ import annotations
@@ -12,38 +12,42 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dualsm.objectives.mixture import OBJECTIVES, check_shares
+from dualsm.objectives.mixture import check_shares
+from dualsm.objectives.registry import OBJECTIVES, check_mode_tokens
 from dualsm.process.errors import UserError
 
 SCHEDULES = ("constant", "linear", "steps")
 
 
 class Point(NamedTuple):
-    """Shares that hold, or are reached, at a progress in [0, 1]."""
+    """The shares at a point of the schedule; progress is the completed fraction of the steps."""
 
     progress: float
     shares: Mapping[str, float]
 
 
 def points(config: ConfigDict) -> list[Point]:
-    """The points that a run's shares go through; the first is `config.mixture` at progress 0.
+    """Returns the points of the schedule; the first is `config.mixture` at progress 0.
 
     Raises:
-      UserError: when `config.mixture` or a point of `config.mixture_schedule.path` is no distribution over
-        objectives, or the points do not come in order.
+      UserError: if `config.mixture` or a point of `config.mixture_schedule.path` is not a distribution over
+        objectives, or if the points are not in order.
     """
     check_shares(config.mixture)
     path = [Point(0.0, dict(config.mixture))]
     if config.mixture_schedule.name == "constant":
         if config.mixture_schedule.path:
-            raise UserError("config.mixture_schedule.path is set but its name is 'constant'")
+            raise UserError(
+                f"config.mixture_schedule.path={config.mixture_schedule.path!r} has no effect with the "
+                "schedule 'constant'; set config.mixture_schedule.name to linear or steps, or clear the path"
+            )
         return path
     for text in filter(str.strip, config.mixture_schedule.path.split(";")):
         point = _point(text.strip())
         if not path[-1].progress < point.progress <= 1:
             raise UserError(
-                f"config.mixture_schedule.path: progress {point.progress:g} must lie above "
-                f"{path[-1].progress:g} and not above 1"
+                f"config.mixture_schedule.path: progress {point.progress:g} must be above "
+                f"{path[-1].progress:g} and at most 1"
             )
         path.append(point)
     if len(path) == 1:
@@ -61,7 +65,7 @@ def _point(text: str) -> Point:
         point = Point(float(progress), {name: float(value) for name, value in pairs})
     except ValueError as error:
         raise UserError(
-            f"config.mixture_schedule.path: {text!r} does not read 'PROGRESS OBJECTIVE=SHARE ...'"
+            f"config.mixture_schedule.path: cannot parse {text!r}; write 'PROGRESS OBJECTIVE=SHARE ...'"
         ) from error
     try:
         check_shares(point.shares)
@@ -70,18 +74,23 @@ def _point(text: str) -> Point:
     return point
 
 
+def check_mixture(config: ConfigDict) -> None:
+    """Raises `UserError` for an invalid mixture or schedule, and for objectives that cannot be mixed."""
+    check_mode_tokens(trained_objectives(config))
+
+
 def trained_objectives(config: ConfigDict) -> list[str]:
-    """The objectives that ever have a share of the rows, in the order of their definition."""
+    """Returns the objectives that have a share at some step, in the order of `OBJECTIVES`."""
     path = points(config)
     return [name for name in OBJECTIVES if any(point.shares.get(name, 0) > 0 for point in path)]
 
 
 def step_shares(config: ConfigDict, names: Sequence[str]) -> np.ndarray:
-    """Share of each objective at each step, float64 [S, J]; each step's sum to 1.
+    """Returns the share of each named objective at each step, float64 [S, J]; sums to 1 at each step.
 
-    A step counts with its middle, so that the mean share over a whole linear run is the mean of its ends.
-    "linear" goes straight from point to point and stays at the last; "steps" holds each point's shares
-    until the next.
+    The schedule is evaluated at the middle of each step, so that the mean share of a linear run is the mean
+    of its end points. "linear" interpolates between the points and is constant after the last one; "steps"
+    keeps the shares of each point until the next one.
     """
     path = points(config)
     progress_S = (np.arange(config.steps) + 0.5) / config.steps
@@ -93,12 +102,14 @@ def step_shares(config: ConfigDict, names: Sequence[str]) -> np.ndarray:
 
 
 def set_phases(config: ConfigDict, phases: Sequence[tuple[float, Mapping[str, float]]]) -> None:
-    """Makes a run go through phases with shares of their own, as AntLM alternates whole epochs
-    (arXiv 2411.03275) and others go from causal to masked rows (arXiv 2507.00994).
+    """Sets a schedule of phases with different shares.
+
+    AntLM (arXiv 2411.03275) alternates between objectives by epoch; arXiv 2507.00994 trains on causal rows
+    first and on masked rows later.
 
     Args:
-      config: is changed.
-      phases: (length, shares) each; lengths in any unit, such as epochs.
+      config: modified in place.
+      phases: (length, shares) of each phase; the unit of the lengths is arbitrary, such as epochs.
     """
     total = sum(length for length, _ in phases)
     config.mixture = ConfigDict(dict.fromkeys(config.mixture, 0.0) | dict(phases[0][1]))

@@ -1,7 +1,7 @@
-"""UL2's mixture of denoisers in a decoder: the text with holes as a prefix, the missing spans after it.
+"""UL2's mixture of denoisers in a decoder: the corrupted text is a prefix, followed by the missing spans.
 
-Source: UL2 (arXiv 2205.05131), table of denoisers; the layout in a decoder with one sentinel for all holes
-is this project's.
+Source: UL2 (arXiv 2205.05131) for the table of denoisers. The decoder layout, with one sentinel for all
+spans, is ours.
 """
 
 from __future__ import annotations
@@ -23,20 +23,26 @@ from dualsm.objectives.example import (
 )
 from dualsm.objectives.masking import portion
 from dualsm.objectives.prefix import prefix
+from dualsm.objectives.registry import Option, objective
+from dualsm.process.rules import Rule
+
+HOLE = 5  # sentinel: replaces a missing span, and precedes the span itself
+REGULAR, SEQUENTIAL, EXTREME = 6, 7, 8  # mode tokens
+MODES = {"R": REGULAR, "S": SEQUENTIAL, "X": EXTREME}
 
 
 class Denoiser(NamedTuple):
-    """What one row does: mode R, S or X; mean length of its spans; share of the text inside them."""
+    """A corruption of a row: mode R, S or X, mean span length in tokens, and missing fraction of the text."""
 
     mode: str
     span: float
-    share: float
+    fraction: float
 
 
 DENOISERS = (
     Denoiser("R", 3, 0.15),
     Denoiser("R", 8, 0.15),
-    Denoiser("S", 1, 0.0),  # has a prefix and no holes
+    Denoiser("S", 1, 0.0),  # a prefix, no holes
     Denoiser("X", 3, 0.5),
     Denoiser("X", 8, 0.5),
     Denoiser("X", 64, 0.15),
@@ -44,55 +50,61 @@ DENOISERS = (
 )
 
 
+@objective(
+    order=7,
+    view="prefix",
+    sees="text with holes, and the missing spans so far",
+    predicts="the next token of a missing span",
+    averages_over="tokens of missing spans",
+    mode_tokens={"hole": HOLE, "regular": REGULAR, "sequential": SEQUENTIAL, "extreme": EXTREME},
+    modes=Option(
+        "Letters of the denoisers to draw from, all with equal probability.",
+        Rule(lambda v: v and set(v) <= set(MODES) and len(set(v)) == len(v), "be different letters of RSX"),
+        defines_task=True,
+    ),
+)
 def span_denoising(row: Row, key: jax.Array, special: SpecialIds, modes: str = "RSX") -> Example:
-    """Each row draws one of UL2's denoisers. A document x_0 .. x_n becomes, in its own place,
+    """Applies one of UL2's denoisers, drawn per row. A document x_0 .. x_n becomes, at the same positions,
 
         R, X:  MODE  text with <hole> in place of each span  |  <hole> span  <hole> span  ...
         S:     MODE  prefix  |  rest of the text
 
-    What stands before the bar is seen from everywhere in the document, the rest causally. Loss, with
-    weight 1, is on the tokens of the missing spans (S: on those after the prefix), not on the sentinels.
-    The sentinels take two places a span, so the document's tail is cut until the whole fits where the
-    document was; what is left empty at the end is filled with `<pad>` and seen by nothing.
-
-    Args:
-      row: a packed row; its stratified draw is the denoiser.
-      key: draws denoiser, spans and prefixes.
-      special: its `hole`, and the mode tokens `regular`, `sequential`, `extreme`.
-      modes: the letters of the denoisers to draw from, all equally often.
+    Attention is bidirectional before the bar and causal after it. The tokens of the missing spans (S: the
+    tokens after the prefix) have weight 1, the sentinels 0. Each span adds two sentinels, so the end of the
+    document is cut until the result fits; unused positions at the end are `<pad>`, which no other position
+    attends to.
     """
     choice_key, span_key, prefix_key = jax.random.split(key, 3)
     table = [denoiser for denoiser in DENOISERS if denoiser.mode in modes]
-    tokens = {"R": special.regular, "S": special.sequential, "X": special.extreme}
     chosen = below(row.uniform(choice_key), len(table))
-    mode = jnp.array([tokens[denoiser.mode] for denoiser in table])[chosen]
+    mode = jnp.array([MODES[denoiser.mode] for denoiser in table])[chosen]
     span = jnp.array([denoiser.span for denoiser in table], jnp.float32)[chosen]
-    share = jnp.array([denoiser.share for denoiser in table], jnp.float32)[chosen]
+    fraction = jnp.array([denoiser.fraction for denoiser in table], jnp.float32)[chosen]
 
-    missing_L1 = draw_spans(span_key, row.documents_L1, span, share) & is_text(row.tokens_L1)
+    missing_L1 = draw_spans(span_key, row.documents_L1, span, fraction) & is_text(row.tokens_L1)
     example = jax.tree.map(
-        lambda prefixed, spans: jnp.where(mode == special.sequential, prefixed, spans),
+        lambda prefixed, spans: jnp.where(mode == SEQUENTIAL, prefixed, spans),
         prefix(row, prefix_key, special),
         spans_last(row, missing_L1, special),
     )
     return example._replace(inputs_L=with_mode(row, example.inputs_L, mode))
 
 
-def draw_spans(key: jax.Array, documents_L1: jax.Array, span: jax.Array, share: jax.Array) -> jax.Array:
-    """Random spans of each document, as T5 draws them: r tokens in h spans, all divisions equally likely.
+def draw_spans(key: jax.Array, documents_L1: jax.Array, span: jax.Array, fraction: jax.Array) -> jax.Array:
+    """Draws the missing spans of each document as T5 does: r tokens in h spans, all divisions equally likely.
 
-    Of the n tokens after a document's first, r = share * n lie in h = r / span spans, at least one, both
-    rounded at random; the r are divided into h parts, which go into h of the n - r + 1 gaps between (and
-    around) the others.
+    Of the n tokens after a document's first, r = fraction * n are missing, in h = r / span spans (at least
+    one); both numbers are rounded stochastically. The r tokens are divided into h spans, which are inserted
+    into h of the n - r + 1 gaps between and around the other tokens.
 
     Args:
       key: PRNG key.
       documents_L1: see `Row`.
-      span: float32 []; mean length.
-      share: float32 [].
+      span: float32 []; mean length of a span, in tokens.
+      fraction: float32 []; missing fraction of the tokens.
 
     Returns:
-      bool [L+1]; never true at the first token of a document, nor where there is no text.
+      bool [L+1]; True for missing tokens, False at the first token of each document and at padding.
     """
     round_key, part_key, gap_key = jax.random.split(key, 3)
     start_L1, end_L1 = document_spans(documents_L1)
@@ -100,11 +112,11 @@ def draw_spans(key: jax.Array, documents_L1: jax.Array, span: jax.Array, share: 
     number_L1 = jnp.arange(size, dtype=jnp.int32) - start_L1
     n_L1 = jnp.where(documents_L1 >= 0, end_L1 - start_L1 - 1, 0)
     rounding_2xL1 = jax.random.uniform(round_key, (2, size))[:, start_L1]
-    r_L1 = portion(share, n_L1, rounding_2xL1[0])
+    r_L1 = portion(fraction, n_L1, rounding_2xL1[0])
     h_L1 = jnp.floor(r_L1 / span + rounding_2xL1[1]).astype(jnp.int32)
     h_L1 = jnp.minimum(jnp.maximum(h_L1, 1), jnp.minimum(r_L1, n_L1 - r_L1 + 1))
 
-    # A document's places serve twice: as the numbers 0..r-1 of its missing tokens, and as the gaps 0..n-r.
+    # A position is used both as the number 0..r-1 of a missing token and as the number 0..n-r of a gap.
     among_L1 = (number_L1 >= 1) & (number_L1 < r_L1)
     part_L1 = count(_first(part_key, start_L1, among_L1, h_L1 - 1), start_L1)
     chosen_L1 = _first(gap_key, start_L1, number_L1 <= n_L1 - r_L1, h_L1)
@@ -116,19 +128,22 @@ def draw_spans(key: jax.Array, documents_L1: jax.Array, span: jax.Array, share: 
 
 
 def spans_last(row: Row, missing_L1: jax.Array, special: SpecialIds) -> Example:
-    """Moves the missing spans of each document behind the rest of it, with sentinels; see `span_denoising`.
+    """Moves the missing spans of each document behind its other tokens, with sentinels.
 
     Args:
       row: a packed row.
-      missing_L1: bool [L+1]; never true at the first token of a document.
-      special: its `hole` and `pad`.
+      missing_L1: bool [L+1]; False at the first token of each document.
+      special: special ids of the tokenizer.
+
+    Returns:
+      An `Example` in the layout of `span_denoising`, without mode tokens.
     """
     start_L1, end_L1 = document_spans(row.documents_L1)
     size = start_L1.shape[0]
     number_L1 = jnp.arange(size, dtype=jnp.int32) - start_L1
     opens_L1 = missing_L1 & ~jnp.roll(missing_L1, 1)
     holes_L1 = count(opens_L1, start_L1)
-    # Up to here the document takes number + 1 places and two for each sentinel so far.
+    # Up to this token the document needs number + 1 positions, and two more per span.
     fits_L1 = (number_L1 + 1 + 2 * holes_L1 <= end_L1 - start_L1) & (row.documents_L1 >= 0)
     opens_L1, missing_L1 = opens_L1 & fits_L1, missing_L1 & fits_L1
     shown_L1 = fits_L1 & ~missing_L1
@@ -144,8 +159,8 @@ def spans_last(row: Row, missing_L1: jax.Array, special: SpecialIds) -> Example:
 
     tokens_L1 = jnp.full(size, special.pad, jnp.int32)
     tokens_L1 = put(tokens_L1, shown_L1, front_L1, row.tokens_L1)
-    tokens_L1 = put(tokens_L1, opens_L1, front_L1, special.hole)
-    tokens_L1 = put(tokens_L1, opens_L1, back_L1 - 1, special.hole)
+    tokens_L1 = put(tokens_L1, opens_L1, front_L1, HOLE)
+    tokens_L1 = put(tokens_L1, opens_L1, back_L1 - 1, HOLE)
     tokens_L1 = put(tokens_L1, missing_L1, back_L1, row.tokens_L1)
     scored_L1 = put(jnp.zeros(size, bool), missing_L1, back_L1, True)
 
@@ -162,14 +177,14 @@ def spans_last(row: Row, missing_L1: jax.Array, special: SpecialIds) -> Example:
 
 
 def count(flags_L: jax.Array, start_L: jax.Array) -> jax.Array:
-    """How many flags are set in the document up to and including each position, int32 [L]."""
+    """Returns the number of True flags in the document up to and including each position, int32 [L]."""
     total_L = jnp.cumsum(flags_L, dtype=jnp.int32)
     return total_L - (total_L - flags_L)[start_L]
 
 
 def _first(key: jax.Array, start_L: jax.Array, among_L: jax.Array, k_L: jax.Array) -> jax.Array:
-    """A random choice of k of the positions in `among_L` in each document, which has that many, bool [L]."""
+    """Returns k random positions of `among_L` in each document, which must have at least k, bool [L]."""
     scores_L = jnp.where(among_L, jax.random.uniform(key, start_L.shape), 2.0)
-    order_L = jnp.lexsort((scores_L, start_L))  # documents stay where they are
+    order_L = jnp.lexsort((scores_L, start_L))  # keeps the documents in order
     rank_L = jnp.arange(start_L.shape[0]) - start_L
     return jnp.zeros_like(among_L).at[order_L].set(rank_L < k_L)

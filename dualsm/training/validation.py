@@ -18,7 +18,7 @@ from dualsm.devices.sharding import constrain, replicated, shard_batch
 from dualsm.model import transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
-from dualsm.objectives.options import valid_options
+from dualsm.objectives.registry import valid_options
 from dualsm.training.objective_loss import example_loss
 
 _SEED = 20251214  # of the corruption; never the run's seed, so that runs are compared on the same task

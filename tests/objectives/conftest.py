@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import Example, Row, SpecialIds
-from dualsm.objectives.mixture import OBJECTIVES, row_keys
+from dualsm.objectives.mixture import row_keys
+from dualsm.objectives.registry import OBJECTIVES
 from dualsm.training.objective_loss import example_loss
 
 VOCABULARY = 64

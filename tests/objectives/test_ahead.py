@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dualsm.objectives.ahead import FARTHEST
+from dualsm.objectives.ahead import AHEAD_2, MAX_DISTANCE, REST
 
 from .conftest import SPECIAL, batch, packed, rewritten
 
@@ -12,10 +12,10 @@ LENGTH = 24
 
 def distance_of(inputs_L: np.ndarray) -> int:
     """The distance that a row's first token tells."""
-    return 1 if inputs_L[0] == SPECIAL.bos else int(inputs_L[0]) - SPECIAL.ahead2 + 2
+    return 1 if inputs_L[0] == SPECIAL.bos else int(inputs_L[0]) - AHEAD_2 + 2
 
 
-@pytest.mark.parametrize("farthest", [1, 4, FARTHEST])
+@pytest.mark.parametrize("farthest", [1, 4, MAX_DISTANCE])
 def test_distances_are_drawn_equally_often(farthest):
     rows = 4 * farthest
     example = rewritten("diverse_causal", batch([packed([40], LENGTH)] * rows), distance=farthest)
@@ -43,8 +43,8 @@ def test_a_mode_token_stands_first_in_each_document_and_nothing_else_changes():
     tokens_L1, documents_L1 = packed([9, 1, 3, 6], LENGTH)  # and filling, which has no mode
     first_L = np.isin(np.arange(LENGTH), [0, 9, 10, 13])
     for name, modes in (
-        ("diverse_causal", {SPECIAL.ahead2, SPECIAL.ahead3, SPECIAL.ahead4, SPECIAL.bos}),
-        ("next_all", {SPECIAL.rest}),
+        ("diverse_causal", {AHEAD_2, AHEAD_2 + 1, AHEAD_2 + 2, SPECIAL.bos}),
+        ("next_all", {REST}),
     ):
         inputs_BxL = rewritten(name, batch([(tokens_L1, documents_L1)] * 14)).inputs_L
         assert set(inputs_BxL[:, first_L].ravel()) == modes

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import truncnorm
 
 from dualsm.model.transformer import bind
-from dualsm.objectives.masked_diffusion import NARROWEST, draw_time
+from dualsm.objectives.masked_diffusion import MIN_WIDTH, draw_time
 from dualsm.training.objective_loss import example_loss
 
 from .conftest import SPECIAL, batch, far_from_initial, packed, rewritten, tiny_model
@@ -139,7 +139,7 @@ def test_options_that_give_up_the_bound_have_the_mean_they_should(options, weigh
     assert abs(mean - expected(nll, 4)) > 5 * error  # they do give it up
 
 
-@pytest.mark.parametrize("width", [NARROWEST, 0.2, 1.0])
+@pytest.mark.parametrize("width", [MIN_WIDTH, 0.2, 1.0])
 def test_the_bell_is_a_normal_distribution_cut_to_the_unit_interval(width):
     """Of n tokens, k = 1 + floor(n * t) are masked, and t has the quantiles of the bell."""
     n, rows = 64, 2000
@@ -163,9 +163,9 @@ def test_the_weights_of_a_bell_have_the_mean_1_from_the_narrowest_allowed_on():
         uniform = jnp.arange(1, 2**23, dtype=jnp.float32) / 2**23
         return np.mean(1 / np.asarray(draw_time(uniform, "bell", width)[1], np.float64))
 
-    assert mean(NARROWEST) == pytest.approx(1, abs=0.01)
+    assert mean(MIN_WIDTH) == pytest.approx(1, abs=0.01)
     assert mean(0.08) < 0.9
-    with pytest.raises(ValueError, match="must be at least 0.15"):
+    with pytest.raises(ValueError, match="width=0.14 is too narrow.*at least 0.15"):
         rewritten("masked_diffusion", batch([packed([100], 64)]), time="bell", width=0.14)
 
 

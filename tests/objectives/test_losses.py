@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dualsm.objectives.example import document_spans
-from dualsm.objectives.mixture import OBJECTIVES
+from dualsm.objectives.registry import OBJECTIVES
 from dualsm.training.objective_loss import objective_loss
 
 from .conftest import SPECIAL, VOCABULARY, batch, packed, rewritten
@@ -74,7 +74,7 @@ def test_special_tokens_stay_as_they_are(name):
     inputs_BxL = rewritten(name, rows, **options).inputs_L
     for position in (3, 6, 9):
         assert (inputs_BxL[:, position] == tokens_L1[position]).all()
-    modes = {SPECIAL.bos, SPECIAL.sequential, SPECIAL.rest, *range(SPECIAL.ahead2, SPECIAL.ahead7 + 1)}
+    modes = {SPECIAL.bos, *OBJECTIVES[name].mode_tokens.values()}
     assert set(inputs_BxL[:, [0, 4]].ravel()) <= modes
 
 

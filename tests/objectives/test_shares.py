@@ -74,13 +74,13 @@ def test_an_objective_that_comes_later_is_trained_too():
     ("name", "path", "message"),
     [
         ("linear", "", "needs a path"),
-        ("constant", "1 causal=1", "is set but its name is 'constant'"),
+        ("constant", "1 causal=1", "has no effect with the schedule 'constant'"),
         ("steps", "0.5 causal=0.4 prefix=0.5", "sums to 0.9"),
-        ("steps", "0.5 causal=1; 0.5 prefix=1", "must lie above 0.5"),
-        ("steps", "1.5 causal=1", "not above 1"),
-        ("steps", "half causal=1", "does not read"),
-        ("steps", "0.5 causal", "does not read"),
-        ("linear", "0.5 casual=1", "no objective"),
+        ("steps", "0.5 causal=1; 0.5 prefix=1", "must be above 0.5"),
+        ("steps", "1.5 causal=1", "at most 1"),
+        ("steps", "half causal=1", "cannot parse"),
+        ("steps", "0.5 causal", "cannot parse"),
+        ("linear", "0.5 casual=1", "unknown objective"),
     ],
 )
 def test_impossible_schedules_are_refused_in_one_line(name, path, message):

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualsm.objectives.span_denoising import DENOISERS, draw_spans
+from dualsm.objectives.span_denoising import DENOISERS, EXTREME, HOLE, REGULAR, SEQUENTIAL, draw_spans
 
 from .conftest import SPECIAL, batch, packed, rewritten
 
 ROWS, LENGTH = 84, 96
-MODES = {SPECIAL.regular: "R", SPECIAL.sequential: "S", SPECIAL.extreme: "X"}
+MODES = {REGULAR: "R", SEQUENTIAL: "S", EXTREME: "X"}
 # Rows of a batch by their mode: the draw is stratified, and there are two R, one S and four X.
 BY_MODE = {"R": range(24), "S": range(24, 36), "X": range(36, 84)}
 LENGTHS = [30, 1, 2, 25, 3, 20, 16]  # the last one goes on behind the row
@@ -46,13 +46,13 @@ def take_apart(form: np.ndarray, bar: int) -> tuple[list[int], list[list[int]], 
     assert SPECIAL.pad not in prefix + behind
     spans = []
     for token in behind:
-        if token == SPECIAL.hole:
+        if token == HOLE:
             spans.append([])
         else:
             spans[-1].append(token)
     waiting, text = iter(spans), []
     for token in prefix:
-        text += next(waiting) if token == SPECIAL.hole else [token]
+        text += next(waiting) if token == HOLE else [token]
     assert next(waiting, None) is None, "more spans than holes"
     return prefix, spans, text
 
@@ -110,15 +110,15 @@ def test_spans_have_the_share_and_the_mean_length_of_their_denoiser(index, spans
     denoiser = DENOISERS[index]
     documents_L1 = jnp.asarray(np.repeat([0, 1], [601, 400]))
     keys_B = jax.random.split(jax.random.key(index), 400)
-    missing_BxL1 = np.asarray(spans(keys_B, documents_L1, denoiser.span, denoiser.share))
+    missing_BxL1 = np.asarray(spans(keys_B, documents_L1, denoiser.span, denoiser.fraction))
     for start, n in ((0, 600), (601, 399)):
         part_BxL = missing_BxL1[:, start : start + n + 1]
         assert not part_BxL[:, 0].any()
         counts_B = part_BxL.sum(1)
-        assert np.abs(counts_B - denoiser.share * n).max() < 1
+        assert np.abs(counts_B - denoiser.fraction * n).max() < 1
         # Spans never touch, so each begins a run; their number is rounded, but is one at the least.
         opens_B = (part_BxL[:, 1:] & ~part_BxL[:, :-1]).sum(1)
-        wanted = max(1, denoiser.share * n / denoiser.span)
+        wanted = max(1, denoiser.fraction * n / denoiser.span)
         assert np.abs(opens_B - wanted).max() <= 1.2
         assert opens_B.mean() == pytest.approx(wanted, abs=4 * 0.5 / np.sqrt(len(keys_B)))
 
@@ -137,7 +137,7 @@ def test_rows_draw_all_denoisers_equally_often(example):
     """Stratified: of seven rows one is S, two are R and four are X, each with its own number of holes."""
     for mode, rows in BY_MODE.items():
         assert {MODES[int(example.inputs_L[b, 0])] for b in rows} == {mode}
-    holes = (example.inputs_L == SPECIAL.hole).sum(1).reshape(7, 12).mean(1)
+    holes = (example.inputs_L == HOLE).sum(1).reshape(7, 12).mean(1)
     assert holes[0] > holes[1] > 0
     assert holes[2] == 0
     assert holes[3] > holes[4] > holes[5] > 0
@@ -148,7 +148,7 @@ def test_the_sequential_denoiser_is_prefix_with_a_mode_token(layouts, example):
     for b in BY_MODE["S"]:
         tokens_L1, documents_L1 = layouts[b]
         for start, end in documents_of(documents_L1[:-1]):
-            assert example.inputs_L[b, start] == SPECIAL.sequential
+            assert example.inputs_L[b, start] == SEQUENTIAL
             inner = slice(start + 1, end)
             np.testing.assert_array_equal(example.inputs_L[b, inner], tokens_L1[inner])
             bar = int(example.key_end_L[b, start])
