@@ -1,11 +1,12 @@
-"""Checks and times the training step on an accelerator, in one call.
+"""Checks and times attention and the training step on an accelerator.
 
     python benchmarks/accelerator.py --output=runs/h200.json
     python benchmarks/accelerator.py --attention=flash --remat=none --remat=matmuls --rows=256 --check=false
 
-benchmarks/attention.py first checks and times attention at the config's shape, and a wrong kernel ends the
-script. Then the step is timed on all devices for every combination of `--attention`, `--remat` and
-`--mixture`, in turn, round after round. The first losses of all combinations of a mixture must agree.
+First, benchmarks/attention.py checks and times attention with the shape of the config; an incorrect kernel is
+an error. Then the step is timed on all devices for every combination of `--attention`, `--remat` and
+`--mixture`. Each round times all combinations in turn. The first losses of all combinations with the same
+mixture must agree.
 """
 
 from __future__ import annotations
@@ -33,19 +34,25 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import say, table
 from dualsm.training.program import attended_share
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/dual_470m.py", "recipe, see configs/")
-_ROWS = flags.DEFINE_integer("rows", 64, "a step and device, instead of the recipe's batch", lower_bound=1)
-_ATTENTION = flags.DEFINE_multi_string("attention", [], "backends; default: xla and the platform's kernel")
-_REMAT = flags.DEFINE_multi_string("remat", [], "remat policies; default: the recipe's")
-_MIXTURE = flags.DEFINE_multi_enum("mixture", list(MIXTURES), list(MIXTURES), "objectives of the sequences")
-_CHECK = flags.DEFINE_bool("check", True, "check and time attention alone first")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "over which the medians are taken", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", 2.0, "each contestant's share of a round")
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/dual_470m.py", "config file, see configs/")
+_ROWS = flags.DEFINE_integer(
+    "rows", 64, "sequences per step and device; overrides the batch size of the config", lower_bound=1
+)
+_ATTENTION = flags.DEFINE_multi_string(
+    "attention", [], "attention backends; default: xla and the kernel of the platform"
+)
+_REMAT = flags.DEFINE_multi_string("remat", [], "remat policies; default: the one in the config")
+_MIXTURE = flags.DEFINE_multi_enum("mixture", list(MIXTURES), list(MIXTURES), "mixtures of objectives")
+_CHECK = flags.DEFINE_bool("check", True, "check and time attention first")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 5, "number of rounds; results are medians over the rounds", lower_bound=1
+)
+_SECONDS = flags.DEFINE_float("seconds", 2.0, "seconds per combination and round")
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 
 
 def check_attention(config: ConfigDict) -> None:
-    """Checks and times attention, in a process of its own that leaves no memory behind."""
+    """Checks and times attention in a separate process, which frees all device memory."""
     model = config.model
     script = [sys.executable, str(Path(__file__).with_name("attention.py")), f"--rounds={_ROUNDS.value}"]
     shape = [
@@ -54,11 +61,13 @@ def check_attention(config: ConfigDict) -> None:
         f"--width={model.d_model // model.num_heads}",
     ]
     if subprocess.run([*script, *shape, f"--dtype={model.dtype}", "--queries=128"], check=False).returncode:
-        raise UserError("attention is wrong or failed, see above; no step was timed")
+        raise UserError(
+            "the attention check failed, see the output above; use --check=false to time the step anyway"
+        )
 
 
 def timed_config(recipe: ConfigDict, attention: str, remat: str, mixture: str) -> ConfigDict:
-    """Returns the recipe with a smaller batch, that attention, remat policy and mixture."""
+    """Returns the config with the given attention, remat policy, mixture, and the batch size of --rows."""
     config = recipe.copy_and_resolve_references()
     config.batch_size = _ROWS.value * len(jax.devices())
     config.model.attention, config.model.remat = attention, remat
@@ -67,7 +76,7 @@ def timed_config(recipe: ConfigDict, attention: str, remat: str, mixture: str) -
 
 
 def measured(recipe: ConfigDict) -> dict[str, dict]:
-    """Returns what each combination takes, by "attention, remat, mixture"."""
+    """Times all combinations; returns the results by "attention, remat, mixture"."""
     mesh = sharding.make_mesh(recipe.mesh, jax.devices())
     backends = _ATTENTION.value or ["xla", *filter(None, [KERNELS.get(jax.default_backend())])]
     results, timers = {}, {}
@@ -107,17 +116,19 @@ def measured(recipe: ConfigDict) -> dict[str, dict]:
 def main(_: Sequence[str]) -> None:
     recipe = cli.config(_CONFIG)
     if not recipe.model.vocab_size:
-        raise UserError("--config.model.vocab_size must be given, as no corpus is read here")
+        raise UserError(
+            "config.model.vocab_size is 0; set --config.model.vocab_size, because no corpus is read"
+        )
     if _CHECK.value:
         check_attention(recipe)
     results = measured(recipe)
     devices = jax.devices()
     kind, length = devices[0].device_kind, recipe.seq_len
-    say(f"\n{len(devices)} x {kind}, {_ROWS.value} rows of {length} tokens a device")
+    say(f"\n{len(devices)} x {kind}, {_ROWS.value} sequences of {length} tokens per device")
     columns = ["seconds", "tokens/s", "MFU", "time over causal", "GiB", "first loss"]
     say(
         table(
-            ["attention, remat, sequences", *columns],
+            ["attention, remat, mixture", *columns],
             [
                 [
                     name,
@@ -137,7 +148,7 @@ def main(_: Sequence[str]) -> None:
     for mixture in _MIXTURE.value:
         losses = [r["first_loss"] for r in results.values() if r["mixture"] == mixture]
         if not max(losses) - min(losses) < 0.01 * min(losses):
-            raise UserError(f"the first losses of the {mixture} sequences differ: {losses}")
+            raise UserError(f"the first losses of the mixture {mixture!r} differ by more than 1%: {losses}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Attention forward and backward on rows of every objective: first whether each way of computing it gives the
-same, then what each takes.
+"""Checks and times implementations of attention, forward and backward, with sequences of all objectives.
 
     python benchmarks/attention.py --dtype=bfloat16 --rows=18       # on an accelerator
     JAX_PLATFORMS=cpu python benchmarks/attention.py
 
-The peer is plain attention with all queries of a row at once, which holds the L x L scores. It is compared
-with plain attention with fewer queries at a time, with the platform's kernel where there is one, and on
-NVIDIA GPUs with cuDNN's attention, which takes the ranges as a mask. All are measured in turn, round after
-round; each ratio compares runs of the same round. A difference from the peer beyond rounding is an error.
+The reference is XLA attention on all queries of a sequence, which materializes the L x L scores. The other
+implementations are XLA attention on chunks of queries, the kernel of the platform if there is one, and, on
+NVIDIA GPUs, cuDNN attention with the key ranges as a mask. Each round times all implementations in turn;
+ratios compare timings of the same round. A difference from the reference beyond rounding is an error.
 """
 
 from __future__ import annotations
@@ -33,27 +32,29 @@ from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.progress import say, table
 
-_ROWS = flags.DEFINE_integer("rows", 9, "rows, which follow the objectives in turn", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 2048, "tokens a row", lower_bound=1)
-_HEADS = flags.DEFINE_integer("heads", 4, "heads", lower_bound=1)
-_WIDTH = flags.DEFINE_integer("width", 64, "numbers a head", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "of queries, keys and values")
-_QUERIES = flags.DEFINE_multi_integer("queries", [128, 256, 512], "queries of plain attention at a time")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "over which the medians are taken", lower_bound=1)
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_ROWS = flags.DEFINE_integer("rows", 9, "batch size; the objectives alternate", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 2048, "sequence length", lower_bound=1)
+_HEADS = flags.DEFINE_integer("heads", 4, "number of heads", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", 64, "head dimension", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "dtype of queries, keys and values")
+_QUERIES = flags.DEFINE_multi_integer("queries", [128, 256, 512], "chunk sizes of XLA attention, in queries")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 7, "number of rounds; results are medians over the rounds", lower_bound=1
+)
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 
 PEER = "all queries"
 CUDNN = "cuDNN with a mask"
-VOCABULARY = 512  # which tokens there are does not matter here
+VOCABULARY = 512  # the tokens do not affect attention
 
 
 def key_ranges(rows: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """Starts and ends of the keys seen, [B, L], by rows of documents of all sizes under all objectives."""
+    """Returns the key ranges, [B, L] each, for documents of various lengths and all objectives."""
     names, special = list(mixture.OBJECTIVES), SpecialIds(vocab_size=VOCABULARY)
     objectives = mixture.bind(names, default_config().objectives, special)
     random = np.random.default_rng(0)
     tokens_BxL1 = random.integers(16, VOCABULARY, (rows, length + 1)).astype(np.int32)
-    starts_BxL1 = random.random((rows, length + 1)) < 4 / length  # some four documents a row
+    starts_BxL1 = random.random((rows, length + 1)) < 4 / length  # about four documents per sequence
     documents_BxL1 = starts_BxL1.cumsum(1).astype(np.int32)
     stratum_B, strata_B = np.arange(rows), np.full(rows, rows)
     row = Row(tokens_BxL1, documents_BxL1, stratum_B, strata_B, np.zeros(rows, np.float32))
@@ -64,7 +65,7 @@ def key_ranges(rows: int, length: int) -> tuple[jax.Array, jax.Array]:
 
 
 def both_passes(ranges: tuple[jax.Array, jax.Array], backend: str) -> Callable:
-    """A function of (q, k, v): attended values, and the gradients of a weighting of them."""
+    """Returns a function of (q, k, v) that computes attention and the gradients of a weighted sum of it."""
     attend = attend_cudnn if backend == CUDNN else functools.partial(attention.attend, backend=backend)
 
     def run(q, k, v):
@@ -75,18 +76,18 @@ def both_passes(ranges: tuple[jax.Array, jax.Array], backend: str) -> Callable:
 
 
 def attend_cudnn(q, k, v, key_start_BxL, key_end_BxL) -> jax.Array:
-    """cuDNN's attention; it holds the mask, [B, L, L]."""
+    """Computes attention with cuDNN, which materializes the mask, [B, L, L]."""
     mask_Bx1xLxL = attention.range_mask(key_start_BxL, key_end_BxL, k.shape[1])[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask_Bx1xLxL, implementation="cudnn")
 
 
 def compiled_ways(qkv: Sequence[jax.Array], ranges: tuple[jax.Array, jax.Array]) -> dict:
-    """The ways of computing attention on this platform, compiled; the peer first."""
+    """Returns the compiled implementations for this platform, the reference first."""
     ways = {PEER: ("xla", _LENGTH.value)}
-    ways |= {f"{queries} queries at a time": ("xla", queries) for queries in _QUERIES.value}
+    ways |= {f"{queries} queries per chunk": ("xla", queries) for queries in _QUERIES.value}
     if kernel := attention.KERNELS.get(jax.default_backend()):
         ways[kernel] = (kernel, _LENGTH.value)
-    if jax.default_backend() == "gpu" and _DTYPE.value == "bfloat16":  # it supports half precision only
+    if jax.default_backend() == "gpu" and _DTYPE.value == "bfloat16":  # cuDNN supports half precision only
         ways[CUDNN] = (CUDNN, _LENGTH.value)
     compiled = {}
     for name, (backend, queries) in ways.items():
@@ -96,7 +97,7 @@ def compiled_ways(qkv: Sequence[jax.Array], ranges: tuple[jax.Array, jax.Array])
 
 
 def largest_difference(found: Sequence[jax.Array], expected: Sequence[jax.Array]) -> float:
-    """The largest of values and gradients, each over the largest that is expected."""
+    """Returns the largest difference of outputs and gradients, relative to the largest expected value."""
 
     def one(ours, theirs) -> float:
         ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
@@ -128,17 +129,21 @@ def main(_: Sequence[str]) -> None:
         ratios = [ours / peer for ours, peer in zip(seconds[name], seconds[PEER], strict=True)]
         result["time_over_peer"] = statistics.median(ratios)
     device = jax.devices()[0].device_kind
-    say(f"{rows} rows of {length} tokens, {heads} heads of {width}, {_DTYPE.value}, {device}")
+    say(f"{rows} sequences of {length} tokens, {heads} heads of dimension {width}, {_DTYPE.value}, {device}")
     columns = ["difference", "temporary_mib", "milliseconds", "time_over_peer"]
     formats = dict(zip(columns, [".1e", ".0f", ".1f", ".2f"], strict=True))
     lines = [[name, *(format(r[c], formats[c]) for c in columns)] for name, r in results.items()]
-    say(table(["", "difference", "temporary MiB", "ms", "time over the first"], lines))
+    say(table(["implementation", "difference", "temporary MiB", "ms", "time over reference"], lines))
     if _OUTPUT.value:
         Path(_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
-    exact = _DTYPE.value == "float32" and jax.default_backend() == "cpu"  # elsewhere products round more
+    exact = (
+        _DTYPE.value == "float32" and jax.default_backend() == "cpu"
+    )  # other platforms and dtypes round more
     wrong = [name for name, r in results.items() if not r["difference"] < (1e-4 if exact else 0.05)]
     if wrong:
-        raise UserError(f"differs from plain attention with all queries at once: {', '.join(wrong)}")
+        raise UserError(
+            f"differs from XLA attention on all queries by more than rounding: {', '.join(wrong)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What the compiler takes for deep models, and what memory a step takes beside one that holds all logits.
+"""Measures compile time against depth, and the memory of a step against one that materializes all logits.
 
     JAX_PLATFORMS=cpu python benchmarks/compiling.py
-    python benchmarks/compiling.py --topology=v5e:2x2    # memory on a TPU that is not there, with its kernels
+    python benchmarks/compiling.py --topology=v5e:2x2    # memory on a TPU, without a TPU
 
-Compile times are of the whole training step, from tracing on, by turns and without any cache; the layers
-are under one scan, so that depth should cost nothing. Memory is XLA's own account of the compiled step
-(`memory_analysis`), nothing is run: beside the step stands the same one with the textbook loss, a softmax
-over all logits at once, differentiated by `jax.grad`.
+Compile times include tracing of the whole training step, alternate between models and use no cache. The
+layers are in one scan, so depth should not affect them. Memory is XLA's analysis of the compiled step
+(`memory_analysis`); nothing is executed. The baseline is the same step with the textbook loss: a softmax over
+all logits, differentiated by `jax.grad`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from dualsm import objectives
 from dualsm.aot.absent import absent_devices
 from dualsm.config import default_config
 from dualsm.devices import sharding
@@ -32,28 +31,29 @@ from dualsm.model.cross_entropy import cross_entropy
 from dualsm.objectives.example import SpecialIds
 from dualsm.process import cli
 from dualsm.process.progress import say, table
+from dualsm.training import objective_loss
 from dualsm.training.program import batch_shapes, compile_train_step
 
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "over which the median of the compile times is taken")
-_ROWS = flags.DEFINE_integer("rows", 8, "rows a step whose memory is looked at", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "number of compilations; results are medians")
+_ROWS = flags.DEFINE_integer("rows", 8, "batch size for memory measurements", lower_bound=1)
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     "",
-    "slice of a chip that the steps whose memory is looked at are compiled for; empty: this machine",
+    "TPU slice to compile for when measuring memory; default: this machine",
 )
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 
 SHALLOW, DEEP = 4, 24  # layers
-ROW_TOKENS, VOCABULARY = 2048, 51_200
+SEQ_LEN, VOCAB_SIZE = 2048, 51_200
 MODELS = {
-    # layers, width, heads, d_ff, remat
+    # num_layers, d_model, num_heads, d_ff, remat
     "step, default config": (4, 256, 4, 704, "matmuls"),
     "step, dual_470m": (24, 1024, 16, 3554, "full"),
 }
 
 
 def step_config(layers: int, width: int, heads: int, d_ff: int, remat: str = "matmuls") -> ConfigDict:
-    """The default config, all three objectives on, at those sizes."""
+    """Returns the default config with the given sizes and a mixture of three objectives."""
     config = default_config()
     model = config.model
     model.num_layers, model.d_model, model.num_heads, model.d_ff = layers, width, heads, d_ff
@@ -63,7 +63,7 @@ def step_config(layers: int, width: int, heads: int, d_ff: int, remat: str = "ma
 
 
 def compiled_step(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> jax.stages.Compiled:
-    """The training step of a config, compiled anew for the first of some devices, or of this machine's."""
+    """Compiles the training step for the first of `devices`, by default of this machine."""
     mesh = sharding.make_mesh(config.mesh, (devices or jax.devices())[:1])
     with jax.set_mesh(mesh):
         program = compile_train_step(config, SpecialIds(vocab_size=config.model.vocab_size), mesh)
@@ -71,7 +71,7 @@ def compiled_step(config: ConfigDict, devices: Sequence[jax.Device] | None = Non
 
 
 def compile_seconds(layers: int) -> float:
-    """Seconds to trace and compile the step of a small model of so many layers."""
+    """Returns the seconds to trace and compile the step of a small model with `layers` layers."""
     config = step_config(layers, 64, 2, 192)
     config.seq_len, config.batch_size, config.model.vocab_size = 128, 8, 512
     jax.clear_caches()
@@ -81,7 +81,7 @@ def compile_seconds(layers: int) -> float:
 
 
 def textbook_loss(features_BxLxD, kernel_DxV, bias_V, targets_BxL, weights_BxL, z_weights_BxL, chunk):
-    """`cross_entropy` of dualsm/model/cross_entropy.py as one would first write it; the chunk is not used."""
+    """Computes `cross_entropy` of dualsm/model/cross_entropy.py without chunking; `chunk` is ignored."""
     kernel_DxV = kernel_DxV.astype(features_BxLxD.dtype)
     logits_BxLxV = jnp.einsum("bld,dv->blv", features_BxLxD, kernel_DxV, preferred_element_type=jnp.float32)
     logits_BxLxV += bias_V
@@ -92,25 +92,25 @@ def textbook_loss(features_BxLxD, kernel_DxV, bias_V, targets_BxL, weights_BxL, 
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a program holds at its peak, apart from what it is given and returns."""
+    """Returns the peak temporary memory of a program in bytes, without its inputs and outputs."""
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def step_memory(sizes: tuple, devices: Sequence[jax.Device] | None) -> tuple[int, int]:
-    """Temporary bytes of the step, as it is and with all logits held."""
+    """Returns the temporary bytes of the step, with the chunked loss and with the textbook loss."""
     config = step_config(*sizes)
-    config.seq_len, config.batch_size, config.model.vocab_size = ROW_TOKENS, _ROWS.value, VOCABULARY
+    config.seq_len, config.batch_size, config.model.vocab_size = SEQ_LEN, _ROWS.value, VOCAB_SIZE
     ours = temporary_bytes(compiled_step(config, devices))
-    with mock.patch.object(objectives.loss, "cross_entropy", textbook_loss):
+    with mock.patch.object(objective_loss, "cross_entropy", textbook_loss):
         return ours, temporary_bytes(compiled_step(config, devices))
 
 
 def loss_memory() -> tuple[int, int]:
-    """Temporary bytes of the loss and its gradients alone, at the default config's width and chunk."""
+    """Returns the temporary bytes of both losses with gradients, for the default sizes."""
     config = default_config()
     width, chunk = config.model.d_model, config.loss.chunk_size
-    rows_BxL = (_ROWS.value, ROW_TOKENS)
-    shapes = [(*rows_BxL, width), (width, VOCABULARY), (VOCABULARY,), rows_BxL, rows_BxL, rows_BxL]
+    rows_BxL = (_ROWS.value, SEQ_LEN)
+    shapes = [(*rows_BxL, width), (width, VOCAB_SIZE), (VOCAB_SIZE,), rows_BxL, rows_BxL, rows_BxL]
     types = [jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32]
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
 
@@ -122,7 +122,7 @@ def loss_memory() -> tuple[int, int]:
 
 
 def compile_times() -> dict:
-    """Median seconds of a shallow and a deep model, and of their ratio."""
+    """Returns the median compile times of a shallow and a deep model, and the median of their ratio."""
     compile_seconds(SHALLOW)
     pairs = [(compile_seconds(SHALLOW), compile_seconds(DEEP)) for _ in range(_ROUNDS.value)]
     return {
@@ -140,7 +140,7 @@ def main(_: Sequence[str]) -> None:
         f"compile: {SHALLOW} layers {compiling['shallow_seconds']:.2f} s, {DEEP} layers "
         f"{compiling['deep_seconds']:.2f} s, ratio {compiling['ratio']:.2f}; load {os.getloadavg()[0]:.1f}"
     )
-    bytes_ = {"loss alone, width 256": loss_memory()}
+    bytes_ = {"loss only, d_model 256": loss_memory()}
     bytes_ |= {name: step_memory(sizes, devices) for name, sizes in MODELS.items()}
     memories = {
         name: {"temporary_gib": ours / 2**30, "whole_logits_gib": whole / 2**30, "ratio": ours / whole}
@@ -150,8 +150,8 @@ def main(_: Sequence[str]) -> None:
         [name, f"{r['temporary_gib']:.2f}", f"{r['whole_logits_gib']:.2f}", f"{r['ratio']:.2f}"]
         for name, r in memories.items()
     ]
-    say(f"temporary memory, GiB, {_ROWS.value} rows of {ROW_TOKENS:,} tokens, {VOCABULARY:,} ids:")
-    say(table(["", "dualsm", "with whole logits", "ratio"], rows))
+    say(f"temporary memory in GiB, {_ROWS.value} sequences of {SEQ_LEN:,} tokens, {VOCAB_SIZE:,} ids:")
+    say(table(["", "dualsm", "all logits", "ratio"], rows))
     if _OUTPUT.value:
         content = {"compile": compiling, "rows": _ROWS.value, "memory": memories}
         Path(_OUTPUT.value).write_text(json.dumps(content, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""What the data costs: tokens a second into training, the first batch of any step, and `prepare`.
+"""Measures data loading and preparation: tokens per second, time to the first batch, and `prepare`.
 
     python benchmarks/data.py --corpus=runs/corpus
 
-Rows come from a corpus's own shards by the pipeline that training uses, with one reading thread; beside
-them, in the same rounds, stands the bare reading of the same number of records. `prepare` works with one
-process and a given tokenizer on the text of --input; beside it SentencePiece encodes the same documents.
+Batches are read from the corpus by the pipeline that training uses, with one worker thread. The baseline
+reads the same number of records without further processing, in the same rounds. `prepare` runs in one process
+with an existing tokenizer on the text of --input; its baseline is SentencePiece encoding the same documents.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sentencepiece as spm
 from absl import flags
 from grain.sources import ArrayRecordDataSource
 
-from dualsm.data import readers
+from dualsm.data import inputs, readers
 from dualsm.data.batches import BatchSource, read_batches
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import RECORD_TOKENS, TOKENIZER, Corpus
@@ -31,21 +31,23 @@ from dualsm.data.sequence_order import SequenceOrder
 from dualsm.process import cli
 from dualsm.process.progress import say, table
 
-_CORPUS = cli.DEFINE_path("corpus", None, "folder made by `python -m dualsm.prepare`")
-_INPUT = flags.DEFINE_string("input", readers.PYTHON_STDLIB, "text for `prepare`, as its own --input")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "over which the medians are taken", lower_bound=1)
-_PREPARES = flags.DEFINE_integer("prepares", 3, "rounds of `prepare`; 0: leave it out", lower_bound=0)
-_SECONDS = flags.DEFINE_float("seconds", 1.0, "of reading, in each round")
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_CORPUS = cli.DEFINE_path("corpus", None, "corpus written by `python -m dualsm.prepare`")
+_INPUT = flags.DEFINE_string("input", inputs.PYTHON_STDLIB, "text for `prepare`; same syntax as its --input")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 7, "number of rounds; results are medians over the rounds", lower_bound=1
+)
+_PREPARES = flags.DEFINE_integer("prepares", 3, "rounds of `prepare`; 0 skips it", lower_bound=0)
+_SECONDS = flags.DEFINE_float("seconds", 1.0, "seconds of reading per round")
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 flags.mark_flags_as_required(["corpus"])
 
-SHAPES = ((8, 2048), (128, 128))  # rows a step, tokens a row
+SHAPES = ((8, 2048), (128, 128))  # batch size, sequence length
 FAR = 1_000_000  # steps
-THREADS, AHEAD = 1, 4
+THREADS, PREFETCH = 1, 4
 
 
 class Timing(NamedTuple):
-    """Seconds on the clock, and of this process's cores."""
+    """Wall-clock seconds and CPU seconds of this process."""
 
     clock: float
     cores: float
@@ -57,24 +59,24 @@ def timed(work: Callable[[], object]) -> Timing:
     return Timing(time.perf_counter() - clock, time.process_time() - cores)
 
 
-def step_rows(corpus: Corpus, rows: int, seq_len: int, steps: int) -> BatchSource:
-    """The rows of a run of so many steps, which repeats the corpus as often as it must."""
+def batch_source(corpus: Corpus, batch_size: int, seq_len: int, steps: int) -> BatchSource:
+    """Returns the batches of a run of `steps` steps, which repeats the corpus as often as necessary."""
     documents = corpus.documents("train")
-    budget = steps * rows * seq_len
+    budget = steps * batch_size * seq_len
     order = SequenceOrder(documents.lengths_N, budget, seq_len, -(-budget // documents.tokens), seed=0)
-    return BatchSource(documents, order, rows, seq_len, pad=0, local_rows=range(rows))
+    return BatchSource(documents, order, batch_size, seq_len, pad=0, local_rows=range(batch_size))
 
 
 def records_of(source: BatchSource, step: int) -> int:
-    """How many records hold the rows of a step."""
+    """Returns the number of records that a step reads."""
     segments = source.order.segments(step * source.batch_size + np.arange(source.batch_size))
     return int(((segments.stop_S - 1) // RECORD_TOKENS - segments.start_S // RECORD_TOKENS + 1).sum())
 
 
 def reading(corpus: Corpus, rows: int, seq_len: int) -> dict:
-    """Tokens a second of the pipeline, and of records that are only read."""
-    source = step_rows(corpus, rows, seq_len, FAR)
-    batches = read_batches(source, 0, THREADS, AHEAD)
+    """Returns tokens per second of the pipeline, and relative to reading the records only."""
+    source = batch_source(corpus, rows, seq_len, FAR)
+    batches = read_batches(source, 0, THREADS, PREFETCH)
     tokens = rows * seq_len
 
     def piped() -> float:
@@ -96,7 +98,7 @@ def reading(corpus: Corpus, rows: int, seq_len: int) -> dict:
             steps += 1
         return steps * tokens / seconds
 
-    for _ in range(AHEAD + 1):  # what was read ahead is no measure of reading
+    for _ in range(PREFETCH + 1):  # exclude the prefetched batches
         next(batches)
     pairs = [(piped(), bare()) for _ in range(_ROUNDS.value)]
     return {
@@ -108,11 +110,11 @@ def reading(corpus: Corpus, rows: int, seq_len: int) -> dict:
 
 
 def first_batches(corpus: Corpus) -> dict:
-    """Seconds from nothing but the corpus's folder to the first batch of the first step and of a far one."""
+    """Returns the seconds from opening the corpus to the first batch, for step 0 and for a late step."""
     rows, seq_len = SHAPES[0]
 
     def first(step: int) -> None:
-        next(read_batches(step_rows(corpus, rows, seq_len, FAR + 2), step, THREADS, AHEAD))
+        next(read_batches(batch_source(corpus, rows, seq_len, FAR + 2), step, THREADS, PREFETCH))
 
     first(0)
     pairs = [(timed(lambda: first(0)).clock, timed(lambda: first(FAR)).clock) for _ in range(_ROUNDS.value)]
@@ -124,9 +126,9 @@ def first_batches(corpus: Corpus) -> dict:
 
 
 def texts_of(pattern: str) -> list[str]:
-    """The documents that `prepare` finds in such input; those it cannot use are left out, as there."""
+    """Returns the documents that `prepare` finds in the input, without unusable ones."""
     recipe, texts = Recipe(pattern), []
-    for path in readers.find_inputs(pattern):
+    for path in inputs.find_inputs(pattern):
         for block in readers.read_blocks(path, recipe.text_key, recipe.max_document_bytes):
             for item in block.items:
                 try:
@@ -137,7 +139,7 @@ def texts_of(pattern: str) -> list[str]:
 
 
 def preparing(corpus: Corpus) -> dict:
-    """MB of text a second and core, of `prepare` and of SentencePiece's encoding alone."""
+    """Returns MB of text per second, of `prepare` and of SentencePiece encoding only."""
     path = str(corpus.folder / TOKENIZER)
     texts = texts_of(_INPUT.value)
     size = sum(len(text.encode()) for text in texts) / 1e6
@@ -172,7 +174,7 @@ def main(_: Sequence[str]) -> None:
         ]
         for r in results["rows"]
     ]
-    say(table(["tokens a row x rows", "million tokens/s", "of bare reading"], rows))
+    say(table(["sequence length x batch size", "million tokens/s", "over reading only"], rows))
     start = results["start"]
     say(
         f"first batch at step 0: {start['first_step_seconds']:.3f} s, at step {FAR:,}: "
@@ -181,9 +183,9 @@ def main(_: Sequence[str]) -> None:
     if _PREPARES.value:
         r = results["prepare"] = preparing(corpus)
         say(
-            f"prepare: {r['prepare_mb_per_core_second']:.2f} MB/s a core, encoding alone "
-            f"{r['encode_mb_per_core_second']:.2f}; ratio {r['of_encode_by_core']:.2f} by seconds of cores, "
-            f"{r['of_encode_by_clock']:.2f} by the clock ({r['megabytes']:.1f} MB)"
+            f"prepare: {r['prepare_mb_per_core_second']:.2f} MB per CPU second, encoding only "
+            f"{r['encode_mb_per_core_second']:.2f}; ratio {r['of_encode_by_core']:.2f} in CPU time, "
+            f"{r['of_encode_by_clock']:.2f} in wall-clock time ({r['megabytes']:.1f} MB of text)"
         )
     say(f"load {os.getloadavg()[0]:.1f}")
     if _OUTPUT.value:

@@ -1,8 +1,8 @@
-"""What a generated token costs early and late in a text, with the cache and without.
+"""Measures the time per generated token early and late in a text, with and without the key-value cache.
 
     python benchmarks/decoding.py --workdir=runs/tiny
 
-With the cache a token costs the same everywhere; without it, as much as all tokens before it.
+With the cache, the time per token is constant; without it, the time grows with the number of earlier tokens.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from dualsm.process import cli
 from dualsm.process.progress import say, table
 from dualsm.rundir.trained_run import TrainedRun, open_run
 
-_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run")
-_POSITIONS = flags.DEFINE_list("positions", ["20", "200"], "where in the text to measure")
-_REPEATS = flags.DEFINE_integer("repeats", 60, "measurements at each position; their median counts")
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_WORKDIR = cli.DEFINE_path("workdir", None, "run directory")
+_POSITIONS = flags.DEFINE_list("positions", ["20", "200"], "positions in the text to measure at")
+_REPEATS = flags.DEFINE_integer("repeats", 60, "measurements per position; results are medians")
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 flags.mark_flags_as_required(["workdir"])
 
-_TOKENS = 8  # decoded in one measurement, around the position
+_TOKENS = 8  # decoded per measurement, around the position
 
 
 def cached(run: TrainedRun, positions: Sequence[int]) -> list[Callable[[], float]]:
-    """For each position a function that decodes `_TOKENS` tokens around it: seconds a token."""
-    special = dataclasses.replace(run.tokenizer.special, eos=-1)  # a text that never ends
+    """Returns a function per position that decodes `_TOKENS` tokens and returns seconds per token."""
+    special = dataclasses.replace(run.tokenizer.special, eos=-1)  # never stop at `</s>`
     config, length = freeze(run.config.model), np.ones(1, np.int32)
     prompt = np.array([[special.bos]], np.int32)
     more = functools.partial(
@@ -69,7 +69,7 @@ def cached(run: TrainedRun, positions: Sequence[int]) -> list[Callable[[], float
 
 
 def uncached(run: TrainedRun, positions: Sequence[int]) -> list[Callable[[], float]]:
-    """For each position a function that runs the model on all tokens up to it: seconds."""
+    """Returns a function per position that runs the model on all earlier tokens and returns the seconds."""
     config = freeze(run.config.model)
 
     @jax.jit
@@ -92,7 +92,7 @@ def uncached(run: TrainedRun, positions: Sequence[int]) -> list[Callable[[], flo
 
 
 def medians(functions: Sequence[Callable[[], float]]) -> list[float]:
-    """Median seconds of each, measured in turns so that a busy moment hits all alike."""
+    """Returns the median seconds of each function, measured in turn so that other load affects all alike."""
     for function in functions:
         function()  # compiles
     seconds = [[function() for function in functions] for _ in range(_REPEATS.value)]
@@ -102,13 +102,13 @@ def medians(functions: Sequence[Callable[[], float]]) -> list[float]:
 def main(_: Sequence[str]) -> None:
     run = open_run(_WORKDIR.value)
     positions = [int(position) for position in _POSITIONS.value]
-    both = {"with the cache": cached, "without": uncached}
+    both = {"with cache": cached, "without cache": uncached}
     results = {name: medians(make(run, positions)) for name, make in both.items()}
     rows = [
         [name, *(f"{1000 * s:.2f}" for s in seconds), f"{seconds[-1] / seconds[0]:.2f}"]
         for name, seconds in results.items()
     ]
-    header = ["ms a token at position", *map(str, positions), f"{positions[-1]} over {positions[0]}"]
+    header = ["ms per token at position", *map(str, positions), f"{positions[-1]} over {positions[0]}"]
     say(table(header, rows))
     say(f"load {os.getloadavg()[0]:.1f}")
     if _OUTPUT.value:

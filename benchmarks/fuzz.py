@@ -1,9 +1,9 @@
-"""Damages every kind of file that a command reads, thousands of times, and reads it.
+"""Fuzzes all files that commands read: damages them at random and reads them.
 
     JAX_PLATFORMS=cpu python -m benchmarks.fuzz --cases=10000 --output=fuzz.json
 
-A case is good when the file is read or refused in one line, in time, and nothing half-written is left. What
-else happens is shown with its smallest example, and the exit status is 1.
+A case passes if the file is read, or rejected with a one-line error, within a time limit and without leaving
+partial output. Other outcomes are printed with their smallest example, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from tests.fuzzing.attempts import Hang, fuzz
 from tests.fuzzing.commands import COMMANDS, run_damaged
 from tests.fuzzing.targets import make_targets
 
-_CASES = flags.DEFINE_integer("cases", 10_000, "files damaged, over all targets", lower_bound=1)
-_PROCESSES = flags.DEFINE_integer("processes", 3, "runs of every command as a process", lower_bound=0)
-_ONLY = flags.DEFINE_string("only", "", "targets whose names begin so; empty: all")
-_SEED = flags.DEFINE_integer("seed", 0, "of the cases")
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_CASES = flags.DEFINE_integer("cases", 10_000, "number of damaged files over all targets", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", 3, "runs per command in a separate process", lower_bound=0)
+_ONLY = flags.DEFINE_string("only", "", "run only the targets whose names start with this prefix")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the cases")
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 
 
 def main(_: Sequence[str]) -> None:
-    faulthandler.enable()  # a library that crashes takes this process along
+    faulthandler.enable()  # a crash in a library ends this process
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         targets = make_targets(Path(scratch))
@@ -57,7 +57,7 @@ def main(_: Sequence[str]) -> None:
 
 
 def measure(name: str, outcomes) -> dict:
-    """The row of a target: counts of outcomes, and seconds."""
+    """Runs a target; returns the counts of its outcomes and the seconds it took."""
     row = {"target": name, "read": 0, "refused": 0, "failed": 0}
     start = time.perf_counter()
     try:

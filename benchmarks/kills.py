@@ -1,8 +1,8 @@
-"""Kills a tiny run at random moments, again and again, and compares what comes out with an undisturbed run.
+"""Kills and resumes small runs at random moments, and compares the results with an uninterrupted run.
 
     JAX_PLATFORMS=cpu python -m benchmarks.kills --kills=200
 
-Exits with status 1 when a run that was killed differs from the undisturbed one.
+Exits with status 1 if a killed run differs from the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tests.fuzzing.artefacts import real_texts
 from tests.fuzzing.corpora import make_corpus
 from tests.killing import STAGES, Kill, Killing, problems
 
-_KILLS = flags.DEFINE_integer("kills", 200, "how many", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "of the moments")
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_KILLS = flags.DEFINE_integer("kills", 200, "number of kills", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the moments")
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 
 
 def main(_: Sequence[str]) -> None:
@@ -51,7 +51,7 @@ def main(_: Sequence[str]) -> None:
 
 
 def summary(runs: list[tuple[list[Kill], list[str]]]) -> dict:
-    """The numbers over all runs."""
+    """Returns statistics over all runs."""
     kills = [kill for killed, _ in runs for kill in killed]
     stages = collections.Counter(kill.stage for kill in kills)
     return {
@@ -70,13 +70,13 @@ def show(results: dict) -> None:
     rows = [
         ["kills", results["kills"]],
         *([f"  while {stage}", count] for stage, count in results["stages"].items()),
-        ["  with a half-written checkpoint", results["while_a_checkpoint_was_written"]],
-        ["runs that came to their end", results["runs"]],
+        ["  with a partly written checkpoint", results["while_a_checkpoint_was_written"]],
+        ["completed runs", results["runs"]],
         ["steps between checkpoints", results["checkpoint_every"]],
-        ["steps recomputed a kill, mean", f"{results['recomputed_mean']:.1f}"],
-        ["  most, no save under way", results["recomputed_most_with_no_save_under_way"]],
-        ["  most, a save under way", results["recomputed_most"]],
-        ["differences from the undisturbed run", len(results["problems"])],
+        ["steps recomputed per kill, mean", f"{results['recomputed_mean']:.1f}"],
+        ["  maximum, no save in progress", results["recomputed_most_with_no_save_under_way"]],
+        ["  maximum, a save in progress", results["recomputed_most"]],
+        ["differences from the uninterrupted run", len(results["problems"])],
     ]
     say(table(["", "count"], rows))
     for problem in results["problems"]:

@@ -1,11 +1,12 @@
-"""How long a training run takes from its launch to its first finished step, and where that goes.
+"""Measures the time from launching a training run to its first completed step, by stage.
 
     python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
     python benchmarks/launch.py --corpus=runs/corpus
 
-In each round the same command is started twice in fresh folders, with an empty cache of compiled programs
-and with the one that the first start filled, and ended after its first step. The stages are read off the
-lines that the command prints; imports and the check of the corpus are timed apart, in the same round.
+Each round starts the same command twice in new run directories, first with an empty compilation cache and
+then with the cache that the first start filled, and stops it after its first step. The stages are detected
+from the lines that the command prints. Imports and the check of the corpus are timed separately in the same
+round.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.progress import say, table
 
-_CONFIG = cli.DEFINE_path("config", "configs/tiny.py", "recipe, see configs/")
-_CORPUS = cli.DEFINE_path("corpus", None, "folder made by `python -m dualsm.prepare`")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "over which the medians are taken", lower_bound=1)
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_CONFIG = cli.DEFINE_path("config", "configs/tiny.py", "config file, see configs/")
+_CORPUS = cli.DEFINE_path("corpus", None, "corpus written by `python -m dualsm.prepare`")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 3, "number of rounds; results are medians over the rounds", lower_bound=1
+)
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 flags.mark_flags_as_required(["corpus"])
 
-# Stage -> what the first line after it begins with or holds; the stages follow each other.
+# Consecutive stages, and the start of the first line that is printed after each.
 STAGES = {
     "imports, corpus, layout": "model: ",
     "initial weights": "compiling and validating",
@@ -43,7 +46,7 @@ STAGES = {
 
 
 def launch(workdir: Path, cache: Path) -> dict[str, float]:
-    """Seconds of each stage of a run that is ended after its first step."""
+    """Starts a run and stops it after its first step; returns the seconds of each stage."""
     command = [
         sys.executable, "-m", "dualsm.train", f"--config={_CONFIG.value}", f"--workdir={workdir}",
         f"--config.data.path={_CORPUS.value}", "--config.log.every=1", "--config.steps=100",
@@ -70,11 +73,11 @@ def launch(workdir: Path, cache: Path) -> dict[str, float]:
                     process.kill()
                     return stages
         errors.seek(0)
-        raise UserError(f"{' '.join(command)} ended before its first step: {errors.read()[-500:]}")
+        raise UserError(f"{' '.join(command)} exited before its first step: {errors.read()[-500:]}")
 
 
-def apart() -> dict[str, float]:
-    """Seconds of what the first stage consists of, as far as it can be timed on its own."""
+def separate_times() -> dict[str, float]:
+    """Returns the seconds of the parts of the first stage that can be timed separately."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import dualsm.train"], check=True)
     imported = time.perf_counter()
@@ -87,17 +90,17 @@ def apart() -> dict[str, float]:
 def main(_: Sequence[str]) -> None:
     runs = {"empty cache": [], "filled cache": []}
     for _ in range(_ROUNDS.value):
-        alone = apart()
+        separate = separate_times()
         with tempfile.TemporaryDirectory() as scratch:
             for name, results in runs.items():
                 stages = launch(Path(scratch, name), Path(scratch, "cache"))
-                results.append({"all": sum(stages.values())} | stages | alone)
+                results.append({"all": sum(stages.values())} | stages | separate)
     medians = {
         name: {stage: statistics.median(r[stage] for r in results) for stage in results[0]}
         for name, results in runs.items()
     }
     order = ["imports", "check of the corpus", *STAGES, "all"]
-    shown = ["- imports alone", "- check of the corpus alone", *STAGES, "from launch to first step"]
+    shown = ["- imports only", "- check of the corpus only", *STAGES, "from launch to first step"]
     rows = [
         [label, *(f"{seconds[stage]:.1f}" for seconds in medians.values())]
         for label, stage in zip(shown, order, strict=True)

@@ -1,5 +1,6 @@
-"""What it gains to see a context from both sides: loss of the second half of held-out pieces of text after
-their first, in causal and in prefix mode, on the same tokens.
+"""Measures the gain from bidirectional attention to a prefix.
+
+Compares the loss on the second half of held-out segments, given the first half, in causal and in prefix mode.
 
     python benchmarks/prefix.py --workdir='runs/sweep/cells/*' --pieces=500
 """
@@ -22,38 +23,38 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import say, table
 from dualsm.rundir.trained_run import open_run
 
-_WORKDIR = flags.DEFINE_multi_string(
-    "workdir", None, "folder of a run, or a pattern of such; repeat for each"
-)
-_PIECES = flags.DEFINE_integer("pieces", 500, "pieces of text, a row long, from the held-out documents")
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_WORKDIR = flags.DEFINE_multi_string("workdir", None, "run directory or glob; can be repeated")
+_PIECES = flags.DEFINE_integer("pieces", 500, "number of held-out segments of the sequence length")
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 flags.mark_flags_as_required(["workdir"])
 
 
-def held_out_pieces(path: str, length: int, count: int) -> list[tuple[list[int], list[int]]]:
-    """(first half, second half) of `count` pieces of `length` tokens, evenly from all held-out documents."""
+def held_out_segments(path: str, length: int, count: int) -> list[tuple[list[int], list[int]]]:
+    """Returns `count` held-out segments of `length` tokens, evenly spaced, as (first half, second half)."""
     documents = Corpus(path).documents("valid")
-    places = [
+    starts = [
         (document, start)
         for document, size in enumerate(documents.lengths_N)
         for start in range(0, int(size) - length + 1, length)
     ]
-    if len(places) < count:
-        raise UserError(f"--pieces={count}: {path} holds out {len(places)} pieces of {length} tokens")
-    chosen = [places[i * len(places) // count] for i in range(count)]
-    pieces = documents.read([d for d, _ in chosen], [s for _, s in chosen], [s + length for _, s in chosen])
-    return [(list(piece[: length // 2]), list(piece[length // 2 :])) for piece in pieces]
+    if len(starts) < count:
+        raise UserError(
+            f"--pieces={count}: {path} has only {len(starts)} held-out segments of {length} tokens; lower it"
+        )
+    chosen = [starts[i * len(starts) // count] for i in range(count)]
+    segments = documents.read([d for d, _ in chosen], [s for _, s in chosen], [s + length for _, s in chosen])
+    return [(list(segment[: length // 2]), list(segment[length // 2 :])) for segment in segments]
 
 
 def measure(workdir: str, count: int) -> dict:
-    """Nats a token in both modes, and the mean difference with its standard error over the pieces."""
+    """Returns nats per token in both modes, and the mean difference with its standard error over segments."""
     run = open_run(workdir)
     longest = run.config.seq_len
-    pieces = held_out_pieces(run.config.data.path, longest - 1, count)
+    segments = held_out_segments(run.config.data.path, longest - 1, count)
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
     nats = {}
     for mode in ("causal", "prefix"):
-        scores = scorer.score_tokens(pieces, Scoring(mode, longest=longest), quiet=True)
+        scores = scorer.score_tokens(segments, Scoring(mode, longest=longest), quiet=True)
         nats[mode] = -scores.log_likelihood_N / scores.tokens_N
     gain_N = nats["causal"] - nats["prefix"]
     return {mode: float(nats_N.mean()) for mode, nats_N in nats.items()} | {
@@ -65,13 +66,15 @@ def measure(workdir: str, count: int) -> dict:
 def main(_: Sequence[str]) -> None:
     workdirs = sorted(path for pattern in _WORKDIR.value for path in glob.glob(pattern))
     if not workdirs:
-        raise UserError(f"--workdir={','.join(_WORKDIR.value)} matches nothing")
+        raise UserError(
+            f"--workdir={','.join(_WORKDIR.value)} matches no run directory; check the path or quote the glob"
+        )
     results = {workdir: measure(workdir, _PIECES.value) for workdir in workdirs}
     rows = [
         [Path(name).name, f"{r['causal']:.3f}", f"{r['prefix']:.3f}", f"{r['gain']:.4f} ± {r['stderr']:.4f}"]
         for name, r in results.items()
     ]
-    say(table(["nats a token", "causal", "prefix", "gain"], rows))
+    say(table(["nats per token", "causal", "prefix", "gain"], rows))
     if _OUTPUT.value:
         Path(_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,11 +1,11 @@
-"""What a checkpoint costs a run: written in the background, beside waiting for the same save.
+"""Measures the time that saving a checkpoint in the background costs, relative to a synchronous save.
 
     JAX_PLATFORMS=cpu python benchmarks/saving.py
     JAX_PLATFORMS=cpu python benchmarks/saving.py --shape=large --steps=8
 
-In each round the same number of steps is made without a save and with one before them, and a save is waited
-for alone. `standing still` is how long the loop does not go on; `lost` is by how much the steps took
-longer, the rest of the writing included, which on a CPU competes with the steps for its cores.
+Each round measures a synchronous save, a number of steps without a save, and the same number of steps after
+the start of a save in the background. `blocked` is the time until the loop continues. `lost` is the total
+slowdown of the steps, including any remaining writing; on a CPU, writing competes with the steps for cores.
 """
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ from dualsm.training.program import compile_train_step
 from dualsm.training.step import Batch
 
 SHAPES = {
-    # layers, width, heads, d_ff, vocabulary: with AdamW a state of 84 and one of 792 MB
+    # num_layers, d_model, num_heads, d_ff, vocab_size; with AdamW, the train states have 84 and 792 MB
     "small": (6, 256, 4, 704, 4096),
     "large": (10, 512, 8, 1408, 32768),
 }
 
-_SHAPE = flags.DEFINE_enum("shape", "small", list(SHAPES), "sizes of the model")
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "over which the medians are taken", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 10, "after a save; they must last longer than its writing")
-_WORKDIR = cli.DEFINE_path("workdir", "", "folder on the disk to write to; empty: the temporary one")
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_SHAPE = flags.DEFINE_enum("shape", "small", list(SHAPES), "model size")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 15, "number of rounds; results are medians over the rounds", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer("steps", 10, "steps after a save; they must take longer than writing it")
+_WORKDIR = cli.DEFINE_path("workdir", "", "folder to write to; default: a temporary folder")
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 
 
 def saved_config(shape: str) -> ConfigDict:
-    """The default config at that shape, with AdamW and a small batch."""
+    """Returns the default config with the given model size, AdamW and a small batch."""
     config = default_config()
     model = config.model
     model.num_layers, model.d_model, model.num_heads, model.d_ff, model.vocab_size = SHAPES[shape]
@@ -57,7 +59,7 @@ def saved_config(shape: str) -> ConfigDict:
 
 
 class Run:
-    """Steps and saves of one training state, timed."""
+    """Times steps and saves of one train state."""
 
     def __init__(self, config: ConfigDict, workdir: str):
         self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
@@ -75,7 +77,7 @@ class Run:
         self.saves = 0
 
     def steps(self, count: int) -> float:
-        """Seconds of so many steps."""
+        """Runs `count` steps; returns the seconds they took."""
         start = time.perf_counter()
         with jax.set_mesh(self.mesh):
             for _ in range(count):
@@ -84,21 +86,21 @@ class Run:
         return time.perf_counter() - start
 
     def save(self) -> float:
-        """Seconds until the loop could go on."""
+        """Starts a save; returns the seconds until the loop can continue."""
         self.saves += 1
         start = time.perf_counter()
         self.checkpoints.save(self.saves, self.state)
         return time.perf_counter() - start
 
     def finish(self) -> float:
-        """Seconds until the save is whole."""
+        """Waits until the save is complete; returns the seconds."""
         start = time.perf_counter()
         self.checkpoints.finish()
         return time.perf_counter() - start
 
 
 def one_round(run: Run, steps: int) -> dict[str, float]:
-    """Seconds of a synchronous save, and of steps without and with one in the background."""
+    """Returns the seconds of a synchronous save, and of steps without and with a save in the background."""
     synchronous = run.save() + run.finish()
     alone = run.steps(steps)
     still = run.save()
@@ -125,12 +127,12 @@ def main(_: Sequence[str]) -> None:
         name: statistics.median(r[name] / r["synchronous"] for r in rounds) for name in ("still", "lost")
     }
     rows = [
-        ["a save that is waited for", f"{seconds['synchronous']:.3f}", "1.00"],
-        ["in the background: standing still", f"{seconds['still']:.3f}", f"{ratios['still']:.2f}"],
-        ["- lost, all told", f"{seconds['lost']:.3f}", f"{ratios['lost']:.2f}"],
+        ["synchronous save", f"{seconds['synchronous']:.3f}", "1.00"],
+        ["background save: blocked", f"{seconds['still']:.3f}", f"{ratios['still']:.2f}"],
+        ["background save: lost in total", f"{seconds['lost']:.3f}", f"{ratios['lost']:.2f}"],
     ]
     say(f"state of {run.bytes / 1e6:.0f} MB; {_STEPS.value} steps take {seconds['steps']:.2f} s")
-    say(table(["", "seconds", "of a save that is waited for"], rows))
+    say(table(["", "seconds", "over synchronous save"], rows))
     say(f"load {os.getloadavg()[0]:.1f}")
     if _OUTPUT.value:
         content = {"bytes": run.bytes, "steps": _STEPS.value, "seconds": seconds, "ratios": ratios}

@@ -1,9 +1,9 @@
-"""What scoring BLiMP pairs costs in each mode, and how many of them each mode gets right.
+"""Measures the time and the accuracy of scoring BLiMP pairs in each mode.
 
     python benchmarks/scoring.py --workdir=runs/tiny --task_data=eval --pairs=1000
 
-No compiled program is taken from a cache. `load` tells what else the machine was doing; where that is much,
-compare the seconds of CPU, which count this process alone (and say nothing where there is an accelerator).
+The compilation cache is disabled. If the load shows other activity on the machine, compare CPU seconds, which
+count this process only; they are meaningless on accelerators.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dualsm.process import cli
 from dualsm.process.progress import say, table
 from dualsm.rundir.trained_run import open_run
 
-_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run")
-_TASK_DATA = cli.DEFINE_path("task_data", None, "folder that holds blimp/*.jsonl")
-_PAIRS = flags.DEFINE_integer("pairs", 1000, "pairs, spread evenly over the files", lower_bound=2)
-_SAMPLES = flags.DEFINE_integer("samples", 128, "draws of monte_carlo; 0: leave it out", lower_bound=0)
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_WORKDIR = cli.DEFINE_path("workdir", None, "run directory")
+_TASK_DATA = cli.DEFINE_path("task_data", None, "folder that contains blimp/*.jsonl")
+_PAIRS = flags.DEFINE_integer("pairs", 1000, "number of pairs, evenly spaced over all files", lower_bound=2)
+_SAMPLES = flags.DEFINE_integer("samples", 128, "Monte Carlo samples; 0 skips this mode", lower_bound=0)
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 flags.mark_flags_as_required(["workdir", "task_data"])
 
 
 def measure(scorer: Scorer, questions: Sequence[Question], scoring: Scoring) -> dict:
-    """Seconds, forwards and accuracy of one mode; a few pairs of all lengths go first and compile it."""
+    """Measures one mode, after scoring a few pairs of all lengths to compile it."""
     jax.clear_caches()
     start = time.perf_counter()
     by_length = sorted(questions, key=lambda question: len(question.items[0].completion))
@@ -87,7 +87,17 @@ def main(_: Sequence[str]) -> None:
     ]
     say(
         table(
-            ["mode", "pairs", "compiling, s", "scoring, s", "CPU s", "forwards", "accuracy, %", "load"], rows
+            [
+                "mode",
+                "pairs",
+                "compilation, s",
+                "scoring, s",
+                "CPU s",
+                "forward passes",
+                "accuracy, %",
+                "load",
+            ],
+            rows,
         )
     )
     if _SAMPLES.value:

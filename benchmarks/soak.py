@@ -1,11 +1,11 @@
-"""Trains a tiny model for very many steps and watches its process from outside: does anything grow?
+"""Trains a tiny model for many steps and checks its process for growing resource use.
 
     JAX_PLATFORMS=cpu python -m benchmarks.soak --steps=20000 --output=soak.json
 
-For resident memory, open files, threads and the time of a step it gives the slope over the run after its
-warm-up, with a standard error; both are of the medians of 20 stretches, since neighbouring samples are
-alike and a save takes threads and files for a moment. Memory is what the process itself has written to: pages
-of libraries come and go as the machine likes.
+Reports the slope of memory, open files, threads and step time after a warm-up, with its standard error. The
+slope is fitted to the medians of 20 intervals, because neighbouring samples are correlated and a save briefly
+uses threads and files. Memory is anonymous resident memory: the system loads and evicts pages of libraries at
+any time.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from dualsm.process.progress import bar, say, table
 from tests.fuzzing.artefacts import real_texts
 from tests.fuzzing.corpora import make_corpus
 
-_STEPS = flags.DEFINE_integer("steps", 20_000, "steps of the run", lower_bound=200)
+_STEPS = flags.DEFINE_integer("steps", 20_000, "number of steps", lower_bound=200)
 _EVERY = flags.DEFINE_float("every", 0.5, "seconds between samples", lower_bound=0.01)
 _WARM_UP = flags.DEFINE_float(
-    "warm_up", 0.4, "share of the steps that is left out; memory settles late", lower_bound=0, upper_bound=0.9
+    "warm_up", 0.4, "fraction of steps to exclude; memory use settles late", lower_bound=0, upper_bound=0.9
 )
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results, all samples included; empty: none")
+_OUTPUT = cli.DEFINE_path("output", "", "write the results and all samples to this JSON file")
 
-STRETCHES = 20
+INTERVALS = 20
 QUANTILE = 2.101  # of Student's t, 18 degrees of freedom, two-sided 95 percent
 RECIPE = """
 from tests.micro import micro_config
@@ -63,7 +63,7 @@ def main(_: Sequence[str]) -> None:
             name,
             f"{r['first']:.2f}",
             f"{r['last']:.2f}",
-            f"{r['least']:.2f} to {r['most']:.2f}",
+            f"{r['min']:.2f} to {r['max']:.2f}",
             f"{r['slope']:+.3f} ± {r['stderr']:.3f}",
             "no" if r["flat"] else "yes",
         ]
@@ -76,7 +76,7 @@ def main(_: Sequence[str]) -> None:
 
 
 def watch(scratch: Path, steps: int, every: float) -> list[dict[str, float]]:
-    """Runs the training and looks at it now and then, from its first log line on."""
+    """Runs the training and samples its resource use, starting at the first log line."""
     recipe, workdir, log = scratch / "recipe.py", scratch / "run", scratch / "log"
     corpus = make_corpus(scratch, real_texts("json/*.py"))
     recipe.write_text(RECIPE.format(corpus=str(corpus), steps=steps))
@@ -96,12 +96,12 @@ def watch(scratch: Path, steps: int, every: float) -> list[dict[str, float]]:
                 read = now
                 progress.update(step - progress.n)
     if process.returncode:
-        raise UserError(f"the training ended with status {process.returncode}: {log.read_text()[-500:]}")
+        raise UserError(f"training exited with status {process.returncode}: {log.read_text()[-500:]}")
     return samples
 
 
 class Lines:
-    """The newest step in a growing `metrics.jsonl`."""
+    """Follows a growing `metrics.jsonl` and returns its latest step."""
 
     def __init__(self, path: Path):
         self._path, self._read, self.step = path, 0, 0
@@ -118,7 +118,7 @@ class Lines:
 
 
 def look(pid: int) -> dict[str, float]:
-    """Resident memory, open files and threads of a process; nothing when it has ended."""
+    """Returns memory, open files and threads of a process; empty if it has exited."""
     process = Path("/proc") / str(pid)
     try:
         status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
@@ -129,19 +129,19 @@ def look(pid: int) -> dict[str, float]:
 
 
 def slope(samples: list[dict[str, float]], name: str) -> dict[str, float | bool]:
-    """The straight line through the medians of equal stretches of the samples, per 10,000 steps."""
-    stretches = np.array_split(np.array([(s["step"] / 1e4, s[name]) for s in samples]), STRETCHES)
-    x_S, y_S = np.array([np.median(stretch, axis=0) for stretch in stretches]).T
+    """Fits a line to the medians of equal intervals of the samples; returns its slope per 10,000 steps."""
+    intervals = np.array_split(np.array([(s["step"] / 1e4, s[name]) for s in samples]), INTERVALS)
+    x_S, y_S = np.array([np.median(interval, axis=0) for interval in intervals]).T
     deviation_S = x_S - x_S.mean()
     found = deviation_S @ y_S / (deviation_S @ deviation_S)
     rest_S = y_S - y_S.mean() - found * deviation_S
-    stderr = np.sqrt(rest_S @ rest_S / (STRETCHES - 2) / (deviation_S @ deviation_S))
+    stderr = np.sqrt(rest_S @ rest_S / (INTERVALS - 2) / (deviation_S @ deviation_S))
     values = [s[name] for s in samples]
     return {
         "first": float(y_S[0]),
         "last": float(y_S[-1]),
-        "least": min(values),
-        "most": max(values),
+        "min": min(values),
+        "max": max(values),
         "slope": float(found),
         "stderr": float(stderr),
         "flat": bool(abs(found) <= QUANTILE * stderr + 1e-9),

@@ -1,4 +1,4 @@
-"""Training steps to be measured, and how long one takes."""
+"""Training steps for benchmarks, and their timing."""
 
 from __future__ import annotations
 
@@ -24,15 +24,20 @@ MIXTURES = {
 
 
 class Steps:
-    """The training steps of a config, all on one batch of random tokens, each row one document.
+    """Training steps of a config on one batch of random tokens, with one document per sequence.
 
     Attributes:
-      memory: XLA's account of the compiled step.
-      sums: of the last step.
+      memory: XLA's memory analysis of the compiled step.
+      sums: step metrics of the last step.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
-        """`config` is a whole run's, vocabulary filled in."""
+        """Compiles the step.
+
+        Args:
+          config: config of a run, with `model.vocab_size` set.
+          mesh: the devices.
+        """
         self._mesh = mesh
         names = trained_objectives(config)
         tokens_BxL1 = random_tokens(config)
@@ -46,20 +51,20 @@ class Steps:
         self.memory = self._step.memory_analysis()
 
     def __call__(self) -> None:
-        """Does one step and waits for it."""
+        """Runs one step and waits for it."""
         with jax.set_mesh(self._mesh):
             self._state, self.sums = self._step(self._state, self._batch)
             jax.block_until_ready(self._state)
 
 
 def random_tokens(config: ConfigDict) -> np.ndarray:
-    """A batch of tokens, int32 [B, L + 1], always the same."""
+    """Returns a fixed batch of random tokens, int32 [B, L + 1]."""
     shape = (config.batch_size, config.seq_len + 1)
     return np.random.default_rng(0).integers(16, config.model.vocab_size, shape).astype(np.int32)
 
 
 def repeated(step: Callable[[], object], seconds: float) -> Callable[[], float]:
-    """A function that runs `step` for about that long and returns seconds a step; warms it up first."""
+    """Warms up; returns a function that runs `step` for about `seconds` and returns seconds per step."""
     step()
     step()
     start = time.perf_counter()

@@ -1,13 +1,13 @@
-"""What a whole training step costs, beside PyTorch and the machine's own matrix products.
+"""Measures the training step, relative to PyTorch and to the matrix multiplication rate of the machine.
 
     python benchmarks/train_step.py --shape=micro
     python benchmarks/train_step.py --shape=reference
     JAX_NUM_CPU_DEVICES=1 python benchmarks/train_step.py --shape=micro
 
-All are measured in turn, round after round, in one process; a round's ratio compares what ran within the
-same seconds, and the median over rounds is told. PyTorch (extra `bench`) is left out where it is absent.
-Both sides use AdamW; PyTorch's step is causal, on rows of one document. Devices share the rows, as
-they do in training; small models take the cores for devices (dualsm/devices/cores.py).
+Each round times all implementations in turn, in one process. Ratios compare timings of the same round; the
+median over rounds is printed. PyTorch (extra `bench`) is skipped if it is not installed. Both implementations
+use AdamW. The PyTorch step is causal, with one document per sequence. The batch is sharded over the devices
+as in training; small models use one device per CPU core (dualsm/devices/cores.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch's threads must not spin while JAX is timed
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # otherwise PyTorch's threads spin while JAX is timed
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import jax  # noqa: E402
@@ -40,22 +40,26 @@ from dualsm.process.memory import keep_freed_memory  # noqa: E402
 from dualsm.process.progress import say, table  # noqa: E402
 
 SHAPES = {
-    # layers, width, heads, d_ff, seq_len, vocabulary, batch_size
+    # num_layers, d_model, num_heads, d_ff, seq_len, vocab_size, batch_size
     "micro": (3, 64, 2, 192, 128, 512, 64),
     "tiny": (4, 128, 2, 384, 256, 2048, 16),  # as configs/tiny.py
     "reference": (6, 384, 6, 1024, 256, 8192, 8),
 }
 
-_SHAPE = flags.DEFINE_enum("shape", "micro", list(SHAPES), "sizes of the model and the batch")
-_ROUNDS = flags.DEFINE_integer("rounds", 11, "over which the medians are taken", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", 1.0, "each contestant's share of a round")
-_KEEP = flags.DEFINE_bool("keep_memory", True, "as commands do; false: the C library's own ways")
-_TORCH = flags.DEFINE_bool("torch", True, "measure PyTorch too")
-_OUTPUT = cli.DEFINE_path("output", "", "JSON file for the results; empty: none")
+_SHAPE = flags.DEFINE_enum("shape", "micro", list(SHAPES), "size of the model and the batch")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 11, "number of rounds; results are medians over the rounds", lower_bound=1
+)
+_SECONDS = flags.DEFINE_float("seconds", 1.0, "seconds per implementation and round")
+_KEEP = flags.DEFINE_bool(
+    "keep_memory", True, "keep freed memory, as commands do; false uses the defaults of the C library"
+)
+_TORCH = flags.DEFINE_bool("torch", True, "also measure PyTorch")
+_OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 
 
 def benchmark_config(shape: str, shares: dict[str, float]) -> ConfigDict:
-    """The default config at that shape, with AdamW."""
+    """Returns the default config with the given shape, AdamW and mixture."""
     config = default_config()
     model = config.model
     model.num_layers, model.d_model, model.num_heads, model.d_ff, config.seq_len = SHAPES[shape][:5]
@@ -75,7 +79,7 @@ def main(_: Sequence[str]) -> None:
     mesh = sharding.make_mesh(causal.mesh, jax.devices())
     for config in configs.values():
         config.gradient_accumulation_steps = sharding.accumulation_steps(config, mesh)
-    contestants = {name: repeated(Steps(config, mesh), _SECONDS.value) for name, config in configs.items()}
+    timers = {name: repeated(Steps(config, mesh), _SECONDS.value) for name, config in configs.items()}
     if _TORCH.value and importlib.util.find_spec("torch"):
         import torch
         from torch_peer import make_step
@@ -83,11 +87,11 @@ def main(_: Sequence[str]) -> None:
         torch_tokens = torch.from_numpy(random_tokens(causal).astype(np.int64))
         for name, compiled in (("PyTorch", False), ("PyTorch, compiled", True)):
             step = make_step(causal, compiled)
-            contestants[name] = repeated(lambda step=step: step(torch_tokens), _SECONDS.value)
-    rounds, peaks = {name: [] for name in contestants}, []
+            timers[name] = repeated(lambda step=step: step(torch_tokens), _SECONDS.value)
+    rounds, peaks = {name: [] for name in timers}, []
     for _ in range(_ROUNDS.value):
         peaks.append(measured_flops(jax.devices()[0]))
-        for name, measure in contestants.items():
+        for name, measure in timers.items():
             rounds[name].append(measure())
 
     flops = causal.batch_size * train_flops(causal.model, causal.seq_len, 0.5)
@@ -115,10 +119,10 @@ def main(_: Sequence[str]) -> None:
         ]
         for name, r in results.items()
     ]
-    say(f"shape {_SHAPE.value}: {SHAPES[_SHAPE.value]}, {flops / 1e9:.1f} GFLOP a causal step")
-    say(f"{mesh.size} device(s), {causal.gradient_accumulation_steps} microbatch(es)")
-    say(f"matrix products: {statistics.median(peaks) / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
-    say(table(["step", "ms", "tokens/s", "of the matrix rate", "time over ours, causal"], rows))
+    say(f"shape {_SHAPE.value}: {SHAPES[_SHAPE.value]}, {flops / 1e9:.1f} GFLOP per causal step")
+    say(f"{mesh.size} device(s), {causal.gradient_accumulation_steps} gradient accumulation step(s)")
+    say(f"matrix multiplication: {statistics.median(peaks) / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
+    say(table(["step", "ms", "tokens/s", "of matmul rate", "time over dualsm causal"], rows))
     if _OUTPUT.value:
         content = {"shape": _SHAPE.value, "flops": flops, "matmul_flops": statistics.median(peaks)}
         Path(_OUTPUT.value).write_text(json.dumps(content | {"steps": results}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Turns text into a corpus: tokenizer, ArrayRecord shards, manifest.
+"""Prepares a corpus from text: a tokenizer, ArrayRecord shards and a manifest.
 
 python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
 python -m dualsm.prepare --input='data/*.jsonl.gz' --output=runs/books --tokenizer=tokenizer.model
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from dualsm.data.build import Recipe, build
-from dualsm.data.readers import SUFFIXES
+from dualsm.data.inputs import SUFFIXES
 from dualsm.data.streams import COMPRESSIONS
 from dualsm.devices.chips import usable_cores
 from dualsm.process import cli
@@ -19,29 +19,34 @@ from dualsm.process import cli
 _INPUT = flags.DEFINE_string(
     "input",
     None,
-    f"python-stdlib, or comma-separated files and globs: {' '.join(SUFFIXES)}; "
-    f"text also compressed: {' '.join(COMPRESSIONS)}",
+    f"python-stdlib, or comma-separated files and globs with the suffixes {' '.join(SUFFIXES)}; "
+    f"text and JSON may be compressed ({' '.join(COMPRESSIONS)})",
 )
-_OUTPUT = cli.DEFINE_path("output", None, "folder to make")
+_OUTPUT = cli.DEFINE_path("output", None, "folder to create")
 _VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", 0, "ids of the SentencePiece tokenizer to train, a multiple of 128", lower_bound=0
+    "vocab_size",
+    0,
+    "vocabulary size of the SentencePiece tokenizer to train, a multiple of 128",
+    lower_bound=0,
 )
-_TOKENIZER = cli.DEFINE_path("tokenizer", "", "tokenizer to use instead of training one")
+_TOKENIZER = cli.DEFINE_path("tokenizer", "", "tokenizer file to use instead of training a tokenizer")
 _TOKENIZER_BYTES = flags.DEFINE_integer(
     "tokenizer_bytes", Recipe.tokenizer_bytes, "bytes of text to train the tokenizer on", lower_bound=1
 )
-_VALID_INPUT = flags.DEFINE_string("valid_input", "", "files to hold out, instead of a share of --input")
+_VALID_INPUT = flags.DEFINE_string("valid_input", "", "files to hold out, instead of a fraction of --input")
 _VALID_FRACTION = flags.DEFINE_float(
-    "valid_fraction", Recipe.valid_fraction, "share of documents to hold out, chosen by content hash"
+    "valid_fraction",
+    Recipe.valid_fraction,
+    "fraction of documents to hold out, selected by a hash of their text",
 )
-_TEXT_KEY = flags.DEFINE_string("text_key", Recipe.text_key, "field or column of the text")
+_TEXT_KEY = flags.DEFINE_string("text_key", Recipe.text_key, "JSON field or column that contains the text")
 _MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
-    "max_document_bytes", Recipe.max_document_bytes, "longer documents count as faults", lower_bound=1
+    "max_document_bytes", Recipe.max_document_bytes, "drop longer documents", lower_bound=1
 )
 _MAX_BAD_FRACTION = flags.DEFINE_float(
-    "max_bad_fraction", Recipe.max_bad_fraction, "share of faulty documents that is skipped, not refused"
+    "max_bad_fraction", Recipe.max_bad_fraction, "maximum fraction of documents that may be unusable"
 )
-_WORKERS = flags.DEFINE_integer("workers", max(int(usable_cores()), 1), "processes", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", max(int(usable_cores()), 1), "number of processes", lower_bound=1)
 flags.mark_flags_as_required(["input", "output"])
 
 
@@ -61,11 +66,11 @@ def main(_: Sequence[str]) -> None:
     for name, split in manifest["splits"].items():
         print(
             f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
-            f"{split['bytes']:,} bytes ({split['bytes'] / split['tokens']:.2f} bytes a token)"
+            f"{split['bytes']:,} bytes ({split['bytes'] / split['tokens']:.2f} bytes per token)"
         )
     faulty = sum(manifest["documents_faulty"].values())
-    print(f"dropped {manifest['documents_duplicate']:,} duplicates and {faulty:,} faulty documents")
-    print(f"corpus of {manifest['vocabulary']:,} ids in {_OUTPUT.value}")
+    print(f"dropped {manifest['documents_duplicate']:,} duplicates and {faulty:,} unusable documents")
+    print(f"wrote {_OUTPUT.value} with a vocabulary of {manifest['vocabulary']:,} ids")
 
 
 if __name__ == "__main__":

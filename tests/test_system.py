@@ -82,7 +82,7 @@ def test_a_script_without_a_guard_is_told_of_it(jsonl, tmp_path):
     done = run_command(str(script))
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert "ended with status 1" in last and '`if __name__ == "__main__":`' in last
+    assert "exited with status 1" in last and '`if __name__ == "__main__":`' in last
     assert "memory" not in last
     assert not (tmp_path / "corpus").exists()
 

@@ -1,1 +1,1 @@
-"""Data: tokenizer, corpus, the order of rows, batches by step."""
+"""Data: from text to a corpus, and from a corpus to batches of packed sequences."""

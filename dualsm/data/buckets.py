@@ -1,4 +1,4 @@
-"""The first pass over the text: documents are parsed, hashed, and sorted into buckets by their hash."""
+"""The first pass over the text: documents are parsed, hashed and written to buckets by hash."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from dualsm.data import readers
+from dualsm.data import inputs, readers
 from dualsm.data.recipe import Recipe
-from dualsm.data.workers import in_order
+from dualsm.data.workers import map_in_order
 from dualsm.process.errors import UserError
 from dualsm.process.progress import bar
 
-_FAULTS_JUDGED_AFTER = 1000  # documents; before that a share of bad ones means little
+_MIN_CHECKED = 1000  # documents; the fraction of unusable ones among fewer is too noisy
 _HEADER = struct.Struct("<16s?I")  # hash, held out, bytes of text
 
 
 @dataclasses.dataclass
 class Counts:
-    """What the first pass saw.
+    """Statistics of the first pass.
 
     Attributes:
-      read: documents, faulty ones included.
-      held_out: usable documents of the split "valid", duplicates included.
-      bytes: of usable text.
-      faults: how many documents had each of `readers.FAULTS`.
-      last_faults: the place of the last one of each kind, and more about it.
+      read: number of documents, unusable ones included.
+      held_out: number of usable documents in the split "valid", duplicates included.
+      bytes: bytes of usable text.
+      faults: number of unusable documents per kind in `readers.FAULTS`.
+      last_faults: description and location of the last unusable document of each kind.
     """
 
     read: int = 0
@@ -39,44 +39,47 @@ class Counts:
     faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     last_faults: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def judge(self, allowed: float, at_least: int) -> None:
-        """Raises `UserError` when more than the allowed share of documents is faulty."""
+    def check_faults(self, max_fraction: float, min_documents: int = 0) -> None:
+        """Raises `UserError` if more than `max_fraction` of the documents are unusable."""
         bad = self.faults.total()
-        if bad > allowed * max(self.read, at_least):
+        if bad > max_fraction * max(self.read, min_documents):
             kinds = ", ".join(f"{n} {kind}" for kind, n in self.faults.most_common())
             last = self.last_faults[self.faults.most_common(1)[0][0]]
             raise UserError(
-                f"{bad} of {self.read} documents are unusable ({kinds}), the last at {last}; "
-                f"mend the input or raise --max_bad_fraction (now {allowed})"
+                f"{bad} of {self.read} documents are unusable ({kinds}), most recently {last}; "
+                f"fix the input or raise --max_bad_fraction={max_fraction}"
             )
 
     def check_splits(self, recipe: Recipe) -> None:
-        """Raises `UserError` when a split has no document."""
+        """Raises `UserError` if a split has no documents."""
         usable = self.read - self.faults.total()
         if not usable or (recipe.valid_input and usable == self.held_out):
-            raise UserError(f"--input={recipe.input} holds no documents")
+            raise UserError(f"--input={recipe.input} contains no documents; check the files and --text_key")
         if recipe.valid_input and not self.held_out:
-            raise UserError(f"--valid_input={recipe.valid_input} holds no documents")
+            raise UserError(
+                f"--valid_input={recipe.valid_input} contains no documents; check the files and --text_key"
+            )
         if usable == 1:
             raise UserError(
-                f"--input={recipe.input} is a single document, which cannot be both trained on and held out; "
-                "split it into several, or give --valid_input=FILES"
+                f"--input={recipe.input} is a single document, so none can be held out; split it into "
+                "several documents or give --valid_input=FILES"
             )
         if self.held_out in (0, usable):
-            split, hint = ("train", "lower") if self.held_out else ("valid", "raise")
+            split, action = ("train", "lower") if self.held_out else ("valid", "raise")
             raise UserError(
-                f"no document is left for the {split} split; {hint} --valid_fraction or give more text"
+                f"no documents for the {split} split at --valid_fraction={recipe.valid_fraction}; "
+                f"{action} it or give more text"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Scatter:
-    """The first pass, with what its workers need to know.
+    """The first pass, and the state that its worker processes need.
 
     Attributes:
-      recipe: of the corpus.
-      folder: of the buckets' files.
-      buckets: how many there are.
+      recipe: the recipe of the corpus.
+      folder: the folder of the bucket files.
+      buckets: the number of buckets.
     """
 
     recipe: Recipe
@@ -87,36 +90,38 @@ class Scatter:
         """Reads all files into the buckets.
 
         Raises:
-          UserError: when too many documents are faulty, or a split has none.
+          UserError: if too many documents are unusable, or a split has no documents.
         """
         counts = Counts()
-        total = sum(readers.input_bytes(train_files + valid_files))
+        total = inputs.input_bytes(train_files + valid_files)
         blocks = itertools.chain(
             ((b, False) for path in train_files for b in self._blocks(path, len(train_files) == 1)),
             ((b, True) for path in valid_files for b in self._blocks(path, len(valid_files) == 1)),
         )
         with bar(total=total, desc="reading", unit="B", unit_scale=True, disable=quiet) as progress:
-            for read, held, size, faults, consumed in in_order(pool, self.one_block, blocks, 4 * workers):
+            results = map_in_order(pool, self.write_block, blocks, lookahead=4 * workers)
+            for read, held_out, size, faults, consumed in results:
                 progress.update(consumed)
                 counts.read += read
-                counts.held_out += held
+                counts.held_out += held_out
                 counts.bytes += size
-                for kind, where in faults:
+                for kind, description in faults:
                     counts.faults[kind] += 1
-                    counts.last_faults[kind] = where
-                counts.judge(self.recipe.max_bad_fraction, _FAULTS_JUDGED_AFTER)
-        counts.judge(self.recipe.max_bad_fraction, 0)
+                    counts.last_faults[kind] = description
+                counts.check_faults(self.recipe.max_bad_fraction, _MIN_CHECKED)
+        counts.check_faults(self.recipe.max_bad_fraction)
         counts.check_splits(self.recipe)
-        if self.recipe.valid_input and not self._trained_on():
+        if self.recipe.valid_input and not self._has_training_documents():
             raise UserError(
-                f"no document is left to train on: --valid_input has all of --input={self.recipe.input} too"
+                f"no documents to train on: --valid_input contains all documents of "
+                f"--input={self.recipe.input}; remove some of them from --valid_input"
             )
         return counts
 
-    def _trained_on(self) -> bool:
-        """Whether documents are left to train on, without those that are held out as well."""
+    def _has_training_documents(self) -> bool:
+        """Returns True if at least one document is not held out, after deduplication."""
         buckets = (read_bucket(self.folder, bucket)[0] for bucket in range(self.buckets))
-        return any(not valid for documents in buckets for valid, _ in documents)
+        return any(not held_out for documents in buckets for held_out, _ in documents)
 
     def _blocks(self, path: str, divide: bool) -> Iterator[readers.Block]:
         return readers.read_blocks(path, self.recipe.text_key, self.recipe.max_document_bytes, divide)
@@ -124,47 +129,56 @@ class Scatter:
     def _parse(self, item: bytes | None, form: str) -> str:
         return readers.parse(item, form, self.recipe.text_key, self.recipe.tokenizer)
 
-    def one_block(self, job: tuple[readers.Block, bool]) -> tuple[int, int, int, list[tuple[str, str]], int]:
-        """Worker: appends the documents of a block to this process's bucket files.
+    def write_block(
+        self, job: tuple[readers.Block, bool]
+    ) -> tuple[int, int, int, list[tuple[str, str]], int]:
+        """Appends the documents of a block to the bucket files of this worker process.
+
+        Args:
+          job: the block, and whether its documents come from `valid_input`.
 
         Returns:
-          Documents read, those of them held out, bytes of text, faults as (kind, place), bytes of the file.
+          Number of documents, number of held-out documents, bytes of text, faults as (kind, description), and
+          bytes of the file that the block represents.
         """
-        block, held_out = job
-        parts: dict[int, list[bytes]] = collections.defaultdict(list)
-        faults, held, size = [], 0, 0
+        block, from_valid_input = job
+        records: dict[int, list[bytes]] = collections.defaultdict(list)
+        faults, num_held_out, size = [], 0, 0
         for offset, item in enumerate(block.items):
             try:
                 text = self._parse(item, block.form).encode("utf-8")
             except readers.Fault as fault:
-                faults.append((fault.kind, f"{block.place(offset)} ({fault})"))
+                faults.append((fault.kind, f"{block.location(offset)} ({fault})"))
                 continue
             size += len(text)
             digest = hashlib.blake2b(text, digest_size=16).digest()
-            valid = held_out
+            held_out = from_valid_input
             if not self.recipe.valid_input:
-                valid = int.from_bytes(digest[8:], "big") < self.recipe.valid_fraction * 2.0**64
-            held += valid
+                held_out = int.from_bytes(digest[8:], "big") < self.recipe.valid_fraction * 2.0**64
+            num_held_out += held_out
             bucket = int.from_bytes(digest[:8], "big") * self.buckets >> 64
-            parts[bucket] += (_HEADER.pack(digest, valid, len(text)), text)
-        for bucket, pieces in parts.items():
+            records[bucket] += (_HEADER.pack(digest, held_out, len(text)), text)
+        for bucket, content in records.items():
             with open(self.folder / f"{bucket:06d}-{os.getpid()}", "ab") as file:
-                file.write(b"".join(pieces))
-        return len(block.items), held, size, faults, block.consumed
+                file.write(b"".join(content))
+        return len(block.items), num_held_out, size, faults, block.consumed
 
 
 def read_bucket(folder: Path, bucket: int) -> tuple[list[tuple[bool, bytes]], int]:
-    """Documents of a bucket in hash order as (held out, text), without duplicates, and how many those were.
+    """Reads a bucket, sorted by hash and deduplicated.
 
-    Of equal documents a held-out one stays, so that nothing of it is trained on.
+    If one of several equal documents is held out, the held-out one is kept, so that it is not trained on.
+
+    Returns:
+      Documents as (held out, text), and the number of dropped duplicates.
     """
     documents = []
     for path in folder.glob(f"{bucket:06d}-*"):
         data, position = path.read_bytes(), 0
         while position < len(data):
-            digest, valid, size = _HEADER.unpack_from(data, position)
+            digest, held_out, size = _HEADER.unpack_from(data, position)
             position += _HEADER.size + size
-            documents.append((digest, not valid, data[position - size : position]))
+            documents.append((digest, not held_out, data[position - size : position]))
     documents.sort(key=lambda document: document[:2])
     unique = [next(group) for _, group in itertools.groupby(documents, key=lambda document: document[0])]
     return [(not train, text) for _, train, text in unique], len(documents) - len(unique)

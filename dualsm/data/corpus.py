@@ -1,10 +1,10 @@
-"""A prepared corpus on disk: the manifest and random access to the tokens of a document.
+"""Corpora: the manifest, and random access to the tokens of documents.
 
-A corpus is a folder with `tokenizer.model`, `manifest.json`, and per split ("train", "valid") ArrayRecord
-shards and one file with the lengths of all documents. A document is `<s> text </s>`, little-endian uint16
-(uint32 for vocabularies above 65,536), cut into records of `RECORD_TOKENS` so that a row out of a long
-document can be read without the rest. Documents lie in the order of their hash, so every prefix of a split
-is a fair sample of it.
+A corpus is a folder with `tokenizer.model`, `manifest.json` and, for each split ("train" and "valid"),
+ArrayRecord shards and a file with the lengths of all documents. A document is `<s> text </s>`, little-endian
+uint16 (uint32 for vocabularies above 65,536). It is stored in records of `RECORD_TOKENS` tokens, so that a
+segment of a long document can be read without the rest. Documents are sorted by hash, so every prefix of a
+split is a random sample of it.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ RECORD_TOKENS = 2048
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "valid")
-_HASHED_AT_ONCE = 8  # files
-_OTHER_FILES = 64  # that a process may have open beside the shards
+_HASH_THREADS = 8
+_OTHER_FILES = 64  # reserve for open files other than shards
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type tokens are stored in."""
+    """Returns the dtype of stored tokens."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def record_count(tokens):
-    """Records that documents of the given lengths are cut into."""
+    """Returns the number of records per document, given the lengths of documents in tokens."""
     return -(-tokens // RECORD_TOKENS)
 
 
 def sha256(path: epath.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -53,7 +53,7 @@ def sha256(path: epath.PathLike) -> str:
 
 
 def _array_keys(split: dict) -> list[str]:
-    """Returns the keys of a split's files that hold one number for each document."""
+    """Returns the manifest keys of the files with one number per document."""
     return ["lengths", *(["document_bytes"] if "document_bytes" in split else [])]
 
 
@@ -62,42 +62,51 @@ def _first_line(error: Exception) -> str:
 
 
 def _positive(value) -> int:
-    """`value`, if it is a whole number above 0. Raises TypeError otherwise."""
+    """Returns `value` if it is a positive integer, and raises `TypeError` otherwise."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise TypeError(f"{value!r} where a number above 0 should be")
+        raise TypeError(f"{value!r} is not a positive integer")
     return value
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises this process's limit of open files by `count`, as each shard stays open once it was read.
+    """Raises the soft limit on open files by `count`, because shards stay open after the first read.
 
     Raises:
-      UserError: when the system allows fewer.
+      UserError: if the hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY in (soft, hard):
         return
     if hard < count + _OTHER_FILES:
         raise UserError(
-            f"the corpus has {count} shards, but a process may open only {hard} files here; raise the limit "
+            f"the corpus has {count} shards, but a process may open at most {hard} files; raise the limit "
             f"with `ulimit -Hn {count + _OTHER_FILES}` or more"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + count, hard), hard))
 
 
 class Documents:
-    """One split of a corpus, as a random-access sequence of documents.
+    """The documents of one split, with random access.
 
     Attributes:
       lengths_N: tokens of each document, `<s>` and `</s>` included, int32.
-      tokens: their sum.
+      tokens: tokens of the split.
       bytes: bytes of text of the split.
-      bytes_N: bytes of text of each document, int64; None for the training split, and for corpora that were
-        prepared by an earlier version.
+      bytes_N: bytes of text of each document, int64; None for the training split and for corpora of earlier
+        versions.
     """
 
     def __init__(self, folder: epath.Path, split: dict, dtype: np.dtype):
-        """Raises `UserError` when the files do not fit together."""
+        """Opens the files of a split.
+
+        Args:
+          folder: folder of the corpus.
+          split: entry of the split in the manifest.
+          dtype: dtype of the stored tokens.
+
+        Raises:
+          UserError: if a file is damaged, or the files do not match.
+        """
         self.tokens: int = split["tokens"]
         self.bytes: int = split["bytes"]
         self.bytes_N = None
@@ -111,67 +120,80 @@ class Documents:
                 self.bytes_N = np.frombuffer((folder / split["document_bytes"]).read_bytes(), "<i8")
             records = len(self._source)
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"corpus {folder} is damaged: {_first_line(error)}") from error
+            raise UserError(
+                f"corpus {folder} is damaged ({_first_line(error)}); copy or prepare it again"
+            ) from error
         records_N = record_count(self.lengths_N)
         self._first_record_N = np.cumsum(records_N) - records_N
         if records_N.sum() != records or self.lengths_N.sum(dtype=np.int64) != self.tokens:
             raise UserError(
-                f"corpus {folder}: {split['lengths']} does not fit its shards; prepare the corpus anew"
+                f"corpus {folder}: {split['lengths']} does not match the shards; prepare the corpus again"
             )
         if self.bytes_N is not None and (len(self.bytes_N), self.bytes_N.sum()) != (len(self), self.bytes):
             raise UserError(
-                f"corpus {folder}: {split['document_bytes']} does not fit its shards; prepare the corpus anew"
+                f"corpus {folder}: {split['document_bytes']} does not match the shards; prepare it again"
             )
 
     def __len__(self) -> int:
         return len(self.lengths_N)
 
     def read(self, document_S: Sequence[int], start_S=None, stop_S=None) -> list[np.ndarray]:
-        """Tokens of the given documents, or of the parts [start, stop) of them; one array each. Thread-safe.
+        """Reads the tokens of documents, or of a segment of each document. Thread-safe.
+
+        Args:
+          document_S: indices of documents.
+          start_S, stop_S: token ranges within the documents; by default, the whole documents.
+
+        Returns:
+          One array of tokens per segment.
 
         Raises:
-          UserError: when a shard is damaged (its own checksums tell).
+          UserError: if the checksum of a record is wrong.
         """
         document_S = np.asarray(document_S, np.int64)
         start_S = np.zeros_like(document_S) if start_S is None else np.asarray(start_S)
         stop_S = self.lengths_N[document_S] if stop_S is None else np.asarray(stop_S)
         skipped_S = start_S // RECORD_TOKENS
-        size_S = (stop_S - 1) // RECORD_TOKENS - skipped_S + 1
+        count_S = (stop_S - 1) // RECORD_TOKENS - skipped_S + 1
         first_S = self._first_record_N[document_S] + skipped_S
-        numbers = [n for first, size in zip(first_S, size_S, strict=True) for n in range(first, first + size)]
+        indices = [i for first, n in zip(first_S, count_S, strict=True) for i in range(first, first + n)]
         try:
-            records = iter(self._records(numbers))
+            records = iter(self._read_records(indices))
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"corpus shard damaged or gone: {_first_line(error)}") from error
-        pieces = []
-        for size, start, stop in zip(
-            size_S, start_S - skipped_S * RECORD_TOKENS, stop_S - skipped_S * RECORD_TOKENS, strict=True
-        ):
-            joined = next(records) if size == 1 else b"".join(next(records) for _ in range(size))
-            pieces.append(np.frombuffer(joined, self._dtype)[start:stop])
-        return pieces
+            raise UserError(
+                f"corpus shard damaged or missing ({_first_line(error)}); copy or prepare the corpus again"
+            ) from error
+        tokens_S = []
+        offset_S = skipped_S * RECORD_TOKENS
+        for count, start, stop in zip(count_S, start_S - offset_S, stop_S - offset_S, strict=True):
+            content = next(records) if count == 1 else b"".join(next(records) for _ in range(count))
+            tokens_S.append(np.frombuffer(content, self._dtype)[start:stop])
+        return tokens_S
 
-    def _records(self, numbers: list[int]) -> Sequence[bytes]:
-        """The records of those numbers."""
+    def _read_records(self, indices: list[int]) -> Sequence[bytes]:
+        # `__getitems__` starts threads in each call. The threads hide the latency of a bucket, but cost
+        # several times as much as reading from a disk (benchmarks/data.py).
         if self._remote:
-            return self._source.__getitems__(numbers)
-        # Together they are read by threads that are started for each call, which hides the latency of a
-        # bucket but costs several times what reading from a disk does (benchmarks/data.py).
-        return [self._source[number] for number in numbers]
+            return self._source.__getitems__(indices)
+        return [self._source[index] for index in indices]
 
 
 class Corpus:
-    """A folder made by `python -m dualsm.prepare`.
+    """A corpus written by `python -m dualsm.prepare`.
 
     Attributes:
-      folder: where it is.
+      folder: path of the corpus.
       manifest: the parsed `manifest.json`.
-      vocabulary: number of token ids.
-      identity: hash of the tokenizer and of every shard; equal for equal corpora, wherever they lie.
+      vocab_size: number of token ids.
+      identity: hash of the tokenizer and all shards; does not depend on the path.
     """
 
     def __init__(self, path: str):
-        """Raises `UserError` when `path` holds no whole corpus."""
+        """Opens a corpus.
+
+        Raises:
+          UserError: if `path` is not a complete corpus.
+        """
         self.folder = epath.Path(path).expanduser()
         try:
             self.manifest = json.loads((self.folder / MANIFEST).read_text())
@@ -181,68 +203,78 @@ class Corpus:
                 "`python -m dualsm.prepare --input=... --output=...` and set config.data.path"
             ) from error
         except ValueError as error:
-            raise UserError(f"{self.folder / MANIFEST} is no JSON: {error}") from error
+            raise UserError(f"{self.folder / MANIFEST} is not JSON ({error}); copy it again") from error
         try:
             self._check()
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.folder / MANIFEST} is damaged ({error!r})") from error
+            raise UserError(
+                f"{self.folder / MANIFEST} is damaged ({error!r}); copy the corpus again"
+            ) from error
 
     def _check(self) -> None:
         if self.manifest["format"] != FORMAT:
             raise UserError(
-                f"corpus {self.folder} has format {self.manifest['format']}, this version reads {FORMAT}"
+                f"corpus {self.folder} has format {self.manifest['format']}, but this version of dualsm "
+                f"reads format {FORMAT}; prepare the corpus again"
             )
         self.vocab_size: int = _positive(self.manifest["vocabulary"])
         self.identity: str = self.manifest["identity"]
         for split in (self.manifest["splits"][name] for name in SPLITS):
             _positive(split["tokens"]), _positive(split["bytes"])
             if not all(isinstance(split[f"{key}_sha256"], str) for key in _array_keys(split)):
-                raise TypeError("a hash that is not a string")
+                raise TypeError("hash is not a string")
             for name in [split[key] for key in _array_keys(split)] + [s["file"] for s in split["shards"]]:
                 if not re.fullmatch(r"\w[\w.-]*", name):
-                    raise UserError(f"{self.folder / MANIFEST} names a file outside its folder: {name}")
+                    raise UserError(
+                        f"{self.folder / MANIFEST} refers to {name!r}, which is outside the corpus folder"
+                    )
             for shard in split["shards"]:
                 path = self.folder / shard["file"]
                 if not path.exists() or path.stat().length != shard["size"]:
-                    raise UserError(f"corpus shard {path} is missing or cut short; prepare the corpus anew")
+                    raise UserError(f"corpus shard {path} is missing or truncated; prepare the corpus again")
 
     def verify(self, split: str) -> None:
-        """Reads every file of a split; raises `UserError`, naming it, for one whose hash has changed.
+        """Reads every shard of a split and checks its hash.
 
-        What `Documents.read` returns has been checked by the shards' own checksums, record by record; this
-        tells before any record is needed, and of whole files that were exchanged.
+        `Documents.read` checks records by their own checksums. This method finds damage before a record is
+        read, and also finds shards that were replaced.
+
+        Raises:
+          UserError: if the hash of a shard has changed. The message names the shard.
         """
-        parts = self.manifest["splits"][split]
-        expected = {shard["file"]: shard["sha256"] for shard in parts["shards"]}
-        with futures.ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        expected = {shard["file"]: shard["sha256"] for shard in self.manifest["splits"][split]["shards"]}
+        with futures.ThreadPoolExecutor(_HASH_THREADS) as pool:
             found = pool.map(lambda name: sha256(self.folder / name), expected)
             for name, digest in zip(expected, found, strict=True):
                 if digest != expected[name]:
                     raise UserError(
-                        f"corpus shard {self.folder / name} is damaged: its content is not what was written; "
-                        "copy or prepare the corpus anew"
+                        f"corpus shard {self.folder / name} is damaged (its hash has changed); "
+                        "copy or prepare the corpus again"
                     )
 
     def documents(self, split: str) -> Documents:
-        """The documents of "train" or "valid"."""
-        parts = self.manifest["splits"][split]
-        for key in _array_keys(parts):
-            self._check_array(self.folder / parts[key], parts[f"{key}_sha256"])
-        return Documents(self.folder, parts, token_dtype(self.vocab_size))
+        """Returns the documents of the split "train" or "valid"."""
+        entry = self.manifest["splits"][split]
+        for key in _array_keys(entry):
+            self._check_array(self.folder / entry[key], entry[f"{key}_sha256"])
+        return Documents(self.folder, entry, token_dtype(self.vocab_size))
 
     @staticmethod
     def _check_array(path: epath.Path, expected: str) -> None:
-        """Raises `UserError` for a file that is missing or has changed."""
+        """Raises `UserError` if a file is missing or has changed."""
         try:
             changed = sha256(path) != expected
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         if changed:
-            raise UserError(f"{path} is damaged: its content is not what was written")
+            raise UserError(f"{path} is damaged (its hash has changed); copy or prepare the corpus again")
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer the corpus was made with."""
+        """Returns the tokenizer of the corpus."""
         tokenizer = load_tokenizer(str(self.folder / TOKENIZER))
         if tokenizer.sha256() != self.manifest["tokenizer_sha256"]:
-            raise UserError(f"{self.folder / TOKENIZER} is not the tokenizer this corpus was made with")
+            raise UserError(
+                f"{self.folder / TOKENIZER} is not the tokenizer that the corpus was prepared with; "
+                "copy the corpus again"
+            )
         return tokenizer

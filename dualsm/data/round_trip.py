@@ -1,4 +1,4 @@
-"""Verification of a shard: its documents, read from disk and decoded, are compared with their texts."""
+"""Verification of shards: documents are read from disk, decoded and compared with the original texts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import warn
 
 COUNTS = ("documents", "identical", "bytes", "surviving_bytes")
-_SAMPLE_BYTES = 1 << 20  # text of each shard that is decoded
+_SAMPLE_BYTES = 1 << 20  # text to verify per shard
 
 
 def verify(path: Path, texts: list[bytes], lengths: np.ndarray, tokenizer: Tokenizer) -> collections.Counter:
-    """Decodes the first documents of a shard, read from disk, and compares them with their texts.
+    """Decodes the first documents of a shard and compares them with the original texts.
 
-    Documents are in the order of their hash, so that the first ones are a fair sample.
+    Documents are sorted by hash, so the first ones are a random sample.
+
+    Args:
+      path: the shard.
+      texts: all documents of the shard.
+      lengths: tokens of each document.
+      tokenizer: the tokenizer of the corpus.
 
     Returns:
-      Counts of the sample: documents, those that are identical, bytes, and bytes that survive.
+      Counts of the sample, with the keys `COUNTS`.
 
     Raises:
-      UserError: when a lossless tokenizer does not return a text.
+      UserError: if the tokenizer is lossless and a decoded document differs from its text.
     """
     sample = collections.Counter(dict.fromkeys(COUNTS, 0))
     reader = array_record_module.ArrayRecordReader(str(path))
@@ -47,19 +53,19 @@ def verify(path: Path, texts: list[bytes], lengths: np.ndarray, tokenizer: Token
     return sample
 
 
-def _difference(shard: str, number: int, text: bytes, decoded: bytes) -> str:
-    """Returns the message for a document that a lossless tokenizer changes."""
-    same = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), None)
-    at = min(len(text), len(decoded)) if same is None else same
-    before, after = (part[at : at + 12] for part in (text, decoded))
+def _difference(shard: str, document: int, text: bytes, decoded: bytes) -> str:
+    """Returns the error message for a document that does not round-trip."""
+    pairs = zip(text, decoded, strict=False)
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(decoded)))
+    before, after = text[position : position + 12], decoded[position : position + 12]
     return (
-        f"{shard}: document {number} does not decode to its text, although the tokenizer is lossless; "
-        f"{before} became {after} at byte {at}; try again, and if that fails too report the document"
+        f"{shard}: document {document} does not decode to its text, but the tokenizer should be lossless "
+        f"({before} became {after} at byte {position}); try again, and report the document if it fails again"
     )
 
 
 def surviving_bytes(text: str, decoded: str) -> int:
-    """Returns the bytes of the characters of `text` that are in `decoded` as well, in any order."""
+    """Returns the bytes of the characters that `text` and `decoded` share, in any order."""
     if text == decoded:
         return len(text.encode("utf-8"))
     common = collections.Counter(text) & collections.Counter(decoded)
@@ -67,10 +73,14 @@ def surviving_bytes(text: str, decoded: str) -> int:
 
 
 def warn_of_losses(sample: dict) -> None:
-    """Warns when documents of the sample, counted by `COUNTS`, do not come back as they were."""
+    """Warns if the tokenizer changes text.
+
+    Args:
+      sample: the sums of `verify` over all shards.
+    """
     if sample["identical"] < sample["documents"]:
         warn(
-            f"the tokenizer changes text: {sample['identical']:,} of {sample['documents']:,} documents of a "
-            f"sample come back as they were, and {sample['surviving_bytes'] / sample['bytes']:.2%} of their "
+            f"the tokenizer changes text: in a sample, {sample['identical']:,} of {sample['documents']:,} "
+            f"documents decode to the same text and {sample['surviving_bytes'] / sample['bytes']:.2%} of the "
             "bytes survive; bits per byte divide by all bytes"
         )

@@ -1,4 +1,4 @@
-"""Text files as streams of bytes: decompressed, of known encoding, cut into lines, objects or documents."""
+"""Text files as byte streams: decompression, encoding checks, and splitting into documents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HEAD_BYTES = 1 << 16
 _MAGIC = {
     rb"\x1f\x8b": ".gz",
     rb"\x28\xb5\x2f\xfd": ".zst",
-    rb"[\x50-\x5f]\x2a\x4d\x18": ".zst",  # a frame of no text, as pzstd writes before each other
+    rb"[\x50-\x5f]\x2a\x4d\x18": ".zst",  # a skippable frame, as pzstd writes before each frame
     rb"BZh[1-9]1AY&SY": ".bz2",
     rb"\xfd7zXZ\x00": ".xz",
     rb"PK\x03\x04": "a ZIP archive",
@@ -32,28 +32,28 @@ _MAGIC = {
     rb"ARROW1\x00\x00": "an Arrow file",
     rb"%PDF-": "a PDF",
 }
-_PIECE_BYTES = 128  # compressed bytes taken at once: 32 blocks of zstandard at most, which unpack to 4 MiB
-_ZSTD_WINDOW = 1 << 31  # the largest there is, that of `zstd --long=31`
+_CHUNK_BYTES = 128  # compressed bytes per read: at most 32 zstandard blocks, which decompress to 4 MiB
+_ZSTD_WINDOW = 1 << 31  # the maximum, used by `zstd --long=31`
 _DOCUMENT_BYTES = 2048
-_LONGEST_PARAGRAPH = 2 * _DOCUMENT_BYTES
-_JSON_MARKS = re.compile(rb'\\.|["{}]', re.DOTALL)
+_MAX_PARAGRAPH_BYTES = 2 * _DOCUMENT_BYTES
+_QUOTES_AND_BRACES = re.compile(rb'\\.|["{}]', re.DOTALL)
 
 
 @contextlib.contextmanager
 def open_text(path: str) -> Iterator[tuple[io.BufferedReader, io.BufferedIOBase, bytes]]:
-    """Opens a text file of any compression.
+    """Opens a text file, compressed or not.
 
     Yields:
-      The file as it is on disk, its text as a binary stream, and the first bytes of the text.
+      The file on disk, its decompressed content as a binary stream, and the first bytes of the content.
 
     Raises:
-      UserError: when the text is not UTF-8 by its first bytes, or the file is of another kind.
-      OSError, EOFError, zlib.error: when the file cannot be read or its compression is damaged.
+      UserError: if the file is not a text file, or its first bytes show an encoding other than UTF-8.
+      OSError, EOFError, zlib.error: if the file cannot be read, or its compression is damaged.
     """
     with open(path, "rb") as raw:
         kind = _kind(raw.read(16), path)
     if kind and kind not in COMPRESSIONS:
-        raise UserError(f"{path} is {kind}, not text; unpack or convert it first")
+        raise UserError(f"{path} is {kind}, not text; extract or convert it first")
     with open(path, "rb") as raw, _decompressed(raw, kind) as stream:
         head = stream.read(_HEAD_BYTES)
     if encoding := foreign_encoding(head):
@@ -63,7 +63,7 @@ def open_text(path: str) -> Iterator[tuple[io.BufferedReader, io.BufferedIOBase,
 
 
 def _kind(head: bytes, path: str) -> str | None:
-    """A compression by its suffix, or another kind of file in words; None for plain text."""
+    """Returns the suffix of a compression, a phrase for other formats, or None for plain text."""
     for magic, kind in _MAGIC.items():
         if re.match(magic, head):
             return kind
@@ -80,14 +80,14 @@ def _decompressed(raw: io.BufferedReader, kind: str | None):
 
 
 class _FrameReader(io.RawIOBase):
-    """Text of compressed frames, one after another; an end inside a frame is an error, as it is in gzip.
+    """Decompresses consecutive frames; like `gzip`, raises an error if the file ends inside a frame.
 
-    zstandard's own reader takes any end of the file for the end of the text, and those of bzip2 and xz
-    ignore a frame whose beginning is damaged.
+    The readers of the libraries are less strict: the zstandard reader accepts truncated files, and the
+    readers of bz2 and lzma ignore a frame with a damaged header.
     """
 
     def __init__(self, raw: io.BufferedReader, kind: str):
-        self._raw, self._kind, self._piece, self._frame = raw, kind, b"", None
+        self._raw, self._kind, self._chunk, self._frame = raw, kind, b"", None
         self._text = memoryview(b"")
 
     def readable(self) -> bool:
@@ -95,30 +95,30 @@ class _FrameReader(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._text:
-            self._piece = self._piece or self._raw.read(_PIECE_BYTES)
-            if not self._piece and self._frame is None:
+            self._chunk = self._chunk or self._raw.read(_CHUNK_BYTES)
+            if not self._chunk and self._frame is None:
                 return 0
-            if not self._piece:
-                raise EOFError("the compressed file is cut short: it ends inside a frame")
-            self._text = memoryview(self._unpack())
+            if not self._chunk:
+                raise EOFError("the compressed file is truncated; copy it again")
+            self._text = memoryview(self._decompress())
         size = min(len(buffer), len(self._text))
         buffer[:size], self._text = self._text[:size], self._text[size:]
         return size
 
-    def _unpack(self) -> bytes:
-        """Unpacks the piece up to the end of its frame; the rest stays in the piece."""
+    def _decompress(self) -> bytes:
+        """Decompresses the chunk up to the end of its frame, and keeps the rest of the chunk."""
         if self._frame is None:
-            self._piece = self._piece.lstrip(b"\0")  # padding
-            if not self._piece:
+            self._chunk = self._chunk.lstrip(b"\0")  # padding
+            if not self._chunk:
                 return b""
             self._frame = _new_frame(self._kind)
         try:
-            text = self._frame.decompress(self._piece)
+            text = self._frame.decompress(self._chunk)
         except (zstandard.ZstdError, lzma.LZMAError) as error:
             raise OSError(str(error)) from error
-        self._piece = b""
+        self._chunk = b""
         if self._frame.eof:
-            self._piece, self._frame = self._frame.unused_data, None
+            self._chunk, self._frame = self._frame.unused_data, None
         return text
 
 
@@ -131,9 +131,9 @@ def _new_frame(kind: str):
 
 
 def lines(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]:
-    """Yields the lines of a stream; None for one that is too long, which is never held whole.
+    """Yields the lines of a stream, blank lines included; None for lines longer than `max_bytes`.
 
-    Blank lines are yielded too, except a last empty one.
+    Longer lines are never held in memory completely.
     """
     limit = max_bytes + 1
     while line := stream.readline(limit):
@@ -147,23 +147,25 @@ def lines(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]:
 
 
 def holds_objects(head: bytes) -> bool:
-    """Returns True for JSON in which objects are not lines: an array, or objects over several lines."""
+    """Returns True if the content is JSON other than JSON lines: an array, or objects over several lines."""
     head = without_bom(head).lstrip()
     return head.startswith(b"[") or head.partition(b"\n")[0].strip() == b"{"
 
 
 def objects(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]:
-    """Yields the outermost JSON objects of a stream, and what else stands between them; None for long ones.
+    """Yields the outermost JSON objects of a stream, and any other content between them.
+
+    Items longer than `max_bytes` are None.
 
     Raises:
-      EOFError: when the stream ends inside an array, an object or a string.
+      EOFError: if the stream ends inside an array, an object or a string.
     """
     item, depth, in_string, in_array = _Item(max_bytes), 0, False, False
     while chunk := stream.read(BLOCK_BYTES):
-        while chunk.endswith(b"\\") and (more := stream.read(1)):  # an escape is not divided
+        while chunk.endswith(b"\\") and (more := stream.read(1)):  # keep escape sequences whole
             chunk += more
         start = 0
-        for mark in _JSON_MARKS.finditer(chunk):
+        for mark in _QUOTES_AND_BRACES.finditer(chunk):
             if mark[0] == b'"':
                 in_string = not in_string
             elif in_string or len(mark[0]) > 1:
@@ -183,23 +185,23 @@ def objects(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]
                     start = mark.end()
         item.add(chunk[start:])
     if depth or in_string or (in_array and b"]" not in item.content):
-        raise EOFError("it ends inside a JSON value")
+        raise EOFError("the file ends inside a JSON value")
     yield from item.take(b" \t\r\n,[]")
 
 
 class _Item:
-    """Bytes that are put together; those beyond `max_bytes` are not kept."""
+    """A buffer that keeps at most `max_bytes` bytes."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes, self.content, self._too_long = max_bytes, bytearray(), False
 
-    def add(self, part: bytes) -> None:
-        self._too_long |= len(self.content) + len(part) > self._max_bytes
+    def add(self, data: bytes) -> None:
+        self._too_long |= len(self.content) + len(data) > self._max_bytes
         if not self._too_long:
-            self.content += part
+            self.content += data
 
     def take(self, separators: bytes) -> Iterator[bytes | None]:
-        """Yields the item, if more than separators is in it, and begins the next one."""
+        """Yields the content unless it consists of separators only, and clears the buffer."""
         content, too_long = without_bom(bytes(self.content)).strip(separators or None), self._too_long
         self.content, self._too_long = bytearray(), False
         if too_long or content:
@@ -207,10 +209,11 @@ class _Item:
 
 
 def documents(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]:
-    """Yields the paragraphs of a text, merged up to about 2 kB; None for a line that is too long.
+    """Yields paragraphs of a text, merged into documents of up to about 2 kB.
 
-    Blank lines end a paragraph. A text that has none is divided at line ends. Blank lines between documents
-    belong to neither.
+
+    Paragraphs end at blank lines. Long paragraphs are split at line ends. Blank lines between documents are
+    dropped. Lines longer than `max_bytes` are None.
     """
     document, gap, paragraph = b"", b"", b""
 
@@ -224,7 +227,7 @@ def documents(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | Non
             gap, paragraph = b"", b""
 
     for line in lines(stream, max_bytes):
-        if line is None or len(paragraph) + len(line) > _LONGEST_PARAGRAPH:
+        if line is None or len(paragraph) + len(line) > _MAX_PARAGRAPH_BYTES:
             yield from finished()
         if line is None:
             if document:

@@ -1,4 +1,4 @@
-"""Work handed to processes, its results in order and only so far ahead as memory allows."""
+"""Pools of worker processes, with results in order and a bounded number of jobs in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dualsm.process.errors import UserError
 
 
-class _ThisProcess(futures.Executor):
-    """An executor without workers: it does what it is given at once."""
+class _InlineExecutor(futures.Executor):
+    """An executor without workers: `submit` calls the function."""
 
     def submit(self, function, /, *args) -> futures.Future:
         future = futures.Future()
@@ -22,8 +22,8 @@ class _ThisProcess(futures.Executor):
         return future
 
 
-class _Spawn(multiprocessing.context.SpawnContext):
-    """Starts workers as "spawn" does, and remembers them."""
+class _SpawnContext(multiprocessing.context.SpawnContext):
+    """Spawns workers and keeps them, so that their exit codes can be read."""
 
     def __init__(self):
         self.started: list[multiprocessing.Process] = []
@@ -34,41 +34,42 @@ class _Spawn(multiprocessing.context.SpawnContext):
 
 
 @contextlib.contextmanager
-def pool_of(workers: int) -> Iterator[futures.Executor]:
-    """An executor of so many processes; of 1 it is this process itself.
+def worker_pool(workers: int) -> Iterator[futures.Executor]:
+    """Yields an executor with the given number of processes; 1 runs all jobs in this process.
 
     Raises:
-      UserError: when a worker was killed, or could not start.
+      UserError: if a worker was killed or did not start.
     """
     if workers == 1:
-        yield _ThisProcess()
+        yield _InlineExecutor()
         return
-    context = _Spawn()
+    context = _SpawnContext()
     try:
         with futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
             yield pool
     except BrokenProcessPool as error:
         status = max((process.exitcode or 0 for process in context.started), default=0)
-        if status > 0:  # it ended by itself: workers import the program that was started
+        if status > 0:  # the worker was not killed; spawned workers import the main module
             raise UserError(
-                f"a worker process ended with status {status} before its work; a script must make this call "
+                f"a worker process exited with status {status} at startup; a script must make this call "
                 'under `if __name__ == "__main__":`, or with workers=1'
             ) from error
         raise UserError(
-            "a worker process was killed, most often because memory ran out; try fewer --workers"
+            "a worker process was killed, usually because the machine ran out of memory; "
+            "use fewer processes (--workers)"
         ) from error
 
 
-def in_order(pool, function, jobs, ahead: int) -> Iterator:
-    """Results of `function` over `jobs` in order, with at most `ahead` jobs in memory."""
-    waiting: collections.deque[futures.Future] = collections.deque()
+def map_in_order(pool: futures.Executor, function, jobs, lookahead: int) -> Iterator:
+    """Yields the results of `function` over `jobs` in order, with at most `lookahead` jobs in memory."""
+    pending: collections.deque[futures.Future] = collections.deque()
     try:
         for job in jobs:
-            waiting.append(pool.submit(function, job))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(function, job))
+            if len(pending) >= lookahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        for future in waiting:
+        for future in pending:
             future.cancel()

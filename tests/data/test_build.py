@@ -1,4 +1,4 @@
-"""From text to a corpus: what is kept, dropped, counted, refused; and that nothing half-done stays."""
+"""Building a corpus: content, statistics, errors and interruptions."""
 
 import gzip
 import json
@@ -37,25 +37,25 @@ def texts(documents):
     return documents[:150]
 
 
-def test_every_document_comes_back_byte_for_byte(tmp_path, texts):
+def test_documents_round_trip(tmp_path, texts):
     difficult = ["tab\tand  spaces  ", "naïve 🙂 \u2028 line", "\n\n leading", "nul \0 inside", "▁ piece"]
-    wanted = list(dict.fromkeys(texts + difficult))
-    manifest = make(tmp_path, input=write_lines(tmp_path / "a.jsonl", wanted))
+    expected = list(dict.fromkeys(texts + difficult))
+    manifest = make(tmp_path, input=write_lines(tmp_path / "a.jsonl", expected))
     found = texts_of(tmp_path / "corpus", "train") + texts_of(tmp_path / "corpus", "valid")
-    assert sorted(found) == sorted(wanted)
+    assert sorted(found) == sorted(expected)
     splits = manifest["splits"]
-    assert sum(split["documents"] for split in splits.values()) == len(wanted)
-    assert sum(split["bytes"] for split in splits.values()) == sum(len(t.encode()) for t in wanted)
+    assert sum(split["documents"] for split in splits.values()) == len(expected)
+    assert sum(split["bytes"] for split in splits.values()) == sum(len(t.encode()) for t in expected)
 
 
-def make_with(tmp_path, texts, content: str, **options) -> dict:
-    """The manifest of a corpus whose tokenizer is the given `tokenizer.json`."""
+def make_with_tokenizer(tmp_path, texts, content: str, **options) -> dict:
+    """Builds a corpus with the given `tokenizer.json`; returns its manifest."""
     (tmp_path / "tokenizer.json").write_text(content)
     recipe = {"vocab_size": 0, "tokenizer": str(tmp_path / "tokenizer.json")} | options
     return make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), **recipe)
 
 
-def test_the_manifest_has_the_bytes_of_each_held_out_document(tmp_path, texts):
+def test_the_sizes_of_held_out_documents_are_written(tmp_path, texts):
     texts += ["naïve 🙂 \u2028 line", "▁ piece", "中" * 5000]
     make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), valid_fraction=0.5)
     bytes_N = Corpus(str(tmp_path / "corpus")).documents("valid").bytes_N
@@ -75,16 +75,16 @@ def test_every_document_of_a_small_corpus_is_verified(tmp_path, texts):
     }
 
 
-def test_a_tokenizer_that_breaks_its_promise_fails_and_leaves_nothing(tmp_path, texts):
+def test_a_tokenizer_that_is_wrongly_declared_lossless_raises(tmp_path, texts):
     content = json.loads(make_tokenizer_json(texts))
     rule = {"type": "Replace", "pattern": {"String": "qqq"}, "content": "q"}
     content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], rule]}
-    make_with(tmp_path, texts, json.dumps(content))
+    make_with_tokenizer(tmp_path, texts, json.dumps(content))
     broken = (
-        r"-of-00008.array_record: document .* does not decode to its text.* b'qq\\n' became b'\\n' at byte 3"
+        r"-of-00008.array_record: document .* does not decode to its text.*b'qq\\n' became b'\\n' at byte 3"
     )
     with pytest.raises(UserError, match=broken):
-        make_with(tmp_path, [*texts, "a qqq\n"], json.dumps(content), name="other")
+        make_with_tokenizer(tmp_path, [*texts, "a qqq\n"], json.dumps(content), name="other")
     assert not list(tmp_path.glob("*other*"))
 
 
@@ -96,10 +96,10 @@ def test_a_tokenizer_that_breaks_its_promise_fails_and_leaves_nothing(tmp_path, 
         (ADDING, [], len("all smallCapitalsäö".encode())),
     ],
 )
-def test_the_manifest_tells_how_much_text_survives(tmp_path, documents, normalizers, identical, surviving):
+def test_the_manifest_counts_the_text_that_survives(tmp_path, documents, normalizers, identical, surviving):
     texts = ["all small", "Capitals", "äö"]
     content = with_normalizers(make_tokenizer_json(documents[:50]), *normalizers)
-    manifest = make_with(tmp_path, texts, content, valid_fraction=0.7)
+    manifest = make_with_tokenizer(tmp_path, texts, content, valid_fraction=0.7)
     assert manifest["round_trip"] == {
         "lossless": False,
         "documents": 3,
@@ -109,16 +109,16 @@ def test_the_manifest_tells_how_much_text_survives(tmp_path, documents, normaliz
     }
 
 
-def test_lost_text_is_told_of(tmp_path, documents, capsys):
+def test_a_tokenizer_that_changes_text_warns(tmp_path, documents, capsys):
     content = with_normalizers(make_tokenizer_json(documents[:50]), {"type": "Lowercase"})
     (tmp_path / "tokenizer.json").write_text(content)
     path = write_lines(tmp_path / "a.jsonl", [f"Text {i}" for i in range(100)])
     recipe = Recipe(input=path, tokenizer=str(tmp_path / "tokenizer.json"), valid_fraction=0.2)
     build(recipe, str(tmp_path / "corpus"), workers=1)
-    assert "0 of 100 documents of a sample come back as they were, and 85.51% of" in capsys.readouterr().err
+    assert "in a sample, 0 of 100 documents decode to the same text and 85.51% of" in capsys.readouterr().err
 
 
-def test_documents_start_and_end_with_their_marks(corpus):
+def test_documents_start_with_bos_and_end_with_eos(corpus):
     documents = corpus.documents("train")
     special = corpus.tokenizer().special
     read = documents.read(range(len(documents)))
@@ -128,7 +128,7 @@ def test_documents_start_and_end_with_their_marks(corpus):
         assert (tokens[1:-1] >= 16).all()
 
 
-def test_the_result_depends_on_neither_workers_nor_the_order_of_files(tmp_path, texts):
+def test_the_corpus_depends_on_neither_the_workers_nor_the_order_of_files(tmp_path, texts):
     a = write_lines(tmp_path / "a.jsonl", texts[:80])
     b = write_lines(tmp_path / "b.jsonl", texts[80:])
     one = make(tmp_path, "one", workers=1, input=f"{a},{b}")
@@ -144,12 +144,12 @@ def test_documents_are_shuffled_and_held_out_by_content(tmp_path, texts):
     make(tmp_path, "half", input=write_lines(tmp_path / "b.jsonl", texts[:75]))
     valid = texts_of(tmp_path / "all", "valid")
     assert 0 < len(valid) < 60
-    # Which documents are held out, and their order, does not change with what else is in the corpus.
+    # The held-out documents and their order do not depend on the other documents.
     assert texts_of(tmp_path / "half", "valid") == [text for text in valid if text in texts[:75]]
     train = texts_of(tmp_path / "all", "train")
-    places = [texts.index(text) for text in train]
-    assert places != sorted(places)
-    assert abs(np.corrcoef(places, np.arange(len(places)))[0, 1]) < 0.3
+    positions = [texts.index(text) for text in train]
+    assert positions != sorted(positions)
+    assert abs(np.corrcoef(positions, np.arange(len(positions)))[0, 1]) < 0.3
 
 
 def test_duplicates_are_dropped_and_counted(tmp_path, texts):
@@ -163,7 +163,7 @@ def test_duplicates_are_dropped_and_counted(tmp_path, texts):
     assert sorted(found) == sorted(unique)
 
 
-def test_nothing_of_a_given_validation_set_is_trained_on(tmp_path, texts):
+def test_documents_of_valid_input_are_not_trained_on(tmp_path, texts):
     valid = write_lines(tmp_path / "valid.jsonl", texts[:20])
     make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), valid_input=valid)
     assert sorted(texts_of(tmp_path / "corpus", "valid")) == sorted(set(texts[:20]))
@@ -171,7 +171,7 @@ def test_nothing_of_a_given_validation_set_is_trained_on(tmp_path, texts):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "parquet"])
-def test_formats(tmp_path, texts, form):
+def test_input_formats(tmp_path, texts, form):
     texts = list(dict.fromkeys(texts))
     lines = "".join(json.dumps({"body": text}) + "\n" for text in texts).encode()
     pattern = tmp_path / f"a.{form}"
@@ -182,7 +182,7 @@ def test_formats(tmp_path, texts, form):
     elif form == "jsonl.zst":
         import zstandard
 
-        half = len(lines) // 2  # several frames, as pzstd writes them
+        half = len(lines) // 2  # two frames
         compress = zstandard.ZstdCompressor().compress
         pattern.write_bytes(compress(lines[:half]) + compress(lines[half:]))
     elif form == "txt":
@@ -208,7 +208,7 @@ FAULTY = {
 }
 
 
-def test_faults_are_counted_by_kind(tmp_path, texts):
+def test_unusable_documents_are_counted_by_kind(tmp_path, texts):
     path = tmp_path / "a.jsonl"
     write_lines(path, texts)
     path.write_bytes(path.read_bytes() + b"".join(FAULTY.values()) + FAULTY["no_text"] + b'["no object"]\n')
@@ -217,7 +217,7 @@ def test_faults_are_counted_by_kind(tmp_path, texts):
 
 
 @pytest.mark.parametrize("kind", FAULTY)
-def test_too_many_faults_stop_with_file_and_line(tmp_path, texts, kind):
+def test_too_many_unusable_documents_raise_with_file_and_line(tmp_path, texts, kind):
     path = tmp_path / "a.jsonl"
     write_lines(path, texts[:50])
     path.write_bytes(path.read_bytes() + FAULTY[kind] * 2)
@@ -226,24 +226,23 @@ def test_too_many_faults_stop_with_file_and_line(tmp_path, texts, kind):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
 
 
-def test_a_wrong_text_key_is_refused_with_the_keys_there_are(tmp_path):
+def test_a_wrong_text_key_raises_with_the_existing_keys(tmp_path):
     lines = [b'{"content": "text %d", "id": %d}\n' % (i, i) for i in range(300)]
     (tmp_path / "a.jsonl").write_bytes(b"".join([*lines, b"not JSON\n"]))
     expected = (
-        "301 of 301 .*300 no_text.*line 300 .*--text_key=text is not there; the keys are 'content', 'id'"
+        "301 of 301 .*300 no_text.*line 300 .*--text_key=text does not exist; the keys are 'content', 'id'"
     )
     with pytest.raises(UserError, match=expected):
         make(tmp_path, input=str(tmp_path / "a.jsonl"))
 
 
-def test_text_in_another_encoding_is_refused_with_a_guess(tmp_path):
+def test_text_in_another_encoding_raises_with_a_guess(tmp_path):
     (tmp_path / "a.txt").write_bytes("Déjà vu, naïve café.\n\n".encode("latin-1") * 300)
     with pytest.raises(UserError, match="invalid_utf8: perhaps Latin-1"):
         make(tmp_path, input=str(tmp_path / "a.txt"))
 
 
-def test_a_hopeless_input_stops_long_before_its_end(tmp_path):
-    """Half a million bad lines are not read to the end before saying so."""
+def test_unusable_input_raises_before_all_of_it_is_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"not json, and long enough to make blocks\n" * 500_000)
     with pytest.raises(UserError) as error:
@@ -254,30 +253,30 @@ def test_a_hopeless_input_stops_long_before_its_end(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"input": "nowhere/*.jsonl"}, "no file matches"),
-        ({"input": __file__}, "is none of"),
-        ({"input": "python-stdlib", "valid_input": "nowhere"}, "--valid_input: no file matches 'nowhere'"),
+        ({"input": "nowhere/*.jsonl"}, "no files match"),
+        ({"input": __file__}, "has none of the suffixes"),
+        ({"input": "python-stdlib", "valid_input": "nowhere"}, "--valid_input: no files match 'nowhere'"),
         ({"input": "python-stdlib", "vocab_size": 0}, "--vocab_size"),
         ({"input": "python-stdlib", "vocab_size": 512, "tokenizer": "x.model"}, "--vocab_size"),
         ({"input": "python-stdlib", "valid_fraction": 1.5}, "--valid_fraction"),
-        ({"input": "python-stdlib", "valid_fraction": 0.0}, "holds nothing out.*--valid_input"),
+        ({"input": "python-stdlib", "valid_fraction": 0.0}, "no held-out documents.*--valid_input"),
         ({"input": "python-stdlib", "tokenizer": "nowhere.model", "vocab_size": 0}, "nowhere.model"),
     ],
 )
-def test_impossible_recipes_are_refused(tmp_path, recipe, message):
+def test_invalid_recipes_raise(tmp_path, recipe, message):
     with pytest.raises(UserError, match=message):
         make(tmp_path, **recipe)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("vocab_size", [100, 256, 1000])
-def test_impossible_vocabularies_are_refused_before_anything_is_read(tmp_path, vocab_size):
+def test_invalid_vocab_sizes_raise_before_reading(tmp_path, vocab_size):
     (tmp_path / "a.jsonl").write_text("not json\n" * 1000)
     with pytest.raises(UserError, match="must be a multiple of 128 and at least 384"):
         make(tmp_path, input=str(tmp_path / "a.jsonl"), vocab_size=vocab_size)
 
 
-def test_a_vocabulary_too_large_for_the_text_is_refused(tmp_path, texts):
+def test_a_vocab_size_too_large_for_the_text_raises(tmp_path, texts):
     with pytest.raises(UserError, match="cannot train"):
         make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts), vocab_size=1 << 20)
 
@@ -285,14 +284,14 @@ def test_a_vocabulary_too_large_for_the_text_is_refused(tmp_path, texts):
 @pytest.mark.parametrize(
     ("train", "valid", "message"),
     [
-        (["one"], None, "a single document, which.*split it.*--valid_input"),
-        (["one", "two", "six"], None, "for the valid split; raise --valid_fraction"),
-        (["one", "two"], [], "--valid_input=.*valid.jsonl holds no documents"),
-        ([], ["one", "two"], "--input=.*train.jsonl holds no documents"),
-        (["one", "two"], ["two", "one"], "--valid_input has all of --input="),
+        (["one"], None, "a single document, so.*split it.*--valid_input"),
+        (["one", "two", "six"], None, "for the valid split at --valid_fraction=1e-09; raise"),
+        (["one", "two"], [], "--valid_input=.*valid.jsonl contains no documents"),
+        ([], ["one", "two"], "--input=.*train.jsonl contains no documents"),
+        (["one", "two"], ["two", "one"], "--valid_input contains all documents of --input="),
     ],
 )
-def test_a_split_without_documents_is_refused_with_what_can_help(tmp_path, train, valid, message):
+def test_an_empty_split_raises_with_the_remedy(tmp_path, train, valid, message):
     recipe = {"input": write_lines(tmp_path / "train.jsonl", train), "valid_fraction": 1e-9}
     if valid is not None:
         recipe["valid_input"] = write_lines(tmp_path / "valid.jsonl", valid)
@@ -301,18 +300,18 @@ def test_a_split_without_documents_is_refused_with_what_can_help(tmp_path, train
     assert not list(tmp_path.glob("*corpus*"))
 
 
-def test_an_existing_output_is_kept_if_it_is_the_same_and_refused_if_not(tmp_path, texts):
+def test_an_existing_output_is_kept_if_the_recipe_is_the_same(tmp_path, texts):
     path = write_lines(tmp_path / "a.jsonl", texts)
     first = make(tmp_path, input=path)
     changed = os.stat(tmp_path / "corpus" / "manifest.json").st_mtime_ns
     assert make(tmp_path, input=path) == json.loads(json.dumps(first))
     assert os.stat(tmp_path / "corpus" / "manifest.json").st_mtime_ns == changed
-    with pytest.raises(UserError, match="was not made by this command"):
+    with pytest.raises(UserError, match="was not created by this command"):
         make(tmp_path, input=path, vocab_size=512)
 
 
-def test_an_existing_output_is_refused_when_its_files_are_others_now(tmp_path, texts):
-    """Others by name or size; where they lie does not matter."""
+def test_an_existing_output_raises_if_the_input_files_have_changed(tmp_path, texts):
+    """Files are compared by name and size, not by folder."""
     folders = [tmp_path / "text", tmp_path / "moved"]
     folders[0].mkdir()
     write_lines(folders[0] / "a.jsonl", texts[:80])
@@ -320,30 +319,30 @@ def test_an_existing_output_is_refused_when_its_files_are_others_now(tmp_path, t
     folders[0].rename(folders[1])
     pattern = f"{folders[1]}/*.jsonl"
     assert make(tmp_path, input=pattern) == first
-    with pytest.raises(UserError, match="made of 1 files, and not of the 2 .* now"):
+    with pytest.raises(UserError, match="created from 1 input files that differ .* the 2 files given now"):
         make(tmp_path, input=pattern, valid_input=pattern)
     write_lines(folders[1] / "b.jsonl", texts[80:])
-    with pytest.raises(UserError, match="made of 1 files, and not of the 2 .* now"):
+    with pytest.raises(UserError, match="created from 1 input files that differ .* the 2 files given now"):
         make(tmp_path, input=pattern)
     (folders[1] / "a.jsonl").unlink()
-    with pytest.raises(UserError, match="made of 1 files, and not of the 1 .* now"):
+    with pytest.raises(UserError, match="created from 1 input files that differ .* the 1 files given now"):
         make(tmp_path, input=pattern)
 
 
-def test_a_corpus_of_a_version_that_kept_no_hash_of_its_files_is_known_by_its_command(tmp_path, texts):
+def test_a_corpus_of_an_earlier_version_is_recognized_by_its_arguments(tmp_path, texts):
     path = write_lines(tmp_path / "a.jsonl", texts)
     manifest = make(tmp_path, input=path)
     del manifest["inputs_sha256"]
     (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
     assert make(tmp_path, input=path) == manifest
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
-    with pytest.raises(UserError, match="was not made by this command"):
+    with pytest.raises(UserError, match="was not created by this command"):
         make(tmp_path, input=str(tmp_path / "b.jsonl"))
 
 
-def test_it_is_said_that_nothing_was_read(corpus_path, corpus, capsys):
+def test_an_existing_output_prints_a_message(corpus_path, corpus, capsys):
     build(Recipe(**corpus.manifest["arguments"]), str(corpus_path), workers=1)
-    assert capsys.readouterr().out == f"{corpus_path} holds this corpus already; nothing was read\n"
+    assert capsys.readouterr().out == f"{corpus_path} already contains this corpus; nothing to do\n"
 
 
 def _prepare(path, output, pid):
@@ -351,8 +350,8 @@ def _prepare(path, output, pid):
     build(Recipe(input=path, vocab_size=384, valid_fraction=0.2), output, workers=1, quiet=True)
 
 
-def test_an_interrupted_run_leaves_nothing_that_looks_done(tmp_path, texts):
-    """Nor anything in the way of the next, which may have its process number, as in containers."""
+def test_an_interrupted_build_can_be_repeated(tmp_path, texts):
+    """The next process may have the same process id, as in containers."""
     path = write_lines(tmp_path / "a.jsonl", texts)
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_prepare, args=(path, str(tmp_path / "corpus"), os.getpid()))
@@ -363,30 +362,30 @@ def test_an_interrupted_run_leaves_nothing_that_looks_done(tmp_path, texts):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert not (tmp_path / "corpus").exists()
-    make(tmp_path, input=path)  # clears away what was left, and succeeds
+    make(tmp_path, input=path)  # deletes the remains
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "corpus"]
 
 
-def test_a_damaged_corpus_is_noticed(tmp_path, texts):
+def test_damaged_shards_are_detected(tmp_path, texts):
     make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts))
     shard = sorted((tmp_path / "corpus").glob("train-*.array_record"))[0]
-    whole = shard.read_bytes()
+    content = shard.read_bytes()
 
-    middle = whole.index(b"\x28\xb5\x2f\xfd") + 20  # inside the first zstd frame
-    shard.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    middle = content.index(b"\x28\xb5\x2f\xfd") + 20  # inside the first zstd frame
+    shard.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     documents = Corpus(str(tmp_path / "corpus")).documents("train")
     with pytest.raises(UserError, match="damaged"):
         documents.read(range(len(documents)))
 
-    shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut short"):
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="truncated"):
         Corpus(str(tmp_path / "corpus"))
     shard.unlink()
     with pytest.raises(UserError, match="missing"):
         Corpus(str(tmp_path / "corpus"))
 
 
-def test_a_manifest_cannot_point_outside_its_folder(tmp_path, texts):
+def test_a_manifest_cannot_refer_to_other_folders(tmp_path, texts):
     make(tmp_path, input=write_lines(tmp_path / "a.jsonl", texts))
     path = tmp_path / "corpus" / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""A line of two gigabytes is an error, not the end of the machine's memory."""
+"""Documents of several gigabytes are dropped in bounded memory."""
 
 import gzip
 import os
@@ -16,9 +16,10 @@ from dualsm.process.errors import UserError
 from tests.conftest import ROOT, command_env
 
 HUGE = 2 << 30  # bytes
-MOST_MB = 24
+MAX_MB = 24
 
-# Reads a file whose documents may have 1 MiB; prints what of it was too long, and by how many MB that grew.
+# Reads a file with a limit of 1 MiB per document; prints the number of documents that are too long, the
+# number of documents, and the growth of the process in MB.
 READ = """
 import resource, sys
 from dualsm.data.readers import read_blocks
@@ -31,45 +32,47 @@ print(items.count(None), len(items), grown)
 
 
 def sparse(path: Path, start: bytes = b"", size: int = HUGE) -> Path:
-    """A file of zeros that takes no room on the disk."""
+    """Writes a sparse file of zeros, which takes no disk space."""
     with path.open("wb") as file:
         file.write(start)
         file.truncate(size)
     return path
 
 
-def zipped(path: Path) -> Path:
-    """A line of 256 MB in some hundred kB."""
+def gzip_compressed(path: Path) -> Path:
+    """Writes a line of 256 MiB, compressed to a few hundred kB by gzip."""
     path.write_bytes(gzip.compress(b'{"text": "') + gzip.compress(b"a" * (32 << 20), 1) * 8)
     return path
 
 
-def zstandard_zipped(path: Path) -> Path:
-    """The same by zstandard, in far less."""
+def zstandard_compressed(path: Path) -> Path:
+    """Writes the same line, compressed by zstandard."""
     compressor = zstandard.ZstdCompressor().compressobj()
-    pieces = [compressor.compress(piece) for piece in (b'{"text": "', *[b"a" * (32 << 20)] * 8)]
-    path.write_bytes(b"".join([*pieces, compressor.flush()]))
+    chunks = [compressor.compress(chunk) for chunk in (b'{"text": "', *[b"a" * (32 << 20)] * 8)]
+    path.write_bytes(b"".join([*chunks, compressor.flush()]))
     return path
 
 
 def token_ids(path: Path) -> Path:
-    """A document of 2^30 ids, as Megatron-LM would have it."""
+    """Writes a Megatron-LM document of 2^30 ids."""
     header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 1, 2)
     path.with_suffix(".idx").write_bytes(header + struct.pack("<iqqq", HUGE // 2, 0, 0, 1))
     return sparse(path)
 
 
 MAKERS = {
-    "a.jsonl": lambda path: sparse(path, b'{"text": "short"}\n{"text": "', HUGE // 8),  # it is read through
-    "a.jsonl.gz": zipped,
-    "a.jsonl.zst": zstandard_zipped,
+    "a.jsonl": lambda path: sparse(
+        path, b'{"text": "short"}\n{"text": "', HUGE // 8
+    ),  # smaller, because all of it is read
+    "a.jsonl.gz": gzip_compressed,
+    "a.jsonl.zst": zstandard_compressed,
     "a.txt": sparse,
     "a.bin": token_ids,
 }
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_huge_document_is_never_held(tmp_path, name):
+def test_a_huge_document_is_not_loaded_into_memory(tmp_path, name):
     path = MAKERS[name](tmp_path / name)
     done = subprocess.run(
         [sys.executable, "-c", READ, str(path)],
@@ -79,23 +82,23 @@ def test_a_huge_document_is_never_held(tmp_path, name):
     assert done.returncode == 0, done.stderr
     too_long, documents, grown = done.stdout.split()
     assert (too_long, documents) == ("1", "2" if name == "a.jsonl" else "1")
-    assert float(grown) < MOST_MB
+    assert float(grown) < MAX_MB
 
 
-def test_prepare_refuses_it(tmp_path):
+def test_a_corpus_of_one_huge_document_raises(tmp_path):
     path = sparse(tmp_path / "a.txt")
     with pytest.raises(UserError, match=r"1 of 1 documents are unusable \(1 too_long\)"):
         build(Recipe(input=str(path), vocab_size=384), str(tmp_path / "corpus"), workers=1, quiet=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_task_file_refuses_it(tmp_path):
+def test_a_huge_line_in_a_task_file_raises(tmp_path):
     sparse(tmp_path / "blimp.jsonl", b'{"sentence_good": "It is.", "sentence_bad": "It are."}\n')
     with pytest.raises(UserError, match="line 2 is longer than 16 MiB"):
         load_task("blimp", tmp_path)
 
 
-def test_a_long_value_of_a_column_is_not_copied(tmp_path):
+def test_long_values_of_a_column_are_none(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
     from pyarrow import parquet
 

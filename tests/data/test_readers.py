@@ -1,4 +1,4 @@
-"""Documents come out of other people's formats as they went in; damaged files are refused in one line."""
+"""Reading documents from all input formats, and errors for damaged files."""
 
 import bz2
 import codecs
@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import zstandard
 
-from dualsm.data import readers
+from dualsm.data import inputs, readers
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
 from dualsm.process.errors import UserError
 
 TEXTS = ["first", "  second\twith tab", "third 🙂\nand a line", "naïve \x00"]
-TYPES = {"<u2": 8, "<i4": 4, "<i8": 5}
+DTYPES = {"<u2": 8, "<i4": 4, "<i8": 5}
 
 
 def read(pattern, text_key="text", max_bytes=1 << 20, tokenizer="", divide=False) -> list[str]:
-    """Texts of all documents; faults by their kind in angle brackets."""
+    """Returns the texts of all documents; for unusable documents, the kind of fault in angle brackets."""
     found = []
-    for path in readers.find_inputs(str(pattern)):
+    for path in inputs.find_inputs(str(pattern)):
         for block in readers.read_blocks(path, text_key, max_bytes, divide):
             assert block.first == sum(1 for text in found if text[0] == path) + 1
             for item in block.items:
@@ -44,23 +44,24 @@ def write_arrow(path, texts, form):
 
 
 def write_megatron(path, documents, dtype="<u2", split=2):
-    """Documents as lists of ids, each in `split` sequences, as Megatron-LM's preprocessing writes them."""
-    sequences = [part for ids in documents for part in np.array_split(np.array(ids, dtype), split)]
-    lengths = np.array([len(part) for part in sequences], "<i4")
-    places = (np.cumsum(lengths, dtype="<i8") - lengths) * np.dtype(dtype).itemsize
-    borders = np.arange(0, len(sequences) + 1, split, dtype="<i8")
-    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, TYPES[dtype], len(sequences), len(borders))
-    path.with_suffix(".idx").write_bytes(header + lengths.tobytes() + places.tobytes() + borders.tobytes())
-    path.write_bytes(b"".join(part.tobytes() for part in sequences))
+    """Writes lists of token ids like Megatron-LM's preprocessing, with `split` sequences per document."""
+    sequences = [sequence for ids in documents for sequence in np.array_split(np.array(ids, dtype), split)]
+    lengths = np.array([len(sequence) for sequence in sequences], "<i4")
+    offsets = (np.cumsum(lengths, dtype="<i8") - lengths) * np.dtype(dtype).itemsize
+    boundaries = np.arange(0, len(sequences) + 1, split, dtype="<i8")
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, DTYPES[dtype], len(sequences), len(boundaries))
+    arrays = (lengths, offsets, boundaries)
+    path.with_suffix(".idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
+    path.write_bytes(b"".join(sequence.tobytes() for sequence in sequences))
 
 
 ZSTD = zstandard.ZstdCompressor().compress
 LINE = '{"text": "é"}\n'.encode()
-SKIPPED = struct.pack("<II", 0x184D2A50, 4) + b"size"  # a frame of no text, as pzstd writes before each other
+SKIPPED = struct.pack("<II", 0x184D2A50, 4) + b"size"  # a skippable frame, as pzstd writes before each frame
 
 
 @pytest.mark.parametrize(
-    ("suffix", "parts"),
+    ("suffix", "frames"),
     [
         ("zst", [ZSTD]),
         ("zst", [SKIPPED, ZSTD, SKIPPED, ZSTD]),
@@ -70,23 +71,23 @@ SKIPPED = struct.pack("<II", 0x184D2A50, 4) + b"size"  # a frame of no text, as 
         ("xz", [lzma.compress] * 2),
     ],
 )
-def test_a_compressed_file_is_read_whole_or_refused(tmp_path, suffix, parts):
-    """Of one that is cut anywhere inside, no part passes for a smaller file."""
+def test_a_truncated_compressed_file_raises(tmp_path, suffix, frames):
+    """Truncation inside any frame is an error, not the end of the file."""
     texts = [f"{random.Random(i).getrandbits(400)}" for i in range(1500)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    coded = [part if part is SKIPPED else part(lines) for part in parts]
+    compressed = [frame if frame is SKIPPED else frame(lines) for frame in frames]
     path = tmp_path / f"a.jsonl.{suffix}"
-    path.write_bytes(b"".join(coded))
-    assert read(path) == texts * sum(part is not SKIPPED for part in parts)
-    whole, borders = path.read_bytes(), np.cumsum([0] + [len(part) for part in coded])
-    places = {1, 5, *range(0, len(whole), len(whole) // 20), *(borders[:-1] + 3), *(borders[1:] - 1)}
-    for place in sorted(places - set(borders.tolist())):
-        path.write_bytes(whole[:place])
+    path.write_bytes(b"".join(compressed))
+    assert read(path) == texts * sum(frame is not SKIPPED for frame in frames)
+    content, ends = path.read_bytes(), np.cumsum([0] + [len(frame) for frame in compressed])
+    sizes = {1, 5, *range(0, len(content), len(content) // 20), *(ends[:-1] + 3), *(ends[1:] - 1)}
+    for size in sorted(sizes - set(ends.tolist())):
+        path.write_bytes(content[:size])
         with pytest.raises(UserError, match=f"cannot read .*{path.name}: "):
             read(path)
 
 
-def test_a_damaged_second_stream_is_not_taken_for_the_end(tmp_path):
+def test_a_damaged_second_frame_raises(tmp_path):
     for compress, suffix in (
         (bz2.compress, "bz2"),
         (lzma.compress, "xz"),
@@ -98,15 +99,15 @@ def test_a_damaged_second_stream_is_not_taken_for_the_end(tmp_path):
             read(tmp_path / f"a.jsonl.{suffix}")
 
 
-def test_a_compression_is_known_by_its_content(tmp_path):
+def test_compression_is_detected_by_content(tmp_path):
     for number, compress in enumerate([bz2.compress, lzma.compress, gzip.compress, ZSTD]):
         path = tmp_path / f"{number}.jsonl{'.gz' * (number % 2)}"
         path.write_bytes(compress(LINE))
         assert read(path) == ["é"]
 
 
-def test_a_zstandard_window_beyond_the_default_limit_is_read(tmp_path):
-    """As `zstd --long=30` writes it; zstandard refuses windows above 128 MiB unless told otherwise."""
+def test_large_zstandard_windows_are_supported(tmp_path):
+    """`zstd --long=30` writes such files; by default, zstandard rejects windows above 128 MiB."""
     parameters = zstandard.ZstdCompressionParameters(window_log=30)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     path = tmp_path / "a.jsonl.zst"
@@ -120,7 +121,7 @@ def test_a_zstandard_window_beyond_the_default_limit_is_read(tmp_path):
     ("content", "kind"),
     [(b"PK\x03\x04....", "ZIP"), (b"\x04\x22\x4d\x18..", "LZ4"), (b"PAR1....", "Parquet")],
 )
-def test_files_of_another_kind_are_refused_by_name(tmp_path, content, kind):
+def test_files_of_other_formats_raise_with_the_format(tmp_path, content, kind):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.txt is .*{kind}"):
         read(tmp_path / "a.txt")
@@ -128,7 +129,7 @@ def test_files_of_another_kind_are_refused_by_name(tmp_path, content, kind):
 
 # --- encodings ---
 
-SPOKEN = {
+SAMPLES = {
     "a letter": "x",
     "English": "Plain words and nothing else.",
     "Russian": "Съешь же ещё этих мягких французских булок.",
@@ -137,33 +138,33 @@ SPOKEN = {
 
 
 @pytest.mark.parametrize("form", ["txt", "jsonl", "jsonl.gz", "json"])
-def test_a_byte_order_mark_is_stripped_from_every_file(tmp_path, form):
+def test_byte_order_marks_are_stripped(tmp_path, form):
     for name in ("a", "b"):
         content = codecs.BOM_UTF8 + (b"first" if form == "txt" else b'{"text": "first"}\n')
         (tmp_path / f"{name}.{form}").write_bytes(gzip.compress(content) if form.endswith("gz") else content)
     assert read(tmp_path / f"*.{form}") == ["first"] * 2
 
 
-def test_a_byte_order_mark_inside_a_concatenated_file_is_stripped(tmp_path):
+def test_byte_order_marks_inside_concatenated_files_are_stripped(tmp_path):
     (tmp_path / "a.jsonl").write_bytes((codecs.BOM_UTF8 + b'{"text": "first"}\n') * 2)
     assert read(tmp_path / "a.jsonl") == ["first"] * 2
 
 
-@pytest.mark.parametrize("language", SPOKEN)
+@pytest.mark.parametrize("language", SAMPLES)
 @pytest.mark.parametrize("form", ["txt", "jsonl"])
 @pytest.mark.parametrize(
     ("encoding", "name"),
     [(f"utf-{bits}{order}", f"UTF-{bits}") for bits in (16, 32) for order in ("", "-le", "-be")],
 )
-def test_other_encodings_that_pass_for_utf8_are_refused_by_name(tmp_path, language, form, encoding, name):
-    text = SPOKEN[language] + "\n"
+def test_utf16_and_utf32_raise_with_the_encoding(tmp_path, language, form, encoding, name):
+    text = SAMPLES[language] + "\n"
     lines = text if form == "txt" else json.dumps({"text": text}, ensure_ascii=False) + "\n"
     (tmp_path / f"a.{form}").write_bytes(lines.encode(encoding))
     with pytest.raises(UserError, match=rf"a\.{form} is encoded in {name}; convert it to UTF-8"):
         read(tmp_path / f"a.{form}")
 
 
-def test_escaped_character_sets_are_refused_by_name(tmp_path):
+def test_iso_2022_raises_with_the_encoding(tmp_path):
     for encoding in ("iso2022_jp", "iso2022_kr"):
         (tmp_path / "a.txt").write_bytes(
             "日本語 한국어"[: 3 if encoding.endswith("jp") else None][-3:].encode(encoding)
@@ -172,8 +173,7 @@ def test_escaped_character_sets_are_refused_by_name(tmp_path):
             read(tmp_path / "a.txt")
 
 
-def test_text_with_odd_characters_is_utf8(tmp_path):
-    """Zeros, tabs and one-letter lines are not taken for another encoding."""
+def test_unusual_characters_are_not_detected_as_another_encoding(tmp_path):
     for text in ("naïve \x00", "a\nb\nc\nd\n", "a\tb\tc\td\t", "\x1b[1mbold\x1b(B\n", "+/version", "~{x~}"):
         (tmp_path / "a.txt").write_bytes(text.encode())
         assert read(tmp_path / "a.txt") == [text]
@@ -187,7 +187,7 @@ def test_text_with_odd_characters_is_utf8(tmp_path):
         ("吾輩は猫である。名前はまだ無い。", "shift_jis", "Shift_JIS"),
     ],
 )
-def test_the_fault_of_other_bytes_guesses_their_encoding(text, encoding, guess):
+def test_invalid_utf8_is_reported_with_a_guess_of_the_encoding(text, encoding, guess):
     for form, item in (("text", text.encode(encoding)), ("jsonl", f'{{"text": "{text}"}}'.encode(encoding))):
         with pytest.raises(readers.Fault, match=f"invalid_utf8: .*{guess}"):
             readers.parse(item, form, "text")
@@ -211,7 +211,7 @@ ODD_FIELDS = {
 
 
 @pytest.mark.parametrize("name", ODD_FIELDS)
-def test_a_document_is_not_lost_because_of_a_field_beside_its_text(tmp_path, name):
+def test_unusual_values_of_other_json_fields_are_ignored(tmp_path, name):
     odd = ODD_FIELDS[name] if isinstance(ODD_FIELDS[name], bytes) else ODD_FIELDS[name].encode()
     for number, line in enumerate((b'{"odd": %s, "text": "a \\" b"}', b'{"text": "a \\" b", "odd": %s}')):
         (tmp_path / f"{number}.jsonl").write_bytes(line % odd + b"\n")
@@ -223,7 +223,7 @@ def test_a_document_is_not_lost_because_of_a_field_beside_its_text(tmp_path, nam
 
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("suffix", [".json", ".json.gz", ".jsonl"])
-def test_json_arrays_are_read_as_their_objects(tmp_path, monkeypatch, indent, suffix):
+def test_objects_of_json_arrays_are_documents(tmp_path, monkeypatch, indent, suffix):
     monkeypatch.setattr(readers.streams, "BLOCK_BYTES", 7)
     texts = ['a "}{" \\', "b\n[1]", "🙂 \\\\", "{"]
     values = [{"id": [i, {"x": "]}"}], "text": text} for i, text in enumerate(texts)]
@@ -237,7 +237,7 @@ def test_json_arrays_are_read_as_their_objects(tmp_path, monkeypatch, indent, su
             read(path)
 
 
-def test_objects_over_several_lines_are_read(tmp_path):
+def test_json_objects_can_span_lines(tmp_path):
     values = [{"text": "a"}, {"text": "b", "more": {"c": [1]}}]
     (tmp_path / "a.json").write_text("\n".join(json.dumps(value, indent=2) for value in values))
     assert read(tmp_path / "a.json") == ["a", "b"]
@@ -249,8 +249,8 @@ def test_objects_over_several_lines_are_read(tmp_path):
     assert read(tmp_path / "a.json", max_bytes=50) == ["<too_long>", "b"]
 
 
-def test_a_wrong_text_key_is_told_with_the_keys_there_are():
-    with pytest.raises(readers.Fault, match=r"--text_key=text is not there; the keys are 'content', 'id'"):
+def test_a_wrong_text_key_raises_with_the_existing_keys():
+    with pytest.raises(readers.Fault, match=r"--text_key=text does not exist; the keys are 'content', 'id'"):
         readers.parse(b'{"content": "x", "id": 7}', "jsonl", "text")
     with pytest.raises(readers.Fault, match=r"--text_key=id is not a string; the keys are 'content', 'id'"):
         readers.parse(b'{"content": "x", "id": 7}', "jsonl", "id")
@@ -259,7 +259,7 @@ def test_a_wrong_text_key_is_told_with_the_keys_there_are():
 # --- text ---
 
 
-def test_a_single_text_is_divided_at_blank_lines(tmp_path):
+def test_a_single_text_file_is_split_at_blank_lines(tmp_path):
     paragraphs = [f"  Paragraph {i}.\r\nIts second line." + " More." * (i % 50) for i in range(300)]
     path = tmp_path / "input.txt"
     path.write_bytes("\r\n\r\n".join(paragraphs).encode())
@@ -274,7 +274,7 @@ def test_a_single_text_is_divided_at_blank_lines(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["train", "dev", "test.gz"])
-def test_texts_without_blank_lines_are_divided_at_line_ends(tmp_path, suffix):
+def test_text_without_blank_lines_is_split_at_line_ends(tmp_path, suffix):
     lines = [f"*MOT: utterance {i} ." for i in range(2000)]
     content = "\n".join(lines).encode()
     for name in ("childes", "switchboard"):
@@ -286,23 +286,23 @@ def test_texts_without_blank_lines_are_divided_at_line_ends(tmp_path, suffix):
     assert all(2000 < len(text) <= 4096 for text in found[: len(found) // 2 - 1])
 
 
-def test_of_several_texts_each_is_a_document(tmp_path):
+def test_each_of_several_text_files_is_a_document(tmp_path):
     for name in "abc":
         text = "\n\n".join(f"{name} {random.Random(i).random()}" for i in range(1000))
         (tmp_path / f"{name}.txt").write_text(text)
     recipe = Recipe(input=f"{tmp_path}/[ab].txt", valid_input=f"{tmp_path}/c.txt", vocab_size=384)
     splits = build(recipe, str(tmp_path / "corpus"), workers=1, quiet=True)["splits"]
     assert splits["train"]["documents"] == 2
-    assert splits["valid"]["documents"] > 5  # the only one of its flag
+    assert splits["valid"]["documents"] > 5  # a single file is split
 
 
-# --- names ---
+# --- file names ---
 
 
 @pytest.mark.parametrize(
     "name", ["d[1].jsonl", "a,b.jsonl", "a *.jsonl", "~x.jsonl", "A.JSONL", "d[1]/e.jsonl"]
 )
-def test_a_file_that_exists_is_not_a_glob(tmp_path, monkeypatch, name):
+def test_existing_paths_are_not_globs(tmp_path, monkeypatch, name):
     (tmp_path / "d[1]").mkdir()
     for other in ("d1.jsonl", "a b.jsonl", "b.jsonl", name):
         (tmp_path / other).write_text(json.dumps({"text": other}))
@@ -315,14 +315,14 @@ def test_a_file_that_exists_is_not_a_glob(tmp_path, monkeypatch, name):
         assert read("d[1]/*.jsonl") == [name]
 
 
-def test_a_home_folder_is_found(tmp_path, monkeypatch):
+def test_tilde_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "d.jsonl").write_text('{"text": "a"}')
     assert read("~/d.jsonl") == read("~/*.jsonl,~/d.jsonl") == ["a"]
-    assert readers.find_inputs("~/d.jsonl") == [str(tmp_path / "d.jsonl")]
+    assert inputs.find_inputs("~/d.jsonl") == [str(tmp_path / "d.jsonl")]
 
 
-def test_the_end_of_a_name_says_how_a_file_is_read(tmp_path):
+def test_only_the_last_suffix_determines_the_format(tmp_path):
     folder = tmp_path / "books.jsonl.txts"
     folder.mkdir()
     (folder / "1.jsonl.txt").write_text("no JSON")
@@ -330,28 +330,28 @@ def test_the_end_of_a_name_says_how_a_file_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["stream", "file"])
-def test_arrow(tmp_path, form):
+def test_arrow_files_are_read(tmp_path, form):
     texts = TEXTS * 3
     write_arrow(tmp_path / "a.arrow", [*texts, None], form)
     assert read(tmp_path / "a.arrow") == [*texts, "<empty_text>"]
     assert read(tmp_path / "a.arrow", max_bytes=6)[:2] == ["first", "<too_long>"]
-    with pytest.raises(UserError, match="no column 'body' .it has n, text"):
+    with pytest.raises(UserError, match="no column 'body'; set --text_key to one of n, text"):
         read(tmp_path / "a.arrow", text_key="body")
-    with pytest.raises(UserError, match="cannot read .* the column 'n' is not text .*see --text_key"):
+    with pytest.raises(UserError, match="the column 'n' is not text .*set --text_key"):
         read(tmp_path / "a.arrow", text_key="n")
     (tmp_path / "b.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-900])
     with pytest.raises(UserError, match="b.arrow"):
         read(tmp_path / "b.arrow")
 
 
-def test_what_blocks_account_for_adds_up_to_about_the_file(tmp_path):
+def test_consumed_bytes_of_blocks_add_up_to_the_file_size(tmp_path):
     write_arrow(tmp_path / "a.arrow", TEXTS * 500, "stream")
     size = (tmp_path / "a.arrow").stat().st_size
     blocks = readers.read_blocks(str(tmp_path / "a.arrow"), "text", 1 << 20)
     assert 0.9 * size < sum(block.consumed for block in blocks) <= size
 
 
-def test_a_saved_dataset_is_read_in_its_own_order(tmp_path):
+def test_a_saved_dataset_is_read_in_order(tmp_path):
     folder = tmp_path / "dataset" / "train"
     folder.mkdir(parents=True)
     names = ["data-00001-of-00002.arrow", "data-00000-of-00002.arrow"]
@@ -361,17 +361,17 @@ def test_a_saved_dataset_is_read_in_its_own_order(tmp_path):
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
     assert read(folder) == TEXTS[:2]
     (tmp_path / "dataset" / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    with pytest.raises(UserError, match="several splits; give the folder of one"):
+    with pytest.raises(UserError, match="several splits; give one of them"):
         read(tmp_path / "dataset")
     (folder / "state.json").write_text("{}")
     with pytest.raises(UserError, match="state.json is damaged"):
         read(folder)
-    with pytest.raises(UserError, match="is a folder; give its files"):
+    with pytest.raises(UserError, match="is a directory; give its files"):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_megatron_documents_are_spelled_out_with_their_tokenizer(tmp_path, corpus_path, corpus, dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_megatron_documents_are_decoded_with_the_given_tokenizer(tmp_path, corpus_path, corpus, dtype):
     tokenizer = corpus.tokenizer()
     documents = [[*tokens, tokenizer.special.eos] for tokens in tokenizer.encode(TEXTS)]
     write_megatron(tmp_path / "a.bin", [*documents, []], dtype)
@@ -379,22 +379,22 @@ def test_megatron_documents_are_spelled_out_with_their_tokenizer(tmp_path, corpu
     assert read(tmp_path / "a.bin", tokenizer=path) == [*TEXTS, "<empty_text>"]
     write_megatron(tmp_path / "b.bin", [documents[0], [tokenizer.vocab_size]], dtype)
     assert read(tmp_path / "b.bin", tokenizer=path) == [TEXTS[0], "<unknown_id>"]
-    with pytest.raises(UserError, match="give it with --tokenizer"):
+    with pytest.raises(UserError, match="give --tokenizer=FILE"):
         read(tmp_path / "a.bin")
 
 
-def test_ids_of_a_tokenizer_json_are_its_own(tmp_path, documents):
+def test_megatron_ids_of_a_tokenizer_json_are_external_ids(tmp_path, documents):
     from tests.exchange.conftest import make_tokenizer_json
 
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra exchange)")
     text = make_tokenizer_json(documents[:100], seed=1)
     (tmp_path / "tokenizer.json").write_text(text)
-    own = [e.ids for e in tokenizers.Tokenizer.from_str(text).encode_batch(TEXTS)]
-    write_megatron(tmp_path / "a.bin", own)
+    external = [e.ids for e in tokenizers.Tokenizer.from_str(text).encode_batch(TEXTS)]
+    write_megatron(tmp_path / "a.bin", external)
     assert read(tmp_path / "a.bin", tokenizer=str(tmp_path / "tokenizer.json")) == TEXTS
 
 
-def test_a_corpus_of_megatron_ids_holds_the_same_texts(tmp_path, corpus_path, corpus, documents):
+def test_a_corpus_from_megatron_files_has_the_same_texts(tmp_path, corpus_path, corpus, documents):
     texts = list(dict.fromkeys(documents))[:60]
     write_megatron(tmp_path / "a.bin", corpus.tokenizer().encode(texts))
     recipe = Recipe(
@@ -404,8 +404,9 @@ def test_a_corpus_of_megatron_ids_holds_the_same_texts(tmp_path, corpus_path, co
     made = Corpus(str(tmp_path / "corpus"))
     found = []
     for split in ("train", "valid"):
-        documents_of = made.documents(split)
-        found += [made.tokenizer().decode(tokens) for tokens in documents_of.read(range(len(documents_of)))]
+        split_documents = made.documents(split)
+        tokens_of = split_documents.read(range(len(split_documents)))
+        found += [made.tokenizer().decode(tokens) for tokens in tokens_of]
     assert sorted(found) == sorted(texts)
 
 
@@ -420,27 +421,27 @@ def damage(case: str, path) -> None:
         index.write_bytes(content[:-8])
     elif case == "magic":
         index.write_bytes(b"X" + content[1:])
-    elif case == "type":
+    elif case == "dtype":
         index.write_bytes(content[:17] + bytes([6]) + content[18:])
     elif case == "huge":
         index.write_bytes(content[:18] + b"\xff" * 8 + content[26:])
-    elif case == "borders":
+    elif case == "boundaries":
         index.write_bytes(content[:-8] + struct.pack("<q", 5))
 
 
 DAMAGED = {
-    "no index": "needs its index",
+    "no index": "cannot read .*, the index of",
     "short data": "shorter than its index",
-    "short index": "no index of a Megatron-LM dataset",
-    "magic": "no index of a Megatron-LM dataset",
-    "type": "no index of a Megatron-LM dataset",
-    "huge": "no index of a Megatron-LM dataset",
-    "borders": "no index of a Megatron-LM dataset",
+    "short index": "damaged or not a Megatron-LM index",
+    "magic": "damaged or not a Megatron-LM index",
+    "dtype": "damaged or not a Megatron-LM index",
+    "huge": "damaged or not a Megatron-LM index",
+    "boundaries": "damaged or not a Megatron-LM index",
 }
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_megatron_files_are_refused(tmp_path, case):
+def test_damaged_megatron_files_raise(tmp_path, case):
     write_megatron(tmp_path / "a.bin", [[17, 18, 19], [20]])
     damage(case, tmp_path / "a.bin")
     with pytest.raises(UserError, match=DAMAGED[case]):

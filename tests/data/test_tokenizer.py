@@ -1,4 +1,4 @@
-"""The tokenizer is lossless and keeps its reserved ids."""
+"""SentencePiece tokenizers: round trips, reserved ids and token sizes."""
 
 import io
 import random
@@ -33,17 +33,17 @@ def tokenizer(corpus):
     return corpus.tokenizer()
 
 
-def test_text_comes_back_as_it_went_in(tokenizer):
+def test_text_round_trips(tokenizer):
     for text, tokens in zip(DIFFICULT, tokenizer.encode(DIFFICULT), strict=True):
         assert tokenizer.decode(tokens) == text
 
 
-def test_text_never_becomes_a_reserved_id(tokenizer):
+def test_text_is_never_encoded_as_reserved_ids(tokenizer):
     for tokens in tokenizer.encode(DIFFICULT):
         assert min(tokens) >= RESERVED_IDS
 
 
-def test_reserved_ids_have_their_pieces(tokenizer):
+def test_reserved_ids_have_special_pieces(tokenizer):
     special = tokenizer.special
     assert [tokenizer.piece(i) for i in range(6)] == [
         "<pad>",
@@ -57,7 +57,7 @@ def test_reserved_ids_have_their_pieces(tokenizer):
     assert tokenizer.decode([special.bos, special.mask, special.eos]) == ""
 
 
-def test_token_bytes_add_up_to_the_text(tokenizer):
+def test_token_bytes_add_up_to_the_size_of_the_text(tokenizer):
     sizes_V = tokenizer.token_bytes()
     assert not sizes_V[:RESERVED_IDS].any()
     for text, tokens in zip(DIFFICULT, tokenizer.encode(DIFFICULT), strict=True):
@@ -70,7 +70,7 @@ def test_training_is_deterministic(documents):
 
 ALPHABETS = {
     "latin": "abcdefghijklmnopqrstuvwxyzäéßABC .,\n",
-    "han": "".join(map(chr, range(0x4E00, 0x4E80))),  # and not a single space
+    "han": "".join(map(chr, range(0x4E00, 0x4E80))),  # no spaces
     "arabic": "".join(map(chr, range(0x621, 0x64B))) + "\u064b\u0651 \u060c",
     "emoji": "🙂🙃😀🎉👩👧\u200d\ufe0f🏽🇩🇪",
     "code": "abcdefi_=()[]{}:#'\"\\ \n\t0123",
@@ -88,7 +88,7 @@ def by_script():
     return {name: train_tokenizer(random_lines(letters), 512) for name, letters in ALPHABETS.items()}
 
 
-def test_ten_thousand_strings_come_back_from_tokenizers_of_five_scripts(by_script):
+def test_random_strings_round_trip_with_tokenizers_of_five_scripts(by_script):
     sizes = {name: tokenizer.token_bytes() for name, tokenizer in by_script.items()}
     exported = {name: JsonTokenizer(to_json(tokenizer).encode()) for name, tokenizer in by_script.items()}
     seen = 0
@@ -108,13 +108,13 @@ def test_ten_thousand_strings_come_back_from_tokenizers_of_five_scripts(by_scrip
     assert seen >= 10_000
 
 
-def test_spaces_have_a_piece_in_a_vocabulary_of_text_without_spaces(by_script):
+def test_a_vocabulary_trained_without_spaces_has_a_piece_for_spaces(by_script):
     tokenizer = by_script["han"]
     assert [tokenizer.piece(token) for token in tokenizer.encode(["丁 丂"])[0]] == ["丁", "▁", "丂"]
 
 
 def custom_model(texts, **options):
-    """A SentencePiece model with the special ids but other options than those of `train_tokenizer`."""
+    """Trains a SentencePiece model with the special ids but with options other than `train_tokenizer`'s."""
     output = io.BytesIO()
     settings = {
         "vocab_size": 400,
@@ -131,7 +131,7 @@ def custom_model(texts, **options):
 PLAIN = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
 
 
-def test_a_vocabulary_without_a_piece_for_spaces_spells_them_in_bytes():
+def test_a_vocabulary_without_a_piece_for_spaces_encodes_them_as_bytes():
     """Earlier versions trained such vocabularies."""
     tokenizer = custom_model(random_lines(ALPHABETS["han"]), model_type="bpe", **PLAIN)
     assert "▁" not in [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
@@ -152,11 +152,11 @@ def test_a_vocabulary_without_a_piece_for_spaces_spells_them_in_bytes():
         ({"byte_fallback": False, "vocab_size": 60}, False),
     ],
 )
-def test_only_models_without_a_normaliser_are_lossless(options, lossless):
+def test_only_models_without_normalization_are_lossless(options, lossless):
     assert custom_model(random_lines(ALPHABETS["latin"]), **(PLAIN | options)).lossless is lossless
 
 
-def test_text_inside_other_text_gets_no_space_in_front():
+def test_no_space_is_prepended_to_text_inside_other_text():
     tokenizer = custom_model(random_lines(ALPHABETS["latin"]), add_dummy_prefix=True)
     assert tokenizer.piece(tokenizer.encode(["b"])[0][0]).startswith("▁")
     for text in ("b", "  b "):
@@ -164,7 +164,7 @@ def test_text_inside_other_text_gets_no_space_in_front():
         assert "".join(pieces) == text.replace(" ", "▁")
 
 
-def test_a_foreign_model_is_refused(tmp_path):
+def test_models_without_the_special_pieces_raise(tmp_path):
     output = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(["some words to train on"] * 10),

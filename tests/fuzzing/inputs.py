@@ -17,7 +17,7 @@ from pathlib import Path
 import zstandard
 from hypothesis import strategies as st
 
-from dualsm.data import readers
+from dualsm.data import inputs, readers
 from dualsm.evaluation.tasks import load_task
 from dualsm.process.errors import UserError
 from tests.fuzzing.artefacts import Target, jsonl
@@ -88,7 +88,7 @@ def _reader(use: Callable[[Path, dict], None]) -> Callable[[Path], None]:
 def read(pattern: str, divide: bool = False) -> list[str]:
     """Texts of all documents. Raises `UserError` for one that has a fault, as `prepare` does in the end."""
     texts = []
-    for path in readers.find_inputs(pattern):
+    for path in inputs.find_inputs(pattern):
         for block in readers.read_blocks(path, "text", MAX_BYTES, divide):
             for item in block.items:
                 try:

@@ -1,0 +1,107 @@
+"""Input files of `prepare`: which files a flag names, and how they are read according to their suffixes."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+from dualsm.data import streams
+from dualsm.process.errors import UserError
+
+PYTHON_STDLIB = "python-stdlib"
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+SPLIT_SUFFIXES = (".train", ".dev", ".test")  # BabyLM's text files, which contain many documents each
+TEXT_SUFFIXES = (".txt", *SPLIT_SUFFIXES)
+COLUMN_SUFFIXES = (".parquet", ".arrow")
+SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES, ".bin")
+_EXPANSION = dict.fromkeys(streams.COMPRESSIONS, 4) | {".parquet": 3, ".bin": 2}  # rough text bytes per byte
+
+
+def find_inputs(pattern: str, flag: str = "--input") -> list[str]:
+    """Returns the files that a pattern matches, in a fixed order.
+
+    Args:
+      pattern: `python-stdlib`, or comma-separated paths and globs (`**` matches any number of directories). A
+        directory must be a dataset saved by Hugging Face `datasets`. A path that exists is never interpreted
+        as a glob or a list.
+      flag: name of the flag, for error messages.
+
+    Raises:
+      UserError: if a part of the pattern matches no file, or a file has an unknown suffix.
+    """
+    if pattern == PYTHON_STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"site-packages", "dist-packages", "__pycache__"}
+        paths = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
+        return [str(p) for p in sorted(paths) if p.stat().st_size > 0]
+    is_path = os.path.exists(os.path.expanduser(pattern))
+    paths = []
+    for part in [pattern] if is_path else filter(None, pattern.split(",")):
+        matches = [path for path in _matches(os.path.expanduser(part), flag) if os.path.isfile(path)]
+        if not matches:
+            raise UserError(f"{flag}: no files match {part!r}; check the path or quote the glob")
+        paths += matches
+    if not paths:
+        raise UserError(f"{flag} is empty; give files, globs or python-stdlib")
+    for path in paths:
+        if file_suffix(path) not in SUFFIXES:
+            raise UserError(
+                f"{flag}: {path} has none of the suffixes {', '.join(SUFFIXES)}; text and JSON may be "
+                f"compressed ({', '.join(streams.COMPRESSIONS)})"
+            )
+    return list(dict.fromkeys(paths))
+
+
+def file_suffix(path: str) -> str:
+    """Returns the suffix that determines the format of a file, without the suffix of its compression.
+
+    The suffix is empty for compressed files of formats other than text and JSON.
+    """
+    stem, suffix = os.path.splitext(path.lower())
+    if suffix not in streams.COMPRESSIONS:
+        return suffix
+    suffix = os.path.splitext(stem)[1]
+    return suffix if suffix in (*JSON_SUFFIXES, *TEXT_SUFFIXES) else ""
+
+
+def input_bytes(paths: list[str]) -> int:
+    """Returns the total size of files on disk."""
+    return sum(Path(path).stat().st_size for path in paths)
+
+
+def estimated_text_bytes(paths: list[str]) -> int:
+    """Returns a rough estimate of the text in the files, for choosing the number of shards."""
+    return sum(Path(path).stat().st_size * _EXPANSION.get(Path(path).suffix, 1) for path in paths)
+
+
+def _matches(part: str, flag: str) -> list[str]:
+    """Returns the files of a path or glob; the leading directories that exist are not part of the glob."""
+    if os.path.isdir(part):
+        return _saved_dataset(part, flag)
+    if os.path.exists(part):
+        return [part]
+    folder, names = "", part.split("/")
+    while len(names) > 1 and os.path.isdir(f"{folder}{names[0]}/"):
+        folder += f"{names.pop(0)}/"
+    found = glob.glob("/".join(names), root_dir=folder or None, recursive=True)
+    return [folder + name for name in sorted(found)]
+
+
+def _saved_dataset(folder: str, flag: str) -> list[str]:
+    """Returns the files of a dataset written by `Dataset.save_to_disk`, in the order of the dataset."""
+    if (Path(folder) / "dataset_dict.json").exists():
+        raise UserError(f"{flag}: {folder} contains several splits; give one of them, such as {folder}/train")
+    try:
+        state = json.loads((Path(folder) / "state.json").read_text("utf-8"))
+        return [str(Path(folder) / Path(file["filename"]).name) for file in state["_data_files"]]
+    except OSError as error:
+        raise UserError(
+            f"{flag}: {folder} is a directory; give its files, for example '{folder}/*.jsonl'"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{flag}: {folder}/state.json is damaged ({error!r}); save the dataset again"
+        ) from error
