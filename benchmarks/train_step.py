@@ -7,7 +7,7 @@
 Each round times all implementations in turn, in one process. Ratios compare timings of the same round; the
 median over rounds is printed. PyTorch (extra `bench`) is skipped if it is not installed. Both implementations
 use AdamW. The PyTorch step is causal, with one document per sequence. The batch is sharded over the devices
-as in training; small models use one device per CPU core (dualsm/devices/cores.py).
+as in training; small models use one device per CPU core (dualsm/training/cpu_devices.py).
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ from ml_collections import ConfigDict  # noqa: E402
 from steps import MIXTURES, Steps, random_tokens, repeated  # noqa: E402
 
 from dualsm.config import default_config  # noqa: E402
-from dualsm.devices import (
-    cores,  # noqa: E402
-    sharding,  # noqa: E402
-)
+from dualsm.devices import sharding  # noqa: E402
 from dualsm.devices.chips import measured_flops  # noqa: E402
 from dualsm.model.flops import train_flops  # noqa: E402
 from dualsm.process import cli  # noqa: E402
 from dualsm.process.memory import keep_freed_memory  # noqa: E402
 from dualsm.process.progress import say, table  # noqa: E402
+from dualsm.training.cpu_devices import cpu_devices  # noqa: E402
 
 SHAPES = {
     # num_layers, d_model, num_heads, d_ff, seq_len, vocab_size, batch_size
@@ -72,7 +70,7 @@ def benchmark_config(shape: str, shares: dict[str, float]) -> ConfigDict:
 def main(_: Sequence[str]) -> None:
     configs = {name: benchmark_config(_SHAPE.value, shares) for name, shares in MIXTURES.items()}
     causal = configs["causal"]
-    if devices := cores.devices(causal):
+    if devices := cpu_devices(causal):
         jax.config.update("jax_num_cpu_devices", devices)
     if _KEEP.value:
         keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)

@@ -12,39 +12,41 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dualsm.exchange import huggingface, reference_folder
+from dualsm.exchange import export_huggingface, export_reference, import_reference
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import open_run
 
 _FORMAT = flags.DEFINE_string("format", None, "import: reference; export: huggingface or reference")
-_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run; import makes it")
-_WEIGHTS = cli.DEFINE_path("weights", "", "import: safetensors file, or one that torch saved")
-_TOKENIZER = cli.DEFINE_path("tokenizer", "", "import: default is tokenizer.json beside the weights")
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "import: recipe to train on with; default: the paper's, in the weights' shape"
+_WORKDIR = cli.DEFINE_path("workdir", None, "run directory; import creates it")
+_WEIGHTS = cli.DEFINE_path("weights", "", "import: safetensors file, or a state dict that torch saved")
+_TOKENIZER = cli.DEFINE_path(
+    "tokenizer", "", "import: tokenizer file; default: tokenizer.json in the folder of the weights"
 )
-_CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "export: step; default: the newest")
-_OUTPUT = cli.DEFINE_path("output", "", "export: folder to make")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "import: config for further training; default: the paper's, with the shape of the weights"
+)
+_CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "export: step of the checkpoint; default: the latest")
+_OUTPUT = cli.DEFINE_path("output", "", "export: folder to create")
 flags.mark_flags_as_required(["format", "workdir"])
 
 
-EXPORTERS = {"huggingface": huggingface.export, "reference": reference_folder.export}
+EXPORTERS = {"huggingface": export_huggingface.export, "reference": export_reference.export}
 FORMATS = {"import": ("reference",), "export": tuple(EXPORTERS)}
 
 
 def import_run() -> str:
-    """Makes a run directory of weights in another format."""
+    """Creates a run directory from weights in another format; returns a message for the user."""
     if not _WEIGHTS.value:
-        raise UserError("import needs --weights=FILE")
-    recipe = cli.config(_CONFIG) if _CONFIG.value is not None else None
-    return reference_folder.load(Path(_WEIGHTS.value), _TOKENIZER.value, recipe, Path(_WORKDIR.value))
+        raise UserError("--weights is not set; import needs --weights=FILE")
+    config = cli.config(_CONFIG) if _CONFIG.value is not None else None
+    return import_reference.load(Path(_WEIGHTS.value), _TOKENIZER.value, config, Path(_WORKDIR.value))
 
 
 def export_run() -> str:
-    """Writes a run's weights in another format."""
+    """Writes a run's weights in another format; returns a message for the user."""
     if not _OUTPUT.value:
-        raise UserError("export needs --output=DIR")
+        raise UserError("--output is not set; export needs --output=DIR")
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
     return f"step {run.step} of {run.workdir}: {EXPORTERS[_FORMAT.value](run, Path(_OUTPUT.value))}"
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     cli.set_up_jax()
     verb = argv[1]
     if _FORMAT.value not in FORMATS[verb]:
-        raise UserError(f"--format={_FORMAT.value}: {verb} knows {', '.join(FORMATS[verb])}")
+        raise UserError(f"--format={_FORMAT.value}: {verb} supports {', '.join(FORMATS[verb])}")
     print(import_run() if verb == "import" else export_run())
 
 

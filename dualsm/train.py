@@ -21,9 +21,9 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dualsm.devices import cores
 from dualsm.process import cli, distributed
 from dualsm.process.progress import say
+from dualsm.training.cpu_devices import cpu_devices
 from dualsm.training.loop import train
 from dualsm.training.profile import parse_window, profiled
 
@@ -47,7 +47,7 @@ def main(_: Sequence[str]) -> None:
     status, window = 0, parse_window(_PROFILE.value) if _PROFILE.value is not None else None
     with distributed.job(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value):
         config, alone = cli.config(_CONFIG), not jax.distributed.is_initialized()
-        cli.set_up_jax(cores.devices(config) if alone else 0)
+        cli.set_up_jax(cpu_devices(config) if alone else 0)
         stop = distributed.preempted if jax.process_count() > 1 else _on_signals()
         with profiled(stop, window, _WORKDIR.value) as stop:
             finished = train(config, _WORKDIR.value, stop)

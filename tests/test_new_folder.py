@@ -50,7 +50,7 @@ def test_what_a_process_writes_stays_while_it_lives_and_no_longer(tmp_path, writ
     os.kill(writer.pid, signal.SIGKILL)
     writer.join()
     assert aside.exists()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         write(target)
     assert names(tmp_path) == sorted([target.name, "a b1"])
 
@@ -65,7 +65,7 @@ def test_a_failure_leaves_nothing(tmp_path):
 def test_two_that_write_the_same_folder(tmp_path):
     """The first that is done makes it; the other is told, and leaves nothing."""
     target = tmp_path / "a"
-    with pytest.raises(UserError, match="is there already"), new_folder(target, "--output"):
+    with pytest.raises(UserError, match="already exists"), new_folder(target, "--output"):
         write(target, "first")
     assert names(tmp_path) == ["a"]
     assert (target / "part").read_text() == "first"
@@ -73,5 +73,5 @@ def test_two_that_write_the_same_folder(tmp_path):
 
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="^--output=.*file/a cannot be made"):
+    with pytest.raises(UserError, match="^--output=.*file/a cannot be created"):
         write(tmp_path / "file" / "a")

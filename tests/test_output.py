@@ -1,4 +1,4 @@
-"""Files of results: whole or not there, and impossible ones are told of before the work."""
+"""Output files are written atomically; invalid paths are rejected before the work."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output
 
 
-def test_a_file_and_its_folder_are_made(tmp_path):
+def test_a_file_and_its_folder_are_created(tmp_path):
     path = tmp_path / "a" / "b.json"
     check_output(path, "--output")
     for text in ("first", "second"):
@@ -15,7 +15,7 @@ def test_a_file_and_its_folder_are_made(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_folder_is_no_file_and_nothing_is_left_aside(tmp_path):
+def test_a_folder_as_output_is_an_error_and_leaves_no_files(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match="^--output=.* is a folder"):
         check_output(tmp_path / "a", "--output")
@@ -24,9 +24,9 @@ def test_a_folder_is_no_file_and_nothing_is_left_aside(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_as_parent_folder_is_an_error(tmp_path):
     (tmp_path / "a").write_text("")
-    with pytest.raises(UserError, match="^--output: cannot make the folder"):
+    with pytest.raises(UserError, match="^--output: cannot create the folder"):
         check_output(tmp_path / "a" / "b.json", "--output")
     with pytest.raises(UserError, match="^--output: cannot write"):
         write_output(tmp_path / "a" / "b.json", "text", "--output")

@@ -227,7 +227,7 @@ ERRORS = {
     "no place for the output": (
         ["--sweep={table}", "--output={table}/a.json"],
         {},
-        ["--output: cannot make the folder"],
+        ["--output: cannot create the folder"],
     ),
     "no sweep there": (["--sweep={sweep}/cells"], {}, ["no sweep at", "sweep.json"]),
     "no table": (["--sweep={sweep}/sweep.json"], {}, ["no column"]),

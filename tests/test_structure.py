@@ -32,10 +32,6 @@ STAGES = [
 EXCEPTIONS = {
     ("dualsm.config", "dualsm.training.optimizer"),
     ("dualsm.config", "dualsm.training.schedules"),
-    ("dualsm.devices.cores", "dualsm.config"),
-    ("dualsm.devices.cores", "dualsm.data.corpus"),
-    ("dualsm.devices.cores", "dualsm.model.flops"),
-    ("dualsm.process.cli", "dualsm.devices.chips"),
     ("dualsm.rundir.results", "dualsm.evaluation.modes"),
     ("dualsm.rundir.results", "dualsm.evaluation.tasks"),
     ("dualsm.rundir.trained_run", "dualsm.generation.causal"),

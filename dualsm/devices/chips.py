@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import time
@@ -57,8 +56,6 @@ class Chip(NamedTuple):
 
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container's CPU time
-# Device files of NVIDIA's GPUs, also under WSL, of AMD's, and of TPUs.
-ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel*", "vfio/[0-9]*")
 
 _SXM_A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * 1024, 40 * 2**20, 1.41)
 _SXM_H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98)
@@ -152,15 +149,3 @@ def usable_cores() -> float:
         return min(cores, int(quota) / int(period))
     except (OSError, ValueError):  # no cgroup of version 2, or one without a quota ("max")
         return cores
-
-
-def may_use_accelerator(devices: Path = Path("/dev")) -> bool:
-    """Returns False if JAX is going to use the CPU, without starting its backends.
-
-    Args:
-      devices: folder of the device files.
-    """
-    if platforms := jax.config.jax_platforms:
-        return platforms.split(",")[0] != "cpu"
-    is_supported = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
-    return is_supported and any(file for pattern in ACCELERATORS for file in devices.glob(pattern))

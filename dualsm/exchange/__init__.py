@@ -1,1 +1,1 @@
-"""Exchange: weights and tokenizers in from other formats, and out to them."""
+"""Import and export of weights and tokenizers in other formats."""

@@ -1,4 +1,4 @@
-"""The model card (README.md) of an exported run, filled in from what the run's folder says of it."""
+"""Model card (README.md) of an exported run, generated from its run directory."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from pathlib import Path
 
 from dualsm.config import save_config
 from dualsm.data.corpus import MANIFEST
-from dualsm.exchange.run_folder import SOURCE
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.results import results_file
 from dualsm.rundir.trained_run import TrainedRun
-from dualsm.rundir.workdir import read_config
+from dualsm.rundir.workdir import SOURCE, read_config
 
 _MODES = {
-    "causal": "each token sees those before it",
-    "prefix": "the prompt sees all of itself",
-    "masked": "every token sees every other; `<mask>` stands for what is to be predicted",
+    "causal": "each token attends to itself and earlier tokens",
+    "prefix": "attention is bidirectional within the prompt and causal after it",
+    "masked": "attention is bidirectional; the model predicts the tokens at `<mask>`",
 }
 
 
 def model_card(run: TrainedRun, plain: bool) -> str:
-    """The card's text.
+    """Returns the text of the model card.
 
     Args:
-      run: the run.
-      plain: whether it is exported as a stock Llama.
+      run: the exported run.
+      plain: True if the run is exported as a stock Llama.
     """
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dualsm]\n---",
@@ -55,15 +54,15 @@ def _use(plain: bool) -> str:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         "```",
         "",
-        "Position i predicts token i + 1, always: the token in the place of a mask is read off the position "
-        "before it. Texts begin with `<s>`, which the tokenizer adds. Special tokens in a text are text; "
-        "to have `<mask>` read as the mask, call `tokenizer(text, split_special_tokens=False)`.",
+        "Position i always predicts token i + 1, so the prediction for a masked token is the output at the "
+        "position before it. The tokenizer prepends `<s>`. By default it encodes special tokens in a text as "
+        "plain text; for `<mask>` as the mask token, call `tokenizer(text, split_special_tokens=False)`.",
     ]
     if plain:
-        lines += ["", "The stock class attends causally only; for the other modes use dualsm itself."]
+        lines += ["", "The stock class supports causal attention only; for the other modes use dualsm."]
     else:
-        lines += ["", "Modes of `model(...)` and, but for the last, of `model.generate(...)`:", ""]
-        lines += [f'- `mode="{mode}"`: {what}' for mode, what in _MODES.items()]
+        lines += ["", "Modes of `model(...)`; `model.generate(...)` supports all except the last:", ""]
+        lines += [f'- `mode="{mode}"`: {text}' for mode, text in _MODES.items()]
     return "\n".join(lines)
 
 
@@ -72,10 +71,10 @@ def _training(run: TrainedRun) -> list[tuple]:
     tokens = run.step * config.batch_size * config.seq_len
     rows = [
         ("steps", f"{run.step:,} of {config.steps:,}"),
-        ("tokens seen", f"{tokens:,} (rows of {config.seq_len:,}, {config.batch_size:,} a step)"),
+        ("tokens seen", f"{tokens:,} (sequence length {config.seq_len:,}, batch size {config.batch_size:,})"),
         ("repetitions of the data", f"{config.repetitions:,}"),
         ("unique tokens", f"{config.steps * config.batch_size * config.seq_len // config.repetitions:,}"),
-        ("vocabulary", f"{config.model.vocab_size:,}"),
+        ("vocabulary size", f"{config.model.vocab_size:,}"),
         ("seed", config.seed),
     ]
     source = _read(run.workdir / SOURCE)
@@ -85,21 +84,21 @@ def _training(run: TrainedRun) -> list[tuple]:
 
 
 def _data(path: str, identity: str) -> list[tuple]:
-    """What the corpus says of itself, if it is still where it was."""
+    """Returns table rows about the corpus; only its name and identity if it was moved or changed."""
     rows = [("corpus", f"`{Path(path).name}`, identity {identity[:12]}")] if identity else []
     manifest = _read(Path(path) / MANIFEST) if path else None
     if manifest and manifest.get("identity") == identity:
         train, inputs = manifest["splits"]["train"], manifest["arguments"]["input"]
         rows += [
-            ("made from", ", ".join(f"`{Path(part).name}`" for part in inputs.split(","))),
-            ("its training text", f"{train['documents']:,} documents, {train['bytes']:,} bytes"),
+            ("prepared from", ", ".join(f"`{Path(part).name}`" for part in inputs.split(","))),
+            ("training split", f"{train['documents']:,} documents, {train['bytes']:,} bytes"),
         ]
     return rows
 
 
 def _mixture(run: TrainedRun) -> str:
     shares = [(name, f"{share:g}") for name, share in run.config.mixture.items() if share]
-    return "## Mixture\n\n" + _table(["objective", "share of rows"], shares)
+    return "## Mixture\n\n" + _table(["objective", "share of sequences"], shares)
 
 
 def _scores(run: TrainedRun) -> str:
@@ -114,12 +113,12 @@ def _scores(run: TrainedRun) -> str:
                 if name.startswith("valid/") and name.endswith("/bits_per_byte"):
                     rows.append(("held-out text", name.split("/")[1], f"{value:.3f} bits per byte"))
     if not rows:
-        return "## Scores\n\nNone were recorded; see `python -m dualsm.evaluate`."
-    return "## Scores\n\n" + _table(["of", "mode or objective", "score"], rows)
+        return "## Scores\n\nNo scores were recorded; see `python -m dualsm.evaluate`."
+    return "## Scores\n\n" + _table(["task", "mode or objective", "score"], rows)
 
 
 def _score(result: dict) -> str:
-    """A task's accuracy; of a single question there is no standard error."""
+    """Formats a task's accuracy; a single question has no standard error."""
     if result["score"] is None:
         return "every question was skipped"
     error = "" if result["stderr"] is None else f" ± {100 * result['stderr']:.1f}"

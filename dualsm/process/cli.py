@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from dualsm.process.errors import UNREAD, UserError, explained, unread
-from dualsm.process.memory import keep_freed_memory
+from dualsm.process.memory import keep_freed_memory, may_use_accelerator
 from dualsm.process.progress import escape_unprintable
 
 flags.disclaim_key_flags()  # those of `DEFINE_path` belong to the command that calls it
@@ -124,13 +124,11 @@ def set_up_jax(cpu_devices: int = 0) -> None:
     """
     import jax
 
-    from dualsm.devices.chips import may_use_accelerator
-
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     # On accelerator hosts threads would wait for the one arena. JAX cannot be asked for its platform: that
     # starts its threads, and these keep the arenas that they start with.
-    if not may_use_accelerator():
+    if not may_use_accelerator(jax.config.jax_platforms):
         # Many devices: many threads, with small blocks each.
         keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -1,4 +1,4 @@
-"""Files and folders that commands write to: refused before the work, and there whole or not at all."""
+"""Output files and folders: checked before the work starts, and written atomically."""
 
 from __future__ import annotations
 
@@ -10,98 +10,113 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from dualsm.process.errors import UserError
 
 _LOCK = ".lock"
 
 
 def make_folder(folder: Path, flag: str) -> None:
-    """Makes a folder for results. Raises `UserError`, naming the flag it comes from, when that cannot be."""
+    """Creates a folder and its parents. Raises `UserError`, naming the flag, if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{flag}: cannot make the folder {folder}: {error.strerror}") from error
+        raise UserError(
+            f"{flag}: cannot create the folder {folder} ({error.strerror}); choose another"
+        ) from error
 
 
 def check_output(path: Path, flag: str) -> None:
-    """Makes the folder of a file, before the work whose results it is for.
+    """Creates the folder of an output file.
 
     Args:
-      path: of the file.
-      flag: that it comes from.
+      path: output file.
+      flag: flag that sets the path, for messages.
 
     Raises:
-      UserError: when no file can be written there.
+      UserError: if the folder cannot be created, or `path` is a folder.
     """
     make_folder(path.parent, flag)
     if path.is_dir():
         raise UserError(f"{flag}={path} is a folder; name a file in it")
 
 
-def write_output(path: Path, text: str, flag: str) -> None:
-    """Writes aside and renames, so that nobody reads half a file.
+def write_atomically(path: epath.PathLike, text: str) -> None:
+    """Writes a text file, local or in a bucket, so that readers see either all of it or the previous version.
 
     Raises:
-      UserError: when it cannot be written; nothing is left aside.
+      OSError: if the file cannot be written; the previous version is unchanged.
     """
-    aside = path.with_name(f".{path.name}.tmp")
+    path = epath.Path(path)
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
         with contextlib.suppress(OSError):
-            aside.unlink()
-        raise UserError(f"{flag}: cannot write {path}: {error.strerror}") from error
+            partial.unlink()
+        raise
+
+
+def write_output(path: Path, text: str, flag: str) -> None:
+    """Writes an output file atomically. Raises `UserError`, naming the flag, if that fails."""
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"{flag}: cannot write {path} ({error.strerror}); choose another file") from error
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, flag: str) -> Iterator[Path]:
-    """A folder beside `target` to write in, which is renamed to it when the block ends well.
+    """Yields a temporary folder, which is renamed to `target` if the block succeeds.
 
-    Such folders that dead processes left are removed. Whether a process lives tells its lock on a file in its
-    folder, which is the operating system's: it goes when the process goes, however that ends, and holds for
-    other machines and containers on the same disk. Where a file system knows no locks nothing is removed.
+    Also removes temporary folders of processes that died. Each process locks a file in its folder: a held
+    lock means that the process is alive, also on other machines and in containers that share the disk. On
+    file systems without locks no folder is removed.
 
     Args:
-      target: the folder to make; an empty one may be there.
-      flag: that it comes from.
+      target: folder to create; may exist if it is empty.
+      flag: flag that sets the folder, for messages.
 
     Raises:
-      UserError: when `target` is there with something in it, also by the end, or cannot be made.
-      OSError: of the block, or when the disk fails at its end.
+      UserError: if `target` is not empty, at the start or at the end, or cannot be created.
+      OSError: if the block or the final rename raises it.
     """
     target = target.absolute()
     prefix = f".{target.name}.partial-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for lock in target.parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
-            _remove_if_left(lock)
-        _refuse_full(target, flag)
-        aside = target.parent / f"{prefix}{secrets.token_hex(4)}"
-        aside.mkdir()
+            _remove_if_abandoned(lock)
+        _check_empty(target, flag)
+        partial = target.parent / f"{prefix}{secrets.token_hex(4)}"
+        partial.mkdir()
     except OSError as error:
-        raise UserError(f"{flag}={target} cannot be made: {error.strerror or error}") from error
+        raise UserError(
+            f"{flag}={target} cannot be created ({error.strerror or error}); choose another"
+        ) from error
     try:
-        # Under its name only once it is locked: unlocked, it would be taken for a dead process's.
-        with open(aside / f"{_LOCK}.new", "w") as file:
+        # The file gets its name only once it is locked, or another process would remove the folder.
+        with open(partial / f"{_LOCK}.new", "w") as file:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (aside / f"{_LOCK}.new").rename(aside / _LOCK)
-            yield aside
-            (aside / _LOCK).unlink()
-            _refuse_full(target, flag)
-            aside.rename(target)  # over an empty folder
+            (partial / f"{_LOCK}.new").rename(partial / _LOCK)
+            yield partial
+            (partial / _LOCK).unlink()
+            _check_empty(target, flag)
+            partial.rename(target)  # over an empty folder
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _refuse_full(target: Path, flag: str) -> None:
+def _check_empty(target: Path, flag: str) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{flag}={target} is there already; remove it or choose another")
+        raise UserError(f"{flag}={target} already exists; remove it or choose another")
 
 
-def _remove_if_left(lock: Path) -> None:
-    """Removes the folder of a lock that nobody holds."""
+def _remove_if_abandoned(lock: Path) -> None:
+    """Removes the folder of a lock file if no process holds the lock."""
     with contextlib.suppress(OSError), open(lock, "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(lock.parent, ignore_errors=True)

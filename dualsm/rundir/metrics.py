@@ -10,6 +10,7 @@ import ml_collections
 from etils import epath
 
 from dualsm.process.errors import UserError
+from dualsm.process.output import write_atomically
 from dualsm.process.progress import warn
 from dualsm.rundir import trackers as boards
 
@@ -50,9 +51,7 @@ class MetricsWriter:
         path = epath.Path(workdir) / METRICS
         kept = [r for r in read_metrics(workdir) if resumed_at is not None and r["step"] <= resumed_at]
         text = "".join(json.dumps(record) + "\n" for record in kept)
-        aside = path.with_suffix(".partial")
-        aside.write_text(text)
-        aside.replace(path)
+        write_atomically(path, text)
         self._lines = _ObjectFile(path, text) if "://" in str(path) else _File(path)
         self._boards = []
         if config.log.tensorboard:

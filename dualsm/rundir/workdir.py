@@ -19,6 +19,7 @@ from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.process.errors import UserError
 
 CONFIG = "config.json"
+SOURCE = "source.json"  # origin of imported weights
 LOCK = ".lock"
 _ASIDE = "config.partial"
 

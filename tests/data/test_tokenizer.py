@@ -13,7 +13,7 @@ from dualsm.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_to
 from dualsm.data.tokenizer import RESERVED_IDS
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
-from dualsm.exchange.sentencepiece_json import to_json
+from dualsm.exchange.tokenizer_export import to_json
 from dualsm.process.errors import UserError
 
 DIFFICULT = [

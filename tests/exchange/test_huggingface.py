@@ -12,9 +12,9 @@ import pytest
 
 from dualsm.config import freeze
 from dualsm.data.tokenizer_file import load_tokenizer
-from dualsm.exchange.huggingface import export
-from dualsm.exchange.run_folder import write_run
-from dualsm.exchange.vocabulary import to_ours, to_own
+from dualsm.exchange.export_huggingface import export
+from dualsm.exchange.imported_run import write_run
+from dualsm.exchange.token_ids import to_external, to_internal
 from dualsm.generation.causal import generate
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import init_params
@@ -60,8 +60,8 @@ def exported(request, corpus_path, tokenizer_json, tmp_path_factory):
         [p + 0.3 * jax.random.normal(key, p.shape) for p, key in zip(leaves, keys, strict=True)]
     )
     if kind == "json":
-        params = to_ours(
-            to_own(params, tokenizer.external_ids_V), tokenizer.external_ids_V
+        params = to_internal(
+            to_external(params, tokenizer.external_ids_V), tokenizer.external_ids_V
         )  # none for ids the file lacks
     write_run(config, params, tokenizer, folder / "run", {"format": "test", "weights": "w", "sha256": "0"})
     run = open_run(folder / "run")
@@ -337,7 +337,7 @@ def test_the_folder_holds_what_it_should_and_nothing_half(exported):
     assert json.dumps(run.config.model.d_model) in card
     assert (folder / "generation_config.json").exists()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export(run, folder)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir() if "partial" in path.name] == []

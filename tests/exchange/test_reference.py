@@ -12,11 +12,11 @@ import pytest
 from dualsm.data.build import Recipe, build
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.evaluate import evaluate_held_out, open_held_out
-from dualsm.exchange import reference
-from dualsm.exchange.reference_folder import load
-from dualsm.exchange.run_folder import fit_config
-from dualsm.exchange.vocabulary import to_ours
-from dualsm.exchange.weights import read_weights, write_safetensors
+from dualsm.exchange import reference_format
+from dualsm.exchange.import_reference import load
+from dualsm.exchange.imported_run import fit_config
+from dualsm.exchange.token_ids import to_internal
+from dualsm.exchange.weight_files import read_weights, write_safetensors
 from dualsm.objectives.example import document_spans
 from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import read_metrics
@@ -66,7 +66,7 @@ def corpus_of_its_own(jsonl, bare, tmp_path_factory):
 
 def test_names_and_shapes_survive_the_way_there_and_back():
     tensors = {name.removeprefix("param."): tensor for name, tensor in weights().items()}
-    back = reference.from_params(reference.to_params(weights()))
+    back = reference_format.from_params(reference_format.to_params(weights()))
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name], tensor)
@@ -205,9 +205,9 @@ DAMAGED = {
     "zip": "weights-only reader",
     "text": "neither safetensors nor",
     "cut": "damaged",
-    "foreign": "they lack",
+    "foreign": "missing tensors",
     "missing": "encoder.layers.1.mlp.down_proj.weight",
-    "gap": "they lack encoder.layers.1.",
+    "gap": "missing tensors: encoder.layers.1.",
     "shape": "head/projection/kernel",
     "no heads": "num_attention_heads",
     "too many heads": "num_attention_heads=65 must be an integer from 1 to 64",
@@ -283,19 +283,19 @@ def test_a_recipe_for_another_model_is_refused(bare, tmp_path):
 
 def test_a_corpus_of_another_tokenizer_is_refused(bare, corpus_path):
     tokenizer = load_tokenizer(str(bare / "tokenizer.json"))
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="not prepared with the tokenizer of the weights"):
         fit_config(recipe_for(corpus_path), SHAPE, tokenizer)
 
 
 def test_a_tokenizer_of_more_text_than_the_weights_is_refused():
-    params = reference.to_params(weights())
+    params = reference_format.to_params(weights())
     with pytest.raises(UserError, match="321 ids but the weights are for 320"):
-        to_ours(params, np.arange(321))
+        to_internal(params, np.arange(321))
 
 
 def test_a_recipe_tells_what_the_weights_do_not(bare):
     tokenizer = load_tokenizer(str(bare / "tokenizer.json"))
-    settings = reference.model_settings(reference.to_params(weights()), {})
+    settings = reference_format.model_settings(reference_format.to_params(weights()), {})
     assert "num_heads" not in settings
     recipe = recipe_for("")
     recipe.model.rope_theta = 1234.0

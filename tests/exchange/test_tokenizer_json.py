@@ -10,7 +10,7 @@ from dualsm.data.corpus import Corpus
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer, external_ids
-from dualsm.exchange.sentencepiece_json import added_token, to_json
+from dualsm.exchange.tokenizer_export import added_token, to_json
 from dualsm.generation.prompts import encode_prompt, show
 from dualsm.process.errors import UserError
 from tests.data.test_tokenizer import DIFFICULT, PLAIN, custom_model, random_lines
@@ -105,7 +105,7 @@ def test_ours_as_json_is_the_same_tokenizer(corpus):
     "options", [{}, PLAIN, PLAIN | {"model_type": "bpe", "byte_fallback": False, "vocab_size": 60}]
 )
 def test_a_sentencepiece_model_that_would_encode_otherwise_as_json_is_refused(options):
-    with pytest.raises(UserError, match="cannot be written as a tokenizer.json"):
+    with pytest.raises(UserError, match="cannot be converted to an equivalent tokenizer.json"):
         to_json(custom_model(random_lines("abcdef "), **options))
 
 

@@ -14,8 +14,8 @@ from dualsm.analysis.answer import advise, describe
 from dualsm.analysis.table import load, write_table
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.devices.sharding import make_mesh
-from dualsm.exchange import reference, reference_folder, run_folder
-from dualsm.exchange.weights import write_safetensors
+from dualsm.exchange import import_reference, imported_run, reference_format
+from dualsm.exchange.weight_files import write_safetensors
 from dualsm.generation.prompts import encode_prompt, read_prompts
 from dualsm.rundir.metrics import METRICS, read_metrics
 from dualsm.rundir.trained_run import open_run
@@ -33,7 +33,7 @@ def targets(corpus: Path, texts: list[str], scratch: Path) -> dict[str, Target]:
     sweep = write_sweep(scratch / "sweep", grid((1, 16), (0.0, 0.5, 1.0)), missing=("later",))
     write_table(scratch / "table.csv", load(sweep))
     run = make_run(corpus, scratch / "run")
-    tensors = reference.from_params(jax.device_get(open_run(run).params))
+    tensors = reference_format.from_params(jax.device_get(open_run(run).params))
     write_safetensors(scratch / "model.safetensors", tensors, {})
     released = {
         "model.safetensors": (scratch / "model.safetensors").read_bytes(),
@@ -61,7 +61,7 @@ def make_run(corpus: Path, workdir: Path) -> Path:
     config.model.d_model, config.model.d_ff = 8, 16
     mesh = make_mesh(configs.default_config().mesh, jax.devices())
     params = jax.device_get(compile_train_step(config, tokenizer.special, mesh).init().params)
-    run_folder.write_run(config, params, tokenizer, workdir, {"format": "none"})
+    imported_run.write_run(config, params, tokenizer, workdir, {"format": "none"})
     (workdir / METRICS).write_bytes(jsonl({"step": n, "train/loss": 5.0} for n in range(4)))
     return workdir
 
@@ -96,8 +96,8 @@ def _ask(source: Path) -> None:
 
 def _import(folder: Path) -> None:
 
-    with mock.patch.object(run_folder, "write_run") as write:  # which compiles
-        reference_folder.load(folder / "model.safetensors", "", None, folder / "run")
+    with mock.patch.object(imported_run, "write_run") as write:  # which compiles
+        import_reference.load(folder / "model.safetensors", "", None, folder / "run")
     assert write.called
 
 

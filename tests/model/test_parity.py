@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dualsm.config import default_config
-from dualsm.exchange.reference import model_settings, to_params
-from dualsm.exchange.weights import read_settings, read_weights
+from dualsm.exchange.reference_format import model_settings, to_params
+from dualsm.exchange.weight_files import read_settings, read_weights
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import document_spans
 

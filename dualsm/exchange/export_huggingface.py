@@ -1,7 +1,8 @@
-"""A run as a Hugging Face model folder: weights, configs, tokenizer, model card, and code if it needs any.
+"""Exports a run as a Hugging Face model folder: weights, configs, tokenizer, model card and, if needed, code.
 
-A run with the plain head is a Llama and loads with stock classes; with the paper's head it takes the two
-files of dualsm/exchange/remote and `trust_remote_code=True`. Token ids are those of the tokenizer's file.
+A run with the plain head is exported as a Llama, which loads with stock classes. A run with the paper's head
+needs the two files of dualsm/exchange/remote and `trust_remote_code=True`. Token ids are external ids, see
+dualsm/exchange/token_ids.py.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, Tokenizer
-from dualsm.data.tokenizer_json import JsonTokenizer
-from dualsm.exchange import sentencepiece_json, vocabulary
+from dualsm.exchange import token_ids
 from dualsm.exchange.model_card import model_card
-from dualsm.exchange.reference import flatten
-from dualsm.exchange.weights import write_safetensors
+from dualsm.exchange.tokenizer_export import external_special_ids, tokenizer_json
+from dualsm.exchange.weight_files import write_safetensors
 from dualsm.process.output import new_folder
 from dualsm.rundir.trained_run import TrainedRun
 
@@ -46,20 +47,23 @@ OUTER_NAMES = {
 
 
 def export(run: TrainedRun, output: Path) -> str:
-    """Writes the model folder, whole or not at all; returns what it is, for people.
+    """Writes the model folder atomically.
+
+    Returns:
+      A message for the user.
 
     Raises:
-      UserError: when `output` is in use or cannot be written.
+      UserError: if `output` is in use or cannot be written.
     """
     plain = run.config.model.get("head", "projected") == "plain"
-    params = vocabulary.to_own(jax.device_get(run.params), run.tokenizer.external_ids_V)
+    params = token_ids.to_external(jax.device_get(run.params), run.tokenizer.external_ids_V)
     config = llama_config(run) if plain else dualsm_config(run)
     with new_folder(output, "--output") as folder:
         write_safetensors(folder / "model.safetensors", named_tensors(params), {"format": "pt"})
         _write(folder / "config.json", config)
         _write(folder / "generation_config.json", generation_config(run.tokenizer))
         _write(folder / "tokenizer_config.json", tokenizer_config(run))
-        (folder / "tokenizer.json").write_text(tokenizer_file(run.tokenizer), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer_json(run.tokenizer), encoding="utf-8")
         (folder / "README.md").write_text(model_card(run, plain), encoding="utf-8")
         for name in () if plain else _CODE:
             shutil.copyfile(_REMOTE / name, folder / name)
@@ -67,11 +71,11 @@ def export(run: TrainedRun, output: Path) -> str:
 
 
 def named_tensors(params: dict) -> dict[str, np.ndarray]:
-    """Weights by the names that transformers gives them; matrices have outputs as rows there."""
+    """Returns the weights by their names in transformers, where matrices are [outputs, inputs]."""
     tensors = {}
-    for path, value in flatten(params).items():
+    for path, value in traverse_util.flatten_dict(params, sep="/").items():
         if not path.startswith("blocks/"):
-            tensors[OUTER_NAMES[path]] = value.T if path.endswith("kernel") else value
+            tensors[OUTER_NAMES[path]] = np.asarray(value).T if path.endswith("kernel") else value
             continue
         name = BLOCK_NAMES[path.removeprefix("blocks/")]
         for i, part in enumerate(value):
@@ -79,13 +83,8 @@ def named_tensors(params: dict) -> dict[str, np.ndarray]:
     return tensors
 
 
-def own_special(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of the named special tokens in the tokenizer's own numbering."""
-    return {name: int(tokenizer.external_ids_V[getattr(tokenizer.special, name)]) for name in SPECIAL_PIECES}
-
-
 def _shape(run: TrainedRun) -> dict:
-    model, special = run.config.model, own_special(run.tokenizer)
+    model, special = run.config.model, external_special_ids(run.tokenizer)
     return {
         "vocab_size": int(run.tokenizer.external_ids_V.max()) + 1,
         "hidden_size": model.d_model,
@@ -103,7 +102,7 @@ def _shape(run: TrainedRun) -> dict:
 
 
 def llama_config(run: TrainedRun) -> dict:
-    """`config.json` of a run with the plain head."""
+    """Returns `config.json` of a run with the plain head."""
     theta = run.config.model.rope_theta
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -113,14 +112,14 @@ def llama_config(run: TrainedRun) -> dict:
         "head_dim": run.config.model.d_model // run.config.model.num_heads,
         "attention_bias": False,
         "mlp_bias": False,
-        "rope_theta": theta,  # where transformers before version 5 looks for it
+        "rope_theta": theta,  # for transformers before version 5
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         **_shape(run),
     }
 
 
 def dualsm_config(run: TrainedRun) -> dict:
-    """`config.json` of a run with the paper's head."""
+    """Returns `config.json` of a run with the paper's head."""
     return {
         "architectures": ["DualSMForCausalLM"],
         "model_type": "dualsm",
@@ -129,15 +128,15 @@ def dualsm_config(run: TrainedRun) -> dict:
             "AutoModelForCausalLM": "modeling_dualsm.DualSMForCausalLM",
         },
         "rotary_base": run.config.model.rope_theta,
-        "mask_token_id": own_special(run.tokenizer)["mask"],
+        "mask_token_id": external_special_ids(run.tokenizer)["mask"],
         **_shape(run),
     }
 
 
 def generation_config(tokenizer: Tokenizer) -> dict:
-    """What generation may not write: the special tokens, but for the end."""
-    special = own_special(tokenizer)
-    reserved = {int(own) for own in tokenizer.external_ids_V[:RESERVED_IDS] if own >= 0}
+    """Returns `generation_config.json`, which suppresses all special tokens except `</s>`."""
+    special = external_special_ids(tokenizer)
+    reserved = {int(i) for i in tokenizer.external_ids_V[:RESERVED_IDS] if i >= 0}
     return {
         "bos_token_id": special["bos"],
         "eos_token_id": special["eos"],
@@ -147,7 +146,7 @@ def generation_config(tokenizer: Tokenizer) -> dict:
 
 
 def tokenizer_config(run: TrainedRun) -> dict:
-    """Special tokens by their part; in texts they are text, unless `split_special_tokens=False` is said."""
+    """Returns `tokenizer_config.json`; by default special tokens in a text are encoded as plain text."""
     names = {
         "bos_token": "bos",
         "eos_token": "eos",
@@ -164,15 +163,6 @@ def tokenizer_config(run: TrainedRun) -> dict:
         "model_input_names": ["input_ids", "attention_mask"],
         **{key: SPECIAL_PIECES[name] for key, name in names.items()},
     }
-
-
-def tokenizer_file(tokenizer: Tokenizer) -> str:
-    """The text of `tokenizer.json`; encoding puts `<s>` in front, as training does."""
-    if not isinstance(tokenizer, JsonTokenizer):
-        return sentencepiece_json.to_json(tokenizer)
-    content = json.loads(tokenizer.file())
-    content["post_processor"] = sentencepiece_json.begin_with_bos(own_special(tokenizer)["bos"])
-    return json.dumps(content, ensure_ascii=False)
 
 
 def _write(path: Path, content: dict) -> None:

@@ -1,4 +1,4 @@
-"""Imported weights as an ordinary run directory at step 0: it evaluates, samples and trains on."""
+"""Writes imported weights as a run directory at step 0, ready for evaluation and training."""
 
 from __future__ import annotations
 
@@ -15,60 +15,59 @@ from dualsm.devices import sharding
 from dualsm.process.errors import UserError
 from dualsm.process.output import new_folder
 from dualsm.rundir.checkpoint import Checkpoints
-from dualsm.rundir.workdir import CONFIG
+from dualsm.rundir.workdir import CONFIG, SOURCE
 from dualsm.training.loop import complete
 from dualsm.training.program import compile_train_step
 
-SOURCE = "source.json"  # where the weights came from
-
 
 def fit_config(config: ConfigDict | None, settings: dict, tokenizer: Tokenizer) -> ConfigDict:
-    """The config of the run that the weights become.
+    """Returns the config of a run with imported weights.
 
     Args:
-      config: a recipe the run shall follow when it is trained on, or None: the defaults, in the weights'
-        shape.
-      settings: values of `config.model` that follow from the weights.
-      tokenizer: the weights' own.
+      config: config for further training; None: the defaults, with the shape of the weights.
+      settings: values of `config.model` that the weights determine.
+      tokenizer: tokenizer of the weights.
 
     Raises:
-      UserError: when the recipe is for another model, or its corpus was made with another tokenizer.
+      UserError: if the config is for a different model, or its corpus has a different tokenizer.
     """
     recipe = config is not None
     config = config.copy_and_resolve_references() if recipe else configs.default_config()
     if not recipe and "num_heads" not in settings:
         raise UserError(
-            "neither the weights file nor a config.json beside it says num_attention_heads; "
-            "give a recipe, as in --config=dualsm:dual_470m"
+            "--weights: num_attention_heads is in neither the weights file nor a config.json in its folder; "
+            "give a config, for example --config=dualsm:dual_470m"
         )
     for key, value in (settings | {"vocab_size": tokenizer.vocab_size}).items():
         if recipe and config.model[key] != value and (key, config.model[key]) != ("vocab_size", 0):
-            raise UserError(f"config.model.{key}={config.model[key]} but the weights have {value}")
+            raise UserError(
+                f"config.model.{key}={config.model[key]} but the weights have {value}; change the config"
+            )
         config.model[key] = value
     configs.check_config(config)
     if config.data.path:
         corpus = Corpus(config.data.path)
         if corpus.manifest["tokenizer_sha256"] != tokenizer.sha256():
             raise UserError(
-                f"the corpus {config.data.path} was made with another tokenizer than the weights; prepare it "
-                "with --tokenizer set to theirs"
+                f"config.data.path={config.data.path} was not prepared with the tokenizer of the weights; "
+                "prepare it again with --tokenizer set to that file"
             )
         config = complete(config, corpus)
     return config
 
 
 def write_run(config: ConfigDict, params: dict, tokenizer: Tokenizer, workdir: Path, source: dict) -> None:
-    """Writes a run directory whose checkpoint of step 0 has the given parameters.
+    """Writes a run directory with the parameters as the checkpoint of step 0.
 
     Args:
       config: from `fit_config`.
-      params: in our numbering, see dualsm/exchange/vocabulary.py.
-      tokenizer: of the run.
-      workdir: to make; it must not exist, or be empty.
-      source: where the weights came from; kept beside them.
+      params: parameters with internal ids, see dualsm/exchange/token_ids.py.
+      tokenizer: tokenizer of the run.
+      workdir: run directory to create; must not exist or be empty.
+      source: origin of the weights, written to source.json.
 
     Raises:
-      UserError: when the folder is in use.
+      UserError: if `workdir` is in use.
     """
     mesh = sharding.make_mesh(configs.default_config().mesh, jax.devices())
     program = compile_train_step(config, tokenizer.special, mesh)

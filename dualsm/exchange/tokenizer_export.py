@@ -1,8 +1,8 @@
-"""A SentencePiece tokenizer trained here, written as a Hugging Face `tokenizer.json` that encodes alike.
+"""Exports tokenizers as a Hugging Face `tokenizer.json`, including SentencePiece models.
 
-Two things are done otherwise than in converters made for any model. Pieces are spelled with real spaces
-instead of U+2581, so that a U+2581 in a text is what it is in ours: unknown, and so spelled in bytes. And the
-special pieces are never read out of a text unless that is asked for.
+The conversion of SentencePiece models differs from general converters in two ways. Pieces contain spaces
+instead of U+2581, so that U+2581 in a text is encoded as bytes, as dualsm does. Special pieces in a text are
+encoded as plain text unless the caller asks otherwise.
 """
 
 from __future__ import annotations
@@ -13,28 +13,46 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from dualsm.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES
+from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, Tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.process.errors import UserError
 
 _SPACE_MARK = "\u2581"
 
 
-def to_json(tokenizer: SentencePieceTokenizer) -> str:
-    """Returns the text of the `tokenizer.json`.
+def external_special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the external ids of the named special tokens."""
+    return {name: int(tokenizer.external_ids_V[getattr(tokenizer.special, name)]) for name in SPECIAL_PIECES}
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """Returns the text of `tokenizer.json`; encoding with it prepends `<s>`, as in training.
 
     Raises:
-      UserError: when the file would encode text in another way, as for models with a normaliser or of
-        another type than BPE.
+      UserError: if it is a SentencePiece model that cannot be converted.
+    """
+    if not isinstance(tokenizer, JsonTokenizer):
+        return to_json(tokenizer)
+    content = json.loads(tokenizer.file())
+    content["post_processor"] = prepend_bos(external_special_ids(tokenizer)["bos"])
+    return json.dumps(content, ensure_ascii=False)
+
+
+def to_json(tokenizer: SentencePieceTokenizer) -> str:
+    """Converts a SentencePiece model to the text of a `tokenizer.json`.
+
+    Raises:
+      UserError: if the result would encode text differently, as for models that have a normaliser or are not
+        BPE models.
     """
     content = _convert(tokenizer)
-    # All pieces, in a fixed order other than their own, so that pieces meet that are no words together.
+    # Check on a text of all pieces in a shuffled order, which includes combinations that form no words.
     order = np.random.default_rng(0).permutation(np.arange(RESERVED_IDS, tokenizer.vocab_size))
     text = tokenizer.decode(order)
     if not tokenizer.lossless or JsonTokenizer(content.encode()).encode([text]) != tokenizer.encode([text]):
         raise UserError(
-            "this SentencePiece model cannot be written as a tokenizer.json that encodes alike; export "
-            "supports BPE models without a normaliser, as `python -m dualsm.prepare --vocab_size` trains them"
+            "this SentencePiece model cannot be converted to an equivalent tokenizer.json; use a BPE model "
+            "without a normaliser, such as `python -m dualsm.prepare --vocab_size` trains"
         )
     return content
 
@@ -58,7 +76,7 @@ def _convert(tokenizer: SentencePieceTokenizer) -> str:
             "added_tokens": [added_token(i, pieces[i]) for i in special],
             "normalizer": None,
             "pre_tokenizer": None,
-            "post_processor": begin_with_bos(tokenizer.special.bos),
+            "post_processor": prepend_bos(tokenizer.special.bos),
             "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
             "model": {
                 "type": "BPE",
@@ -78,10 +96,10 @@ def _convert(tokenizer: SentencePieceTokenizer) -> str:
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """The pairs of pieces that make a piece, best score first, as SentencePiece merges them.
+    """Returns the merges of a BPE model: all pairs of pieces that form a piece, highest score first.
 
     Args:
-      scores: of all pieces of text.
+      scores: score of each piece that is not special.
     """
     found = []
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
@@ -90,8 +108,8 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return found
 
 
-def begin_with_bos(bos: int) -> dict:
-    """A post-processor that puts `<s>` in front, as documents have it in training."""
+def prepend_bos(bos: int) -> dict:
+    """Returns a post-processor that prepends `<s>`, as training documents have it."""
     piece = SPECIAL_PIECES["bos"]
     start, a, b = ({"SpecialToken": {"id": piece, "type_id": 0}}, _sequence("A", 0), _sequence("B", 1))
     return {
@@ -102,11 +120,11 @@ def begin_with_bos(bos: int) -> dict:
     }
 
 
-def _sequence(name: str, kind: int) -> dict:
-    return {"Sequence": {"id": name, "type_id": kind}}
+def _sequence(name: str, type_id: int) -> dict:
+    return {"Sequence": {"id": name, "type_id": type_id}}
 
 
 def added_token(token: int, piece: str) -> dict:
-    """Returns the entry of a special token."""
+    """Returns the `added_tokens` entry of a special token."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token, "content": piece, **flags, "special": True}

@@ -1,32 +1,30 @@
-"""Small models take a CPU's cores for devices, and work in parts that fit their caches."""
-
-from types import SimpleNamespace
+"""Small models use several CPU devices, and accumulate gradients so that activations fit in the cache."""
 
 import jax
 import pytest
 
-from dualsm.devices import chips as hardware
-from dualsm.devices import cores, sharding
-from dualsm.process import cli
+from dualsm.devices import chips, sharding
+from dualsm.process import cli, memory
 from dualsm.process.errors import UserError
+from dualsm.training import cpu_devices
 from tests.conftest import XLA_FLAGS, run_command
 from tests.micro import micro_config
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """A config of 16 rows of 256 tokens, on a machine of 6 cores where JAX was told nothing."""
+    """A batch of 16 sequences of 256 tokens, on 6 cores; the number of CPU devices is not set."""
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(cores, "_cores", lambda: 6)
+    monkeypatch.setattr(cpu_devices, "_whole_cores", lambda: 6)
     config = micro_config()
     config.batch_size, config.seq_len, config.model.vocab_size, config.mesh.data = 16, 256, 512, -1
     return config
 
 
-def test_small_models_take_a_device_a_core(small):
-    assert cores.devices(small) == 4  # which 16 rows can be shared by
+def test_small_models_use_up_to_one_device_per_core(small):
+    assert cpu_devices.cpu_devices(small) == 4  # 6 and 5 do not divide 16
     small.batch_size = 18
-    assert cores.devices(small) == 6
+    assert cpu_devices.cpu_devices(small) == 6
 
 
 @pytest.mark.parametrize(
@@ -34,38 +32,38 @@ def test_small_models_take_a_device_a_core(small):
     [
         {"model.d_model": 1024},
         {"model.vocab_size": 65536},
-        {"seq_len": 32},  # 512 tokens a step: enough for one core only
+        {"seq_len": 32},  # 512 tokens per step are enough for one core only
         {"mesh.fsdp": 2},
         {"mesh.data": 1, "mesh.fsdp": -1},
     ],
     ids=str,
 )
-def test_others_take_one(small, changes):
+def test_other_models_use_one_device(small, changes):
     small.update_from_flattened_dict(changes)
-    assert cores.devices(small) == 1
+    assert cpu_devices.cpu_devices(small) == 1
 
 
-def test_what_xla_was_told_stays(small, monkeypatch):
+def test_xla_flags_take_precedence(small, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"{XLA_FLAGS}3")
-    assert cores.devices(small) == 0
+    assert cpu_devices.cpu_devices(small) == 0
 
 
-def test_the_vocabulary_is_the_corpus_s(small, corpus_path):
+def test_vocabulary_size_is_read_from_the_corpus(small, corpus_path):
     small.model.vocab_size, small.data.path = 0, ""
     with pytest.raises(UserError, match="data.path"):
-        cores.devices(small)
+        cpu_devices.cpu_devices(small)
     small.data.path = str(corpus_path)
-    assert cores.devices(small) == 4
+    assert cpu_devices.cpu_devices(small) == 4
 
 
-@pytest.mark.parametrize("told", ["", "3"])
-def test_training_takes_them(told, corpus_path, tmp_path):
+@pytest.mark.parametrize("preset", ["", "3"])
+def test_training_uses_the_cpu_devices(preset, corpus_path, tmp_path):
     flags = ("--config.mesh.data=-1", "--config.seq_len=256", "--config.batch_size=12", "--config.steps=1")
-    env = {"XLA_FLAGS": XLA_FLAGS.split()[0], "JAX_NUM_CPU_DEVICES": told} if told else {"XLA_FLAGS": ""}
+    env = {"XLA_FLAGS": XLA_FLAGS.split()[0], "JAX_NUM_CPU_DEVICES": preset} if preset else {"XLA_FLAGS": ""}
     config = f"--config=tests/micro.py:{corpus_path}"
     done = run_command("dualsm.train", config, f"--workdir={tmp_path}", *flags, env=env)
     assert done.returncode == 0, done.stderr
-    expected = told or max(n for n in (1, 2, 3, 4, 6) if n <= cores._cores())
+    expected = preset or max(n for n in (1, 2, 3, 4, 6) if n <= cpu_devices._whole_cores())
     assert f"parameters on {expected} x cpu" in done.stdout
 
 
@@ -73,8 +71,8 @@ def test_training_takes_them(told, corpus_path, tmp_path):
     ("axis", "size", "gradient_accumulation_steps", "expected"),
     [("data", 4, 1, 8), ("data", 4, 2, 2), ("data", 1, 1, 1), ("fsdp", 4, 1, 1)],
 )
-def test_parts_fit_a_core_s_cache(axis, size, gradient_accumulation_steps, expected):
-    """Where devices hold copies, and nothing else was asked for."""
+def test_accumulation_steps_fit_the_cache_of_a_core(axis, size, gradient_accumulation_steps, expected):
+    """Applies only if devices hold the whole parameters and no accumulation is configured."""
     config = micro_config()
     config.mesh.update(dict.fromkeys(config.mesh, 1) | {axis: size})
     config.batch_size, config.seq_len, config.gradient_accumulation_steps = (
@@ -94,30 +92,28 @@ def test_parts_fit_a_core_s_cache(axis, size, gradient_accumulation_steps, expec
         (None, True, "nvidia0", True),
         (None, True, "accel0", True),
         (None, True, "vfio/0", True),
-        (None, True, "nvidiactl", False),  # the driver's, which is also there without a GPU
+        (None, True, "nvidiactl", False),  # belongs to the driver and also exists without a GPU
         (None, False, "nvidia0", False),
     ],
 )
 def test_freed_memory_is_kept_on_cpu_only(platforms, plugin, file, expected, monkeypatch, tmp_path):
-    """No accelerator is here, so JAX's answers are replaced; the C library's setting cannot be read back."""
+    """Replaces the plugin lookup and `mallopt`: there is no accelerator, and settings cannot be read back."""
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / (file or "null")).touch()
     kept, least = [], jax.config.jax_persistent_cache_min_compile_time_secs
-    config = SimpleNamespace(config=SimpleNamespace(jax_platforms=platforms))
-    monkeypatch.setattr(hardware, "jax", config)
-    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda _: plugin or None)
-    found = hardware.may_use_accelerator(tmp_path)
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda _: plugin or None)
+    found = memory.may_use_accelerator(platforms, tmp_path)
     assert found == expected
-    monkeypatch.setattr(hardware, "may_use_accelerator", lambda: found)
+    monkeypatch.setattr(cli, "may_use_accelerator", lambda _: found)
     monkeypatch.setattr(cli, "keep_freed_memory", lambda **options: kept.append(options))
     cli.set_up_jax()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     assert len(kept) == (not expected)
 
 
-def test_a_container_s_quota_limits_the_cores(monkeypatch, tmp_path):
+def test_container_quota_limits_the_cores(monkeypatch, tmp_path):
     for text, expected in (("150000 100000\n", 1.5), ("max 100000\n", 6), ("", 6)):
         (tmp_path / "cpu.max").write_text(text)
-        monkeypatch.setattr(hardware, "QUOTA", tmp_path / "cpu.max")
-        monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: set(range(6)))
-        assert hardware.usable_cores() == expected
+        monkeypatch.setattr(chips, "QUOTA", tmp_path / "cpu.max")
+        monkeypatch.setattr(chips.os, "sched_getaffinity", lambda _: set(range(6)))
+        assert chips.usable_cores() == expected

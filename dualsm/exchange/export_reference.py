@@ -1,0 +1,39 @@
+"""Exports a run in the format of the paper's released models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from dualsm.data.tokenizer_json import JsonTokenizer
+from dualsm.exchange import reference_format, token_ids
+from dualsm.exchange.tokenizer_export import tokenizer_json
+from dualsm.exchange.weight_files import write_safetensors
+from dualsm.process.errors import UserError
+from dualsm.process.output import new_folder
+from dualsm.rundir.trained_run import TrainedRun
+
+
+def export(run: TrainedRun, output: Path) -> str:
+    """Writes the weights, with the model's shape as metadata, and the tokenizer.
+
+    Returns:
+      A message for the user.
+
+    Raises:
+      UserError: if the run has the plain head, which the format does not support, or `output` is in use.
+    """
+    model = run.config.model
+    if model.get("head", "projected") != "projected":
+        raise UserError("the reference format does not support the plain head; use --format=huggingface")
+    params = token_ids.to_external(jax.device_get(run.params), run.tokenizer.external_ids_V)
+    metadata = {name: str(model[key]) for key, name in reference_format.SETTINGS.items()}
+    metadata["vocab_size"] = str(len(params["embedding"]["embedding"]))
+    tokenizer = run.tokenizer
+    is_json = isinstance(tokenizer, JsonTokenizer)
+    text = tokenizer.model.decode("utf-8") if is_json else tokenizer_json(tokenizer)
+    with new_folder(output, "--output") as folder:
+        write_safetensors(folder / "model.safetensors", reference_format.from_params(params), metadata)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    return f"weights in the reference format in {output}"
