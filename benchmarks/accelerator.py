@@ -87,7 +87,7 @@ def measured(recipe: ConfigDict) -> dict[str, dict]:
         flops = config.batch_size * train_flops(config.model, config.seq_len, share)
         step = Steps(config, mesh)
         step()
-        first_loss = float(step.sums.nll_J.sum() / step.sums.loss_denominator_J.sum())
+        first_loss = float(step.metrics.nll_J.sum() / step.metrics.loss_denominator_J.sum())
         memory = step.memory.argument_size_in_bytes + step.memory.temp_size_in_bytes
         name = ", ".join(case)
         timers[name] = repeated(step, _SECONDS.value)

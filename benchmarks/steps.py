@@ -53,7 +53,7 @@ class Steps:
     def __call__(self) -> None:
         """Runs one step and waits for it."""
         with jax.set_mesh(self._mesh):
-            self._state, self.sums = self._step(self._state, self._batch)
+            self._state, self.metrics = self._step(self._state, self._batch)
             jax.block_until_ready(self._state)
 
 

@@ -35,7 +35,8 @@ from dualsm.training.branch import branched_state, start_step
 from dualsm.training.clock import Clock
 from dualsm.training.program import attended_share, compile_train_step
 from dualsm.training.schedules import learning_rate
-from dualsm.training.step import Batch, StepMetrics, TrainState
+from dualsm.training.step import Batch, TrainState
+from dualsm.training.step_metrics import StepMetrics
 from dualsm.training.summary import summarise
 from dualsm.training.validation import BYTES_OF_TOKENS, Validation, valid_rows
 
@@ -233,7 +234,7 @@ class _Run:
                 if (log or validate) and not unscored:
                     self._write(writer, progress, done, sums if log else None, scores, clock)
                 # While updates are skipped the weights may be what is wrong, so older ones are kept.
-                if save and (last or stopped or not sums.skipped_in_row):
+                if save and (last or stopped or not sums.consecutive_skips):
                     with clock.time("saving"):
                         # No checkpoint may be ahead of its lines.
                         checkpoints.save(done, state, before=writer.sync, last=last or stopped)
@@ -248,7 +249,7 @@ class _Run:
         """Reports a spike or a skipped update at `step`, and gives up after too many of those in a row."""
         if sums is None:
             return
-        in_row, spike = int(sums.skipped_in_row), float(sums.spike)
+        in_row, spike = int(sums.consecutive_skips), float(sums.spike)
         if spike:
             warn(f"step {step}: loss spike, {spike:.3f} nats a token")
         if not in_row:
@@ -286,7 +287,7 @@ class _Run:
             return False
         record = self._progress(first)
         if first and (first == config.steps or first % config.log.every == 0):
-            record |= self._train_metrics(jax.device_get(state.sums), first)
+            record |= self._train_metrics(jax.device_get(state.metrics), first)
         writer.write(first, record | scores)
         say(_valid_line(first, config.steps, scores))
         return True

@@ -11,7 +11,7 @@ from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
 from dualsm.training.optimizer import OPTIMIZERS
 from dualsm.training.schedules import learning_rate
-from dualsm.training.step import LossStats, update_loss_stats
+from dualsm.training.step_metrics import LossStats, update_loss_stats
 
 from .conftest import Micro
 
@@ -57,7 +57,7 @@ def test_a_bad_batch_leaves_weights_and_optimizer_as_they_were(steps):
 
 def test_steps_are_numbered_on_and_skipped_ones_counted(steps):
     assert [int(state.step) for state, _ in steps] == [1, 2, 3, 4]
-    assert [int(sums.skipped_in_row) for _, sums in steps] == [0, 1, 2, 0]
+    assert [int(sums.consecutive_skips) for _, sums in steps] == [0, 1, 2, 0]
     # The micro config logs every 2 steps.
     assert [int(sums.skipped) for _, sums in steps] == [0, 1, 1, 1]
     assert [int(sums.steps) for _, sums in steps] == [1, 1, 0, 1]
@@ -104,9 +104,13 @@ def test_a_run_that_diverges_ends_and_names_the_checkpoint_before_it(micro, tmp_
 def spikes_of(losses_SxJ, tokens_SxJ) -> list[int]:
     """Steps that are reported as spikes; losses per token and tokens of each objective."""
     losses_SxJ, tokens_SxJ = (np.asarray(a, np.float32) for a in (losses_SxJ, tokens_SxJ))
-    usual, watch, spikes = LossStats(*jnp.zeros((4, tokens_SxJ.shape[1]))), jax.jit(update_loss_stats), []
+    loss_stats, update, spikes = (
+        LossStats(*jnp.zeros((4, tokens_SxJ.shape[1]))),
+        jax.jit(update_loss_stats),
+        [],
+    )
     for step, (loss_J, tokens_J) in enumerate(zip(losses_SxJ, tokens_SxJ, strict=True)):
-        usual, is_spike = watch(usual, loss_J * tokens_J, tokens_J)
+        loss_stats, is_spike = update(loss_stats, loss_J * tokens_J, tokens_J)
         if is_spike:
             spikes.append(step)
     return spikes
@@ -160,8 +164,8 @@ def test_the_sums_of_objectives_are_exact_where_products_are_not(micro_step):
 
 
 def test_a_spike_is_reported_with_its_step(micro, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dualsm.training.step.SPIKE", -1000.0)  # all is a spike ...
-    monkeypatch.setattr("dualsm.training.step.SPIKE_AFTER", 9)  # ... from step 10 on
+    monkeypatch.setattr("dualsm.training.step_metrics.SPIKE", -1000.0)  # all is a spike ...
+    monkeypatch.setattr("dualsm.training.step_metrics.SPIKE_AFTER", 9)  # ... from step 10 on
     micro.mesh.data = -1
     assert train(micro, tmp_path / "run")
     reported = [line for line in capsys.readouterr().err.splitlines() if "spike" in line]

@@ -9,10 +9,9 @@ from dualsm.aot.hlo import analyse
 from dualsm.config import default_config
 from dualsm.devices import sharding
 from dualsm.model import transformer
-from dualsm.objectives.example import SpecialIds
+from dualsm.objectives.example import Row, SpecialIds
 from dualsm.process.errors import UserError
 from dualsm.training.objective_loss import objective_loss
-from dualsm.training.step import Row
 
 from .conftest import Micro
 
@@ -33,7 +32,7 @@ def test_accumulation_equals_the_whole_batch_with_uneven_weights(micro_step, gra
         Micro(gradient_accumulation_steps=m, **{"optimizer.name": "adamw"}).run(3)
         for m in (1, gradient_accumulation_steps)
     ]
-    assert_trees_close(states[0].sums, states[1].sums, rtol=1e-5)
+    assert_trees_close(states[0].metrics, states[1].metrics, rtol=1e-5)
     assert_trees_close(states[0].params, states[1].params, atol=2e-5)
     # The average of the gradient_accumulation_steps' own means would be another number.
     batch = micro_step.batch()
@@ -63,7 +62,7 @@ def test_sharded_equals_unsharded(micro_step, layout):
             batch = jax.tree.map(lambda rows: sharding.shard_batch(mesh, rows), micro_step.batch(s))
             state, _ = step(state, batch)
     expected = micro_step.run(3)
-    assert_trees_close(state.sums, expected.sums, rtol=1e-4)
+    assert_trees_close(state.metrics, expected.metrics, rtol=1e-4)
     assert_trees_close(state.params, expected.params, atol=1e-4)
 
     # Nothing that can be split is replicated: matrices and momenta take 1 / (fsdp * tensor) each.
@@ -100,7 +99,7 @@ def test_copies_of_the_parameters_add_up_their_gradients_once_a_step(
         step = jax.jit(micro.step, out_shardings=(places, None)).lower(state, batch).compile()
         state, _ = step(state, batch)
     expected = Micro(**{"optimizer.name": "adamw"}).run()
-    assert_trees_close(state.sums, expected.sums, rtol=1e-5)
+    assert_trees_close(state.metrics, expected.metrics, rtol=1e-5)
     assert_trees_close(state.params, expected.params, atol=2e-5)
     work = analyse(step.as_text(), 4)
     assert (work.collective_count == {"all-reduce": 1}) == once
@@ -136,7 +135,7 @@ def test_sums_gather_since_the_last_log_line(micro_step):
 
 def test_an_objectives_weight_scales_its_gradient_but_not_its_report():
     plain, double = Micro(), Micro(**{"objectives.causal.weight": 2.0})
-    a, b = plain.run().sums, double.run().sums
+    a, b = plain.run().metrics, double.run().metrics
     assert_trees_close(a.nll_J, b.nll_J, rtol=1e-6)
     assert_trees_close(a.weight, b.weight)
     j = plain.names.index("causal")

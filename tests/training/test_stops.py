@@ -77,7 +77,7 @@ def test_a_save_that_a_skipped_update_held_up_follows_at_once(small, tmp_path, m
         def step(state, batch):
             done = int(state.step) + 1
             state, sums = program.step(state, batch)
-            return state, sums._replace(skipped_in_row=jax.numpy.float32({4: 1, 5: 2}.get(done, 0)))
+            return state, sums._replace(consecutive_skips=jax.numpy.float32({4: 1, 5: 2}.get(done, 0)))
 
         return program._replace(step=step)
 
