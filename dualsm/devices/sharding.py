@@ -231,14 +231,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def tree_shardings(mesh: Mesh, tree):
-    """Shardings for a tree of parameters, or of anything that holds parameters under their names.
+    """Returns the shardings of a tree that contains parameters, such as a train state.
+
+    A leaf below a parameter's path, such as an optimizer's momentum, is sharded like that parameter. Scalars
+    and vectors outside of parameters (counters, metrics) are replicated.
 
     Args:
       mesh: the mesh.
-      tree: arrays or their shapes; leaves that are no parameters are replicated.
+      tree: arrays or their shapes.
 
     Raises:
-      UserError: when a mesh axis does not divide the dimension it splits.
+      UserError: for a parameter or an array of two or more dimensions without a rule, or if a mesh axis does
+        not divide the dimension that it splits.
     """
 
     def one(path, leaf) -> NamedSharding:
@@ -247,6 +251,11 @@ def tree_shardings(mesh: Mesh, tree):
             if re.search(f"(^|/){pattern}$", name) and len(logical) == len(leaf.shape):
                 _check_divides(mesh, name, leaf.shape, logical)
                 return NamedSharding(mesh, spec(*logical))
+        if len(leaf.shape) > 1 or name.startswith("params/"):
+            raise UserError(
+                f"no sharding rule matches {name} of shape {tuple(leaf.shape)}; add one to PARAMETERS in "
+                "dualsm/devices/sharding.py"
+            )
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(one, tree)

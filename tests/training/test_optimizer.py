@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from dualsm.config import default_config
-from dualsm.training.optimizer import make_optimizer
+from dualsm.devices import sharding
+from dualsm.process.errors import UserError
+from dualsm.training.optimizer import OPTIMIZERS, make_optimizer
 
 FIXTURE = Path(__file__).parents[1] / "data" / "muon_parity.safetensors"
 
@@ -70,3 +72,26 @@ def test_clipping_bounds_the_gradient(name):
     _, state = optimizer.update(jax.tree.map(lambda p: 100 * p, params), optimizer.init(params), params)
     first_moments = [m for m in jax.tree.leaves(state) if m.shape == (4, 4)]
     assert max(float(jnp.linalg.norm(m)) for m in first_moments) < 0.2
+
+
+def test_state_without_a_sharding_rule_is_an_error():
+    """An optimizer's matrix that matches no parameter is not replicated silently."""
+    config = default_config().mesh
+    config.data = -1
+    mesh = sharding.make_mesh(config, jax.devices())
+    matrix, vector = jnp.ones((2, 4)), jnp.ones(3)
+    assert sharding.tree_shardings(mesh, {"coefficients": vector})["coefficients"].is_fully_replicated
+    with pytest.raises(UserError, match=r"no sharding rule matches preconditioner of shape \(2, 4\)"):
+        sharding.tree_shardings(mesh, {"preconditioner": matrix})
+    with pytest.raises(UserError, match=r"no sharding rule matches params/gain of shape \(3,\)"):
+        sharding.tree_shardings(mesh, {"params": {"gain": vector}})
+
+
+def test_an_optimizer_is_one_row_of_the_table(monkeypatch):
+    config = default_config().optimizer
+    monkeypatch.setitem(OPTIMIZERS, "sgd", lambda config, schedule: optax.sgd(schedule))
+    config.name, config.max_grad_norm = "sgd", 0.0
+    params = {"weight": jnp.ones(2)}
+    optimizer = make_optimizer(config, lambda _: 0.5)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["weight"], [-0.5, -0.5])

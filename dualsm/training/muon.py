@@ -1,0 +1,76 @@
+"""Muon for the matrices inside the network, AdamW for all other parameters."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from dualsm.devices.sharding import RULES, spec
+from dualsm.training.adamw import make_adamw
+
+
+def make_muon(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns Muon for the kernels of the blocks and of the head's projection, AdamW for all else.
+
+    Muon's updates of an [A, B] matrix are scaled by 0.2 * sqrt(max(A, B)), so that one learning rate and one
+    weight decay suit both optimizers (arXiv 2502.16982).
+
+    Args:
+      config: `config.optimizer`.
+      schedule: learning rate by step.
+    """
+    muon = optax.contrib.muon(
+        schedule,
+        beta=config.momentum,
+        weight_decay=config.weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_matrix_axes,
+    )
+    return optax.partition({"muon": _shard_layers(muon), "adamw": make_adamw(config, schedule)}, _labels)
+
+
+def _shard_layers(muon: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Distributes the layers over the devices and keeps each layer's matrices whole.
+
+    Newton-Schulz iterations need whole matrices. GSPMD would gather the matrices of all layers on each device
+    for every product. Here each device updates its share of the layers, with one all-to-all before and after.
+    """
+
+    def update(updates, state, params):
+        mesh = jax.sharding.get_abstract_mesh()
+        devices = 1 if mesh.empty else mesh.shape[RULES["layers"]]
+        if devices == 1:
+            return muon.update(updates, state, params)
+        inputs = jax.tree.map(lambda x: _pad_layers(x, devices), (updates, state, params))
+        specs = jax.tree.map(lambda x: spec("layers") if x.ndim == 3 else spec(), inputs)
+        sharded_update = jax.shard_map(muon.update, in_specs=specs, out_specs=specs[:2], check_vma=False)
+        return jax.tree.map(
+            lambda new, old: new[: len(old)] if old.ndim == 3 else new,
+            sharded_update(*inputs),
+            (updates, state),
+        )
+
+    return optax.GradientTransformation(muon.init, update)
+
+
+def _pad_layers(x: jax.Array, devices: int) -> jax.Array:
+    """Pads a stack of matrices with zeros to a multiple of `devices`; returns other arrays unchanged."""
+    return jnp.pad(x, [(0, -len(x) % devices), (0, 0), (0, 0)]) if x.ndim == 3 else x
+
+
+def _matrix_axes(params):
+    """Returns the last two axes of each parameter as its matrix."""
+    return jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
+
+
+def _labels(params):
+    """Returns "muon" for kernels of the blocks and the head's projection, "adamw" for all others."""
+
+    def label(path, _):
+        names = [key.key for key in path]
+        inside = names[0] == "blocks" or names[:2] == ["head", "projection"]
+        return "muon" if inside and names[-1] == "kernel" else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
