@@ -1,7 +1,7 @@
-"""All config keys with their units and reasons, and the checks made before anything is compiled.
+"""All config keys, with default, valid range and meaning, and the checks of a config.
 
-A recipe in `configs/` starts from `default_config()` and changes what it needs. Every key can be overridden
-on the command line (`--config.model.d_model=512`); keys that are not listed here are refused.
+A config in `configs/` starts from `default_config()` and changes some keys. Every key can be overridden on
+the command line (`--config.model.d_model=512`); unknown keys are rejected.
 """
 
 from __future__ import annotations
@@ -10,142 +10,157 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import ml_collections
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from dualsm.model.attention import BACKENDS
+from dualsm.model.remat import POLICIES
+from dualsm.model.transformer import HEADS
 from dualsm.objectives.registry import OBJECTIVES, check_options, default_options
 from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
 from dualsm.objectives.shares import check_mixture
 from dualsm.process.errors import UserError
+from dualsm.process.rules import ANY, BELOW_ONE, FRACTION, POSITIVE, Rule, at_least, between, one_of
 
 
 class OldVersion(UserError):
     """A run was made by a version of dualsm that this one cannot read."""
 
 
+class Key(NamedTuple):
+    """A config key. The type of the default is the type of the key."""
+
+    name: str
+    default: Any
+    rule: Rule
+    doc: str
+
+
+_AXIS = Rule(lambda v: v == -1 or v >= 1, "be at least 1, or -1 for all remaining devices")
+
+# The defaults are those of the paper (arXiv 2512.14549) where it gives a value.
+KEYS = [
+    Key("seed", 0, at_least(0), "Determines initial weights, document order and corruption."),
+    Key("steps", 1000, between(1, 10**7), "Optimizer steps of the run."),
+    Key("batch_size", 64, at_least(1), "Sequences per step, over all devices."),
+    Key("seq_len", 256, at_least(1), "L, tokens per sequence."),
+    Key("repetitions", 1, at_least(1), "R, number of passes over the unique tokens of the run."),
+    Key("gradient_accumulation_steps", 1, at_least(1), "Does not change the result."),
+    Key(
+        "per_device_batch_size", 0, at_least(0), "Maximum number of sequences per device. 0 derives it from "
+        "`gradient_accumulation_steps`, or from the cache size on a CPU (`sharding.accumulation_steps`).",
+    ),
+    Key("max_consecutive_skips", 20, at_least(1), "Stop after this many consecutive non-finite updates."),
+
+    Key("mixture_schedule.name", "constant", one_of(MIXTURE_SCHEDULES), "Interpolation between the points."),
+    Key(
+        "mixture_schedule.path", "", ANY, "Points after the start, at a fraction of the steps: "
+        "'0.5 causal=0.25 masked_diffusion=0.75; 1 causal=1'.",
+    ),
+
+    Key("data.path", "", ANY, "Corpus, the output of `python -m dualsm.prepare`."),
+    Key("data.identity", "", ANY, "Hash of the corpus; set by the run, which resumes only on this corpus."),
+    Key("data.verify", True, ANY, "Verify the hashes of all corpus files before the first step."),
+    Key("data.num_threads", 1, at_least(1), "Prefetch threads."),
+    Key("data.prefetch_steps", 4, at_least(1), "Steps that are prefetched."),
+
+    Key("model.num_layers", 4, at_least(1), "Transformer blocks."),
+    Key("model.d_model", 256, at_least(1), "D, width of the residual stream."),
+    Key("model.num_heads", 4, at_least(1), "H; must divide d_model into heads of even width."),
+    Key("model.d_ff", 704, at_least(1), "F, inner width of SwiGLU."),
+    Key("model.vocab_size", 0, at_least(0), "0 takes the corpus's size; other values must equal it."),
+    Key("model.head", "projected", one_of(HEADS), "projected: as in the paper. plain: as in Llama, no bias."),
+    Key("model.rope_theta", 160_000.0, POSITIVE, "Base of the rotary position embedding."),
+    Key("model.norm_eps", 1e-7, POSITIVE, "Epsilon of the RMS norms."),
+    Key(
+        "model.dtype", "float32", one_of(("float32", "bfloat16")), "Of the computation; parameters are "
+        "float32. Use bfloat16 on accelerators.",
+    ),
+    Key(
+        "model.remat", "matmuls", one_of(POLICIES), "What the backward pass reuses: results of matmuls and "
+        "attention; nothing (full); everything (none). matmuls is the fastest on CPU and saves memory.",
+    ),
+    Key("model.attention", "auto", one_of(BACKENDS), "auto: splash on TPUs, flash on GPUs, otherwise xla."),
+
+    Key("loss.z_loss", 1e-4, at_least(0), "Weight of the squared log normalizer."),
+    Key("loss.chunk_size", 128, at_least(1), "Positions per row whose logits are in memory together."),
+
+    Key("optimizer.name", "muon", one_of(("muon", "adamw")), "Optimizer; see dualsm/training/optimizer.py."),
+    Key("optimizer.learning_rate", 7e-3, POSITIVE, "Peak learning rate."),
+    Key("optimizer.weight_decay", 0.1, at_least(0), "Weight decay, multiplied by the learning rate."),
+    Key("optimizer.momentum", 0.95, BELOW_ONE, "Momentum of Muon."),
+    Key("optimizer.beta1", 0.9, BELOW_ONE, "First-moment decay of AdamW."),
+    Key("optimizer.beta2", 0.95, BELOW_ONE, "Second-moment decay of AdamW."),
+    Key("optimizer.epsilon", 1e-8, POSITIVE, "Epsilon of AdamW."),
+    Key("optimizer.max_grad_norm", 0.0, at_least(0), "Clips the norm of the whole gradient; 0: no clipping."),
+    Key(
+        "optimizer.schedule.name", "wsd", one_of(("wsd", "cosine", "infinite")),
+        "Learning-rate schedule; see dualsm/training/schedules.py.",
+    ),
+    Key("optimizer.schedule.warmup_steps", 0, at_least(0), "Steps of linear warmup."),
+    Key("optimizer.schedule.decay_fraction", 0.25, FRACTION, "Last fraction of the steps (wsd, infinite)."),
+    Key("optimizer.schedule.final_fraction", 0.0, at_least(0), "Final over peak learning rate."),
+    Key("optimizer.schedule.cooldown_steps", 0, at_least(0), "Steps from peak to constant (infinite)."),
+    Key("optimizer.schedule.constant_fraction", 0.5, at_least(0), "Constant over peak (infinite)."),
+
+    Key("mesh.replica", 1, _AXIS, "Copies of the model across slices."),
+    Key("mesh.data", -1, _AXIS, "Copies of the model that share the batch."),
+    Key("mesh.fsdp", 1, _AXIS, "Devices that share the batch and shard the parameters."),
+    Key("mesh.tensor", 1, _AXIS, "Devices that shard heads, MLP and vocabulary."),
+
+    Key("start.run", "", ANY, "Fork this run directory: weights, optimizer state and step; empty: do not."),
+    Key("start.step", -1, at_least(-1), "Checkpoint of start.run; -1: the newest, set by the run."),
+
+    Key("checkpoint.every", 100, at_least(1), "Steps between checkpoints."),
+    Key("checkpoint.max_to_keep", 2, at_least(1), "Number of newest checkpoints that are kept."),
+    Key("checkpoint.max_failed_saves", 3, at_least(0), "Consecutive failed saves before the run stops."),
+    Key("checkpoint.final_retries", 8, at_least(0), "Retries of the last save, after 1, 2, 4, ... seconds."),
+    Key("checkpoint.keep_period", 0, at_least(0), "Also keep checkpoints at multiples of it; 0: none."),
+
+    Key("valid.every", 100, at_least(1), "Steps between validations; the first and last step also validate."),
+    Key("valid.num_sequences", 1024, at_least(0), "Maximum number of held-out sequences; 0: all."),
+    Key("valid.objectives", "causal,prefix,masked_diffusion", ANY, "Validated objectives; empty: none."),
+
+    Key("log.every", 10, at_least(1), "Steps per log line; losses are means over these steps."),
+    Key("log.tensorboard", True, ANY, "Write TensorBoard files."),
+    Key("log.wandb", "", ANY, "Weights & Biases project; empty: off."),
+]  # fmt: skip
+
+
 def default_config() -> ConfigDict:
-    """A complete config; the values are those of the paper (arXiv 2512.14549) where it has them."""
-    config = ConfigDict()
-
-    config.seed = 0  # weights, order of documents and corruption all follow from it
-    config.steps = 1000  # optimizer steps of the run
-    config.batch_size = 64  # sequences per step, over all devices
-    config.seq_len = 256  # L, tokens per sequence
-    config.repetitions = 1  # R, how often the run sees each of its unique tokens
-    config.gradient_accumulation_steps = 1  # does not change the result
-    # Maximum number of sequences per device; 0 derives it from `gradient_accumulation_steps`, or from the
-    # cache size on a CPU (`sharding.accumulation_steps`).
-    config.per_device_batch_size = 0
-
-    config.max_consecutive_skips = 20  # stop after this many consecutive non-finite updates
-
-    # Share of rows by objective; must sum to 1.
+    """Returns a config with the default of every key, including the shares and options of all objectives."""
+    config = ConfigDict(unflatten_dict({key.name: key.default for key in KEYS}, sep="."))
     config.mixture = ConfigDict(dict.fromkeys(OBJECTIVES, 0.0) | {"causal": 1.0})
-
-    # How the shares change over the run: "constant", "linear" between points, or in "steps" at them. The
-    # path lists the points after the start, as in "0.5 causal=0.25 masked_diffusion=0.75; 1 causal=1".
-    config.mixture_schedule = ConfigDict({"name": "constant", "path": ""})
-
-    # Options of the objectives, explained in docs/objectives.md. `weight` is a factor on the loss of its
-    # rows (the paper's released models were trained with 2.0 for causal rows).
     config.objectives = ConfigDict(default_options())
-
-    config.data = ConfigDict()
-    config.data.path = ""  # folder made by `python -m dualsm.prepare`
-    config.data.identity = ""  # hash of the corpus; filled in by the run, so that it resumes on the same one
-    config.data.verify = True  # check the hashes of all its files before the first step
-    config.data.num_threads = 1  # that read ahead
-    config.data.prefetch_steps = 4  # steps read ahead
-
-    config.model = ConfigDict()
-    config.model.num_layers = 4
-    config.model.d_model = 256  # D, of the residual stream
-    config.model.num_heads = 4  # H; must divide the width into an even head width
-    config.model.d_ff = 704  # F, inner width of SwiGLU
-    config.model.vocab_size = 0  # ids; 0 takes the corpus's, another number must equal it
-    config.model.head = "projected"  # the paper's; or "plain", Llama's: no projection, no bias
-    config.model.rope_theta = 160_000.0
-    config.model.norm_eps = 1e-7
-    config.model.dtype = "float32"  # of computation ("bfloat16" on accelerators); weights stay float32
-    # What the forward pass keeps for the backward: the results of "matmuls" and attention, nothing ("full"),
-    # or all ("none"). On CPU "matmuls" is the fastest, and on accelerators it saves memory.
-    config.model.remat = "matmuls"
-    config.model.attention = "auto"  # "splash" on TPUs, "flash" on GPUs, else "xla"; see model/attention.py
-
-    config.loss = ConfigDict()
-    config.loss.z_loss = 1e-4  # weight of the squared log normaliser
-    config.loss.chunk_size = 128  # positions a row whose logits are held at once
-
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "muon"  # or "adamw"
-    config.optimizer.learning_rate = 7e-3  # peak
-    config.optimizer.weight_decay = 0.1  # times the learning rate, a step
-    config.optimizer.momentum = 0.95  # of Muon
-    config.optimizer.beta1 = 0.9  # of AdamW
-    config.optimizer.beta2 = 0.95
-    config.optimizer.epsilon = 1e-8
-    config.optimizer.max_grad_norm = 0.0  # of the whole gradient; 0 does not clip
-    config.optimizer.schedule = ConfigDict()
-    config.optimizer.schedule.name = "wsd"  # or "cosine", "infinite"; see dualsm/training/schedules.py
-    config.optimizer.schedule.warmup_steps = 0  # steps
-    config.optimizer.schedule.decay_fraction = 0.25  # share of the run at its end (wsd, infinite)
-    config.optimizer.schedule.final_fraction = 0.0  # learning rate at the end, over the peak
-    config.optimizer.schedule.cooldown_steps = 0  # steps from the peak to the constant phase (infinite)
-    config.optimizer.schedule.constant_fraction = 0.5  # learning rate of that phase, over the peak (infinite)
-
-    config.mesh = ConfigDict()  # devices along each axis; -1 takes all that are left
-    config.mesh.replica = 1  # copies across slices
-    config.mesh.data = -1  # copies that share the rows
-    config.mesh.fsdp = 1  # share the rows, and split the parameters
-    config.mesh.tensor = 1  # split heads, MLP and vocabulary
-
-    config.start = ConfigDict()  # branch off another run instead of starting from random weights
-    config.start.run = ""  # its folder; weights, optimizer and step number are taken over
-    config.start.step = -1  # of its checkpoint; -1: the newest at the first start, filled in by the run
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 100  # steps
-    config.checkpoint.max_to_keep = 2  # newest ones kept
-    config.checkpoint.max_failed_saves = (
-        3  # saves in a row that may fail (a full disk) before the run gives up
-    )
-    config.checkpoint.final_retries = 8  # of the last save when it fails, after pauses of 1, 2, 4, ... s
-    config.checkpoint.keep_period = 0  # those at multiples of this many steps are kept for good; 0: none
-
-    config.valid = ConfigDict()
-    config.valid.every = 100  # steps; also after the last, and before the first (an eighth of the rows)
-    config.valid.num_sequences = 1024  # most held-out rows scored; 0: all
-    config.valid.objectives = "causal,prefix,masked_diffusion"  # scored whether trained on or not; "": none
-
-    config.log = ConfigDict()
-    config.log.every = 10  # steps a log line; losses are means over them
-    config.log.tensorboard = True
-    config.log.wandb = ""  # project to log to; empty: do not
-
     return config
 
 
-# Keys that may change when a run is resumed: none of them changes what is learned.
+# Keys that may change when a run is resumed, because they do not change what the model learns.
 FREE_KEYS = (
     "checkpoint", "data.prefetch_steps", "data.path", "data.num_threads", "data.verify", "log", "mesh",
     "per_device_batch_size", "gradient_accumulation_steps", "model.attention", "model.remat",
     "max_consecutive_skips", "valid.every",
 )  # fmt: skip
 
-# Keys that a run fills in, and what leaves them open.
+# Keys that a run sets if they have these values.
 FILLED_IN = {"data.identity": "", "model.vocab_size": 0, "start.step": -1}
 
 
 def parse_arg(arg: str | None, **types: Callable) -> dict:
-    """The values in `--config=FILE:name=value,name=value`.
+    """Parses the argument of a config, as in `--config=FILE:name=value,name=value`.
 
     Args:
-      arg: what `get_config` was called with.
-      **types: name -> how to read its value.
+      arg: the argument of `get_config`.
+      **types: name -> conversion of its value.
+
+    Returns:
+      name -> value, for the names that the argument contains.
 
     Raises:
-      UserError: for an unknown name or an unreadable value.
+      UserError: for an unknown name or an invalid value.
     """
     values = {}
     for part in filter(None, (arg or "").split(",")):
@@ -155,87 +170,91 @@ def parse_arg(arg: str | None, **types: Callable) -> dict:
         try:
             values[name] = types[name](text)
         except ValueError as error:
-            raise UserError(f"--config: {name}={text!r} is no {types[name].__name__}") from error
+            raise UserError(f"--config: {name}={text!r} is not of type {types[name].__name__}") from error
     return values
 
 
 def set_alpha(config: ConfigDict, alpha: float) -> None:
-    """Sets the dual mixture: a share `alpha` of causal rows, the rest masked diffusion."""
+    """Sets the dual mixture: a share `alpha` of causal rows and a share 1 - alpha of masked diffusion."""
     config.mixture = ConfigDict(dict.fromkeys(config.mixture, 0.0))
     config.mixture.causal, config.mixture.masked_diffusion = alpha, 1 - alpha
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises `UserError`, naming the key, for values that cannot be or do not fit together."""
-    from dualsm.model import remat
-    from dualsm.model.attention import BACKENDS
-    from dualsm.model.transformer import HEADS
-    from dualsm.training.optimizer import OPTIMIZERS
-    from dualsm.training.schedules import SCHEDULES
-
-    _check_shape(config, default_config(), "config")
-    for key in (
-        "steps", "batch_size", "seq_len", "repetitions", "gradient_accumulation_steps", "data.num_threads",
-        "data.prefetch_steps", "model.num_layers", "model.d_model", "model.num_heads", "model.d_ff",
-        "loss.chunk_size", "checkpoint.every", "checkpoint.max_to_keep", "max_consecutive_skips",
-        "valid.every", "log.every",
-    ):  # fmt: skip
-        _require(config, key, lambda v: v >= 1, "must be at least 1")
-    for key in (
-        "seed", "per_device_batch_size", "model.vocab_size", "loss.z_loss", "optimizer.weight_decay",
-        "optimizer.max_grad_norm", "optimizer.schedule.warmup_steps", "optimizer.schedule.cooldown_steps",
-        "optimizer.schedule.final_fraction", "checkpoint.keep_period", "checkpoint.max_failed_saves",
-        "checkpoint.final_retries", "valid.num_sequences",
-    ):  # fmt: skip
-        _require(config, key, lambda v: v >= 0, "must not be negative")
-    for key in ("optimizer.learning_rate", "optimizer.epsilon", "model.rope_theta", "model.norm_eps"):
-        _require(config, key, lambda v: v > 0, "must be positive")
-    for key in ("optimizer.momentum", "optimizer.beta1", "optimizer.beta2"):
-        _require(config, key, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-    _require(config, "optimizer.schedule.decay_fraction", lambda v: 0 <= v <= 1, "must lie in [0, 1]")
-    for key, known in (
-        ("model.dtype", ("float32", "bfloat16")),
-        ("model.head", HEADS),
-        ("model.remat", remat.POLICIES),
-        ("model.attention", BACKENDS),
-        ("optimizer.name", OPTIMIZERS),
-        ("optimizer.schedule.name", SCHEDULES),
-        ("mixture_schedule.name", MIXTURE_SCHEDULES),
-    ):
-        _require(config, key, lambda v, known=known: v in known, f"must be one of {', '.join(known)}")
-
+    """Raises `UserError`, naming the key, for invalid values and for values that do not fit together."""
+    _check_keys(config)
     check_options(config.objectives)
     check_mixture(config)
-    _require(config, "steps", lambda v: v <= 10**7, "must be at most ten million")
-    if config.repetitions > config.steps * config.batch_size:
-        raise UserError(
-            f"config.repetitions={config.repetitions} leaves less than one row of unique tokens of the run's "
-            f"{config.steps * config.batch_size} rows"
-        )
-    tokens = config.batch_size * config.seq_len
-    if tokens > 2**30:
-        raise UserError(
-            f"config.batch_size={config.batch_size} times config.seq_len={config.seq_len} is more than "
-            "2^30 tokens a step"
-        )
+    _check_batch(config)
+    _check_heads(config.model)
+    _check_schedule(config)
     for name in valid_objectives(config):
         if name not in OBJECTIVES:
-            raise UserError(f"config.valid.objectives: {name!r} is none of {', '.join(OBJECTIVES)}")
-    model = config.model
+            raise UserError(
+                f"config.valid.objectives: unknown objective {name!r}; choose from {', '.join(OBJECTIVES)}"
+            )
+    if config.start.step >= 0 and not config.start.run:
+        raise UserError(
+            f"config.start.step={config.start.step} needs config.start.run; set it, or leave start.step at -1"
+        )
+
+
+def _check_keys(config: ConfigDict) -> None:
+    """Checks that all keys exist, have the type of their default and a valid value."""
+    defaults = flatten_dict(default_config().to_dict(), sep=".")
+    values = flatten_dict(config.to_dict(), sep=".")
+    for key in values.keys() - defaults.keys():
+        raise UserError(f"unknown config key config.{key}; see dualsm/config.py for all keys")
+    for key, default in defaults.items():
+        where = f"config.{key}"
+        if key not in values:
+            raise UserError(f"{where} is missing; start the config from dualsm.config.default_config()")
+        value = values[key]
+        if not _same_type(default, value):
+            wanted = type(default).__name__
+            raise UserError(f"{where}={value!r} must be of type {wanted}, not {type(value).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}={value!r} must be finite")
+        if isinstance(value, int) and abs(value) >= 2**31:
+            raise UserError(f"{where}={value!r} must be less than 2^31")
+    for key in KEYS:
+        key.rule.check(f"config.{key.name}", values[key.name])
+
+
+def _same_type(default, value) -> bool:
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(default) is type(value)
+
+
+def _check_batch(config: ConfigDict) -> None:
+    rows = config.steps * config.batch_size
+    if config.repetitions > rows:
+        raise UserError(
+            f"config.repetitions={config.repetitions} must not exceed the {rows} sequences of the run "
+            "(steps * batch_size)"
+        )
+    if config.batch_size * config.seq_len > 2**30:
+        raise UserError(
+            f"config.batch_size={config.batch_size} times config.seq_len={config.seq_len} must not exceed "
+            "2^30 tokens per step"
+        )
+    if config.batch_size % config.gradient_accumulation_steps:
+        raise UserError(
+            f"config.gradient_accumulation_steps={config.gradient_accumulation_steps} must divide "
+            f"config.batch_size={config.batch_size}"
+        )
+
+
+def _check_heads(model: ConfigDict) -> None:
     if model.d_model % model.num_heads or model.d_model // model.num_heads % 2:
         raise UserError(
             f"config.model.num_heads={model.num_heads} must divide config.model.d_model={model.d_model} "
             "into heads of even width"
         )
-    if config.batch_size % config.gradient_accumulation_steps:
-        raise UserError(
-            f"config.gradient_accumulation_steps={config.gradient_accumulation_steps} does not divide "
-            f"config.batch_size={config.batch_size}"
-        )
-    if config.start.step < -1 or (config.start.step >= 0 and not config.start.run):
-        raise UserError(
-            f"config.start.step={config.start.step} must be a checkpoint's of config.start.run, or -1"
-        )
+
+
+def _check_schedule(config: ConfigDict) -> None:
     schedule = config.optimizer.schedule
     decay = round(schedule.decay_fraction * config.steps) if schedule.name != "cosine" else 0
     cooldown = schedule.cooldown_steps if schedule.name == "infinite" else 0
@@ -253,18 +272,21 @@ def check_config(config: ConfigDict) -> None:
 
 
 def check_installed(config: ConfigDict) -> None:
-    """Raises `UserError` when a package is missing that the config asks for."""
+    """Raises `UserError` if the config needs a package that is not installed."""
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("config.log.wandb is set but wandb is not installed: pip install 'dualsm[wandb]'")
+        raise UserError(
+            f"config.log.wandb={config.log.wandb!r} needs wandb, which is not installed: "
+            "pip install 'dualsm[wandb]'"
+        )
 
 
 def valid_objectives(config: ConfigDict) -> list[str]:
-    """The objectives that validation scores."""
+    """Returns the objectives that validation scores."""
     return [name for name in config.valid.objectives.split(",") if name]
 
 
 def save_config(config: ConfigDict) -> str:
-    """The config as JSON text."""
+    """Returns the config as JSON text."""
     return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
 
 
@@ -283,11 +305,17 @@ def load_config(text: str) -> ConfigDict:
 
 
 def difference(a: ConfigDict, b: ConfigDict, free: Sequence[str] = FREE_KEYS) -> list[str]:
-    """What keeps a run of config `a` from going on with config `b`, one "key: old -> new" each.
+    """Returns the changes that prevent a run of config `a` from resuming with config `b`.
 
-    What `b` leaves open for the run to fill in, and the keys `free`, are no difference.
+    Args:
+      a: config of the run.
+      b: config to resume with; keys that it leaves for the run to set are ignored.
+      free: keys, or sections, that may change.
+
+    Returns:
+      One text "key: old -> new" per changed key.
     """
-    flat_a, flat_b = _flat(a), _flat(b)
+    flat_a, flat_b = (flatten_dict(config.to_dict(), sep=".") for config in (a, b))
     return [
         f"{key}: {flat_a.get(key)} -> {flat_b.get(key)}"
         for key in sorted(flat_a.keys() | flat_b.keys())
@@ -296,46 +324,6 @@ def difference(a: ConfigDict, b: ConfigDict, free: Sequence[str] = FREE_KEYS) ->
     ]
 
 
-def _flat(config: ConfigDict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
-    return flat
-
-
-def _check_shape(config: ConfigDict, default: ConfigDict, where: str) -> None:
-    """Raises `UserError` unless `config` has the keys and types of `default`."""
-    for key in default:
-        if key not in config:
-            raise UserError(f"{where}.{key} is missing; start the config from dualsm.config.default_config()")
-    for key, value in config.items():
-        if key not in default:
-            raise UserError(f"unknown config key {where}.{key}; see dualsm/config.py for all keys")
-        if isinstance(default[key], ConfigDict) and isinstance(value, ConfigDict):
-            _check_shape(value, default[key], f"{where}.{key}")
-        elif not _same_type(default[key], value):
-            wanted = type(default[key]).__name__
-            raise UserError(f"{where}.{key}={value!r} must be of type {wanted}, not {type(value).__name__}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}.{key}={value!r} must be finite")
-        elif isinstance(value, int) and abs(value) >= 2**31:
-            raise UserError(f"{where}.{key}={value!r} must be less than 2^31")
-
-
-def _same_type(default, value) -> bool:
-    if isinstance(default, float):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(default) is type(value)
-
-
-def _require(config: ConfigDict, key: str, holds: Callable[..., bool], rule: str) -> None:
-    value = config
-    for name in key.split("."):
-        value = value[name]
-    if not holds(value):
-        raise UserError(f"config.{key}={value} {rule}")
-
-
 def freeze(config: ConfigDict) -> ml_collections.FrozenConfigDict:
-    """An unchangeable copy, to be handed to the parts of a run."""
+    """Returns an immutable, hashable copy of a config."""
     return ml_collections.FrozenConfigDict(config)

@@ -1,4 +1,4 @@
-"""Every recipe is complete and possible, and the paper's is the paper's."""
+"""Checks of config keys, and validity of all configs in `configs/`."""
 
 import importlib.util
 from pathlib import Path
@@ -6,9 +6,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from dualsm.config import check_config, default_config, difference, load_config, parse_arg, set_alpha
+from dualsm.config import KEYS, check_config, default_config, difference, load_config, parse_arg, set_alpha
 from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError
+from dualsm.training.optimizer import OPTIMIZERS
+from dualsm.training.schedules import SCHEDULES
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
@@ -22,7 +24,7 @@ def load(path: Path, arg: str = ""):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_possible_and_says_how_to_run_it(path):
+def test_a_config_is_valid_and_documents_its_command(path):
     check_config(load(path))
     assert f"--config=configs/{path.name}" in path.read_text().split('"""')[1]
 
@@ -36,7 +38,7 @@ def test_alpha_and_repetitions_are_arguments(path):
     assert config.repetitions == 32
 
 
-def test_the_papers_recipe():
+def test_the_config_of_the_paper():
     config = load(ROOT / "configs" / "dual_470m.py")
     params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     total = sum(p.size for p in jax.tree.leaves(params))
@@ -70,7 +72,7 @@ def test_alpha_is_the_share_of_causal_rows():
     }
 
 
-def test_arguments_are_read_by_type():
+def test_arguments_are_parsed_by_type():
     assert parse_arg("a=1,b=0.5", a=int, b=float) == {"a": 1, "b": 0.5}
     assert parse_arg("", a=int) == {}
     with pytest.raises(UserError, match="c"):
@@ -79,7 +81,7 @@ def test_arguments_are_read_by_type():
         parse_arg("a=x", a=int)
 
 
-def test_only_what_changes_learning_keeps_a_run_from_resuming():
+def test_only_keys_that_change_learning_prevent_a_run_from_resuming():
     a, b = default_config(), default_config()
     b.mesh.fsdp, b.log.every, b.checkpoint.max_to_keep, b.gradient_accumulation_steps, b.data.path = (
         4,
@@ -94,7 +96,7 @@ def test_only_what_changes_learning_keeps_a_run_from_resuming():
     assert difference(a, b) == ["model.num_layers: 4 -> 5", "optimizer.beta2: 0.95 -> 0.99"]
 
 
-def test_what_a_run_fills_in_is_no_difference_where_it_is_left_open():
+def test_keys_that_a_run_sets_may_be_unset_when_it_resumes():
     run, config = default_config(), default_config()
     run.model.vocab_size, run.data.identity, run.start.step = 512, "abc", 8
     assert difference(run, config) == []
@@ -113,13 +115,18 @@ def test_what_a_run_fills_in_is_no_difference_where_it_is_left_open():
         ("optimizer.learning_rate", -1.0, "positive"),
         ("optimizer.beta2", 1.0, r"\[0, 1\)"),
         ("optimizer.schedule.decay_fraction", 1.5, r"\[0, 1\]"),
-        ("loss.z_loss", -1e-4, "negative"),
+        ("loss.z_loss", -1e-4, "at least 0"),
         ("model.dtype", "float8", "one of float32, bfloat16"),
         ("model.remat", "some", "one of"),
         ("optimizer.name", "sgd", "one of"),
+        ("checkpoint.keep_period", -1, "at least 0"),
+        ("optimizer.schedule.constant_fraction", -0.5, "at least 0"),
+        ("mesh.fsdp", 0, "at least 1, or -1"),
+        ("start.step", -2, "at least -1"),
+        ("steps", 10**7 + 1, "from 1 to 10000000"),
     ],
 )
-def test_impossible_values_are_named(key, value, message):
+def test_invalid_values_are_rejected_by_name(key, value, message):
     config = default_config()
     *folders, name = key.split(".")
     place = config
@@ -146,6 +153,19 @@ def test_missing_extra_and_mistyped_keys_are_named():
         check_config(config)
 
 
-def test_a_run_of_version_0_1_is_refused_by_name():
+def test_a_run_of_version_0_1_is_rejected():
     with pytest.raises(UserError, match="made by dualsm 0.1"):
         load_config('{"batch_rows": 64}')
+
+
+def test_choices_of_later_stages_are_the_names_they_implement():
+    """The config cannot import these stages, so it lists their names."""
+    rules = {key.name: key.rule for key in KEYS}
+    assert rules["optimizer.name"].text == f"be one of {', '.join(OPTIMIZERS)}"
+    assert rules["optimizer.schedule.name"].text == f"be one of {', '.join(SCHEDULES)}"
+
+
+def test_every_default_is_valid_and_every_key_is_documented():
+    check_config(default_config())
+    assert len({key.name for key in KEYS}) == len(KEYS)
+    assert all(key.doc.endswith(".") for key in KEYS)

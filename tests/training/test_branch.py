@@ -77,7 +77,7 @@ def test_a_branch_that_was_stopped_resumes_from_its_own_checkpoint(trunk, tmp_pa
         ({"start.run": "/nowhere", "start.step": 4}, "no run at /nowhere"),
         ({"start.step": 12}, "does not lie before the end of this run, config.steps=12"),
         ({"start.step": -1}, "does not lie before the end"),
-        ({"start.run": "", "start.step": 4}, "must be a checkpoint's of config.start.run"),
+        ({"start.run": "", "start.step": 4}, "config.start.step=4 needs config.start.run"),
         ({"start.step": 4, "model.d_ff": 96}, "of another model"),
         ({"start.step": 4, "optimizer.name": "adamw"}, "of another model or optimizer"),
     ],
