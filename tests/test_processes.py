@@ -14,7 +14,7 @@ from jax.errors import JaxRuntimeError
 
 from dualsm.config import load_config
 from dualsm.data.build import Recipe, build
-from dualsm.process.distributed import _ending, job
+from dualsm.process.distributed import _exit_message, job
 from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
@@ -154,7 +154,7 @@ def test_a_process_that_dies_takes_the_job_down(endless, tmp_path):
         _, errors = processes[0].communicate(timeout=60)
         assert time.monotonic() - died < 60
         assert processes[0].returncode not in (0, STOPPED)
-        assert "process 0 of 2 lost the others" in errors
+        assert "process 0 of 2 lost the other processes" in errors
         assert "run the same command to resume" in errors
     finally:
         for process in processes:
@@ -235,15 +235,23 @@ def test_a_disk_that_fails_is_told_in_a_line_and_ends_the_job(recipe):
         (UserError("config.steps=0"), ": config.steps=0", 2),
         (OSError(errno.ENOSPC, "No space left on device"), "check free space", 2),
         (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 7 bytes.\nWho"), "7 bytes.\\); in training", 2),
-        (JaxRuntimeError("UNAVAILABLE: Task is gone\nDetails"), "lost the others .*Task is gone\\)$", 1),
-        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), "lost the others", 1),
-        (JaxRuntimeError(""), "lost the others", 1),
+        (
+            JaxRuntimeError("UNAVAILABLE: Task is gone\nDetails"),
+            "lost the other processes .*Task is gone\\)$",
+            1,
+        ),
+        (
+            ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"),
+            "lost the other processes",
+            1,
+        ),
+        (JaxRuntimeError(""), "lost the other processes", 1),
         (ValueError("too many values to unpack"), "^$", 1),
     ],
 )
 def test_what_a_process_tells_of_its_end(error, told, status):
     """A defect tells nothing here: it shows its traceback."""
-    text, code = _ending(error)
+    text, code = _exit_message(error)
     assert re.search(told, text) and code == status
 
 

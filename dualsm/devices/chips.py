@@ -1,4 +1,4 @@
-"""Facts about chips, and the peak rate that model FLOPs utilisation is relative to."""
+"""Properties of chips, and the peak FLOPs per second for model FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Gpu(NamedTuple):
     """Properties of a GPU that XLA needs to compile for it, from the data sheets.
 
     Attributes:
-      name: as the device reports it.
+      name: name that the device reports.
       capability: CUDA compute capability, major and minor.
       processors: streaming multiprocessors.
-      shared: bytes of shared memory of one.
-      cache: bytes of the second-level cache.
+      shared: bytes of shared memory per multiprocessor.
+      cache: bytes of the L2 cache.
       clock: GHz.
     """
 
@@ -38,11 +38,11 @@ class Chip(NamedTuple):
     Attributes:
       kinds: regular expression that matches the whole `device_kind`. A slice of a GPU (MIG) must not match.
       flops: dense bfloat16 matrix FLOPs per second.
-      hbm_bytes: main memory; of TPUs the part that libtpu's compiler allows. 0 where steps cannot be
-        compiled for the chip without having one.
+      hbm_bytes: main memory; for TPUs, the part that libtpu's compiler allows. 0 if ahead-of-time compilation
+        for the chip is not supported.
       hbm_bandwidth: bytes per second.
-      link_bandwidth: bytes per second of an interconnect link in one direction; of GPUs all links together.
-      wraps: an axis of a slice is a ring when its size is a multiple of this; 0 for GPUs, joined by a switch.
+      link_bandwidth: bytes per second in one direction of an interconnect link; for GPUs, of all links.
+      wraps: an axis of a slice is a ring if its size is a multiple of this; 0 for GPUs, which use a switch.
       gpu: None for TPUs.
     """
 
@@ -55,14 +55,14 @@ class Chip(NamedTuple):
     gpu: Gpu | None = None
 
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container's CPU time
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # CPU quota of a container
 
 _SXM_A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * 1024, 40 * 2**20, 1.41)
 _SXM_H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98)
 _SXM_H200 = Gpu("NVIDIA H200", (9, 0), 132, 228 * 1024, 50 * 2**20, 1.98)
 
 # TPUs: cloud.google.com/tpu/docs, links from "How to Scale Your Model", jax-ml.github.io. GPUs: NVIDIA's data
-# sheets, whose figures with sparsity are halved.
+# sheets, with half of the figures that assume sparsity.
 _TABLE = {
     "v4": Chip("TPU v4", 275e12, int(31.75 * 2**30), 1.23e12, 45e9, 4),
     "v5e": Chip("TPU v5( lite|e)", 197e12, int(15.75 * 2**30), 0.82e12, 45e9, 16),
@@ -85,16 +85,18 @@ _TABLE = {
     "rtx4090": Chip("NVIDIA GeForce RTX 4090", 165e12),
 }  # fmt: skip
 
-CHIPS = {name: chip for name, chip in _TABLE.items() if chip.hbm_bytes}  # those to compile for
+CHIPS = {
+    name: chip for name, chip in _TABLE.items() if chip.hbm_bytes
+}  # chips with ahead-of-time compilation
 
 
 def listed_flops(kind: str) -> float | None:
-    """Returns the peak of a device in FLOPs per second by its `device_kind`; None where it is not listed."""
+    """Returns the peak FLOPs per second of a device by its `device_kind`; None if it is not in the table."""
     return next((chip.flops for chip in _TABLE.values() if re.fullmatch(chip.kinds, kind)), None)
 
 
 def peak_flops(device: jax.Device) -> float:
-    """Returns the matrix FLOPs per second of one device: listed, or measured where it is not."""
+    """Returns the peak matrix FLOPs per second of a device, measured if it is not in the table."""
     if listed := listed_flops(device.device_kind):
         return listed
     if device.platform == "cpu":  # CPU devices share the cores
@@ -103,14 +105,14 @@ def peak_flops(device: jax.Device) -> float:
 
 
 class Peak:
-    """Peak rate of a run's devices, which its model FLOPs utilisation is relative to."""
+    """Peak FLOPs per second of a run's devices."""
 
     def __init__(self, device: jax.Device, devices: int):
         self._flops = peak_flops(device) * devices
         self._is_listed = listed_flops(device.device_kind) is not None
 
     def utilisation(self, flops_per_second: float) -> float:
-        """Returns the share of the peak; a measured peak that was exceeded was too low and is raised."""
+        """Returns the fraction of the peak; replaces a measured peak if it is exceeded."""
         if not self._is_listed:
             self._flops = max(self._flops, flops_per_second)
         return flops_per_second / self._flops
@@ -119,15 +121,15 @@ class Peak:
 def measured_flops(
     device: jax.Device, size: int = 1024, dtype=jnp.float32, tries: int = 5, per_core: bool = False
 ) -> float:
-    """Returns the FLOPs per second of a product of [size, size] matrices, the best of several.
+    """Measures the FLOPs per second of a product of [size, size] matrices and returns the maximum.
 
     Args:
-      device: to measure.
-      size: of the matrices.
-      dtype: of the matrices.
-      tries: number of products.
-      per_core: divide by the time that cores spent on this process instead of wall-clock time. Other
-        processes on the machine then hardly matter.
+      device: device to measure.
+      size: matrix size.
+      dtype: matrix type.
+      tries: number of measurements.
+      per_core: divide by the CPU time of this process instead of wall-clock time, which reduces the effect of
+        other processes.
     """
     a = jax.device_put(jnp.ones((size, size), dtype), device)
     product = jax.jit(jnp.matmul)
@@ -142,10 +144,10 @@ def measured_flops(
 
 
 def usable_cores() -> float:
-    """Returns the number of cores that this process may use, by its affinity and its container's quota."""
+    """Returns the number of cores that CPU affinity and the container's quota allow."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = QUOTA.read_text().split()
         return min(cores, int(quota) / int(period))
-    except (OSError, ValueError):  # no cgroup of version 2, or one without a quota ("max")
+    except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
         return cores

@@ -1,7 +1,7 @@
-"""The device mesh, and the one table that says how every array lies on it.
+"""The device mesh and the sharding of every array.
 
-Arrays have logical axes (batch, embed, heads, ...); `RULES` maps those to mesh axes, `PARAMETERS` names
-the logical axes of each parameter. The optimizer's state lies as the parameters it belongs to.
+Arrays have logical axes (batch, embed, heads, ...). `RULES` maps logical axes to mesh axes, and `PARAMETERS`
+lists the logical axes of each parameter. Optimizer state is sharded like its parameter.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ RULES = {
     "heads": "tensor",
     "mlp": "tensor",
     "vocabulary": "tensor",
-    "layers": "fsdp",  # of what Muon works on; parameters are not split along it
+    "layers": "fsdp",  # only for intermediates of Muon; parameters are not sharded over layers
     None: None,
 }
 
-_COPIES = ("replica", "data")  # axes whose devices all hold the whole parameters
+_COPIES = ("replica", "data")  # axes that replicate the parameters
 
-# Tokens that a CPU's core works through at once: what a small model's layer makes of them stays in its cache.
+# Tokens per CPU core and accumulation step; the activations of a small model's layer then fit in its cache.
 CORE_TOKENS = 512
 
 PARAMETERS = {
@@ -50,51 +50,53 @@ PARAMETERS = {
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh over `devices` with the axes `AXES`.
+    """Creates a mesh over all `devices` with the axes `AXES`.
 
     Args:
-      config: `config.mesh`, the size of each axis; one of them may be -1, which fills.
-      devices: to be used all.
+      config: `config.mesh`, the size of each axis; -1 for at most one axis, which gets the remaining devices.
+      devices: devices of the mesh.
 
     Raises:
-      UserError: when the sizes do not multiply to the number of devices, or `replica` does not lie across the
-        slices of TPUs.
+      UserError: if the product of the sizes is not the number of devices, or `replica` is not a multiple of
+        the number of TPU slices.
     """
     sizes = [config[axis] for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or fixed <= 0 or (-1 in sizes and len(devices) % fixed):
-        raise UserError(f"{_spell(sizes)} does not fill {len(devices)} devices")
+        raise UserError(f"{_format_sizes(sizes)} does not fill {len(devices)} devices; change the sizes")
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
-        raise UserError(f"{_spell(sizes)} needs {math.prod(sizes)} devices, there are {len(devices)}")
+        raise UserError(
+            f"{_format_sizes(sizes)} needs {math.prod(sizes)} devices, there are {len(devices)}; change one"
+        )
     if devices[0].platform != "tpu":
-        # JAX counts the GPUs of a machine as a slice: the last axes lie within one.
+        # JAX reports the GPUs of a host as a slice; sorted, the last axes stay within a host.
         return Mesh(np.array(sorted(devices, key=_slice)).reshape(sizes), AXES)
     slices = len({_slice(device) for device in devices})
     if slices == 1:
         return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 4)
     if sizes[0] % slices:
         raise UserError(
-            f"{_spell(sizes)}: the TPUs are {slices} slices, and replica must be {slices} or a multiple of it"
+            f"{_format_sizes(sizes)}: there are {slices} slices, and replica must be {slices} or a multiple"
         )
-    inside = [sizes[0] // slices, *sizes[1:]]
-    laid = mesh_utils.create_hybrid_device_mesh(
-        inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    sizes_in_slice = [sizes[0] // slices, *sizes[1:]]
+    device_array = mesh_utils.create_hybrid_device_mesh(
+        sizes_in_slice, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
     )
-    return Mesh(laid, AXES)
+    return Mesh(device_array, AXES)
 
 
 def _slice(device: jax.Device) -> int:
-    """Which of the groups with fast links between their devices it is in; CPUs do not say."""
+    """Returns the index of the device's slice; 0 for devices without one, such as CPUs."""
     return getattr(device, "slice_index", 0)
 
 
-def _spell(sizes: Sequence[int]) -> str:
+def _format_sizes(sizes: Sequence[int]) -> str:
     return "config.mesh " + " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
 
 
 def batch_devices(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are divided."""
+    """Returns the number of devices that share a batch."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
@@ -107,49 +109,48 @@ def accumulation_steps(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
     parameters, it is the smallest number that keeps each at or below `CORE_TOKENS`.
 
     Raises:
-      UserError: when the devices cannot share the rows.
+      UserError: if the devices cannot share the batch evenly.
     """
     parts = batch_devices(mesh)
     rows, rest = divmod(config.batch_size, parts)
     if rest or not config.per_device_batch_size and rows % config.gradient_accumulation_steps:
         raise UserError(
-            f"{parts} devices cannot share config.batch_size={config.batch_size} in "
-            f"config.gradient_accumulation_steps={config.gradient_accumulation_steps} parts"
+            f"{parts} devices cannot share config.batch_size={config.batch_size} evenly with "
+            f"config.gradient_accumulation_steps={config.gradient_accumulation_steps}; change one of them"
         )
-    most = config.per_device_batch_size
+    limit = config.per_device_batch_size
     if (
-        not most
+        not limit
         and config.gradient_accumulation_steps == 1
         and mesh.devices.flat[0].platform == "cpu"
         and _has_copies(mesh)
     ):
-        most = max(1, CORE_TOKENS // config.seq_len)
-    if not most:
+        limit = max(1, CORE_TOKENS // config.seq_len)
+    if not limit:
         return config.gradient_accumulation_steps
-    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= limit)
 
 
 def spec(*logical: str | None) -> PartitionSpec:
-    """The partition of an array with the given logical axes."""
+    """Returns the partition spec of an array with the given logical axes."""
     return PartitionSpec(*(RULES[axis] for axis in logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pins the layout of an intermediate under `jax.set_mesh`; outside of it, or on one device's part of the
-    arrays, it does nothing."""
+    """Constrains the sharding of an intermediate; does nothing without a mesh or inside `shard_map`."""
     if not _divides(jax.sharding.get_abstract_mesh()):
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))
 
 
 def platform() -> str:
-    """Of the devices that what is traced now is meant for: those of `jax.set_mesh`, else JAX's default."""
+    """Returns the platform that the current trace is compiled for: of `jax.set_mesh`, or JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def divided_by(logical: str) -> int:
-    """Into how many parts a logical axis is still to be divided under `jax.set_mesh`; 1 outside of a mesh."""
+    """Returns the number of shards of a logical axis; 1 without a mesh or inside `shard_map`."""
     mesh, axes = jax.sharding.get_abstract_mesh(), RULES[logical]
     if not _divides(mesh):
         return 1
@@ -159,12 +160,12 @@ def divided_by(logical: str) -> int:
 def shard_mapped(
     function: Callable, inputs: Sequence[Sequence[str | None]], output: Sequence[str | None]
 ) -> Callable:
-    """`function`, which GSPMD cannot divide, as one call a device, each on its own part of the arrays.
+    """Wraps a function that GSPMD cannot partition, such as a kernel, in `shard_map`.
 
     Args:
-      function: of arrays.
-      inputs: logical axes of each of its arguments.
-      output: logical axes of its result.
+      function: function of arrays.
+      inputs: logical axes of each argument.
+      output: logical axes of the result.
     """
     if not _divides(jax.sharding.get_abstract_mesh()):
         return function
@@ -173,10 +174,10 @@ def shard_mapped(
 
 
 def summed_over_devices(function: Callable) -> Callable:
-    """`function(params, rows) -> (sums, by_row)`, a call a device on its own rows, then one sum over devices.
+    """Wraps `function(params, rows) -> (sums, by_row)` in `shard_map`, with one all-reduce of `sums`.
 
-    GSPMD would add up over devices wherever sums grow: in each layer of each microbatch. Where parameters
-    are divided too that is left to it.
+    GSPMD would insert an all-reduce in each layer of each accumulation step. If parameters are sharded too,
+    returns the function unchanged.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not (_divides(mesh) and _has_copies(mesh)):
@@ -191,28 +192,28 @@ def summed_over_devices(function: Callable) -> Callable:
 
 
 def _has_copies(mesh: Mesh | jax.sharding.AbstractMesh) -> bool:
-    """Whether there are several devices, all with the whole parameters."""
+    """Returns True if there are several devices and the parameters are replicated."""
     return mesh.size > 1 and mesh.size == math.prod(mesh.shape[axis] for axis in _COPIES)
 
 
 def _divides(mesh: jax.sharding.AbstractMesh) -> bool:
-    """Whether arrays are whole here, and to be divided; not so outside of a mesh or in `jax.shard_map`."""
+    """Returns True inside a mesh but outside `shard_map`."""
     return not mesh.empty and not mesh.manual_axes
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Numbers of the rows of a batch that this process's devices work on, in order."""
+    """Returns the sorted indices of the rows of a batch that this process's devices hold."""
     parts = NamedSharding(mesh, spec("batch")).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in parts.values()]))
 
 
 def shard_batch(mesh: Mesh, rows_Px: np.ndarray, batch_size: int | None = None) -> jax.Array:
-    """A batch on the devices of all processes, of which each puts its own part there.
+    """Shards a batch over the devices of all processes; each process provides its own rows.
 
     Args:
-      mesh: the mesh.
-      rows_Px: the whole batch; or, with `batch_size`, only the rows of it that `process_rows` names.
-      batch_size: B, rows of the whole batch.
+      mesh: mesh of the devices.
+      rows_Px: the global batch, or, with `batch_size`, the rows given by `process_rows`.
+      batch_size: B, number of rows of the global batch.
     """
     row_P = np.arange(len(rows_Px)) if batch_size is None else process_rows(mesh, batch_size)
     batch_size = batch_size or len(rows_Px)
@@ -226,7 +227,7 @@ def shard_batch(mesh: Mesh, rows_Px: np.ndarray, batch_size: int | None = None) 
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The layout of what every device, and so every process, holds whole."""
+    """Returns the sharding of arrays that are replicated on all devices."""
     return NamedSharding(mesh, PartitionSpec())
 
 

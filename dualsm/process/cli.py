@@ -1,6 +1,6 @@
-"""The edge between a command line and the code: flags in, one-line errors out.
+"""Command lines: flags, config files and one-line errors.
 
-Every command is `python -m dualsm.NAME`, an absl program whose `main` is handed to `run`.
+Every command is an absl program, `python -m dualsm.NAME`, that passes its `main` to `run`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dualsm.process.errors import UNREAD, UserError, explained, unread
 from dualsm.process.memory import keep_freed_memory, may_use_accelerator
 from dualsm.process.progress import escape_unprintable
 
-flags.disclaim_key_flags()  # those of `DEFINE_path` belong to the command that calls it
+flags.disclaim_key_flags()  # flags of `DEFINE_path` belong to the calling command
 
 
 class _PathParser(flags.ArgumentParser):
-    """Expands `~`, which shells leave alone in `--flag=~/folder`."""
+    """Parses a path and expands `~`, which shells do not expand in `--flag=~/folder`."""
 
     def parse(self, argument: str) -> str:
         return os.path.expanduser(argument)
@@ -32,7 +32,7 @@ class _PathParser(flags.ArgumentParser):
 
 
 def DEFINE_path(name: str, default: str | None, help: str) -> flags.FlagHolder[str]:
-    """Defines a flag for the path of a file or folder; `~` is expanded in its value."""
+    """Defines a flag for the path of a file or folder; expands `~` in its value."""
     return flags.DEFINE(_PathParser(), name, default, help)
 
 
@@ -43,29 +43,28 @@ def fail(message: str) -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's flag parser, with every failure (config files included) told in one line."""
-    flags.FLAGS.set_gnu_getopt(True)  # flags may come after a verb, as in `convert import --weights=...`
+    """Parses flags with absl; reports every error, including those of config files, in one line."""
+    flags.FLAGS.set_gnu_getopt(True)  # flags may follow a verb, as in `convert import --weights=...`
     try:
         return flags.FLAGS(find_configs(argv))
-    except SystemExit as end:  # absl's --help counts as a failure
+    except SystemExit as end:  # absl exits with status 1 after --help
         sys.exit(end.code if _raised_by_config(end) else 0)
     except (flags.Error, UserError) as error:
         text, _, trace = str(error).partition("\n\nTraceback")
         return fail(" ".join([text, *trace.splitlines()[-1:]]))
-    except BrokenPipeError:  # of --help, which is printed here
+    except BrokenPipeError:  # absl prints the output of --help here
         raise
-    except Exception as error:  # anything a config file, which is code, may raise
+    except Exception as error:  # config files are code and can raise anything
         if where := _raised_by_config(error):
             return fail(f"{type(error).__name__}: {_text(error)} ({where})")
-        if isinstance(error, (AttributeError, LookupError)):  # ml_collections' answers to an unknown key
+        if isinstance(error, (AttributeError, LookupError)):  # raised by ml_collections for an unknown key
             known = "see dualsm/config.py for all keys"
             return fail(f"unknown config key on the command line: {_text(error)} ({known})")
         return fail(f"{type(error).__name__} on the command line: {_text(error)}")
 
 
 def _raised_by_config(error: BaseException) -> str | None:
-    """File and line at which a config file, or what it called, raised an error that came out of the parser of
-    flags; None if the parser itself did."""
+    """Returns file and line if a config file or its callee raised the error, None if the flag parser did."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         module = frame.f_globals.get("__name__", "")
         if module != __name__ and module.partition(".")[0] not in ("absl", "ml_collections"):
@@ -74,19 +73,19 @@ def _raised_by_config(error: BaseException) -> str | None:
 
 
 def _text(error: BaseException) -> str:
-    """What an error says, without the quotes that a `KeyError` puts around it."""
+    """Returns the message of an error, without the quotes that `KeyError` adds."""
     while len(error.args) == 1 and isinstance(error.args[0], BaseException):
         error = error.args[0]
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 
 def find_configs(argv: Sequence[str]) -> list[str]:
-    """Arguments with the paths of their configs: `~` expanded, and `--config=dualsm:NAME` turned into a path.
+    """Returns the arguments with `~` and `--config=dualsm:NAME` replaced by paths.
 
-    NAME is one of dualsm's own configs, in the installed package or beside it in a checkout.
+    NAME is a config in `configs/`, in the installed package or in the checkout.
 
     Raises:
-      UserError: when there is no such config.
+      UserError: if the config does not exist.
     """
     package = Path(__file__).parents[1]
     folder = package / "configs"
@@ -100,14 +99,14 @@ def find_configs(argv: Sequence[str]) -> list[str]:
             is_own, (name, colon, rest) = path.startswith("dualsm:"), path[7:].partition(":")
             if is_own and not (name.isidentifier() and (folder / f"{name}.py").exists()):
                 names = ", ".join(sorted(path.stem for path in folder.glob("[a-z]*.py")))
-                raise UserError(f"--config=dualsm:{name}: there is no such config; there are {names}")
+                raise UserError(f"--config=dualsm:{name}: no such config; choose one of: {names}")
             argument = f"{flag}{folder / name}.py{colon}{rest}" if is_own else flag + path
         found.append(argument)
     return found
 
 
 def config(flag: flags.FlagHolder):
-    """The value of a config flag. Raises `UserError` when its file could not be read."""
+    """Returns the value of a config flag. Raises `UserError` if its file cannot be read."""
     value = flag.value
     try:
         value.items  # noqa: B018 (ml_collections reports a missing file at the first access)
@@ -117,19 +116,19 @@ def config(flag: flags.FlagHolder):
 
 
 def set_up_jax(cpu_devices: int = 0) -> None:
-    """Keeps compiled programs between runs (where JAX was told to, if it was), and on CPU freed memory.
+    """Enables JAX's compilation cache and, on CPU, keeps freed memory. Call it before the first use of JAX.
 
     Args:
-      cpu_devices: that JAX is to make of a CPU, which it can until its first use; 0: as it was told.
+      cpu_devices: number of CPU devices; 0 does not change JAX's setting.
     """
     import jax
 
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    # On accelerator hosts threads would wait for the one arena. JAX cannot be asked for its platform: that
-    # starts its threads, and these keep the arenas that they start with.
+    # On accelerator hosts threads would wait for the shared arena. Asking JAX for its platform starts its
+    # threads, which keep the arenas that they start with.
     if not may_use_accelerator(jax.config.jax_platforms):
-        # Many devices: many threads, with small blocks each.
+        # With several devices there are many threads, which allocate small blocks.
         keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -138,14 +137,14 @@ def set_up_jax(cpu_devices: int = 0) -> None:
 
 
 def _ignore_leftovers(hook: Callable) -> Callable:
-    """A hook for errors that nobody can catch, without those that Orbax leaves after a failed read or write.
+    """Wraps `sys.unraisablehook` to ignore errors that Orbax leaves behind after a failed read or write.
 
-    Its writers report to an event loop that the failure has closed, and readers of other parts of a damaged
-    checkpoint fail unheard; the failure itself is told in a line.
+    After a failure, Orbax's writers use a closed event loop, and its readers of other parts of a damaged
+    checkpoint fail too. The failure itself is reported separately.
     """
 
     def ignore(unraisable) -> None:
-        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        code = getattr(unraisable.object, "cr_code", None)  # set if the object is a coroutine
         orbax = code is not None and "orbax" in code.co_filename
         if not orbax and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
@@ -154,18 +153,18 @@ def _ignore_leftovers(hook: Callable) -> Callable:
 
 
 def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> None:
-    """Runs `main(argv)` as an absl program; what the user can mend ends in one line and exit status 2.
+    """Runs `main(argv)` as an absl program; reports an error that a user can fix in one line, with status 2.
 
     Args:
-      main: is given the program's name and, if there are verbs, the one that was chosen.
-      verbs: of which the first argument must be one.
+      main: receives the program's name and, if there are verbs, the chosen verb.
+      verbs: allowed values of the first argument; empty if there are no positional arguments.
     """
 
     def guarded(argv: Sequence[str]) -> None:
-        logging.set_verbosity(logging.FATAL)  # what Orbax logs below it is raised too, and told in a line
+        logging.set_verbosity(logging.FATAL)  # Orbax also raises the errors that it logs
         try:
             if verbs and argv[1:2] not in [[verb] for verb in verbs]:
-                raise UserError(f"say what to do, one of: {', '.join(verbs)}")
+                raise UserError(f"the first argument must be one of: {', '.join(verbs)}")
             if len(argv) > 1 + bool(verbs):
                 raise UserError(f"unexpected argument {argv[-1]!r}; flags look like --name=value")
             main(argv)
@@ -182,11 +181,11 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
         try:
             app.run(guarded, flags_parser=_parse_flags)
         except SystemExit:
-            sys.stdout.flush()  # at the interpreter's end nobody could catch its failure
+            sys.stdout.flush()  # a failure to flush at interpreter exit cannot be caught
             raise
     except BrokenPipeError as error:
         if not unread(error):
             raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # it takes what is still to be printed
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())  # discards further output
         sys.exit(UNREAD)

@@ -1,8 +1,8 @@
-"""Many processes as one job: joining them, agreeing between them, ending them together.
+"""Jobs of several processes: start, agreement, failure and shutdown.
 
-All of it is JAX's own (`jax.distributed`): its coordinator runs in process 0, watches the others by
-heartbeat and ends those that are left when one is gone. Processes agree and wait through the coordinator, not
-in a collective of their devices: those time out after half a minute when processes first meet in them.
+Uses `jax.distributed`: its coordinator runs in process 0, monitors the other processes by heartbeat, and ends
+the job if one dies. Processes exchange messages through the coordinator instead of a collective on their
+devices, as a first collective times out after half a minute if processes reach it at different times.
 """
 
 from __future__ import annotations
@@ -22,84 +22,84 @@ from jax.experimental import multihost_utils
 from dualsm.process.errors import UNREAD, UserError, explained, unread
 from dualsm.process.progress import drop_terminal
 
-JOIN_SECONDS = 300  # for all processes to appear
-HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
-LEAVE_SECONDS = 60  # for all processes to leave, once all have come to the end
-WAIT_SECONDS = 7 * 24 * 3600  # for a process that lives but is slow; a dead one is noticed by its heartbeat
+JOIN_SECONDS = 300  # limit for all processes to join
+HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as dead
+LEAVE_SECONDS = 60  # limit for all processes to shut down at the end
+WAIT_SECONDS = 7 * 24 * 3600  # limit for slow processes; heartbeats detect dead ones
 
-_meetings, _stop_checks = itertools.count(), itertools.count()
+_barriers, _stop_checks = itertools.count(), itertools.count()
 
 
 class PeerError(Exception):
-    """A failure of another process of the job that is not a user's mistake."""
+    """A failure of another process of the job that is not a `UserError`."""
 
 
 @contextlib.contextmanager
 def job(
     coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Makes this process a part of its job for the time inside; alone, it does nothing, and JAX has not
-    looked for its devices yet.
+    """Context in which this process is part of a job; does nothing for a single process.
 
-    Without arguments TPU slices, SLURM steps, Open MPI and Kubernetes are recognised by their environment.
-    Only process 0 prints to stdout. An error in one process ends that process at once, and with it the job.
+    Without arguments, JAX detects TPU slices, SLURM steps, Open MPI and Kubernetes from the environment. Only
+    process 0 prints to stdout. An error in one process ends that process immediately, and thereby the job.
+    For a single process, JAX's backends are not initialized.
 
     Args:
-      coordinator: "host:port" at which process 0 listens.
-      processes: how many there are; 1 keeps this process alone, whatever its environment says.
-      process_id: of this one, from 0.
+      coordinator: "host:port" on which process 0 listens.
+      processes: number of processes; 1 ignores the environment.
+      process_id: index of this process, from 0.
 
     Raises:
-      UserError: when the job cannot be joined.
+      UserError: if this process cannot join the job.
     """
     _join(coordinator, processes, process_id)
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         yield
         return
     me = f"process {jax.process_index()} of {jax.process_count()}"
-    # The handler of SIGTERM is JAX's: it tells all processes, see `preempted`.
+    # JAX handles SIGTERM and informs all processes, see `preempted`.
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     on_hangup(lambda: signal.raise_signal(signal.SIGTERM))
     try:
         with contextlib.ExitStack() as stack:
             if not is_main_process():
-                silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
-                stack.enter_context(contextlib.redirect_stdout(silence))
+                devnull = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
+                stack.enter_context(contextlib.redirect_stdout(devnull))
             barrier()
-            # Connects the devices now: after compiling, processes may be too far apart for that.
+            # Connect the devices now: after compilation, processes may reach a collective too far apart.
             multihost_utils.sync_global_devices("joined")
             yield
     except BaseException as error:
-        told, status = _ending(error)
-        if not told:
+        message, status = _exit_message(error)
+        if not message:
             sys.excepthook(*sys.exc_info())
-        _die(f"error: {me}{told or ' failed'}", status, agreed=getattr(error, "agreed", False))
-    barrier()  # one may still upload its metrics, for longer than `shutdown` waits
+        _die(f"error: {me}{message or ' failed'}", status, agreed=getattr(error, "agreed", False))
+    barrier()  # uploading metrics may take longer than `shutdown` waits
     jax.distributed.shutdown()
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints and writes for all."""
+    """Returns True in process 0, which prints and writes for all processes."""
     return jax.process_index() == 0
 
 
 def preempted(step: int) -> bool:
-    """Returns True once SIGTERM has reached any process, after the same call in all of them.
+    """Returns True once any process has received SIGTERM; all processes get the same result.
 
-    Every process must call this equally often. JAX only compares the numbers of calls.
+    Every process must call this function equally often, as JAX matches calls by their number.
     """
-    del step  # a step may ask several times
+    del step  # there may be several calls per step
     return multihost_utils.reached_preemption_sync_point(next(_stop_checks))
 
 
 def gather(text: str) -> dict[int, str]:
-    """Returns the texts of all processes by process number, without empty ones.
+    """Returns the texts of all processes by process index, without empty ones.
 
-    Every process must call this, and all of the functions below.
+    Every process must call `gather` and the functions below, which use it.
     """
     if jax.process_count() == 1:
         return {0: text} if text else {}
-    client, folder = global_state.client, f"dualsm/{next(_meetings)}/"
+    client, folder = global_state.client, f"dualsm/{next(_barriers)}/"
     if text:
         client.key_value_set(f"{folder}{jax.process_index()}", text)
     client.wait_at_barrier(folder, WAIT_SECONDS * 1000)
@@ -107,22 +107,22 @@ def gather(text: str) -> dict[int, str]:
 
 
 def all_agree(holds: bool) -> bool:
-    """Returns True when `holds` is true in every process."""
+    """Returns True if `holds` is true in every process."""
     return not gather("" if holds else "no")
 
 
 def barrier() -> None:
-    """Returns once every process has come here, however long that takes."""
+    """Waits until every process has called this function."""
     gather("")
 
 
 def from_main(text: str) -> str:
-    """Returns the `text` of the main process."""
+    """Broadcasts the `text` of the main process."""
     return gather(text if is_main_process() else "").get(0, "")
 
 
 def leads_host() -> bool:
-    """Returns True in the first process of each machine."""
+    """Returns True in the process with the lowest index on each host."""
     hosts = gather(socket.gethostname())
     me = jax.process_index()
     return all(host != hosts[me] for process, host in hosts.items() if process < me)
@@ -130,13 +130,13 @@ def leads_host() -> bool:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Runs a block in every process, and ends all of them with one message where it fails in one.
+    """Context for a block that every process runs: if it fails in one process, it fails in all.
 
-    No process leaves the block before all have come to its end, so a slow one is waited for.
+    Processes wait for each other at the end of the block.
 
     Raises:
-      UserError: when another process has made a user's mistake.
-      PeerError: when another process failed otherwise.
+      UserError: if the block raised an error that a user can fix in another process.
+      PeerError: if the block failed for another reason in another process.
     """
     failure = None
     try:
@@ -152,12 +152,12 @@ def together() -> Iterator[None]:
         if kind != "user":
             failure = PeerError(f"process {process} failed")
     if failure is not None:
-        failure.agreed = True  # all processes end, see `_die`, or go on, see `Checkpoints`
+        failure.agreed = True  # all processes either exit, see `_die`, or continue, see `Checkpoints`
         raise failure
 
 
 def on_hangup(stop: Callable[[], None]) -> None:
-    """Calls `stop` when the terminal goes away, unless that signal is ignored, as under nohup."""
+    """Calls `stop` on SIGHUP, when the terminal closes, unless the signal is ignored, as under nohup."""
 
     def handle(*_) -> None:
         drop_terminal()
@@ -172,11 +172,13 @@ def _join(coordinator: str | None, processes: int | None, process_id: int | None
     if processes == 1:
         return
     if None in given and given != [None] * 3:
-        raise UserError("--coordinator, --processes and --process_id belong together")
+        raise UserError(
+            "--coordinator, --processes and --process_id belong together; set all of them or none"
+        )
     if process_id is not None and process_id >= processes:
-        raise UserError(f"--process_id={process_id} must lie below --processes={processes}")
+        raise UserError(f"--process_id={process_id} must be less than --processes={processes}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-        raise UserError(f"--coordinator={coordinator} must read HOST:PORT")
+        raise UserError(f"--coordinator={coordinator} must have the form HOST:PORT")
     try:
         jax.distributed.initialize(
             coordinator,
@@ -187,36 +189,35 @@ def _join(coordinator: str | None, processes: int | None, process_id: int | None
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=LEAVE_SECONDS,
         )
-    except Exception as error:  # whatever a cluster's metadata and network make it raise
+    except Exception as error:  # cluster detection and the network can raise anything
         if coordinator is None and "coordinator_address should be defined" in str(error):
-            return  # no cluster here
+            return  # not in a cluster
         raise UserError(
             f"cannot join the processes of this job ({error}); --processes=1 trains on this machine alone"
         ) from error
 
 
-def _ending(error: BaseException) -> tuple[str, int]:
-    """What to tell of the error that ends a process, nothing of a defect; and its exit status."""
+def _exit_message(error: BaseException) -> tuple[str, int]:
+    """Returns message and exit status for an error that ends this process; an empty message for a bug."""
     if text := explained(error):
         return f": {text}", 2
     if unread(error):
-        return ": nobody reads what it prints", UNREAD
+        return ": broken pipe on stdout", UNREAD
     if isinstance(error, PeerError):
-        return f" ends: {error}", 1
-    by_gloo = isinstance(error, ValueError) and "Gloo" in str(error)  # between CPUs; raised as either
+        return f" stopped: {error}", 1
+    by_gloo = isinstance(error, ValueError) and "Gloo" in str(error)  # collectives of CPUs raise either type
     if by_gloo or isinstance(error, jax.errors.JaxRuntimeError):
         reason = str(error).strip().partition("\n")[0]
-        return f" lost the others or its device, run the same command to resume ({reason})", 1
+        return f" lost the other processes or its device; run the same command to resume ({reason})", 1
     return "", 1
 
 
 def _die(message: str, status: int, agreed: bool) -> None:
-    """Ends this process at once: leaving in an orderly way would wait for the others.
+    """Ends this process immediately, as an orderly exit would wait for the other processes.
 
-    Where all have agreed to end, they leave together: the coordinator must not go before those that it
-    watches.
+    If all processes agreed to exit, they shut down together, so that the coordinator does not exit first.
     """
-    with contextlib.suppress(OSError):  # where nobody reads it
+    with contextlib.suppress(OSError):  # stderr may be closed
         print(" ".join(message.split()), file=sys.stderr, flush=True)
         sys.stdout.flush()
     if agreed:

@@ -1,4 +1,4 @@
-"""Failures that the user can mend, and the one line that tells of each."""
+"""Errors that a user can fix, and their one-line messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import select
 import sys
 
-# Errors of the operating system that any command may meet and a user can mend.
+# Operating system errors that a user can fix.
 _DISK = "check free space, permissions and the disk, or choose another folder"
 _NETWORK = "check the network and run the same command again"
 _ADVICE = dict.fromkeys((
@@ -22,37 +22,37 @@ _ADVICE = dict.fromkeys((
     errno.ENOMEM: "out of memory; end other programs or use a machine with more",
 }  # fmt: skip
 
-UNREAD = 141  # exit status of a command whose output is read no more, as if by SIGPIPE
+UNREAD = 141  # exit status after a broken pipe on stdout, as if killed by SIGPIPE
 
 
 class UserError(Exception):
-    """A mistake the user can mend: its text says what is wrong, where, and what to do."""
+    """An error that the user can fix; the message says what is wrong, where, and what to do."""
 
 
 def explained(error: BaseException) -> str | None:
-    """What is wrong and what to do, of an error that has its cause outside of the code; None of any other."""
+    """Returns the message of an error with a cause outside the code, or None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _ADVICE:
         return f"{error}; {_ADVICE[error.errno]}"
-    if isinstance(error, RuntimeError):  # as JAX's are
+    if isinstance(error, RuntimeError):  # the base class of JAX's errors
         text = str(error)
         if "Unable to initialize backend" in text:
             return f"{text}; install the extra for it (cuda, tpu), or unset JAX_PLATFORMS"
         if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
-            reason = text.strip().partition("\n")[0]  # accounts of who holds how much follow
+            reason = text.strip().partition("\n")[0]  # the following lines list allocations
             return (
-                f"the devices' memory does not suffice ({reason}); in training lower "
+                f"out of device memory ({reason}); in training lower "
                 "config.per_device_batch_size (or config.batch_size), set config.model.remat=full, or "
-                "divide the parameters with a larger config.mesh.fsdp"
+                "shard the parameters with a larger config.mesh.fsdp"
             )
     return None
 
 
 def unread(error: BaseException) -> bool:
-    """Whether an error comes of a reader of stdout that is gone, such as a `head` that has seen enough."""
+    """Returns True if an error is a broken pipe on stdout, for example because `head` has exited."""
     if not isinstance(error, BrokenPipeError):
         return False
     pipe = select.poll()
     pipe.register(sys.stdout, 0)
-    return bool(pipe.poll(0))  # which tells of nothing but its end
+    return bool(pipe.poll(0))  # without requested events, poll reports only errors and hang-ups

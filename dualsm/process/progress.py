@@ -1,4 +1,4 @@
-"""What people look at while they wait: progress bars, lines above them, tables."""
+"""Terminal output: progress bars, lines printed above them, tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 
 def bar(**options) -> tqdm:
-    """A progress bar on stderr; in a log file it is a line every half minute instead of a flicker."""
+    """Returns a progress bar on stderr; outside a terminal it prints one line every 30 seconds."""
     interactive = sys.stderr.isatty()
     options = {"mininterval": 0.2 if interactive else 30, "dynamic_ncols": interactive} | options
     if not interactive:
@@ -23,38 +23,38 @@ def bar(**options) -> tqdm:
 
 
 def escape_unprintable() -> None:
-    """Makes stdout and stderr escape the characters that their encoding lacks, instead of raising."""
+    """Makes stdout and stderr escape characters that their encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:
-    """Prints a line to stdout without tearing a bar."""
-    with _outliving_terminal():
+    """Prints a line to stdout, above any progress bar."""
+    with _ignore_closed_terminal():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 def warn(text: str) -> None:
-    """Prints a line to stderr without tearing a bar."""
-    with _outliving_terminal():
+    """Prints a warning to stderr, above any progress bar."""
+    with _ignore_closed_terminal():
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def drop_terminal() -> None:
-    """Sends what goes to a terminal on stdout or stderr nowhere from now on."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Redirects stdout and stderr to /dev/null where they are terminals."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
         with contextlib.suppress(OSError):
-            if stat.S_ISCHR(os.fstat(number).st_mode):  # `isatty` denies a terminal that is gone
-                os.dup2(nowhere, number)
-    os.close(nowhere)
+            if stat.S_ISCHR(os.fstat(number).st_mode):  # `isatty` is false for a closed terminal
+                os.dup2(devnull, number)
+    os.close(devnull)
 
 
 @contextlib.contextmanager
-def _outliving_terminal() -> Iterator[None]:
-    """Goes on without the terminal when it is gone and writing fails with EIO, as tqdm does for bars."""
+def _ignore_closed_terminal() -> Iterator[None]:
+    """Ignores the EIO error of writing to a closed terminal, as tqdm does for progress bars."""
     try:
         yield
     except OSError as error:
@@ -63,16 +63,18 @@ def _outliving_terminal() -> Iterator[None]:
         drop_terminal()
 
 
-class Board:
-    """A table that is redrawn in place on a terminal; in a log file a line is printed when its second
-    column, the status, changes, and the whole table at the end."""
+class LiveTable:
+    """A table that is redrawn in place on a terminal.
+
+    In a log file, a row is printed when its second column, the status, changes, and the table at the end.
+    """
 
     def __init__(self, header: Sequence[str]):
         self._header, self._lines, self._status = list(header), [], {}
         self._live = sys.stdout.isatty()
 
     def show(self, rows: Sequence[Sequence[str]], final: bool = False) -> None:
-        """Shows the rows as they are now."""
+        """Shows the current rows."""
         if self._live:
             lines = table(self._header, rows).splitlines()
             if lines == self._lines:
@@ -91,7 +93,7 @@ class Board:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text in columns: the first flush left, the others flush right."""
+    """Formats a table as text; the first column is left-aligned, the others right-aligned."""
     lines = [list(map(str, line)) for line in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dualsm.process.errors import UserError
-from dualsm.process.progress import Board, say
+from dualsm.process.progress import LiveTable, say
 from dualsm.sweeps.cells import CELL
 from dualsm.sweeps.grid import Cell
 from dualsm.sweeps.sweep import Sweep
@@ -90,7 +90,7 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
             sweep.record(cell, outcome, None)
     running: dict[int, _Job] = {}
     outcomes: dict[str, dict] = {}
-    board = Board(sweep.header())
+    board = LiveTable(sweep.header())
     with _noted_signals() as signals:
         try:
             while (waiting or running) and not signals:
