@@ -26,7 +26,8 @@ from grain.sources import ArrayRecordDataSource
 from dualsm.data import inputs, readers
 from dualsm.data.batches import BatchSource, read_batches
 from dualsm.data.build import Recipe, build
-from dualsm.data.corpus import RECORD_TOKENS, TOKENIZER, Corpus
+from dualsm.data.corpus import TOKENIZER, Corpus
+from dualsm.data.documents import RECORD_TOKENS
 from dualsm.data.sequence_order import SequenceOrder
 from dualsm.process import cli
 from dualsm.process.progress import say, table

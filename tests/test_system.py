@@ -77,7 +77,7 @@ def test_a_script_without_a_guard_is_told_of_it(jsonl, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from dualsm.data.build import Recipe, build\n"
-        f"build(Recipe(input={str(jsonl)!r}, vocabulary=512), {str(tmp_path / 'corpus')!r}, workers=2)\n"
+        f"build(Recipe(input={str(jsonl)!r}, vocab_size=512), {str(tmp_path / 'corpus')!r}, workers=2)\n"
     )
     done = run_command(str(script))
     assert done.returncode != 0

@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from dualsm.data.corpus import Documents
+from dualsm.data.documents import Documents
 from dualsm.data.sequence_order import SequenceOrder
 
 PAD_DOCUMENT = -1  # document index of padding positions

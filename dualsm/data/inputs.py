@@ -13,8 +13,8 @@ from dualsm.process.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-SPLIT_SUFFIXES = (".train", ".dev", ".test")  # BabyLM's text files, which contain many documents each
-TEXT_SUFFIXES = (".txt", *SPLIT_SUFFIXES)
+BABYLM_SUFFIXES = (".train", ".dev", ".test")  # text files with many documents each
+TEXT_SUFFIXES = (".txt", *BABYLM_SUFFIXES)
 COLUMN_SUFFIXES = (".parquet", ".arrow")
 SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES, ".bin")
 _EXPANSION = dict.fromkeys(streams.COMPRESSIONS, 4) | {".parquet": 3, ".bin": 2}  # rough text bytes per byte

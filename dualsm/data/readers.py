@@ -76,7 +76,7 @@ def read_blocks(path: str, text_key: str, max_bytes: int, divide: bool = False) 
         elif suffix == ".bin":
             yield from _id_blocks(path, max_bytes)
         else:
-            yield from _text_blocks(path, max_bytes, divide or suffix in inputs.SPLIT_SUFFIXES)
+            yield from _text_blocks(path, max_bytes, divide or suffix in inputs.BABYLM_SUFFIXES)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 

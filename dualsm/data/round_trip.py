@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from dualsm.data import corpus
+from dualsm.data.documents import record_count, token_dtype
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.process.errors import UserError
 from dualsm.process.progress import warn
@@ -36,9 +36,9 @@ def verify(path: Path, texts: list[bytes], lengths: np.ndarray, tokenizer: Token
     """
     sample = collections.Counter(dict.fromkeys(COUNTS, 0))
     reader = array_record_module.ArrayRecordReader(str(path))
-    dtype, first = corpus.token_dtype(tokenizer.vocab_size), 0
+    dtype, first = token_dtype(tokenizer.vocab_size), 0
     for text, length in zip(texts, lengths, strict=True):
-        last = first + int(corpus.record_count(length))
+        last = first + int(record_count(length))
         tokens = np.frombuffer(b"".join(reader.read(first, last)), dtype)
         first, decoded = last, tokenizer.decode(tokens).encode("utf-8")
         if tokenizer.lossless and decoded != text:

@@ -72,10 +72,10 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str, first: spm.SentencePieceProcessor) -> list[int]:
         start, *others = self._as_bytes.split(text)
         tokens = first.encode(start)
-        for character, part in zip(others[::2], others[1::2], strict=True):
+        for character, following in zip(others[::2], others[1::2], strict=True):
             for byte in character.encode("utf-8"):
                 tokens.append(self._processor.piece_to_id(f"<0x{byte:02X}>"))
-            tokens += self._inside.encode(part)
+            tokens += self._inside.encode(following)
         return tokens
 
     def decode(self, tokens: Iterable[int], inside: bool = False) -> str:

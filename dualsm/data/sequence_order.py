@@ -103,12 +103,12 @@ class SequenceOrder:
             repetition_P = first_B[row_P] + offset_P
             start_P = np.maximum(start_B[row_P], repetition_P * self.unique)
             stop_P = np.minimum(stop_B[row_P], (repetition_P + 1) * self.unique)
-            parts = [
+            segments = [
                 self._within_repetition(repetition, row_P[selected], start_P[selected], stop_P[selected])
                 for repetition in np.unique(repetition_P).tolist()
                 for selected in [repetition_P == repetition]
             ]
-        joined = Segments(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        joined = Segments(*(np.concatenate(arrays) for arrays in zip(*segments, strict=True)))
         order_S = np.argsort(joined.row_S, kind="stable")  # segments of one sequence are already in order
         return Segments(*(array[order_S] for array in joined))
 

@@ -14,6 +14,7 @@ from array_record.python import array_record_module
 
 from dualsm.data import corpus, round_trip
 from dualsm.data.buckets import read_bucket
+from dualsm.data.documents import RECORD_TOKENS, token_dtype
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.workers import map_in_order
@@ -91,14 +92,14 @@ def _write_shard(folder: Path, buckets: int, bucket: int) -> Shard:
 def _write_records(path: Path, texts: list[bytes], tokenizer: Tokenizer) -> np.ndarray:
     """Writes the records of documents; returns the lengths of the documents in tokens, int32."""
     bos, eos = tokenizer.special.bos, tokenizer.special.eos
-    dtype = corpus.token_dtype(tokenizer.vocab_size)
+    dtype = token_dtype(tokenizer.vocab_size)
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:1")
     lengths = []
     for batch in _batches(texts, _ENCODE_BYTES):
         for tokens in tokenizer.encode([text.decode("utf-8") for text in batch]):
             document = np.array([bos, *tokens, eos], dtype)
-            for start in range(0, len(document), corpus.RECORD_TOKENS):
-                writer.write(document[start : start + corpus.RECORD_TOKENS].tobytes())
+            for start in range(0, len(document), RECORD_TOKENS):
+                writer.write(document[start : start + RECORD_TOKENS].tobytes())
             lengths.append(len(document))
     writer.close()
     return np.array(lengths, "<i4")

@@ -19,11 +19,11 @@ SPECIAL_PIECES = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>", "
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """Ids with a meaning of their own, all below `RESERVED_IDS`, and the size of the vocabulary.
+    """The special ids, all below `RESERVED_IDS`, and the vocabulary size.
 
     Attributes:
-      pad, unk, bos, eos, mask: have pieces of their own in every tokenizer.
-      vocabulary: number of ids, text included; 0: unknown.
+      pad, unk, bos, eos, mask: have a piece in every tokenizer; see `SPECIAL_PIECES`.
+      vocab_size: number of ids, text ids included; 0 if unknown.
 
     The ids from 5 to `RESERVED_IDS` - 1, the pieces `<reserved_5>` to `<reserved_15>`, are reserved for the
     mode tokens of objectives; see dualsm/objectives/registry.py.
@@ -37,7 +37,7 @@ class SpecialIds:
     vocab_size: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """The special ids by name."""
+        """Returns the special ids by name."""
         ids = dataclasses.asdict(self)
         del ids["vocab_size"]
         return ids

@@ -128,7 +128,7 @@ def external_ids(named: dict[str, int], special: list[int], ids: list[int]) -> n
     """Numbers the ids of a tokenizer file: special ids first, then text ids, padded to a multiple of 128.
 
     Args:
-      named: ids in the file of the special pieces, by field of `SpecialIds`.
+      named: ids of the special pieces in the file, by field of `SpecialIds`.
       special: ids of all special tokens in the file. Tokens not in `named` take the free reserved ids, while
         there are any; the rest become text ids.
       ids: all ids in the file, ascending.

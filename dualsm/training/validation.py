@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from dualsm.data.batches import PAD_DOCUMENT, read_sequences
-from dualsm.data.corpus import Documents
+from dualsm.data.documents import Documents
 from dualsm.data.sequence_order import SequenceOrder
 from dualsm.devices.sharding import constrain, replicated, shard_batch
 from dualsm.model import transformer

@@ -7,7 +7,8 @@ import pytest
 
 from dualsm.data.batches import PAD_DOCUMENT, BatchSource, read_batches, read_sequences
 from dualsm.data.build import Recipe, build
-from dualsm.data.corpus import RECORD_TOKENS, Corpus
+from dualsm.data.corpus import Corpus
+from dualsm.data.documents import RECORD_TOKENS
 from dualsm.data.sequence_order import SequenceOrder
 
 STEPS, BATCH_SIZE, SEQ_LEN = 20, 8, 32

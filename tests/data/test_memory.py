@@ -8,7 +8,7 @@ import sys
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dualsm.data.corpus import RECORD_TOKENS
+from dualsm.data.documents import RECORD_TOKENS
 from tests.conftest import command_env
 
 DOCUMENTS, RECORDS = 64, 512  # records per document: 2 MB per document, 128 MB in total
@@ -19,7 +19,7 @@ READ = """
 import json, resource, sys
 import numpy as np
 from etils import epath
-from dualsm.data.corpus import Documents
+from dualsm.data.documents import Documents
 from dualsm.data.sequence_order import SequenceOrder
 from dualsm.data.batches import BatchSource
 

@@ -1,0 +1,143 @@
+"""Documents of a corpus split, with random access to their tokens.
+
+A document is `<s> text </s>`, little-endian uint16 (uint32 for vocabularies above 65,536). It is stored in
+records of `RECORD_TOKENS` tokens, so that a segment of a long document can be read without the rest.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from grain.sources import ArrayRecordDataSource
+
+from dualsm.process.errors import UserError
+
+RECORD_TOKENS = 2048
+_OTHER_FILES = 64  # reserve for open files other than shards
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Returns the dtype of stored tokens."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def record_count(tokens):
+    """Returns the number of records per document, given the lengths of documents in tokens."""
+    return -(-tokens // RECORD_TOKENS)
+
+
+class Documents:
+    """The documents of one split, with random access.
+
+    Attributes:
+      lengths_N: tokens of each document, `<s>` and `</s>` included, int32.
+      tokens: tokens of the split.
+      bytes: bytes of text of the split.
+      bytes_N: bytes of text of each document, int64; None for the training split and for corpora of earlier
+        versions.
+    """
+
+    def __init__(self, folder: epath.Path, split: dict, dtype: np.dtype):
+        """Opens the files of a split.
+
+        Args:
+          folder: folder of the corpus.
+          split: entry of the split in the manifest.
+          dtype: dtype of the stored tokens.
+
+        Raises:
+          UserError: if a file is damaged, or the files do not match.
+        """
+        self.tokens: int = split["tokens"]
+        self.bytes: int = split["bytes"]
+        self.bytes_N = None
+        self._dtype, self._remote = dtype, "://" in str(folder)
+        if not self._remote:
+            _allow_open_files(len(split["shards"]))
+        try:
+            self._source = ArrayRecordDataSource([str(folder / s["file"]) for s in split["shards"]])
+            self.lengths_N = np.frombuffer((folder / split["lengths"]).read_bytes(), "<i4")
+            if "document_bytes" in split:
+                self.bytes_N = np.frombuffer((folder / split["document_bytes"]).read_bytes(), "<i8")
+            records = len(self._source)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(
+                f"corpus {folder} is damaged ({_first_line(error)}); copy or prepare it again"
+            ) from error
+        records_N = record_count(self.lengths_N)
+        self._first_record_N = np.cumsum(records_N) - records_N
+        if records_N.sum() != records or self.lengths_N.sum(dtype=np.int64) != self.tokens:
+            raise UserError(
+                f"corpus {folder}: {split['lengths']} does not match the shards; prepare the corpus again"
+            )
+        if self.bytes_N is not None and (len(self.bytes_N), self.bytes_N.sum()) != (len(self), self.bytes):
+            raise UserError(
+                f"corpus {folder}: {split['document_bytes']} does not match the shards; prepare it again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    def read(self, document_S: Sequence[int], start_S=None, stop_S=None) -> list[np.ndarray]:
+        """Reads the tokens of documents, or of a segment of each document. Thread-safe.
+
+        Args:
+          document_S: indices of documents.
+          start_S, stop_S: token ranges within the documents; by default, the whole documents.
+
+        Returns:
+          One array of tokens per segment.
+
+        Raises:
+          UserError: if the checksum of a record is wrong.
+        """
+        document_S = np.asarray(document_S, np.int64)
+        start_S = np.zeros_like(document_S) if start_S is None else np.asarray(start_S)
+        stop_S = self.lengths_N[document_S] if stop_S is None else np.asarray(stop_S)
+        skipped_S = start_S // RECORD_TOKENS
+        count_S = (stop_S - 1) // RECORD_TOKENS - skipped_S + 1
+        first_S = self._first_record_N[document_S] + skipped_S
+        indices = [i for first, n in zip(first_S, count_S, strict=True) for i in range(first, first + n)]
+        try:
+            records = iter(self._read_records(indices))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(
+                f"corpus shard damaged or missing ({_first_line(error)}); copy or prepare the corpus again"
+            ) from error
+        tokens_S = []
+        offset_S = skipped_S * RECORD_TOKENS
+        for count, start, stop in zip(count_S, start_S - offset_S, stop_S - offset_S, strict=True):
+            content = next(records) if count == 1 else b"".join(next(records) for _ in range(count))
+            tokens_S.append(np.frombuffer(content, self._dtype)[start:stop])
+        return tokens_S
+
+    def _read_records(self, indices: list[int]) -> Sequence[bytes]:
+        # `__getitems__` starts threads in each call. The threads hide the latency of a bucket, but cost
+        # several times as much as reading from a disk (benchmarks/data.py).
+        if self._remote:
+            return self._source.__getitems__(indices)
+        return [self._source[index] for index in indices]
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises the soft limit on open files by `count`, because shards stay open after the first read.
+
+    Raises:
+      UserError: if the hard limit is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (soft, hard):
+        return
+    if hard < count + _OTHER_FILES:
+        raise UserError(
+            f"the corpus has {count} shards, but a process may open at most {hard} files; raise the limit "
+            f"with `ulimit -Hn {count + _OTHER_FILES}` or more"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + count, hard), hard))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,38 @@
+"""Input patterns: paths, globs and saved datasets."""
+
+import json
+
+import pytest
+
+from dualsm.data import inputs
+from tests.data.reading import read
+
+
+@pytest.mark.parametrize(
+    "name", ["d[1].jsonl", "a,b.jsonl", "a *.jsonl", "~x.jsonl", "A.JSONL", "d[1]/e.jsonl"]
+)
+def test_existing_paths_are_not_globs(tmp_path, monkeypatch, name):
+    (tmp_path / "d[1]").mkdir()
+    for other in ("d1.jsonl", "a b.jsonl", "b.jsonl", name):
+        (tmp_path / other).write_text(json.dumps({"text": other}))
+    assert read(tmp_path / name) == [name]
+    monkeypatch.chdir(tmp_path)
+    assert read(name) == [name]
+    if "," not in name:
+        assert read(f"b.jsonl,{name}") == ["b.jsonl", name]
+    if name.startswith("d[1]/"):
+        assert read("d[1]/*.jsonl") == [name]
+
+
+def test_tilde_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}')
+    assert read("~/d.jsonl") == read("~/*.jsonl,~/d.jsonl") == ["a"]
+    assert inputs.find_inputs("~/d.jsonl") == [str(tmp_path / "d.jsonl")]
+
+
+def test_only_the_last_suffix_determines_the_format(tmp_path):
+    folder = tmp_path / "books.jsonl.txts"
+    folder.mkdir()
+    (folder / "1.jsonl.txt").write_text("no JSON")
+    assert read(folder / "*.txt") == ["no JSON"]
