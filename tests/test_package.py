@@ -65,7 +65,7 @@ def test_configs_are_found_in_the_package(arguments, expected):
 
 @pytest.mark.parametrize("name", ["nope", "", "../setup"])
 def test_a_config_that_is_not_there_is_refused(name):
-    with pytest.raises(UserError, match="there are dual_470m, .*tiny"):
+    with pytest.raises(UserError, match="choose one of: dual_470m, .*tiny"):
         find_configs([f"--config=dualsm:{name}"])
 
 
