@@ -73,7 +73,7 @@ def test_workers_are_as_many_as_the_cores_that_may_be_used():
         os.sched_setaffinity(0, own)
 
 
-def test_a_script_without_a_guard_is_told_of_it(jsonl, tmp_path):
+def test_a_script_without_a_main_guard_raises(jsonl, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from dualsm.data.build import Recipe, build\n"

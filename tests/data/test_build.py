@@ -333,6 +333,7 @@ def test_a_corpus_of_an_earlier_version_is_recognized_by_its_arguments(tmp_path,
     path = write_lines(tmp_path / "a.jsonl", texts)
     manifest = make(tmp_path, input=path)
     del manifest["inputs_sha256"]
+    manifest["arguments"]["vocabulary"] = manifest["arguments"].pop("vocab_size")
     (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
     assert make(tmp_path, input=path) == manifest
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
