@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and that one run at a time is in it."""
+"""The run directory: config, ownership and lock."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _DAMAGE = (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, Rec
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:
-    """The config of a run; keys that it is too old to have get their defaults.
+    """Reads the config of a run; keys that an older version did not write get their defaults.
 
     Raises:
-      UserError: when there is none, or it is damaged.
+      UserError: if the config is missing or damaged.
     """
     path = epath.Path(workdir) / CONFIG
     config = configs.default_config()
@@ -54,7 +54,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
 
 
 def check_config_of_run(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
-    """Raises `UserError` unless the workdir is new or holds the same run."""
+    """Raises `UserError` unless the directory is new or contains a run with the same config and corpus."""
     path = workdir / CONFIG
     if path.exists():
         changes = configs.difference(read_config(workdir), config)
@@ -73,14 +73,14 @@ def check_config_of_run(workdir: epath.Path, config: ConfigDict, corpus: Corpus)
 
 
 def check_same(config: ConfigDict, main: str) -> None:
-    """Compares a process's config and corpus with those of the main process.
+    """Compares the config and corpus of this process with those of the main process.
 
     Args:
-      config: of this process.
-      main: the main process's, as JSON text.
+      config: config of this process.
+      main: config of the main process, as JSON text.
 
     Raises:
-      UserError: when they differ in anything but the place of the corpus and how this host reads it.
+      UserError: if they differ in a key that is not in `PROCESS_KEYS`.
     """
     changes = configs.difference(configs.load_config(main), config, free=PROCESS_KEYS)
     if any(change.startswith("data.identity") for change in changes):
@@ -92,11 +92,11 @@ def check_same(config: ConfigDict, main: str) -> None:
         )
 
 
-def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
-    """Writes the config and the tokenizer into the workdir.
+def write_config(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
+    """Writes the config and the tokenizer into the run directory.
 
-    The config comes first and at once, so that a run killed at any moment leaves a workdir that
-    `check_config_of_run` accepts.
+    The config is written first and atomically, so that `check_config_of_run` accepts the directory of a run
+    that is killed at any moment.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     files = {CONFIG: configs.save_config(config).encode()}
@@ -107,21 +107,21 @@ def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
 
 
 @contextlib.contextmanager
-def hold(workdir: epath.Path) -> Iterator[None]:
-    """Keeps other runs out of a workdir for the time inside; makes the folder when there is none.
+def lock(workdir: epath.Path) -> Iterator[None]:
+    """Locks a run directory inside the context; creates the directory if it does not exist.
 
-    The lock is the operating system's, on an open file: it goes when the process goes, however that ends.
-    Object storage knows no locks; there nothing is held.
+    The lock is an operating system lock on an open file, which is released when the process ends. Object
+    stores have no locks: directories there are not locked.
 
     Raises:
-      UserError: when another run holds the workdir, naming its process.
+      UserError: if another process has locked the directory; the message names the process.
     """
     if "://" in str(workdir):
         yield
         return
     Path(workdir).mkdir(parents=True, exist_ok=True)
     with open(Path(workdir) / LOCK, "a+") as file:
-        if not _lock(file):
+        if not _try_lock(file):
             file.seek(0)
             raise UserError(
                 f"{workdir} is in use by {file.read().strip() or 'another run'}; wait for it, stop it, or "
@@ -133,8 +133,8 @@ def hold(workdir: epath.Path) -> Iterator[None]:
         yield
 
 
-def _lock(file: IO) -> bool:
-    """Locks an open file unless another process has; file systems without locks lock nothing."""
+def _try_lock(file: IO) -> bool:
+    """Returns False if another process has locked the file; True on file systems without locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -30,7 +30,7 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import bar, say, warn
 from dualsm.rundir.checkpoint import Checkpoints, check_not_lost
 from dualsm.rundir.metrics import MetricsWriter, NoMetrics, read_metrics
-from dualsm.rundir.workdir import CONFIG, check_config_of_run, check_same, claim, hold
+from dualsm.rundir.workdir import CONFIG, check_config_of_run, check_same, lock, write_config
 from dualsm.training.branch import branched_state, start_step
 from dualsm.training.clock import Clock
 from dualsm.training.program import attended_share, compile_train_step
@@ -80,7 +80,7 @@ def train(
         with distributed.together():  # before anything is written
             if distributed.is_main_process():
                 check_config_of_run(workdir, config, corpus)
-                stack.enter_context(hold(workdir))
+                stack.enter_context(lock(workdir))
                 check_config_of_run(workdir, config, corpus)  # another run may have come first
                 check_not_lost(workdir)
             if config.data.verify and leads_host:
@@ -88,7 +88,7 @@ def train(
                 corpus.verify("valid")
         with distributed.together():
             if distributed.is_main_process():
-                claim(workdir, config, corpus)
+                write_config(workdir, config, corpus)
         with distributed.together():
             if not (workdir / CONFIG).exists():
                 raise UserError(

@@ -9,14 +9,14 @@ import jax
 import pytest
 
 from dualsm.process.errors import UserError
-from dualsm.rundir.workdir import CONFIG, check_config_of_run, claim, hold, read_config
+from dualsm.rundir.workdir import CONFIG, check_config_of_run, lock, read_config, write_config
 from dualsm.training import loop
 from tests.conftest import ROOT, command_env
 
 HOLD = """
 import sys, time
-from dualsm.rundir.workdir import hold
-with hold(sys.argv[1]):
+from dualsm.rundir.workdir import lock
+with lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -30,11 +30,11 @@ def test_a_second_run_is_refused_and_told_of_the_first(tmp_path):
     )  # fmt: skip
     try:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"in use by process {process.pid} on"), hold(workdir):
+        with pytest.raises(UserError, match=f"in use by process {process.pid} on"), lock(workdir):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with hold(workdir):  # the dead hold nothing
+        with lock(workdir):  # a dead process has no lock
             pass
     finally:
         process.kill()
@@ -46,20 +46,20 @@ def test_training_holds_its_workdir(micro, tmp_path):
 
     micro.mesh.data = -1
     workdir = tmp_path / "run"
-    with hold(workdir), pytest.raises(UserError, match="is in use by process"):
+    with lock(workdir), pytest.raises(UserError, match="is in use by process"):
         train(micro, workdir)
     assert not (workdir / CONFIG).exists()
     refused = []
 
     def stop(step):
-        with pytest.raises(UserError, match="is in use"), hold(workdir):
+        with pytest.raises(UserError, match="is in use"), lock(workdir):
             pass
         refused.append(step)
         return step == 1
 
     assert not train(micro, workdir, stop)
     assert refused[-1] == 1
-    with hold(workdir):
+    with lock(workdir):
         pass
 
 
@@ -67,7 +67,7 @@ CLAIM = """
 import os, signal, sys
 from pathlib import Path
 from dualsm.data.corpus import Corpus
-from dualsm.rundir.workdir import claim
+from dualsm.rundir.workdir import write_config
 from tests.micro import micro_config
 
 corpus = Corpus(sys.argv[1])
@@ -83,7 +83,7 @@ for moment in range(100):
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(kill)
-        claim(workdir, micro_config(), corpus)
+        write_config(workdir, micro_config(), corpus)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break
@@ -104,7 +104,7 @@ def test_a_workdir_stays_usable_whenever_its_first_run_is_killed(corpus, corpus_
     assert len(moments) >= 5  # the folder is made, then two files are opened aside and renamed
     for path in moments:
         check_config_of_run(epath.Path(path), micro_config(), corpus)
-        claim(epath.Path(path), micro_config(), corpus)
+        write_config(epath.Path(path), micro_config(), corpus)
         assert sorted(p.name for p in path.iterdir()) == [CONFIG, "tokenizer.model"]
 
 
@@ -115,11 +115,11 @@ def test_a_run_that_came_first_by_a_moment_is_kept(micro, corpus, tmp_path, monk
 
     @contextlib.contextmanager
     def late(workdir):
-        claim(workdir, other, corpus)
-        with hold(workdir):
+        write_config(workdir, other, corpus)
+        with lock(workdir):
             yield
 
-    monkeypatch.setattr(loop, "hold", late)
+    monkeypatch.setattr(loop, "lock", late)
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     with pytest.raises(UserError, match="holds a run of another config .*seed: 7 -> 0"):
         loop.train(micro, tmp_path)
