@@ -10,7 +10,7 @@ from unittest import mock
 import jax
 
 from dualsm import config as configs
-from dualsm.analysis.answer import advise, describe
+from dualsm.analysis.answer import advise, ask, describe
 from dualsm.analysis.table import load, write_table
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.devices.sharding import make_mesh
@@ -89,9 +89,10 @@ def _ask_table(folder: Path) -> None:
 
 
 def _ask(source: Path) -> None:
-    advice = advise(8.0, source)
-    assert 0 <= advice.alpha <= 1
-    describe(advice, 1e6, 8e6, str(source))
+    question = ask(1e6, 8e6)
+    answers = advise(question.repetitions, source)
+    assert all(0 <= advice.alpha <= 1 for advice in answers)
+    describe(question, answers, str(source))
 
 
 def _import(folder: Path) -> None:
