@@ -3,9 +3,9 @@
     python -m dualsm.train --config=configs/dual_470m.py:alpha=0.75,repetitions=32 --workdir=runs/dual \\
         --config.data.path=corpora/hplt
 
-`alpha` is the share of causal rows, `repetitions` is R. The paper has 16 heads of width 64, half of a TPU's
-matrix unit; `heads=8` makes them 128 wide with as many parameters. The released models were trained with the
-causal loss counted twice; add --config.objectives.causal.weight=2.0 to reproduce them.
+`alpha` is the share of causal rows, `repetitions` is R. The paper uses 16 heads of width 64, half the width
+of a TPU's matrix unit; `heads=8` makes them 128 wide, with the same number of parameters. The released models
+were trained with weight 2 on the causal loss; add --config.objectives.causal.weight=2.0 to reproduce them.
 """
 
 from dualsm.config import default_config, parse_arg, set_alpha
@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
     config = default_config()
     config.steps = 8192
     config.batch_size = 2048
-    config.seq_len = 2048  # 34 billion tokens; the paper's 32B are 32 * 2**30
+    config.seq_len = 2048  # 34 billion tokens in total; the paper's 32B are 32 * 2**30
     config.repetitions = args.get("repetitions", 1)
     set_alpha(config, args.get("alpha", 63 / 64))
     config.data.num_threads = 8
@@ -31,10 +31,10 @@ def get_config(arg: str = ""):
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
 
-    # What fits a v5e chip of 16 GB, on slices of any size; see docs/scaling.md.
+    # Fits v5e chips with 16 GB, on slices of any size; see docs/scaling.md.
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.per_device_batch_size = 8
-    config.loss.chunk_size = 1024  # its gradient is summed over the chips once a chunk
+    config.loss.chunk_size = 1024  # its gradient is reduced over the chips once per chunk
 
     config.optimizer.learning_rate = 7e-3
     config.optimizer.weight_decay = 0.1

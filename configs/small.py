@@ -1,4 +1,4 @@
-"""About 25 million parameters for one GPU or TPU chip: hours, not days.
+"""A model of about 25 million parameters that trains on one GPU or TPU chip within hours.
 
 python -m dualsm.prepare --input='data/*.jsonl.zst' --output=runs/text --vocab_size=16384
 python -m dualsm.train --config=configs/small.py --workdir=runs/small --config.data.path=runs/text
@@ -13,7 +13,9 @@ def get_config(arg: str = ""):
     config = default_config()
     config.steps = 4096
     config.batch_size = 256
-    config.seq_len = 1024  # 1.07 billion tokens, 40 a parameter; some 4 GB of text, or less, repeated
+    config.seq_len = (
+        1024  # 1.07 billion tokens in total, 40 per parameter: about 4 GB of text, or less with repetitions
+    )
     config.repetitions = args.get("repetitions", 1)
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.5, 0.25, 0.25
     if "alpha" in args:
@@ -25,7 +27,7 @@ def get_config(arg: str = ""):
     config.model.num_heads = 6
     config.model.d_ff = 1024
     config.model.dtype = "bfloat16"
-    config.per_device_batch_size = 64  # what fits a v5e chip of 16 GB
+    config.per_device_batch_size = 64  # fits a v5e chip with 16 GB
 
     config.optimizer.schedule.warmup_steps = 100
     config.checkpoint.every = 512

@@ -1,4 +1,4 @@
-"""The demo: a model of a million parameters on the Python standard library, on two cores, in minutes.
+"""The demo: one million parameters, trained on the Python standard library in minutes on two cores.
 
 python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
 python -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny
@@ -14,7 +14,7 @@ def get_config(arg: str = ""):
     config.steps = 960
     config.batch_size = 16
     config.seq_len = 256
-    # Two million unique tokens, twice: a Python installed without its own tests has no more.
+    # Two passes over two million unique tokens: an installation without Python's own tests has no more.
     config.repetitions = args.get("repetitions", 2)
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 1 / 2, 1 / 4, 1 / 4
     if "alpha" in args:
@@ -24,7 +24,8 @@ def get_config(arg: str = ""):
     config.model.num_heads = 2
     config.model.d_ff = 384
     config.model.rope_theta = 10_000.0
-    # Tuned on two cores for these minutes: wider, deeper, larger vocabularies and other rates came out worse.
+    # Tuned for a few minutes on two cores: wider and deeper models, larger vocabularies and other learning
+    # rates were worse.
     config.optimizer.learning_rate = 1e-2
     config.optimizer.schedule.decay_fraction = 0.5
     config.checkpoint.every = 120

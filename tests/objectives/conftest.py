@@ -1,4 +1,4 @@
-"""A tiny model and packed rows for the objectives' tests."""
+"""A tiny model and packed rows for the tests of objectives."""
 
 import functools
 
@@ -42,12 +42,12 @@ def model_config() -> ConfigDict:
 
 @pytest.fixture(scope="session")
 def params(model_config) -> dict:
-    """Random parameters, larger than at initialisation so that every influence shows."""
+    """Random parameters, larger than at initialization, so that all dependencies are measurable."""
     return far_from_initial(model_config, 0.2)
 
 
 def far_from_initial(config: ConfigDict, distance: float) -> dict:
-    """Random parameters, moved by `distance` times normal noise."""
+    """Returns initial parameters plus `distance` times normal noise."""
 
     @jax.jit
     def parameters():
@@ -60,18 +60,18 @@ def far_from_initial(config: ConfigDict, distance: float) -> dict:
 
 @pytest.fixture(scope="session")
 def score(model_config):
-    """`example_loss` as a compiled function of (params, example)."""
+    """Returns `example_loss` as a compiled function of (params, example)."""
     return jax.jit(lambda params, example: example_loss(bind(model_config, params), example, chunk=8))
 
 
 @pytest.fixture(scope="session")
 def gradient(score):
-    """The gradient of the weighted sum with respect to the parameters, compiled."""
+    """Returns the compiled gradient of the weighted sum with respect to the parameters."""
     return jax.jit(jax.grad(lambda params, example: score(params, example)[0]))
 
 
 def packed(lengths: list[int], seq_len: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A row of random text tokens in documents of the given lengths, cut or filled up to L + 1."""
+    """Returns tokens and documents of a row of random text, cut or padded to L + 1 tokens."""
     rng = np.random.default_rng(seed)
     tokens, documents = [], []
     for number, length in enumerate(lengths):
@@ -83,7 +83,7 @@ def packed(lengths: list[int], seq_len: int, seed: int = 0) -> tuple[np.ndarray,
 
 
 def batch(rows: list[tuple[np.ndarray, np.ndarray]], progress: float = 0.0) -> Row:
-    """Rows stacked into a batch, with their strata."""
+    """Stacks rows into a batch, with their strata."""
     size = len(rows)
     return Row(
         jnp.asarray([tokens for tokens, _ in rows]),
@@ -95,7 +95,7 @@ def batch(rows: list[tuple[np.ndarray, np.ndarray]], progress: float = 0.0) -> R
 
 
 def rewritten(name: str, rows: Row, seed: int = 0, **options) -> Example:
-    """A batch rewritten by an objective with its options, as NumPy arrays."""
+    """Returns the examples of a batch under an objective with the given options, as NumPy arrays."""
     keys_B = row_keys(jax.random.key(seed), len(rows.tokens_L1))
     shares = {key: options.pop(key) for key in ("first", "last", "low", "high") if key in options}
     return jax.tree.map(np.asarray, _rewrite(name, tuple(options.items()))(rows, keys_B, shares))
@@ -103,7 +103,7 @@ def rewritten(name: str, rows: Row, seed: int = 0, **options) -> Example:
 
 @functools.cache
 def _rewrite(name: str, options: tuple):
-    """Compiled once for each objective, its options and a shape; shares are arguments."""
+    """Compiles once per objective, options and shape; fractions are arguments."""
 
     def rewrite(rows: Row, keys_B: jax.Array, shares: dict) -> Example:
         keywords = dict(options) | shares

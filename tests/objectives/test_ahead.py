@@ -1,4 +1,4 @@
-"""Targets further ahead: distances, their mode tokens, and the mean over the rest of a document."""
+"""Objectives with targets further ahead: distances, mode tokens, mean over the rest of a document."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ LENGTH = 24
 
 
 def distance_of(inputs_L: np.ndarray) -> int:
-    """The distance that a row's first token tells."""
+    """Returns the distance that the mode token of a row encodes."""
     return 1 if inputs_L[0] == SPECIAL.bos else int(inputs_L[0]) - AHEAD_2 + 2
 
 
@@ -23,7 +23,7 @@ def test_distances_are_drawn_equally_often(farthest):
     assert distances == [1 + b // 4 for b in range(rows)]  # stratified: exactly
 
 
-def test_every_position_predicts_the_token_at_its_distance_inside_the_document():
+def test_targets_are_at_the_distance_inside_the_document():
     lengths = [9, 1, 3, 8]
     tokens_L1, documents_L1 = packed([*lengths, 9], LENGTH)
     example = rewritten("diverse_causal", batch([(tokens_L1, documents_L1)] * 14), distance=7)
@@ -39,8 +39,8 @@ def test_every_position_predicts_the_token_at_its_distance_inside_the_document()
     assert seen == set(range(1, 8))
 
 
-def test_a_mode_token_stands_first_in_each_document_and_nothing_else_changes():
-    tokens_L1, documents_L1 = packed([9, 1, 3, 6], LENGTH)  # and filling, which has no mode
+def test_only_the_first_token_of_each_document_becomes_a_mode_token():
+    tokens_L1, documents_L1 = packed([9, 1, 3, 6], LENGTH)  # and padding, which has no mode token
     first_L = np.isin(np.arange(LENGTH), [0, 9, 10, 13])
     for name, modes in (
         ("diverse_causal", {AHEAD_2, AHEAD_2 + 1, AHEAD_2 + 2, SPECIAL.bos}),
@@ -62,13 +62,13 @@ def test_distance_one_is_causal_bit_for_bit():
         np.testing.assert_array_equal(getattr(quarter, field)[:2], value[:2])
 
 
-def test_next_all_is_an_unbiased_sample_of_the_rest_of_the_document():
-    """Enumerated: for a table of losses, the mean over draws is that over the rest, at each position."""
+def test_next_all_is_an_unbiased_estimate_over_the_rest_of_the_document():
+    """At each position, the mean loss over draws is the mean over the rest, for a table of losses."""
     draws = 6000
     tokens_L1, documents_L1 = packed([9, 1, 4, 30], LENGTH)
-    tokens_L1 = np.where(tokens_L1 < 16, tokens_L1, 16 + np.arange(LENGTH + 1))  # every token once
+    tokens_L1 = np.where(tokens_L1 < 16, tokens_L1, 16 + np.arange(LENGTH + 1))  # all tokens differ
     example = rewritten("next_all", batch([(tokens_L1, documents_L1)] * draws))
-    loss = np.random.default_rng(0).normal(size=(LENGTH, 64))  # of each token at each position
+    loss = np.random.default_rng(0).normal(size=(LENGTH, 64))  # by position and token
     for i in range(LENGTH):
         rest = [j for j in range(i + 1, LENGTH + 1) if documents_L1[j] == documents_L1[i]]
         assert (example.weights_L[:, i] == bool(rest)).all()
@@ -81,8 +81,8 @@ def test_next_all_is_an_unbiased_sample_of_the_rest_of_the_document():
             assert drawn.std() == pytest.approx(exact.std(), rel=0.1, abs=1e-12)
 
 
-def test_next_all_draws_anew_for_each_position():
-    """Positions do not share a draw: the chance that two agree is that of independent ones."""
+def test_next_all_draws_independently_at_each_position():
+    """Two positions agree as often as independent draws do."""
     example = rewritten("next_all", batch([packed([60], LENGTH)] * 4000))
     tokens_L1, _ = packed([60], LENGTH)
     same = (example.targets_L[:, 0] == example.targets_L[:, 1]).mean()

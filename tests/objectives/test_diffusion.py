@@ -1,4 +1,4 @@
-"""Masked diffusion: the bound by enumeration for each option that keeps it, who may be masked."""
+"""Masked diffusion: the bound, by enumeration, for each option that keeps it; maskable tokens."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ BELL = {"time": "bell", "width": WIDTH}
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A model of two text tokens, its parameters far from uniform, and its compiled log-probabilities."""
+    """Returns a config of a model of two text tokens, parameters, and its compiled log-probabilities."""
     config = tiny_model(18, width=8)
     params = far_from_initial(config, 0.5)
 
@@ -38,7 +38,7 @@ def tiny():
 
 
 def enumerated(log_p, shifted: bool = True) -> dict[tuple[bool, ...], float]:
-    """Summed nll of the masked tokens for every subset of them, by predicting position."""
+    """Returns the summed nll of the masked tokens for every subset, by predicting position."""
     subsets = [s for s in itertools.product([False, True], repeat=LENGTH) if any(s)]
     if not shifted:
         subsets = [s for s in subsets if not s[0]]  # position 0 would predict <s>
@@ -63,14 +63,14 @@ def draw(count: int, **options):
 
 
 def sampled(example, nll: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Loss of each draw, [B], from the enumerated ones, and what it counts."""
+    """Returns the loss of each draw, from the enumerated ones, and its loss denominator, [B] each."""
     masked_BxL, loss_denominator_B = example.weights_L > 0, example.loss_denominator_L.sum(1)
     sums_B = np.array([nll[tuple(m)] if any(m) else 0.0 for m in masked_BxL.tolist()])
     return example.weights_L.max(1) * sums_B, loss_denominator_B
 
 
 def expected(nll: dict, n: int, weight=lambda n, k: n / k, chance=lambda n, k: 1 / n) -> float:
-    """sum over subsets of P(k) / C(n, k) * weight * nll."""
+    """Returns the sum over subsets of P(k) / C(n, k) * weight * nll."""
     total = 0.0
     for subset, loss in nll.items():
         k = sum(subset)
@@ -96,7 +96,7 @@ def chance_of_bell(n: int, k: int) -> float:
     ids=str,
 )
 def test_the_estimate_is_unbiased(options, tiny):
-    """Its mean over all corruptions equals the bound computed by enumerating masks and outcomes."""
+    """The mean over random corruptions equals the bound by enumeration of all masks."""
     shifted = options.get("shifted", True)
     nll = enumerated(tiny[2], shifted)
     n, draws = (4 if shifted else 3), 40_000
@@ -108,7 +108,7 @@ def test_the_estimate_is_unbiased(options, tiny):
 
 
 def test_each_draw_is_the_loss_of_its_subset(tiny):
-    """The loss behind the objective is the enumerated one, and each subset comes as often as it should."""
+    """The loss of a draw is the enumerated one, and each subset has the right probability."""
     config, params, log_p = tiny
     nll, draws = enumerated(log_p), 4000
     example = draw(draws)
@@ -130,17 +130,17 @@ def test_each_draw_is_the_loss_of_its_subset(tiny):
     ],
     ids=["clip", "bell", "both"],
 )
-def test_options_that_give_up_the_bound_have_the_mean_they_should(options, weight, chance, tiny):
+def test_options_that_break_the_bound_have_the_expected_mean(options, weight, chance, tiny):
     nll, draws = enumerated(tiny[2]), 40_000
     losses_B, _ = sampled(draw(draws, **options), nll)
     mean = expected(nll, 4, weight, chance)
     error = losses_B.std() / math.sqrt(draws)
     assert abs(losses_B.mean() - mean) < 4 * error
-    assert abs(mean - expected(nll, 4)) > 5 * error  # they do give it up
+    assert abs(mean - expected(nll, 4)) > 5 * error  # the mean differs from the bound
 
 
 @pytest.mark.parametrize("width", [MIN_WIDTH, 0.2, 1.0])
-def test_the_bell_is_a_normal_distribution_cut_to_the_unit_interval(width):
+def test_the_bell_is_a_normal_distribution_truncated_to_the_unit_interval(width):
     """Of n tokens, k = 1 + floor(n * t) are masked, and t has the quantiles of the bell."""
     n, rows = 64, 2000
     example = rewritten("masked_diffusion", batch([packed([100], n)] * rows), time="bell", width=width)
@@ -156,8 +156,8 @@ def test_the_bell_is_a_normal_distribution_cut_to_the_unit_interval(width):
     np.testing.assert_allclose(densities[5:-5], middle[5:-5], rtol=0.1)
 
 
-def test_the_weights_of_a_bell_have_the_mean_1_from_the_narrowest_allowed_on():
-    """The mean over all numbers that the draw can be except 0, which carries the rest in narrow bells."""
+def test_the_weights_of_a_bell_of_the_minimum_width_have_mean_1():
+    """The mean is over all possible draws except 0, which has the remaining mass of narrow bells."""
 
     def mean(width: float) -> float:
         uniform = jnp.arange(1, 2**23, dtype=jnp.float32) / 2**23
@@ -169,7 +169,7 @@ def test_the_weights_of_a_bell_have_the_mean_1_from_the_narrowest_allowed_on():
         rewritten("masked_diffusion", batch([packed([100], 64)]), time="bell", width=0.14)
 
 
-def test_tokens_are_masked_independently_with_the_probability_of_the_time():
+def test_tokens_are_masked_independently_with_probability_t():
     n, rows = 64, 2000
     masked = rewritten("masked_diffusion", batch([packed([100], n)] * rows), exact=False).weights_L > 0
     t_B = (np.arange(rows) + 0.5) / rows
@@ -177,7 +177,7 @@ def test_tokens_are_masked_independently_with_the_probability_of_the_time():
         part = (t_B > low) & (t_B < high)
         deviation = (masked[part].sum(1) - n * t_B[part]) / np.sqrt(n * t_B[part] * (1 - t_B[part]))
         assert abs(deviation.mean()) < 4 / math.sqrt(part.sum())
-        assert 0.8 < deviation.std() < 1.2  # that of a binomial; 0 for exact counts
+        assert 0.8 < deviation.std() < 1.2  # as for a binomial distribution; 0 for exact counts
 
 
 def test_weights_are_clipped():
@@ -188,7 +188,7 @@ def test_weights_are_clipped():
 
 
 def test_the_number_of_masked_tokens_is_uniform_over_the_strata():
-    """Low-discrepancy times: with n rows of n maskable tokens every count 1..n comes exactly once."""
+    """With n rows of n maskable tokens, every count 1..n occurs exactly once."""
     n = 24
     rows = batch([packed([60], n, seed) for seed in range(n)])
     for seed in range(5):
@@ -199,7 +199,7 @@ def test_the_number_of_masked_tokens_is_uniform_over_the_strata():
 
 
 @pytest.mark.parametrize("shifted", [True, False])
-def test_special_tokens_are_never_masked_and_never_counted(shifted):
+def test_special_tokens_are_never_masked_and_not_in_the_denominator(shifted):
     tokens_L1 = np.array([2, 20, 3, 2, 5, 21, 22, 3, 2], np.int32)
     documents_L1 = np.array([0, 0, 0, 1, 1, 1, 1, 1, 2], np.int32)
     by_target = [0, 4, 5] if shifted else [1, 5, 6]
@@ -210,24 +210,27 @@ def test_special_tokens_are_never_masked_and_never_counted(shifted):
         assert set(np.flatnonzero(example.inputs_L[b] != tokens_L1[:-1])) <= {1, 5, 6}
 
 
-def test_masked_inputs_are_those_that_carry_loss():
-    """Token i + 1 is hidden in the inputs if and only if position i has to predict it."""
+def test_masked_inputs_are_the_targets_with_loss():
+    """Token i + 1 is masked in the inputs if and only if position i has loss."""
     example = rewritten("masked_diffusion", batch([packed([11, 30], 32)] * 10))
     hidden = example.inputs_L == SPECIAL.mask
     np.testing.assert_array_equal(hidden[:, 1:], example.weights_L[:, :-1] > 0)
     assert not hidden[:, 0].any()
 
 
-def test_an_unshifted_position_predicts_the_token_that_is_hidden_there():
+def test_an_unshifted_position_predicts_the_token_masked_there():
     tokens_L1, documents_L1 = packed([11, 30], 32)
-    tokens_L1, documents_L1 = tokens_L1[3:], documents_L1[3:]  # the first document goes on from before
+    tokens_L1, documents_L1 = (
+        tokens_L1[3:],
+        documents_L1[3:],
+    )  # the first document continues from the previous row
     example = rewritten("masked_diffusion", batch([(tokens_L1, documents_L1)] * 10), shifted=False)
     np.testing.assert_array_equal(example.targets_L, np.tile(tokens_L1[:-1], (10, 1)))
     np.testing.assert_array_equal(example.inputs_L == SPECIAL.mask, example.weights_L > 0)
     assert (example.weights_L[:, 0] > 0).any()
 
 
-def test_options_of_a_bell_that_is_off_change_nothing():
+def test_bell_options_have_no_effect_on_uniform_times():
     rows = batch([packed([11, 30], 32)] * 10)
     plain = rewritten("masked_diffusion", rows)
     wide = rewritten("masked_diffusion", rows, importance=False, width=0.5)

@@ -1,4 +1,4 @@
-"""What holds for the loss of every objective: packing, uniform models, empty rows, differentiation."""
+"""Properties of the loss of every objective: packing, uniform models, empty rows, gradients."""
 
 import math
 
@@ -13,7 +13,7 @@ from dualsm.training.objective_loss import objective_loss
 
 from .conftest import SPECIAL, VOCABULARY, batch, packed, rewritten
 
-ROWS, ROW_TOKENS = 32, 24  # the same everywhere, so that every objective compiles once
+ROWS, ROW_TOKENS = 32, 24  # the same in all tests, so that every objective compiles once
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -22,13 +22,13 @@ def test_a_uniform_model_scores_log_v(name, params, score):
     params = params | {"head": head}
     examples = rewritten(name, batch([packed([9, 7, 17], ROW_TOKENS, seed) for seed in range(ROWS)]))
     weighted, weight, _ = score(params, examples)
-    # Masked diffusion holds in expectation; with exact counts, the default, it holds for every draw.
+    # For masked diffusion this holds for every draw with exact counts, the default, otherwise in expectation.
     assert float(weighted / weight) == pytest.approx(math.log(VOCABULARY), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_packed_documents_score_as_they_do_alone(name, params, score):
-    """An example of several documents has the loss of its documents cut apart, corruption included."""
+def test_the_loss_of_a_row_is_the_sum_over_its_documents(name, params, score):
+    """The documents of a corrupted row, scored separately, have the same total loss."""
     lengths = [7, 1, 10, 5]
     tokens_L1, documents_L1 = packed([*lengths, 4], ROW_TOKENS)
     together = rewritten(name, batch([(tokens_L1, documents_L1)] * ROWS))
@@ -48,7 +48,7 @@ def test_packed_documents_score_as_they_do_alone(name, params, score):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_row_without_text_costs_nothing(name, params, score):
+def test_a_row_without_text_has_no_loss(name, params, score):
     empty = (np.zeros(ROW_TOKENS + 1, np.int32), np.full(ROW_TOKENS + 1, -1, np.int32))
     weighted, weight, _ = score(params, rewritten(name, batch([empty] * ROWS)))
     assert float(weighted) == 0.0
@@ -56,8 +56,7 @@ def test_a_row_without_text_costs_nothing(name, params, score):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_row_of_lone_tokens_costs_nothing(name, params, score):
-    """Documents of one token have nothing to predict, whatever the objective asks for."""
+def test_documents_of_one_token_have_no_loss(name, params, score):
     lone = (np.full(ROW_TOKENS + 1, SPECIAL.bos, np.int32), np.arange(ROW_TOKENS + 1, dtype=np.int32))
     weighted, weight, _ = score(params, rewritten(name, batch([lone] * ROWS)))
     assert float(weighted) == 0.0
@@ -65,12 +64,12 @@ def test_a_row_of_lone_tokens_costs_nothing(name, params, score):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_special_tokens_stay_as_they_are(name):
-    """None is hidden, replaced or moved; a document's first may give its place to a mode token."""
+def test_special_tokens_do_not_change(name):
+    """Except for the first token of a document, which a mode token may replace."""
     tokens_L1 = np.array([2, 20, 21, 3, 2, 22, 14, 23, 24, 3, 2, *range(25, 39)], np.int32)
     documents_L1 = np.array([0] * 4 + [1] * 6 + [2] * 15, np.int32)
     rows = batch([(tokens_L1, documents_L1)] * ROWS)
-    options = {"modes": "S"} if name == "span_denoising" else {}  # the others move text behind text
+    options = {"modes": "S"} if name == "span_denoising" else {}  # the other modes move tokens
     inputs_BxL = rewritten(name, rows, **options).inputs_L
     for position in (3, 6, 9):
         assert (inputs_BxL[:, position] == tokens_L1[position]).all()
@@ -79,7 +78,7 @@ def test_special_tokens_stay_as_they_are(name):
 
 
 def test_prefix_lengths_are_uniform():
-    """A document of n tokens gets each prefix length 1..n-1 equally often."""
+    """A document of n tokens draws each prefix length 1..n-1 equally often."""
     n, draws = 9, 4000
     lengths = rewritten("prefix", batch([packed([n, 30], ROW_TOKENS)] * draws)).key_end_L[:, 0]
     counts = np.bincount(lengths, minlength=n)[1:]
@@ -88,7 +87,7 @@ def test_prefix_lengths_are_uniform():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_step_against_the_gradient_lowers_the_loss_by_what_it_says(name, params, score, gradient):
+def test_a_gradient_step_lowers_the_loss_by_the_first_order_term(name, params, score, gradient):
     examples = rewritten(name, batch([packed([9, 30], ROW_TOKENS, seed) for seed in range(ROWS)]))
     before, weight, _ = score(params, examples)
     step = 1e-3 / weight
@@ -99,8 +98,8 @@ def test_a_step_against_the_gradient_lowers_the_loss_by_what_it_says(name, param
     assert float(before - after) == pytest.approx(float(expected), rel=0.05)
 
 
-def test_an_objective_is_a_function_to_jit_and_differentiate(model_config, params, gradient):
-    """Alone it has the gradient of rewriting rows and scoring what comes of it."""
+def test_objective_loss_can_be_jitted_and_differentiated(model_config, params, gradient):
+    """Its gradient is that of making the examples first and scoring them."""
     rows = batch([packed([9, 30], ROW_TOKENS, seed) for seed in range(ROWS)])
     loss = objective_loss("masked_diffusion", model_config, SPECIAL, chunk=8)
     grads = jax.jit(jax.grad(lambda params: loss(params, rows, jax.random.key(0))[0]))(params)

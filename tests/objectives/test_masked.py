@@ -1,4 +1,4 @@
-"""Masked language modelling and hidden inputs: how much is masked, where, in what spans, and by what."""
+"""Masked language modelling and masked inputs: amount, positions, spans and replacements."""
 
 import itertools
 import math
@@ -21,15 +21,15 @@ def rows_of(*lengths: int, progress: float = 0.0):
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.30), (0.5, 0.225), (1.0, 0.15)])
-def test_the_masked_share_goes_from_30_to_15_percent(progress, share):
+def test_the_masked_fraction_falls_from_30_to_15_percent(progress, share):
     masked_BxL = rewritten("masked", rows_of(100, progress=progress)).weights_L > 0
     counts_B = masked_BxL.sum(1)
     assert set(counts_B) <= {math.floor(LENGTH * share), math.ceil(LENGTH * share)}
-    # Rounding is stratified over the batch, so the mean is exact to a row.
+    # Rounding is stratified over the batch, so the mean is exact up to one row.
     assert abs(counts_B.sum() - ROWS * LENGTH * share) <= 1.5
 
 
-def test_the_schedule_takes_its_ends_from_the_options():
+def test_the_options_set_the_ends_of_the_schedule():
     counts_B = rewritten("masked", rows_of(100, progress=0.5), first=0.5, last=0.25).weights_L.sum(1)
     assert counts_B.mean() == pytest.approx(0.375 * LENGTH, abs=0.01)
 
@@ -39,24 +39,24 @@ def runs(flags_L: np.ndarray) -> list[int]:
     return [len(list(group)) for value, group in itertools.groupby(flags_L) if value]
 
 
-def test_spans_have_all_lengths_equally_often_and_stay_in_their_document():
+def test_span_lengths_are_uniform_and_spans_stay_in_their_document():
     _, documents_L1 = packed([13, 20, 100], LENGTH)
     tiles = jax.vmap(lambda key: tile(key, jnp.asarray(documents_L1), 3))
     first_BxL1 = np.asarray(tiles(jax.random.split(jax.random.key(0), 2000)))
     inside, lengths = [], []
     for first_L1 in first_BxL1:
         begins, sizes = np.unique(first_L1, return_counts=True)
-        assert {0, 13, 33} <= set(begins)  # documents begin a span
+        assert {0, 13, 33} <= set(begins)  # a document begins a span
         inside += [size for begin, size in zip(begins, sizes, strict=True) if 34 <= begin < LENGTH - 3]
         lengths += sizes.tolist()
     assert set(lengths) == {1, 2, 3}
     shares = np.bincount(inside)[1:] / len(inside)
-    # The span at 33 may have been cut, and so one may begin at 34 rather soon: all but a few are whole.
+    # A span may be cut before 34, so that lengths are not exactly uniform just after it.
     np.testing.assert_allclose(shares, 1 / 3, atol=0.02)
 
 
 def test_whole_spans_are_masked_and_the_last_one_is_cut():
-    """Few tokens masked, so that spans rarely touch: runs have the lengths of spans."""
+    """Masks few tokens, so that spans rarely touch and runs have the lengths of spans."""
     rows = rows_of(100)
 
     def lengths(**options) -> list[int]:
@@ -69,10 +69,10 @@ def test_whole_spans_are_masked_and_the_last_one_is_cut():
     assert np.mean(single) < 1.2
 
 
-def test_of_ten_spans_eight_are_hidden_one_is_random_and_one_is_kept():
+def test_eight_of_ten_spans_become_masks_one_random_and_one_stays():
     rows = rows_of(100)
     example = rewritten("masked", rows)
-    shown_BxL = np.asarray(rows.tokens_L1)[:, 1:-1]  # what would stand at the place of each target
+    shown_BxL = np.asarray(rows.tokens_L1)[:, 1:-1]  # the original input at the position of each target
     inputs_BxL, masked_BxL = example.inputs_L[:, 1:], example.weights_L[:, :-1] > 0
     assert (inputs_BxL == shown_BxL)[~masked_BxL].all()
     inputs, shown = inputs_BxL[masked_BxL], shown_BxL[masked_BxL]
@@ -83,7 +83,7 @@ def test_of_ten_spans_eight_are_hidden_one_is_random_and_one_is_kept():
         ((inputs == shown).mean(), 0.1 + 0.1 / text),
         (((inputs != SPECIAL.mask) & (inputs != shown)).mean(), 0.1 * (text - 1) / text),
     ):
-        # Spans of two tokens on average are drawn as one.
+        # A span of two tokens on average has one draw.
         assert abs(share - expected) < 4 * math.sqrt(2 * expected * (1 - expected) / n)
     random = inputs[(inputs != SPECIAL.mask) & (inputs != shown)]
     assert random.min() == 16
@@ -101,7 +101,7 @@ def test_replacement_follows_its_options(options, seen):
     assert (unchanged == 1) == (seen == "kept")
 
 
-def test_random_tokens_need_the_vocabulary():
+def test_random_tokens_need_the_vocabulary_size():
     row = single_row(*packed([40], LENGTH))
     with pytest.raises(ValueError, match="vocab_size"):
         masked(row, jax.random.key(0), SpecialIds())
@@ -109,7 +109,7 @@ def test_random_tokens_need_the_vocabulary():
 
 
 @pytest.mark.parametrize("name", ["masked", "variable_length_masked"])
-def test_masked_tokens_weigh_and_count_one(name):
+def test_masked_tokens_have_weight_and_denominator_1(name):
     example = rewritten(name, rows_of(20, 9, 30))
     assert set(np.unique(example.weights_L)) == {0.0, 1.0}
     np.testing.assert_array_equal(example.weights_L, example.loss_denominator_L)
@@ -118,8 +118,8 @@ def test_masked_tokens_weigh_and_count_one(name):
     )
 
 
-def test_the_variable_share_is_uniform_in_its_range():
-    """Strata make it so in every batch: row b hides low + (high - low) * (b + U) / B of its tokens."""
+def test_the_masked_fraction_of_rows_is_uniform_in_its_range():
+    """In every batch, by stratification: row b masks low + (high - low) * (b + U) / B of its tokens."""
     for options, low, high in (({}, 0.05, 0.95), ({"low": 0.2, "high": 0.3}, 0.2, 0.3)):
         example = rewritten("variable_length_masked", rows_of(100), **options)
         hidden_BxL = example.inputs_L == SPECIAL.mask
@@ -130,7 +130,7 @@ def test_the_variable_share_is_uniform_in_its_range():
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.15, 0.15), (0.0, 0.5), (0.0, 0.0)])
-def test_masked_input_causal_hides_a_share_of_the_text_and_no_target(low, high):
+def test_masked_input_causal_masks_a_fraction_of_the_text_and_no_target(low, high):
     rows = rows_of(20, 9, 30)
     example = rewritten("masked_input_causal", rows, low=low, high=high)
     plain = rewritten("causal", rows)
@@ -145,7 +145,7 @@ def test_masked_input_causal_hides_a_share_of_the_text_and_no_target(low, high):
     assert hidden_BxL.sum() / text_B.sum() == pytest.approx((low + high) / 2, abs=0.005)
 
 
-def test_every_place_is_hidden_equally_often():
+def test_every_position_is_masked_equally_often():
     example = rewritten("masked_input_causal", rows_of(100), low=0.5, high=0.5)
     shares_L = (example.inputs_L == SPECIAL.mask).mean(0)
     assert shares_L[0] == 0  # <s>

@@ -1,4 +1,4 @@
-"""Which row follows which objective."""
+"""Assignment of objectives to rows."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from .conftest import SPECIAL, batch, packed, rewritten
 
 
 def errors_of(shares, batch_size: int, steps: int = 500) -> np.ndarray:
-    """Rows given minus exact share after each number of steps, [steps + 1, J]."""
+    """Returns assigned minus exact rows of each objective after each number of steps, [steps + 1, J]."""
     counts_SxJ = sequence_counts(np.tile(shares, (steps, 1)), batch_size)
     assert (counts_SxJ >= 0).all()
     assert (counts_SxJ.sum(1) == batch_size).all()
@@ -42,7 +42,7 @@ def test_changing_shares_are_followed():
     np.testing.assert_allclose(counts_SxJ[:, 0].cumsum(), (7 * share_S).cumsum(), atol=0.51)
 
 
-def test_each_part_of_a_batch_has_about_the_mixture():
+def test_each_slice_of_a_batch_has_about_the_mixture():
     objective_B, stratum_B, strata_B = assign(np.array([32, 16, 16]))
     for half in np.split(objective_B, 8):
         assert np.abs(np.bincount(half, minlength=3) - [4, 2, 2]).max() <= 1
@@ -51,7 +51,7 @@ def test_each_part_of_a_batch_has_about_the_mixture():
         assert (strata_B[objective_B == j] == count).all()
 
 
-def test_rows_are_rewritten_by_their_own_objective_and_key():
+def test_each_row_uses_its_objective_and_key():
     names = ["causal", "next_all", "prefix", "masked_diffusion"]
     objectives = bind(names, {name: {"weight": 1.0} for name in names}, SPECIAL)
     rows = batch([packed([9, 30], 24, seed) for seed in range(32)])
@@ -65,7 +65,7 @@ def test_rows_are_rewritten_by_their_own_objective_and_key():
             np.testing.assert_array_equal(getattr(together, field)[objective_B == j], value[objective_B == j])
 
 
-def test_a_rows_key_does_not_depend_on_the_size_of_the_batch():
+def test_keys_of_rows_do_not_depend_on_the_batch_size():
     few, many = (jax.random.key_data(row_keys(jax.random.key(7), n)) for n in (3, 8))
     np.testing.assert_array_equal(few, many[:3])
 
@@ -79,6 +79,6 @@ def test_a_rows_key_does_not_depend_on_the_size_of_the_batch():
         ({"causal": 0.0}, "sums to 0"),
     ],
 )
-def test_impossible_mixtures_are_refused(shares, message):
+def test_invalid_mixtures_are_rejected(shares, message):
     with pytest.raises(UserError, match=message):
         check_shares(shares)

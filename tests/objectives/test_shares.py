@@ -26,7 +26,7 @@ def test_constant_shares_are_the_mixture_at_every_step():
     assert (shares_SxJ == [0.75, 0.25]).all()
 
 
-def test_linear_shares_go_straight_from_point_to_point_and_stay_at_the_last():
+def test_linear_shares_interpolate_and_are_constant_after_the_last_point():
     config = scheduled("linear", "0.5 causal=0.5 masked_diffusion=0.5; 0.75 masked_diffusion=1", causal=1.0)
     causal_S = step_shares(config, NAMES)[:, 0]
     np.testing.assert_allclose(np.diff(causal_S[:50]), -0.01, atol=1e-12)
@@ -41,12 +41,12 @@ def test_the_mean_share_of_a_linear_run_is_the_mean_of_its_ends():
     assert step_shares(config, NAMES)[:, 0].mean() == pytest.approx(0.5)
 
 
-def test_steps_hold_until_the_next_point():
+def test_steps_keep_the_shares_until_the_next_point():
     config = scheduled("steps", "0.25 masked_diffusion=1; 0.5 causal=1", steps=8, causal=1.0)
     assert step_shares(config, NAMES)[:, 0].tolist() == [1, 1, 0, 0, 1, 1, 1, 1]
 
 
-def test_phases_of_whole_epochs_change_at_the_borders_of_epochs():
+def test_phases_of_whole_epochs_change_between_epochs():
     """AntLM's alternation: with R repetitions in S steps, epoch k begins with step k * S / R."""
     config = scheduled("constant", "", steps=48, causal=1.0)
     set_phases(config, [(1, {"causal": 1.0}), (4, {"masked_diffusion": 1.0}), (1, {"causal": 1.0})])
@@ -55,7 +55,7 @@ def test_phases_of_whole_epochs_change_at_the_borders_of_epochs():
     assert causal_S.tolist() == [1] * 8 + [0] * 32 + [1] * 8
 
 
-def test_phases_keep_their_shares_to_the_last_digit():
+def test_phases_keep_the_exact_shares():
     thirds = dict.fromkeys([*NAMES, "prefix"], 1 / 3)
     config = scheduled("constant", "", steps=7, causal=1.0)
     set_phases(config, [(1, {"causal": 1.0}), (6, thirds)])
@@ -65,7 +65,7 @@ def test_phases_keep_their_shares_to_the_last_digit():
     assert step_shares(config, NAMES)[:, 0].tolist() == [1.0] + [1 / 3] * 6
 
 
-def test_an_objective_that_comes_later_is_trained_too():
+def test_objectives_of_later_points_are_trained():
     config = scheduled("steps", "0.5 prefix=1", causal=1.0)
     assert trained_objectives(config) == ["causal", "prefix"]
 
@@ -83,7 +83,7 @@ def test_an_objective_that_comes_later_is_trained_too():
         ("linear", "0.5 casual=1", "unknown objective"),
     ],
 )
-def test_impossible_schedules_are_refused_in_one_line(name, path, message):
+def test_invalid_schedules_are_rejected_in_one_line(name, path, message):
     with pytest.raises(UserError, match=message) as error:
         check_config(scheduled(name, path, causal=1.0))
     assert "\n" not in str(error.value)

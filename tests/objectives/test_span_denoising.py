@@ -1,4 +1,4 @@
-"""Span denoising: nothing is lost but the tail, spans are as the denoiser says, loss is on them alone."""
+"""Span denoising: only the end of a document is cut, spans match the denoiser, only spans have loss."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from .conftest import SPECIAL, batch, packed, rewritten
 
 ROWS, LENGTH = 84, 96
 MODES = {REGULAR: "R", SEQUENTIAL: "S", EXTREME: "X"}
-# Rows of a batch by their mode: the draw is stratified, and there are two R, one S and four X.
+# Rows of a batch by mode: the draw is stratified over two R, one S and four X denoisers.
 BY_MODE = {"R": range(24), "S": range(24, 36), "X": range(36, 84)}
-LENGTHS = [30, 1, 2, 25, 3, 20, 16]  # the last one goes on behind the row
+LENGTHS = [30, 1, 2, 25, 3, 20, 16]  # the last one continues in the next row
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +27,19 @@ def example(layouts):
 
 
 def form(example, b: int) -> np.ndarray:
-    """Row b as the model sees it and, at its end, has to predict it; [L + 1]."""
+    """Returns the inputs of row b and its last target, [L + 1]."""
     return np.append(example.inputs_L[b], example.targets_L[b, -1])
 
 
 def documents_of(documents_L1: np.ndarray):
-    """Start, and one past the end, of each document of at least one token."""
+    """Yields the start and the exclusive end of each document."""
     for document in np.unique(documents_L1[documents_L1 >= 0]):
         places = np.flatnonzero(documents_L1 == document)
         yield places[0], places[-1] + 1
 
 
 def take_apart(form: np.ndarray, bar: int) -> tuple[list[int], list[list[int]], list[int]]:
-    """A rearranged document without its mode token: its prefix, its spans, and the text put together."""
+    """Returns the prefix, the spans and the restored text of a corrupted document without its mode token."""
     prefix, behind = form[: bar - 1].tolist(), form[bar - 1 :].tolist()
     while behind and behind[-1] == SPECIAL.pad:
         behind.pop()
@@ -58,8 +58,8 @@ def take_apart(form: np.ndarray, bar: int) -> tuple[list[int], list[list[int]], 
 
 
 @pytest.mark.parametrize("mode", ["R", "X"])
-def test_the_prefix_with_its_holes_filled_is_the_document(mode, layouts, example):
-    """Exactly, but for a tail that is cut, and that no longer than the sentinels."""
+def test_the_spans_inserted_into_the_prefix_restore_the_document(mode, layouts, example):
+    """Except for the end that is cut, which is not longer than the sentinels."""
     cut = 0
     for b in BY_MODE[mode]:
         tokens_L1, documents_L1 = layouts[b]
@@ -70,13 +70,13 @@ def test_the_prefix_with_its_holes_filled_is_the_document(mode, layouts, example
             _, spans, text = take_apart(form_L1[start + 1 : end], bar)
             assert text == tokens_L1[start + 1 : start + 1 + len(text)].tolist()
             lost = end - start - 1 - len(text)
-            assert lost <= 2 * len(spans) + 2  # one token more, with its sentinels, would not have fitted
+            assert lost <= 2 * len(spans) + 2  # one more token and its sentinels would not fit
             assert all(spans), "a span without tokens"
             cut += lost
     assert cut > 0
 
 
-def test_the_loss_is_on_the_tokens_of_the_missing_spans_alone(layouts, example):
+def test_only_the_tokens_of_missing_spans_have_loss(layouts, example):
     np.testing.assert_array_equal(example.weights_L, example.loss_denominator_L)
     for b in [*BY_MODE["R"], *BY_MODE["X"]]:
         form_L1, scored_L1 = form(example, b), np.zeros(LENGTH + 1, bool)
@@ -89,7 +89,7 @@ def test_the_loss_is_on_the_tokens_of_the_missing_spans_alone(layouts, example):
         assert scored_L1.any() or b in BY_MODE["R"]
 
 
-def test_a_document_is_seen_up_to_the_bar_from_everywhere_and_causally_behind_it(layouts, example):
+def test_attention_is_bidirectional_before_the_bar_and_causal_after_it(layouts, example):
     for b in range(ROWS):
         for start, end in documents_of(layouts[b][1][:-1]):
             bar = int(example.key_end_L[b, start])
@@ -101,12 +101,12 @@ def test_a_document_is_seen_up_to_the_bar_from_everywhere_and_causally_behind_it
 
 @pytest.fixture(scope="module")
 def spans():
-    """`draw_spans` for many keys, compiled; documents, span and share are arguments."""
+    """Returns `draw_spans`, compiled for many keys; documents, span and fraction are arguments."""
     return jax.jit(jax.vmap(draw_spans, in_axes=(0, None, None, None)))
 
 
 @pytest.mark.parametrize("index", [0, 1, 3, 4, 5, 6])
-def test_spans_have_the_share_and_the_mean_length_of_their_denoiser(index, spans):
+def test_spans_have_the_fraction_and_the_mean_length_of_their_denoiser(index, spans):
     denoiser = DENOISERS[index]
     documents_L1 = jnp.asarray(np.repeat([0, 1], [601, 400]))
     keys_B = jax.random.split(jax.random.key(index), 400)
@@ -116,7 +116,7 @@ def test_spans_have_the_share_and_the_mean_length_of_their_denoiser(index, spans
         assert not part_BxL[:, 0].any()
         counts_B = part_BxL.sum(1)
         assert np.abs(counts_B - denoiser.fraction * n).max() < 1
-        # Spans never touch, so each begins a run; their number is rounded, but is one at the least.
+        # Spans never touch, so each begins a run; their number is rounded and at least one.
         opens_B = (part_BxL[:, 1:] & ~part_BxL[:, :-1]).sum(1)
         wanted = max(1, denoiser.fraction * n / denoiser.span)
         assert np.abs(opens_B - wanted).max() <= 1.2
@@ -124,7 +124,7 @@ def test_spans_have_the_share_and_the_mean_length_of_their_denoiser(index, spans
 
 
 def test_all_divisions_into_spans_are_equally_likely(spans):
-    """Enumerated: 3 of 5 tokens in 2 spans are 2 divisions times 3 choices of gaps."""
+    """Enumerates 3 of 5 tokens in 2 spans: 2 divisions times 3 choices of gaps."""
     keys_B = jax.random.split(jax.random.key(0), 6000)
     missing_BxL1 = np.asarray(spans(keys_B, jnp.zeros(6, jnp.int32), 1.5, 0.6))
     patterns, counts = np.unique(missing_BxL1[:, 1:], axis=0, return_counts=True)
@@ -134,7 +134,7 @@ def test_all_divisions_into_spans_are_equally_likely(spans):
 
 
 def test_rows_draw_all_denoisers_equally_often(example):
-    """Stratified: of seven rows one is S, two are R and four are X, each with its own number of holes."""
+    """By stratification: of seven rows one is S, two are R and four are X, each with its number of holes."""
     for mode, rows in BY_MODE.items():
         assert {MODES[int(example.inputs_L[b, 0])] for b in rows} == {mode}
     holes = (example.inputs_L == HOLE).sum(1).reshape(7, 12).mean(1)
@@ -170,4 +170,4 @@ def test_special_tokens_are_never_missing(layouts):
     for b in [*BY_MODE["R"], *BY_MODE["X"]]:
         assert (example.targets_L[b][example.weights_L[b] > 0] >= 16).all()
         front = example.inputs_L[b, : example.key_end_L[b, 0]]
-        assert (front == SPECIAL.eos).sum() >= 1  # the second may be in the tail that is cut
+        assert (front == SPECIAL.eos).sum() >= 1  # the second may be in the end that is cut

@@ -1,4 +1,4 @@
-"""What each position can see, proved by gradients through the model rather than read off the key ranges."""
+"""Attention pattern of every objective, measured by gradients through the model, not read from key ranges."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def influence(model_config, params):
-    """A function from an example to influence[i, j]: whether the features at i change with the input at j."""
+    """Returns a function from an example to a bool matrix: the features at i depend on the input at j."""
 
     @jax.jit
     def gradients(inputs_L, start_L, end_L):
@@ -48,11 +48,11 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "layout"), cases())
-def test_positions_see_exactly_what_the_objective_says(name, layout, influence):
+def test_positions_attend_exactly_to_the_view_of_the_objective(name, layout, influence):
     tokens_L1, documents_L1 = packed(LAYOUTS[layout], ROW_TOKENS)
     rows = batch([(tokens_L1, documents_L1)] * ROWS)
     examples = rewritten(name, rows)
-    for b in range(0, ROWS, 10):  # every tenth row, so that strata differ
+    for b in range(0, ROWS, 10):  # rows of different strata
         example = jax.tree.map(lambda a, b=b: a[b], examples)
         seen_LxL = influence(example)
         documents_L = documents_L1[:-1]
@@ -66,7 +66,7 @@ def test_positions_see_exactly_what_the_objective_says(name, layout, influence):
 
 
 def check_view(name: str, seen: np.ndarray, weights: np.ndarray) -> None:
-    """Checks who sees whom within one document of n tokens, whose losses have the given weights."""
+    """Checks the attention pattern within one document, given its loss weights."""
     n = len(seen)
     causal = np.tri(n, dtype=bool)
     view = OBJECTIVES[name].view
@@ -75,23 +75,23 @@ def check_view(name: str, seen: np.ndarray, weights: np.ndarray) -> None:
     elif view == "document":
         assert seen.all()
     else:
-        prefix = int(seen[0].sum())  # the first position sees just the prefix
+        prefix = int(seen[0].sum())  # the first position attends to the prefix only
         assert 1 <= prefix <= n
         assert (seen == (causal | (np.arange(n) < prefix))).all()
         scored = np.flatnonzero(weights)
         if len(scored):
-            # The last position of the prefix predicts the first token after it; behind a text with holes,
-            # that is the sentinel of the first span, which carries no loss.
+            # The last position of the prefix predicts the first token after it. In span denoising, this token
+            # is the sentinel of the first span, which has no loss.
             assert scored[0] in ((prefix - 1,) if name == "prefix" else (prefix - 1, prefix))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_no_token_of_another_document_comes_in(name):
-    """Each document has an alphabet of its own: inputs and scored targets never leave it."""
+def test_documents_contain_only_their_own_tokens(name):
+    """Inputs and scored targets use the alphabet of their document; no two documents share a token."""
     tokens_L1, documents_L1 = packed([8, 1, 9, 3], ROW_TOKENS)
     alphabet_L1 = 16 + 8 * documents_L1
     tokens_L1 = np.where(tokens_L1 < 16, tokens_L1, alphabet_L1 + tokens_L1 % 8)
-    own = {"random": 0.0} if name == "masked" else {}  # its random tokens come from anywhere
+    own = {"random": 0.0} if name == "masked" else {}  # random tokens are drawn from the whole vocabulary
     example = rewritten(name, batch([(tokens_L1, documents_L1)] * ROWS), **own)
     text_BxL = example.inputs_L >= 16
     own_BxL = np.tile(alphabet_L1[:-1] // 8, (ROWS, 1))
@@ -106,7 +106,7 @@ def test_no_token_of_another_document_comes_in(name):
 
 
 def test_causal_outputs_do_not_depend_on_the_future(model_config, params):
-    """The same by changing tokens instead of by gradients."""
+    """Changes later tokens instead of taking gradients."""
     tokens_L1, documents_L1 = packed([40], ROW_TOKENS)
     changed_L1 = tokens_L1.copy()
     changed_L1[12:] = 20
