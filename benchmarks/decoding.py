@@ -22,7 +22,7 @@ from absl import flags
 
 from dualsm.config import freeze
 from dualsm.generation.batches import prompt_keys
-from dualsm.generation.causal import Decoding, begin, decode
+from dualsm.generation.causal import DecodeState, decode, prefill
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import bind
 from dualsm.process import cli
@@ -48,7 +48,7 @@ def cached(run: TrainedRun, positions: Sequence[int]) -> list[Callable[[], float
     )
 
     def at(position: int) -> Callable[[], float]:
-        state: Decoding = begin(
+        state: DecodeState = prefill(
             config, run.params, prompt, length, prompt_keys(0, prompt),
             size=max(positions) + _TOKENS, bidirectional=False, special=special,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from absl import flags
 
 from dualsm.config import freeze
 from dualsm.data.corpus import Corpus
-from dualsm.evaluation.modes import Scoring
+from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Scorer
 from dualsm.process import cli
 from dualsm.process.errors import UserError
@@ -54,7 +54,7 @@ def measure(workdir: str, count: int) -> dict:
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
     nats = {}
     for mode in ("causal", "prefix"):
-        scores = scorer.score_tokens(segments, Scoring(mode, longest=longest), quiet=True)
+        scores = scorer.score_tokens(segments, ScoringParams(mode, max_length=longest), quiet=True)
         nats[mode] = -scores.log_likelihood_N / scores.tokens_N
     gain_N = nats["causal"] - nats["prefix"]
     return {mode: float(nats_N.mean()) for mode, nats_N in nats.items()} | {

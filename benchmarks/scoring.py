@@ -19,10 +19,11 @@ import numpy as np
 from absl import flags
 
 from dualsm.config import freeze
-from dualsm.evaluation.judging import judge
-from dualsm.evaluation.modes import Scoring
+from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Scorer
-from dualsm.evaluation.tasks import Question, load_task
+from dualsm.evaluation.task_formats import Question
+from dualsm.evaluation.task_metrics import compute_metrics
+from dualsm.evaluation.tasks import load_task
 from dualsm.process import cli
 from dualsm.process.progress import say, table
 from dualsm.rundir.trained_run import open_run
@@ -35,7 +36,7 @@ _OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 flags.mark_flags_as_required(["workdir", "task_data"])
 
 
-def measure(scorer: Scorer, questions: Sequence[Question], scoring: Scoring) -> dict:
+def measure(scorer: Scorer, questions: Sequence[Question], scoring: ScoringParams) -> dict:
     """Measures one mode, after scoring a few pairs of all lengths to compile it."""
     jax.clear_caches()
     start = time.perf_counter()
@@ -45,7 +46,7 @@ def measure(scorer: Scorer, questions: Sequence[Question], scoring: Scoring) -> 
     compiled, cpu = time.perf_counter(), time.process_time()
     scores = scorer([item for question in questions for item in question.items], scoring)
     end = time.perf_counter()
-    result = judge(questions, np.split(scores.log_likelihood_N, len(questions)), None)["acc"]
+    result = compute_metrics(questions, np.split(scores.log_likelihood_N, len(questions)), None)["acc"]
     return {
         "compile_seconds": compiled - start,
         "seconds": end - compiled,
@@ -64,13 +65,13 @@ def main(_: Sequence[str]) -> None:
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
     longest = run.config.seq_len
     modes = {
-        "causal": Scoring("causal", longest=longest),
-        "masked {1}": Scoring("masked", masks=(1,), longest=longest),
-        "masked {1,4}": Scoring("masked", masks=(1, 4), longest=longest),
+        "causal": ScoringParams("causal", max_length=longest),
+        "masked {1}": ScoringParams("masked", masks=(1,), max_length=longest),
+        "masked {1,4}": ScoringParams("masked", masks=(1, 4), max_length=longest),
     }
     if _SAMPLES.value:
         name = f"monte_carlo {_SAMPLES.value}"
-        modes[name] = Scoring("monte_carlo", samples=_SAMPLES.value, longest=longest)
+        modes[name] = ScoringParams("monte_carlo", samples=_SAMPLES.value, max_length=longest)
     results = {name: measure(scorer, questions, scoring) for name, scoring in modes.items()}
     rows = [
         [

@@ -17,9 +17,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from dualsm.evaluation.spec import EvalSpec
 from dualsm.process import cli
 from dualsm.process.progress import say
-from dualsm.rundir.results import EvalSpec
 from dualsm.sweeps.grid import make_cells, parse_axes, parse_cell, parse_rule
 from dualsm.sweeps.jobs import check_outcomes, run_missing
 from dualsm.sweeps.sweep import Sweep, job_list

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from dualsm.evaluation.spec import OBJECTIVES, EvalSpec
 from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import read_metrics
-from dualsm.rundir.results import OBJECTIVES, EvalSpec
 from dualsm.sweeps.grid import Cell, make_cells
 from dualsm.sweeps.jobs import run_missing
 from dualsm.sweeps.sweep import Sweep, _divergence

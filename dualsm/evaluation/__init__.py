@@ -1,1 +1,1 @@
-"""Evaluation: validation during training, scoring of a trained model."""
+"""Evaluation of trained runs: scoring, zero-shot tasks, held-out text, lm-evaluation-harness."""

@@ -1,18 +1,17 @@
-"""A trained run as a model of EleutherAI's lm-evaluation-harness, in any of its modes (extra `eval`).
+"""lm-evaluation-harness adapter: a trained run as a harness model, in any of its modes (extra `eval`).
 
     python -m dualsm.evaluation.harness --model dualsm --model_args workdir=runs/small,mode=prefix \\
         --tasks arc_easy,blimp --output_path scores
 
-is lm_eval's own command line, all flags included, with the model `dualsm` made known to it first: lm_eval has
-no way of finding models of other packages by itself.
+is lm_eval's own command line with all its flags. It registers the model `dualsm` first, because lm_eval does
+not discover models of other packages.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -24,36 +23,22 @@ from dualsm.evaluation.harness_arguments import (
     read_masks,
     read_model_args,
 )
-from dualsm.evaluation.modes import Scoring
+from dualsm.evaluation.harness_requests import GenerationRequest, batch_requests, read_request
+from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
-from dualsm.generation import batches, causal, diffusion
-from dualsm.generation.sampling_params import SamplingParams
+from dualsm.generation import batches, causal
+from dualsm.generation.diffusion import UnmaskingParams
+from dualsm.generation.generate import check_mode, generate
 from dualsm.process.errors import UserError, explained
 from dualsm.process.progress import bar, escape_unprintable, warn
 from dualsm.rundir.trained_run import open_run
 
 NAME = "dualsm"
-_ROWS = 16  # most texts generated together
-_DEFAULT_NEW_TOKENS = 256  # as in the harness's own models
-_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-
-
-class GenerationRequest(NamedTuple):
-    """What a task asks of a generated text.
-
-    Attributes:
-      until: strings that end it; they are no part of it.
-      new_tokens: at most so many.
-      sampling: how tokens are drawn.
-    """
-
-    until: tuple[str, ...]
-    new_tokens: int
-    sampling: SamplingParams
+_BATCH_SIZE = 16  # texts generated together
 
 
 class HarnessModel:
-    """The harness's three kinds of requests, answered by a run. A request has its strings in `args`."""
+    """Answers the harness's three kinds of requests with a run; a request has its strings in `args`."""
 
     def __init__(
         self,
@@ -67,42 +52,39 @@ class HarnessModel:
         steps: int = 0,
         **unknown,
     ):
-        """What can be given as `--model_args`.
-
+        """
         Args:
-          workdir: the run's folder.
-          checkpoint: step of the checkpoint; None: the newest.
-          mode: one of `dualsm.evaluation.modes.MODES`. Texts are generated left to right in the modes causal
-            and prefix, by unmasking in the other two.
-          masks: of the mode masked: 1, "1+4" or [1, 4].
-          samples: of the mode monte_carlo.
-          seed: of monte_carlo and of sampled texts. A text depends on it, the prompt, and the number of equal
-            prompts before it.
-          block, steps: of generation by unmasking, see `dualsm.generation.diffusion.Unmasking`.
+          workdir: run directory.
+          checkpoint: step of the checkpoint; None takes the newest.
+          mode: one of `dualsm.evaluation.modes.MODES`. Texts are generated autoregressively in the modes
+            causal and prefix, by unmasking in the other two.
+          masks: numbers of masks in the mode masked: 1, "1+4" or [1, 4].
+          samples: draws per item in the mode monte_carlo.
+          seed: seed of the mode monte_carlo and of sampling. A text depends only on the seed, its prompt, and
+            the number of equal prompts before it.
+          block, steps: unmasking parameters, see `dualsm.generation.diffusion.UnmaskingParams`.
 
         Raises:
-          UserError: for unknown arguments and impossible values, and when there is no such run.
+          UserError: if an argument is unknown or invalid, or there is no such run or checkpoint.
         """
         if unknown or not workdir:
             known = "workdir, checkpoint, mode, masks, samples, seed, block, steps"
             wrong = f"unknown {', '.join(unknown)}" if unknown else "no workdir"
-            raise UserError(f"--model_args: {wrong}; the model {NAME} takes {known}")
+            raise UserError(f"--model_args: {wrong}; the arguments of {NAME} are {known}")
         checkpoint = None if checkpoint is None else read_integer("checkpoint", checkpoint)
         samples, seed = read_integer("samples", samples), read_integer("seed", seed)
-        block, steps = read_integer("block", block), read_integer("steps", steps)
         if not 0 <= seed < 2**32:
-            raise UserError(f"--model_args: seed={seed} must lie in [0, 2^32)")
-        self._unmasking = diffusion.Unmasking(
+            raise UserError(f"--model_args: seed={seed} must be in [0, 2^32)")
+        self._unmasking = UnmaskingParams(
             block=read_integer("block", block), steps=read_integer("steps", steps)
         )
         self._run = run = open_run(str(workdir), checkpoint)
-        run.check_mode(mode)
-        self._scoring = Scoring(mode, read_masks(masks), samples, run.config.seq_len, seed)
-        self._config = freeze(run.config.model)
-        self._scorer = Scorer(self._config, run.params, run.tokenizer, run.mesh)
+        check_mode(run, mode)
+        self._scoring = ScoringParams(mode, read_masks(masks), samples, run.config.seq_len, seed)
+        self._scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
 
     def get_model_info(self) -> dict:
-        """What the harness writes beside the results."""
+        """Returns what the harness adds to `config` in its results."""
         return {
             "workdir": str(self._run.workdir),
             "checkpoint": self._run.step,
@@ -110,17 +92,17 @@ class HarnessModel:
         }
 
     def loglikelihood(self, requests: Sequence, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Returns the score of each (context, continuation), and True where the model finds it likeliest.
+        """Returns the score of each (context, continuation), and True if greedy decoding gives it.
 
-        A continuation that is longer than the model's rows is scored piece by piece, because the harness
-        accepts nothing but a number.
+        A continuation longer than the sequence length is scored in several windows, because the harness
+        requires a number.
         """
         pairs = [encode_pair(self._run.tokenizer, Item(*request.args)) for request in requests]
-        longest = self._scoring.longest
-        if long := sum(len(continuation) >= longest for _, continuation in pairs):
+        max_length = self._scoring.max_length
+        if long := sum(len(continuation) >= max_length for _, continuation in pairs):
             warn(
-                f"{long} continuations are longer than the {longest} tokens of the model's rows; "
-                "they are scored piece by piece"
+                f"{long} continuations are longer than the sequence length ({max_length} tokens); "
+                "each is scored in several windows"
             )
         answers = self._score(pairs, disable_tqdm)
         if ties := _count_ties(requests, [score for score, _ in answers]):
@@ -128,81 +110,71 @@ class HarnessModel:
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
-        """Score of each whole text, `(text,)`; one longer than the model's rows goes piece by piece."""
+        """Returns the score of each text; texts longer than the sequence length are scored in windows."""
         texts = self._run.tokenizer.encode([request.args[0] for request in requests])
         return [score for score, _ in self._score([([], text) for text in texts], disable_tqdm)]
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]], quiet: bool) -> list[tuple[float, bool]]:
-        """Scores token ids of any length, and tells which continuations are the likeliest."""
-        pieces = [(number, piece) for number, pair in enumerate(pairs) for piece in self._pieces(*pair)]
-        scores = self._scorer.score_tokens([piece for _, piece in pieces], self._scoring, quiet=quiet)
+        """Scores pairs of context and continuation of any length, given as token ids."""
+        windows = [(index, window) for index, pair in enumerate(pairs) for window in self._windows(*pair)]
+        scores = self._scorer.score_tokens([window for _, window in windows], self._scoring, quiet=quiet)
         answers = [(0.0, True)] * len(pairs)
         parts = zip(scores.log_likelihood_N.tolist(), scores.greedy_N.tolist(), strict=True)
-        for (number, _), (score, greedy) in zip(pieces, parts, strict=True):
-            total, so_far = answers[number]
-            answers[number] = total + score, so_far and greedy
+        for (index, _), (score, greedy) in zip(windows, parts, strict=True):
+            total, all_greedy = answers[index]
+            answers[index] = total + score, all_greedy and greedy
         return answers
 
-    def _pieces(self, context: list[int], text: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """Every token once: full rows, and the rest after as much context as fits (cut by the scorer)."""
-        size = self._scoring.longest - 1
+    def _windows(self, context: list[int], text: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Divides a text into full sequences and a rest, each after its context (truncated by the scorer)."""
+        size = self._scoring.max_length - 1
         for start in range(0, len(text), size):
             yield context + text[:start], text[start : start + size]
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
-        """A continuation of each `(context, options)`, without the string that ended it."""
-        requests = [read_request(request.args[1], self._scoring.longest) for request in requests]
-        prompts = self._run.tokenizer.encode([request.args[0] for request in requests])
+        """Returns a continuation of each `(context, options)`, without the stop string that ended it."""
+        max_length, encode = self._scoring.max_length, self._run.tokenizer.encode
+        prompts = encode([request.args[0] for request in requests])
+        requests = [read_request(request.args[1], max_length) for request in requests]
         key_B = batches.prompt_keys(self._scoring.seed, prompts)
         order = sorted(range(len(requests)), key=lambda i: (requests[i].new_tokens, len(prompts[i])))
+        batch_size = min(_BATCH_SIZE, batches.max_batch_size(max_length))
         texts = [""] * len(requests)
         with bar(total=len(requests), desc="generate", unit="text", disable=disable_tqdm) as progress:
-            for members in _alike(order, requests, min(_ROWS, batches.texts_at_once(self._scoring.longest))):
-                cut = [self._prompt(prompts[i], requests[i].new_tokens) for i in members]
-                new = self._generate(cut, [requests[i] for i in members], key_B[np.array(members)])
+            for members in batch_requests(order, requests, batch_size):
+                truncated = [self._truncate(prompts[i], requests[i].new_tokens) for i in members]
+                new = self._generate(truncated, [requests[i] for i in members], key_B[np.array(members)])
                 for i, text in zip(members, new, strict=True):
                     texts[i] = text
                 progress.update(len(members))
         return texts
 
-    def _prompt(self, prompt: list[int], new_tokens: int) -> list[int]:
-        room = self._scoring.longest - 1 - new_tokens
+    def _truncate(self, prompt: list[int], new_tokens: int) -> list[int]:
+        """Returns the prompt after `<s>`, truncated on the left so that `new_tokens` more fit."""
+        room = self._scoring.max_length - 1 - new_tokens
         return [self._run.tokenizer.special.bos, *prompt[-room:]]
 
     def _generate(
         self, prompts: list[list[int]], requests: list[GenerationRequest], key_B: jax.Array
     ) -> list[str]:
-        """Continuations of prompts whose requests differ in `until` only."""
+        """Generates continuations for requests that differ only in `until`."""
+        mode = self._scoring.mode if self._scoring.mode in causal.MODES else "diffusion"
         texts = [""] * len(prompts)
-        for states in self._states(prompts, requests[0], key_B):
-            new = [tokens[len(prompt) :] for tokens, prompt in zip(states, prompts, strict=True)]
-            texts = [self._settled(tokens) for tokens in new]
-            if all(
-                _end(text, request.until) < len(text) for text, request in zip(texts, requests, strict=True)
-            ):
-                break
-        return [text[: _end(text, request.until)] for text, request in zip(texts, requests, strict=True)]
-
-    def _states(
-        self, prompts: list[list[int]], request: GenerationRequest, key_B: jax.Array
-    ) -> Iterator[list[list[int]]]:
-        """The texts as they grow or settle."""
-        run, special = self._run, self._run.tokenizer.special
-        mode = self._scoring.mode
-        if mode in causal.MODES:
-            return causal.generate(
-                self._config, run.params, prompts, request.new_tokens, request.sampling, special, mode, key_B
-            )
-        masked = [prompt + [special.mask] * request.new_tokens for prompt in prompts]
-        return diffusion.fill(
-            self._config, run.params, masked, request.sampling, self._unmasking, special, key_B
+        states = generate(
+            self._run, prompts, mode, requests[0].new_tokens, requests[0].sampling, self._unmasking, key_B
         )
+        for state in states:
+            new = [tokens[len(prompt) :] for tokens, prompt in zip(state, prompts, strict=True)]
+            texts = [self._decode(tokens) for tokens in new]
+            if all(request.stop(text) < len(text) for text, request in zip(texts, requests, strict=True)):
+                break
+        return [text[: request.stop(text)] for text, request in zip(texts, requests, strict=True)]
 
-    def _settled(self, tokens: list[int]) -> str:
-        """The text before the first mask."""
+    def _decode(self, tokens: list[int]) -> str:
+        """Decodes the tokens before the first mask."""
         mask = self._run.tokenizer.special.mask
-        settled = tokens[: tokens.index(mask)] if mask in tokens else tokens
-        return self._run.tokenizer.decode(settled, inside=True)
+        tokens = tokens[: tokens.index(mask)] if mask in tokens else tokens
+        return self._run.tokenizer.decode(tokens, inside=True)
 
 
 def _count_ties(requests: Sequence, scores: Sequence[float]) -> int:
@@ -214,56 +186,12 @@ def _count_ties(requests: Sequence, scores: Sequence[float]) -> int:
     return sum(first == second for first, second in best)
 
 
-def read_request(options: dict, longest: int) -> GenerationRequest:
-    """A task's `generation_kwargs`; without `do_sample` or a temperature, the likeliest token is taken.
-
-    Args:
-      options: theirs.
-      longest: tokens of the model's rows; a text never takes more than half of them.
-
-    Raises:
-      UserError: for options that are not known here.
-    """
-    options = {name: value for name, value in options.items() if value is not None}
-    until = options.pop("until", [])
-    until = (until,) if isinstance(until, str) else tuple(until)
-    try:
-        new_tokens = [int(options.pop(name)) for name in _NEW_TOKENS if name in options]
-        temperature = float(options.pop("temperature", 0.0 if not options.get("do_sample") else 1.0))
-        top_k, top_p = int(options.pop("top_k", 0)), float(options.pop("top_p", 1.0))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"generation_kwargs: a number was expected: {error}") from error
-    sampling = SamplingParams(temperature if options.pop("do_sample", True) else 0.0, top_k, top_p)
-    if options:
-        raise UserError(f"generation_kwargs: the model {NAME} does not know {', '.join(options)}")
-    most = min((new_tokens or [_DEFAULT_NEW_TOKENS])[0], longest // 2)
-    if most < 1:
-        raise UserError(f"generation_kwargs: at least one token must be generated, not {most}")
-    return GenerationRequest(tuple(filter(None, until)), most, sampling)
-
-
-def _alike(order: Iterable[int], requests: Sequence[GenerationRequest], most: int) -> Iterator[list[int]]:
-    """Requests in groups that can be generated together: at most `most`, and drawn in the same way."""
-    groups: dict[tuple, list[int]] = {}
-    for i in order:
-        members = groups.setdefault(requests[i][1:], [])
-        members.append(i)
-        if len(members) == most:
-            yield groups.pop(requests[i][1:])
-    yield from groups.values()
-
-
-def _end(text: str, until: Sequence[str]) -> int:
-    """Where the first of the strings begins; the text's length when there is none."""
-    return min((text.index(string) for string in until if string in text), default=len(text))
-
-
 @functools.cache
 def register() -> type:
-    """Makes the model known to an installed lm_eval under `NAME`, and returns its class.
+    """Registers the model with lm_eval under `NAME`, and returns its class.
 
     Raises:
-      UserError: when lm_eval is not installed.
+      UserError: if lm_eval is not installed.
     """
     try:
         from lm_eval.api.model import LM
@@ -274,7 +202,7 @@ def register() -> type:
     @register_model(NAME)
     class Registered(HarnessModel, LM):
         def __init__(self, batch_size=None, max_batch_size=None, device=None, **arguments):
-            # Batch sizes and devices are chosen by the scorer.
+            # Ignores the harness's batch size and device; the scorer chooses them.
             LM.__init__(self)
             HarnessModel.__init__(self, **arguments)
 
@@ -286,13 +214,13 @@ def register() -> type:
 
 
 def main() -> None:
-    """lm_eval's command line; what the user can mend ends in one line and exit status 2."""
+    """Runs lm_eval's command line; user errors print one line and exit with status 2."""
     from absl import logging
 
     from dualsm.process import cli
 
     escape_unprintable()
-    logging.set_verbosity(logging.ERROR)  # Orbax tells its life story below it
+    logging.set_verbosity(logging.ERROR)  # hides Orbax's log lines
     try:
         register()
         from lm_eval.__main__ import cli_evaluate

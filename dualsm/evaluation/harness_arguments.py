@@ -1,4 +1,4 @@
-"""The arguments of `--model_args` in lm-evaluation-harness, which itself splits them at every comma."""
+"""Parsing of lm-evaluation-harness's `--model_args`; the harness itself splits them at every comma."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dualsm.process.errors import UserError
 
 
 def read_masks(masks: int | str | Sequence[int]) -> tuple[int, ...]:
-    """Numbers of masks from 1, "1+4" or [1, 4]. Raises `UserError` for anything else."""
+    """Parses numbers of masks from 1, "1+4" or [1, 4]. Raises `UserError` for anything else."""
     is_text = isinstance(masks, int | str)
     parts = str(masks).strip("[]").replace(",", "+").split("+") if is_text else list(masks)
     try:
         return tuple(int(part) for part in parts)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--model_args: masks={masks!r} must be like 1, 1+4 or [1,4]") from error
+        raise UserError(f"--model_args: masks={masks!r} must look like 1, 1+4 or [1,4]") from error
 
 
 def read_integer(name: str, value: int | str) -> int:
-    """The value of an argument as an integer. Raises `UserError` if it is none."""
+    """Parses an integer argument. Raises `UserError` if it is not an integer."""
     try:
         return int(value)
     except (TypeError, ValueError) as error:
@@ -30,10 +30,11 @@ def read_integer(name: str, value: int | str) -> int:
 
 
 def read_model_args(text: str) -> dict[str, str]:
-    """Arguments from `key=value,key=value`, whose values may hold commas and equals signs.
+    """Parses `key=value,key=value`, where values may contain commas and equals signs.
 
-    A workdir takes in what follows as long as that names a folder that exists, such as a sweep's
-    `alpha=0.5,seed=1`. Any other value takes in what follows without an equals sign, as in `masks=[1,4]`.
+    The value of `workdir` extends as far as it names an existing folder, such as a sweep's
+    `alpha=0.5,seed=1`. Any other value extends to the next part that contains an equals sign, as in
+    `masks=[1,4]`.
     """
     parts, arguments = text.strip(", ").split(","), {}
     while any(parts):
@@ -52,7 +53,7 @@ def _value(parts: Sequence[str]) -> str:
 
 
 def command_line_as_json(argv: Sequence[str]) -> list[str]:
-    """lm_eval's command line with the arguments of this model as JSON, which it passes on as they are."""
+    """Returns lm_eval's command line with this model's arguments as JSON, which lm_eval does not split."""
     found, argv = [], list(argv)
     while argv:
         flag, is_joined, value = argv.pop(0).partition("=")

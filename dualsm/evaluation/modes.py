@@ -1,4 +1,4 @@
-"""The modes a completion can be scored in. A mode is how an item becomes rows, one forward each."""
+"""Scoring modes: how an item is converted to the sequences that are scored, one forward pass each."""
 
 from __future__ import annotations
 
@@ -16,49 +16,54 @@ MODES = ("causal", "prefix", "masked", "monte_carlo")
 
 
 @dataclasses.dataclass(frozen=True)
-class Scoring:
-    """How to score.
+class ScoringParams:
+    """Scoring parameters.
+
+    The modes are:
+
+    - causal: log-likelihood, the sum of log p(w_i | c, w_<i).
+    - prefix: the same with bidirectional attention within the context.
+    - masked: pseudo-log-likelihood. Token w_i is predicted with w_i and the n - 1 tokens after it masked, and
+      all other tokens visible; averaged over the values of n in `masks` (arXiv 2512.14549, eq. 10).
+    - monte_carlo: negative NELBO, estimated by masking l random tokens of the completion, with l stratified
+      over 1..T (LLaDA, arXiv 2502.09992). The random numbers depend only on `seed` and the completion.
 
     Attributes:
-      mode: one of `MODES`. causal: sum of log p(w_i | c, w_<i). prefix: the same with the context seen
-        bidirectionally. masked: pseudo-log-likelihood, each token from both sides with n masks from it on
-        (arXiv 2512.14549, eq. 10), averaged over `masks`. monte_carlo: bound on the log-likelihood by
-        masking l of the completion's tokens, l stratified over 1..length (LLaDA, arXiv 2502.09992); the
-        draws follow from `seed` and the completion's tokens, so they do not depend on the other items.
-      masks: the numbers n.
-      samples: draws of monte_carlo for each item.
-      longest: most tokens of a text; longer contexts lose their beginning.
-      seed: of monte_carlo.
+      mode: one of `MODES`.
+      masks: values of n in the mode "masked".
+      samples: draws per item in the mode "monte_carlo".
+      max_length: maximum number of tokens of a sequence; longer contexts are truncated on the left.
+      seed: seed of the mode "monte_carlo".
     """
 
     mode: str
     masks: tuple[int, ...] = (1,)
     samples: int = 128
-    longest: int = 1024
+    max_length: int = 1024
     seed: int = 0
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise UserError(f"mode {self.mode!r} is none of {', '.join(MODES)}")
+            raise UserError(f"unknown mode {self.mode!r}; choose from {', '.join(MODES)}")
         if not self.masks or min(self.masks) < 1 or self.samples < 1:
             raise UserError(f"masks={self.masks} and samples={self.samples} must be at least 1")
 
     def settings(self) -> dict:
-        """What decides the scores in this mode, for the record."""
+        """Returns the parameters that this mode uses, for the results file."""
         used = {"masked": ["masks"], "monte_carlo": ["samples", "seed"]}.get(self.mode, [])
-        return {name: getattr(self, name) for name in ("mode", "longest", *used)}
+        return {name: getattr(self, name) for name in ("mode", "max_length", *used)}
 
 
-class Row(NamedTuple):
-    """One forward.
+class ScoredSequence(NamedTuple):
+    """A sequence to score with one forward pass.
 
     Attributes:
-      item: number of the item it belongs to.
-      tokens: what the model sees.
-      prefix_end: that many of them are seen from everywhere before it.
-      positions: the scored ones; each predicts the token after it.
-      targets: those tokens.
-      weight: of the sum of their log-probabilities in the item's score.
+      item: index of its item.
+      tokens: input token ids.
+      prefix_end: end of the bidirectional prefix.
+      positions: positions whose logits are scored.
+      targets: target token id at each of these positions.
+      weight: factor on the sum of the targets' log-probabilities in the item's score.
     """
 
     item: int
@@ -69,63 +74,67 @@ class Row(NamedTuple):
     weight: float
 
 
-def make_rows(item: int, context: list[int], completion: list[int], scoring: Scoring, mask: int) -> list[Row]:
-    """The rows whose weighted sum is an item's score.
+def make_sequences(
+    item: int, context: list[int], completion: list[int], scoring: ScoringParams, mask: int
+) -> list[ScoredSequence]:
+    """Returns the sequences whose weighted sum is the score of an item.
 
     Args:
-      item: its number.
+      item: index of the item.
       context: token ids, `<s>` first.
       completion: token ids, at least one.
-      scoring: how to score.
+      scoring: scoring parameters.
       mask: id of `<mask>`.
     """
-    return _ROWS[scoring.mode](item, context, completion, scoring=scoring, mask=mask)
+    return _MAKE_SEQUENCES[scoring.mode](item, context, completion, scoring=scoring, mask=mask)
 
 
-def _causal_rows(item, context, completion, *, scoring, mask) -> list[Row]:
+def _causal_sequences(item, context, completion, *, scoring, mask) -> list[ScoredSequence]:
     positions = range(len(context) - 1, len(context) + len(completion) - 1)
-    return [Row(item, (context + completion)[:-1], 0, positions, completion, 1.0)]
+    return [ScoredSequence(item, (context + completion)[:-1], 0, positions, completion, 1.0)]
 
 
-def _prefix_rows(item, context, completion, *, scoring, mask) -> list[Row]:
-    (row,) = _causal_rows(item, context, completion, scoring=scoring, mask=mask)
-    return [row._replace(prefix_end=len(context))]
+def _prefix_sequences(item, context, completion, *, scoring, mask) -> list[ScoredSequence]:
+    (sequence,) = _causal_sequences(item, context, completion, scoring=scoring, mask=mask)
+    return [sequence._replace(prefix_end=len(context))]
 
 
-def _masked_rows(item, context, completion, *, scoring, mask) -> list[Row]:
-    rows = []
+def _masked_sequences(item, context, completion, *, scoring, mask) -> list[ScoredSequence]:
+    sequences = []
     for i, target in enumerate(completion):
-        # Near the end different numbers of masks hide the same tokens; those forwards are shared.
-        for hidden, times in Counter(min(n, len(completion) - i) for n in scoring.masks).items():
+        # Near the end, several values of n mask the same tokens; these share a forward pass.
+        for hidden, count in Counter(min(n, len(completion) - i) for n in scoring.masks).items():
             tokens = context + completion[:i] + [mask] * hidden + completion[i + hidden :]
-            place, weight = len(context) + i - 1, times / len(scoring.masks)
-            rows.append(Row(item, tokens, len(tokens), [place], [target], weight))
-    return rows
+            position, weight = len(context) + i - 1, count / len(scoring.masks)
+            sequences.append(ScoredSequence(item, tokens, len(tokens), [position], [target], weight))
+    return sequences
 
 
-def _monte_carlo_rows(item, context, completion, *, scoring, mask) -> list[Row]:
-    # From the completion alone: with another context it is masked alike, which steadies the difference.
+def _monte_carlo_sequences(item, context, completion, *, scoring, mask) -> list[ScoredSequence]:
+    # Seeded without the context, so that both terms of acc_uncond use the same masks (lower variance).
     rng = np.random.default_rng((scoring.seed, zlib.crc32(np.array(completion, np.int32).tobytes())))
     size = len(completion)
-    # l is stratified: equal parts of the samples go to equal parts of 1..size.
+    # Stratified sampling of l: equal shares of the samples go to equal shares of 1..size.
     uniform_S = (np.arange(scoring.samples) + rng.random(scoring.samples)) / scoring.samples
-    counts_S = 1 + np.floor(uniform_S * size).astype(int)
-    draws = Counter(tuple(np.sort(rng.permutation(size)[:count]).tolist()) for count in counts_S)
-    rows = []
-    for chosen, times in draws.items():
+    num_masks_S = 1 + np.floor(uniform_S * size).astype(int)
+    draws = Counter(tuple(np.sort(rng.permutation(size)[:num_masks]).tolist()) for num_masks in num_masks_S)
+    sequences = []
+    for chosen, count in draws.items():
         hidden = list(completion)
         for i in chosen:
             hidden[i] = mask
         positions = [len(context) + i - 1 for i in chosen]
         targets = [completion[i] for i in chosen]
-        weight = times * size / len(chosen) / scoring.samples
-        rows.append(Row(item, context + hidden, len(context) + size, positions, targets, weight))
-    return rows
+        weight = count * size / len(chosen) / scoring.samples
+        sequences.append(
+            ScoredSequence(item, context + hidden, len(context) + size, positions, targets, weight)
+        )
+    return sequences
 
 
-_ROWS = {
-    "causal": _causal_rows,
-    "prefix": _prefix_rows,
-    "masked": _masked_rows,
-    "monte_carlo": _monte_carlo_rows,
+_MAKE_SEQUENCES = {
+    "causal": _causal_sequences,
+    "prefix": _prefix_sequences,
+    "masked": _masked_sequences,
+    "monte_carlo": _monte_carlo_sequences,
 }

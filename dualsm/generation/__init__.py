@@ -1,1 +1,1 @@
-"""Generation: causal and prefix with a cache, diffusion by iterative unmasking."""
+"""Text generation: autoregressive with a key-value cache, and by iterative unmasking."""

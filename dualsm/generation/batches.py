@@ -1,4 +1,4 @@
-"""Batches of prompts: one PRNG key per prompt, few shapes, bounded memory."""
+"""Batches of prompts: PRNG keys, batch sizes and padding."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import numpy as np
 
 from dualsm.model.attention import QUERIES
 
-TOKENS_AT_ONCE = 16384  # tokens of all texts of a batch, those still to be generated included
-_MULTIPLE = 32  # of which the length of a batch of short texts is a multiple
+MAX_BATCH_TOKENS = 16384  # per batch, including the tokens that are still to be generated
+_MULTIPLE = 32  # short batches are padded to a multiple of this length
 
 
 def prompt_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
-    """PRNG key of each prompt, [B], so that a prompt's text depends on no other prompt.
+    """Returns the PRNG key of each prompt, [B].
 
-    A key follows from the seed, the prompt's tokens, and the number of equal prompts before it: equal prompts
-    get different texts.
+    A key depends only on the seed, the prompt's tokens, and the number of equal prompts before it. The text
+    generated from a prompt is therefore independent of the other prompts, and equal prompts get different
+    texts.
 
     Args:
-      seed: of all keys.
+      seed: the seed.
       prompts: token ids.
     """
     seen: collections.Counter[bytes] = collections.Counter()
@@ -35,27 +36,34 @@ def prompt_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
     return jax.vmap(lambda data: jax.random.fold_in(jax.random.fold_in(key, data[0]), data[1]))(data_Bx2)
 
 
-def texts_at_once(longest: int) -> int:
-    """Number of texts of at most `longest` tokens that are generated together."""
-    return max(1, TOKENS_AT_ONCE // longest)
+def max_batch_size(max_length: int) -> int:
+    """Returns the number of texts of up to `max_length` tokens to generate in one batch."""
+    return max(1, MAX_BATCH_TOKENS // max_length)
 
 
-def split(texts: int, longest: int) -> Iterator[slice]:
-    """Divides `texts` texts of at most `longest` tokens into batches."""
-    size = texts_at_once(longest)
-    return (slice(start, start + size) for start in range(0, texts, size))
+def batch_slices(num_texts: int, max_length: int) -> Iterator[slice]:
+    """Divides `num_texts` texts of up to `max_length` tokens into batches."""
+    size = max_batch_size(max_length)
+    return (slice(start, start + size) for start in range(0, num_texts, size))
 
 
-def pad(texts: Sequence[Sequence[int]], padding: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of texts, padded at the right, int32 [B, L], and the length of each, int32 [B].
+def pad_batch(texts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads texts on the right.
 
-    L takes few values, so that other texts rarely compile again. Above 2 `QUERIES` it is a multiple of
-    `QUERIES`, for which attention holds no [L, L] array.
+    Padded lengths take few values, so that few shapes are compiled: multiples of 32 up to 2 * `QUERIES`, and
+    multiples of `QUERIES` above, for which attention does not materialise an [L, L] array.
+
+    Args:
+      texts: token ids.
+      pad: id of `<pad>`.
+
+    Returns:
+      Token ids, int32 [B, L], and the length of each text, int32 [B].
     """
     length_B = np.array([len(text) for text in texts], np.int32)
     longest = int(length_B.max())
     multiple = QUERIES if longest > 2 * QUERIES else _MULTIPLE
-    tokens_BxL = np.full((len(texts), -(-longest // multiple) * multiple), padding, np.int32)
+    tokens_BxL = np.full((len(texts), -(-longest // multiple) * multiple), pad, np.int32)
     for row, text in zip(tokens_BxL, texts, strict=True):
         row[: len(text)] = text
     return tokens_BxL, length_B

@@ -1,4 +1,4 @@
-"""Left-to-right generation with a key-value cache, after a causal or a bidirectional prompt."""
+"""Autoregressive generation with a key-value cache, after a causal or a bidirectional prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
 from dualsm.generation import batches
-from dualsm.generation.sampling_params import SamplingParams, allowed_logits, pick
+from dualsm.generation.sampling_params import SamplingParams, mask_reserved_ids, sample
 from dualsm.model.attention import attend
 from dualsm.model.transformer import Block, Transformer, bind, rotary_angles
 from dualsm.process.errors import UserError
@@ -23,22 +23,22 @@ MODES = ("causal", "prefix")
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers at S positions, [N, B, S, H, K] each."""
+    """Keys and values of all layers, [N, B, S, H, K] each; N layers, S positions."""
 
     keys: jax.Array
     values: jax.Array
 
 
-class Decoding(NamedTuple):
-    """Where a batch of texts stands.
+class DecodeState(NamedTuple):
+    """State of a batch of texts during decoding.
 
     Attributes:
-      tokens_BxS: prompts and what follows them, filled up with `<pad>`.
-      length_B: tokens of each text so far.
-      logits_BxV: for the token after the last, float32.
-      done_B: whether `</s>` was drawn.
-      cache: of all positions before `length_B`.
-      key_B: PRNG key of each text; the token at position i is drawn with it and i.
+      tokens_BxS: prompts and generated tokens, padded with `<pad>`.
+      length_B: current number of tokens of each text.
+      logits_BxV: logits for the next token, float32.
+      done_B: True if the text is finished: `</s>` was sampled, or S tokens are reached.
+      cache: keys and values of all positions before `length_B`.
+      key_B: PRNG key of each text; the key for position i is `fold_in(key, i)`.
     """
 
     tokens_BxS: jax.Array
@@ -49,24 +49,24 @@ class Decoding(NamedTuple):
     key_B: jax.Array
 
 
-def extend(
+def forward_with_cache(
     model: Transformer,
     tokens_BxP: jax.Array,
     position_B: jax.Array,
     prefix_end_B: jax.Array,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """Runs the model on P more tokens a row.
+    """Runs the model on the next P tokens of each text.
 
     Args:
       model: the model.
-      tokens_BxP: the tokens at positions `position_B`, `position_B + 1`, ...
-      position_B: how many positions of the cache each row has filled.
-      prefix_end_B: positions before it are seen from everywhere before it; 0: causal.
-      cache: is written at the new positions.
+      tokens_BxP: tokens at positions `position_B`, `position_B + 1`, ...
+      position_B: number of cache positions that each text has filled.
+      prefix_end_B: end of the bidirectional prefix of each text; 0 is causal.
+      cache: the cache before the call.
 
     Returns:
-      features_BxPxD, and the cache.
+      features_BxPxD, and the cache with the new positions filled.
     """
     rows, size = tokens_BxP.shape
     positions_BxP = position_B[:, None] + jnp.arange(size)
@@ -88,16 +88,16 @@ def extend(
     return model.head.features(x_TxD).reshape(rows, size, -1), Cache(keys, values)
 
 
-def empty_cache(model: Transformer, rows: int, size: int) -> Cache:
-    """A cache for `rows` texts of at most `size` tokens."""
+def empty_cache(model: Transformer, batch_size: int, size: int) -> Cache:
+    """Returns a cache for `batch_size` texts of up to `size` tokens."""
     kernel = model.blocks.attention.key.kernel
-    layers, _, width = kernel.shape
-    shape = (layers, rows, size, width // model.head_dim, model.head_dim)
+    num_layers, _, width = kernel.shape
+    shape = (num_layers, batch_size, size, width // model.head_dim, model.head_dim)
     return Cache(*jnp.zeros((2, *shape), model.embedding.dtype or kernel.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "size", "bidirectional", "special"))
-def begin(
+def prefill(
     config: FrozenConfigDict,
     params: dict,
     prompts_BxP: jax.Array,
@@ -107,67 +107,72 @@ def begin(
     size: int,
     bidirectional: bool,
     special: SpecialIds,
-) -> Decoding:
-    """Reads the prompts.
+) -> DecodeState:
+    """Fills the cache with the prompts.
 
     Args:
       config: `config.model`, frozen.
       params: parameters.
-      prompts_BxP: prompts, filled up at the right with `<pad>`.
-      length_B: tokens of each prompt, at least 1.
+      prompts_BxP: prompts, padded with `<pad>` on the right.
+      length_B: number of tokens of each prompt, at least 1.
       key_B: PRNG key of each text.
-      size: S, most tokens of a text, prompt included.
-      bidirectional: whether a prompt's tokens see all of the prompt.
+      size: S, the maximum number of tokens of a text, prompt included.
+      bidirectional: if True, attention within a prompt is bidirectional.
       special: the tokenizer's special ids.
+
+    Returns:
+      The state before the first generated token.
     """
     model = bind(config, params)
     rows, prompt = prompts_BxP.shape
     prefix_end_B = length_B if bidirectional else jnp.zeros_like(length_B)
-    # Filled-up positions write into the cache too, but are overwritten before anything looks at them.
-    features_BxPxD, cache = extend(
+    # Padding also writes to the cache; generated tokens overwrite it before any query can attend to it.
+    features_BxPxD, cache = forward_with_cache(
         model, prompts_BxP, jnp.zeros_like(length_B), prefix_end_B, empty_cache(model, rows, size)
     )
     last_BxD = jnp.take_along_axis(features_BxPxD, length_B[:, None, None] - 1, axis=1)[:, 0]
     tokens_BxS = jnp.pad(prompts_BxP, [(0, 0), (0, size - prompt)], constant_values=special.pad)
     logits_BxV = model.head.output(last_BxD).astype(jnp.float32)
-    return Decoding(tokens_BxS, length_B, logits_BxV, length_B >= size, cache, key_B)
+    return DecodeState(tokens_BxS, length_B, logits_BxV, length_B >= size, cache, key_B)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "sampling", "special"), donate_argnums=2)
 def decode(
     config: FrozenConfigDict,
     params: dict,
-    state: Decoding,
+    state: DecodeState,
     *,
     steps: int,
     sampling: SamplingParams,
     special: SpecialIds,
-) -> Decoding:
-    """Adds at most `steps` tokens to each text that has not stopped.
+) -> DecodeState:
+    """Generates up to `steps` more tokens of each text that is not finished.
 
-    The cost of a token does not depend on how many there are already: the cache has the size of the end.
+    The cache has its final size from the start, so every token costs the same.
     """
 
-    def one(state: Decoding) -> Decoding:
-        model = bind(config, params)  # here, since NNX modules must not cross into a loop's body
-        logits_BxV = allowed_logits(state.logits_BxV, special, may_stop=True)
+    def step(state: DecodeState) -> DecodeState:
+        model = bind(config, params)  # NNX modules cannot be captured by the body of a loop
+        logits_BxV = mask_reserved_ids(state.logits_BxV, special, allow_eos=True)
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
-        token_B = jax.vmap(functools.partial(pick, sampling=sampling))(logits_BxV, key_B)
+        token_B = jax.vmap(functools.partial(sample, sampling=sampling))(logits_BxV, key_B)
         token_B = jnp.where(state.done_B, special.pad, token_B)
         rows = jnp.arange(len(token_B))
-        place_B = jnp.where(state.done_B, state.tokens_BxS.shape[1], state.length_B)
-        tokens_BxS = state.tokens_BxS.at[rows, place_B].set(token_B, mode="drop")
-        features_Bx1xD, cache = extend(model, token_B[:, None], place_B, jnp.zeros_like(place_B), state.cache)
+        position_B = jnp.where(state.done_B, state.tokens_BxS.shape[1], state.length_B)
+        tokens_BxS = state.tokens_BxS.at[rows, position_B].set(token_B, mode="drop")
+        features_Bx1xD, cache = forward_with_cache(
+            model, token_B[:, None], position_B, jnp.zeros_like(position_B), state.cache
+        )
         length_B = state.length_B + ~state.done_B
         done_B = state.done_B | (token_B == special.eos) | (length_B >= state.tokens_BxS.shape[1])
         logits_BxV = model.head.output(features_Bx1xD[:, 0]).astype(jnp.float32)
-        return Decoding(tokens_BxS, length_B, logits_BxV, done_B, cache, state.key_B)
+        return DecodeState(tokens_BxS, length_B, logits_BxV, done_B, cache, state.key_B)
 
-    def go_on(carry):
+    def unfinished(carry):
         i, state = carry
         return (i < steps) & ~state.done_B.all()
 
-    return jax.lax.while_loop(go_on, lambda carry: (carry[0] + 1, one(carry[1])), (0, state))[1]
+    return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, step(carry[1])), (0, state))[1]
 
 
 def generate(
@@ -179,49 +184,45 @@ def generate(
     special: SpecialIds,
     mode: str = "causal",
     key_B: jax.Array | None = None,
-    at_once: int = 8,
+    yield_every: int = 8,
 ) -> Iterator[list[list[int]]]:
-    """Generates, and yields the texts' tokens every few steps so that a reader can watch.
+    """Generates texts, and yields their intermediate states.
 
     Args:
       config: `config.model`, frozen.
       params: parameters.
-      prompts: token ids, `<s>` first; many are generated batch by batch.
-      new_tokens: most tokens to add to each.
-      sampling: how to draw.
+      prompts: token ids, `<s>` first; divided into batches.
+      new_tokens: maximum number of tokens to add to each prompt.
+      sampling: sampling parameters.
       special: the tokenizer's special ids.
-      mode: "causal", or "prefix" for prompts that are read bidirectionally.
-      key_B: PRNG key of each prompt; None: those of seed 0, see `batches.prompt_keys`.
-      at_once: steps between two yields.
+      mode: "causal", or "prefix" for bidirectional attention within the prompt.
+      key_B: PRNG key of each prompt; None derives them from seed 0, see `batches.prompt_keys`.
+      yield_every: number of steps between two yields.
 
     Yields:
-      All texts as they stand, prompts included; last as they end.
+      Token ids of all texts, prompts included. The last item holds the finished texts.
 
     Raises:
-      UserError: for an unknown mode or an empty prompt.
+      UserError: if the mode is unknown or a prompt is empty.
     """
     if mode not in MODES:
-        raise UserError(f"mode {mode!r} is none of {', '.join(MODES)}")
+        raise UserError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
     if not prompts or not all(map(len, prompts)):
-        raise UserError("an empty prompt; a prompt holds at least <s>")
+        raise UserError("empty prompt: 0 tokens; start each prompt with <s>")
     key_B = batches.prompt_keys(0, prompts) if key_B is None else key_B
     texts = [list(prompt) for prompt in prompts]
-    for part in batches.split(len(texts), max(map(len, texts)) + new_tokens):
-        prompts_BxP, prompt_B = batches.pad(texts[part], special.pad)
-        size, bidirectional, most_B = (
-            prompts_BxP.shape[1] + new_tokens,
-            mode == "prefix",
-            prompt_B + new_tokens,
-        )
-        state = begin(
+    for part in batches.batch_slices(len(texts), max(map(len, texts)) + new_tokens):
+        prompts_BxP, prompt_B = batches.pad_batch(texts[part], special.pad)
+        max_length_B = prompt_B + new_tokens
+        state = prefill(
             config, params, prompts_BxP, prompt_B, key_B[part],
-            size=size, bidirectional=bidirectional, special=special,
+            size=prompts_BxP.shape[1] + new_tokens, bidirectional=mode == "prefix", special=special,
         )  # fmt: skip
         while True:
             tokens_BxS, length_B, done_B = jax.device_get((state.tokens_BxS, state.length_B, state.done_B))
-            length_B = np.minimum(length_B, most_B)
+            length_B = np.minimum(length_B, max_length_B)
             texts[part] = [row[:length].tolist() for row, length in zip(tokens_BxS, length_B, strict=True)]
             yield list(texts)
-            if (done_B | (length_B == most_B)).all():
+            if (done_B | (length_B == max_length_B)).all():
                 break
-            state = decode(config, params, state, steps=at_once, sampling=sampling, special=special)
+            state = decode(config, params, state, steps=yield_every, sampling=sampling, special=special)

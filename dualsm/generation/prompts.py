@@ -1,4 +1,4 @@
-"""Prompts from files, as token ids, and as text with visible masks."""
+"""Prompts: reading files, encoding with masks, and displaying masks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dualsm.data.tokenizer import RESERVED_IDS, Tokenizer
 from dualsm.process.errors import UserError
 
 _MASKS = re.compile(r"<mask(?::(\d+))?>")
-_MOST_MASKS = 65536  # in one place
+_MAX_MASKS = 65536  # per placeholder
 _HEAD_BYTES = 1 << 16
 
 
 def read_prompts(path: str) -> list[str]:
-    """Prompts from a file: .jsonl with a field `prompt`, or a prompt a line.
+    """Reads prompts from a file: .jsonl with a field `prompt`, or text with one prompt per line.
 
     Raises:
-      UserError: with the line of what cannot be read.
+      UserError: if the file or one of its lines cannot be read.
     """
     try:
         content = Path(path).expanduser().read_bytes()
@@ -29,47 +29,49 @@ def read_prompts(path: str) -> list[str]:
     prompts = []
     for number, line in enumerate(map(without_bom, re.split(rb"\r\n?|\n", content)), 1):
         if line.strip():
-            prompts.append(_prompt_of(line, path.endswith(".jsonl"), f"{path}, line {number}"))
+            prompts.append(_parse_prompt(line, path.endswith(".jsonl"), f"{path}, line {number}"))
     if not prompts:
         raise UserError(f"--prompts: {path} has no prompts")
     return prompts
 
 
-def _prompt_of(line: bytes, is_json: bool, where: str) -> str:
+def _parse_prompt(line: bytes, is_json: bool, where: str) -> str:
     try:
         prompt = parse_json(line)["prompt"] if is_json else line.decode("utf-8", "surrogateescape")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: no JSON object with a field `prompt`") from error
+        raise UserError(f"{where}: not a JSON object with a field `prompt`") from error
     if not isinstance(prompt, str):
-        raise UserError(f"{where}: the field `prompt` is no text")
+        raise UserError(f"{where}: the field `prompt` is not a string")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        reason = "lone surrogates" if line.isascii() else likely_encoding(line)
-        raise UserError(f"{where}: no UTF-8, but {reason}") from error
+        if line.isascii():
+            raise UserError(f"{where}: the prompt contains lone surrogates; remove them") from error
+        encoding = likely_encoding(line)
+        raise UserError(f"{where}: not UTF-8, but {encoding}; convert the file to UTF-8") from error
     return prompt
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt with `<s>` in front; `<mask>` and `<mask:8>` become one and eight masks.
+    """Returns the token ids of a prompt, `<s>` first; `<mask>` and `<mask:8>` become one and eight masks.
 
     Raises:
-      UserError: for a text that is no Unicode, or too many masks.
+      UserError: if the prompt is not valid Unicode or has too many masks.
     """
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError("a prompt is no valid Unicode: it holds half a surrogate pair") from error
+        raise UserError("a prompt is not valid Unicode: it contains a lone surrogate; remove it") from error
     tokens, position = [tokenizer.special.bos], 0
     for match in _MASKS.finditer(prompt):
         tokens += tokenizer.encode([prompt[position : match.start()]], inside=position > 0)[0]
-        tokens += [tokenizer.special.mask] * _count(match[1] or "1")
+        tokens += [tokenizer.special.mask] * _parse_count(match[1] or "1")
         position = match.end()
     return tokens + tokenizer.encode([prompt[position:]], inside=position > 0)[0]
 
 
 def show(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """Returns the text of token ids with its masks visible."""
+    """Decodes token ids; each mask becomes `░`."""
     parts, run = [], []
     for token in tokens:
         if token >= RESERVED_IDS:
@@ -80,7 +82,9 @@ def show(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return "".join([*parts, tokenizer.decode(run, inside=bool(parts))])
 
 
-def _count(digits: str) -> int:
-    if len(digits) > len(str(_MOST_MASKS)) or int(digits) > _MOST_MASKS:
-        raise UserError(f"<mask:{digits[:20]}>: at most {_MOST_MASKS} masks can stand in one place")
+def _parse_count(digits: str) -> int:
+    if len(digits) > len(str(_MAX_MASKS)) or int(digits) > _MAX_MASKS:
+        raise UserError(
+            f"<mask:{digits[:20]}>: at most {_MAX_MASKS} masks are supported in one place; use fewer"
+        )
     return int(digits)

@@ -13,10 +13,7 @@ from dualsm.data.corpus import TOKENIZER
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.devices import sharding
-from dualsm.generation import causal
 from dualsm.model.transformer import Transformer, bind, init_params
-from dualsm.objectives.shares import trained_objectives
-from dualsm.process.errors import UserError
 from dualsm.rundir.checkpoint import abstract, restore_params
 from dualsm.rundir.workdir import read_config
 
@@ -44,19 +41,6 @@ class TrainedRun:
     def model(self, params: dict | None = None) -> Transformer:
         """The model with the run's parameters, or with `params` (tracers inside a jitted function)."""
         return bind(self.config.model, self.params if params is None else params)
-
-    def check_mode(self, mode: str) -> None:
-        """Raises `UserError` for a mode that fills in masks where the run learned to do so unshifted.
-
-        All of them read the token of a place off the place before it; an unshifted model's answers there are
-        nonsense that looks like scores.
-        """
-        trained = "masked_diffusion" in trained_objectives(self.config)
-        if mode not in causal.MODES and trained and not self.config.objectives.masked_diffusion.shifted:
-            raise UserError(
-                f"mode {mode}: {self.workdir} was trained with objectives.masked_diffusion.shifted=False; "
-                f"masks are filled in by shifted models only; take the mode {' or '.join(causal.MODES)}"
-            )
 
 
 def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:

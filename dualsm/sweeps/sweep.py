@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 
 from dualsm.config import check_config, difference, valid_objectives
 from dualsm.data.corpus import Corpus
+from dualsm.evaluation.spec import EvalSpec
 from dualsm.process.errors import UserError
 from dualsm.process.progress import warn
 from dualsm.rundir.checkpoint import FOLDER
 from dualsm.rundir.metrics import METRICS, read_metrics
-from dualsm.rundir.results import EvalSpec, read_results, results_file
+from dualsm.rundir.results import read_results, results_file
 from dualsm.rundir.workdir import read_config
 from dualsm.sweeps.cells import CELL, CELLS, CONFIG, SWEEP, read_outcome, read_sweep
 from dualsm.sweeps.grid import ALPHA, Cell, apply
@@ -176,7 +177,7 @@ class Sweep:
             results = read_results(results_file(self.path(cell), self.configs[cell.name].steps))
         except UserError:  # which the evaluation tells
             return False
-        return self.asked.answered_by(results)
+        return self.asked.is_complete(results)
 
     def record(self, cell: Cell, outcome: dict, seconds: float | None) -> None:
         """Writes a cell's `cell.json`."""

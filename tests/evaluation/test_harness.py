@@ -10,9 +10,11 @@ import pytest
 
 from dualsm.config import freeze
 from dualsm.evaluation import harness
-from dualsm.evaluation.judging import judge
-from dualsm.evaluation.modes import MODES, Scoring
+from dualsm.evaluation.harness_arguments import command_line_as_json, read_masks, read_model_args
+from dualsm.evaluation.harness_requests import GenerationRequest, read_request
+from dualsm.evaluation.modes import MODES, ScoringParams
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
+from dualsm.evaluation.task_metrics import compute_metrics
 from dualsm.evaluation.tasks import load_task
 from dualsm.generation import causal, diffusion
 from dualsm.generation.sampling_params import SamplingParams
@@ -63,7 +65,7 @@ def own_scorer(run):
 
 
 def scoring(mode):
-    return Scoring(mode, masks=(1, 4), samples=8, longest=32)
+    return ScoringParams(mode, masks=(1, 4), samples=8, max_length=32)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -87,7 +89,7 @@ def test_a_long_continuation_is_scored_piece_by_piece(model, run, mode, capsys):
     ours = own_scorer(run).score_tokens(pairs, scoring(mode), quiet=True)
     assert answers[0][0] == pytest.approx(ours.log_likelihood_N.sum(), abs=1e-3)
     assert answers[0][1] == ours.greedy_N.all()
-    assert "1 continuations are longer than the 32 tokens" in capsys.readouterr().err
+    assert "1 continuations are longer than the sequence length (32 tokens)" in capsys.readouterr().err
 
 
 def test_ties_are_reported_because_the_harness_takes_the_first(model, capsys):
@@ -119,8 +121,8 @@ def continuation(run, mode, prompt, tokens):
     if mode in causal.MODES:
         states = causal.generate(config, run.params, [start], tokens, greedy, special, mode)
     else:
-        text, unmasking = start + [special.mask] * tokens, diffusion.Unmasking(block=32)
-        states = diffusion.fill(config, run.params, [text], greedy, unmasking, special)
+        text, unmasking = start + [special.mask] * tokens, diffusion.UnmaskingParams(block=32)
+        states = diffusion.infill(config, run.params, [text], greedy, unmasking, special)
     return run.tokenizer.decode(list(states)[-1][0][len(start) :])
 
 
@@ -158,35 +160,33 @@ def test_sampled_texts_differ_and_depend_on_no_other_request(model, mode):
 
 
 def test_what_a_task_may_wish():
-    assert harness.read_request({}, 64) == harness.GenerationRequest((), 32, SamplingParams(0.0))
-    assert harness.read_request({"until": "\n", "max_new_tokens": 8}, 64) == harness.GenerationRequest(
+    assert read_request({}, 64) == GenerationRequest((), 32, SamplingParams(0.0))
+    assert read_request({"until": "\n", "max_new_tokens": 8}, 64) == GenerationRequest(
         ("\n",), 8, SamplingParams(0.0)
     )
     sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "until": ["a", ""]}
-    assert harness.read_request(sampled, 1024) == harness.GenerationRequest(
-        ("a",), 256, SamplingParams(0.7, 5, 0.9)
+    assert read_request(sampled, 1024) == GenerationRequest(("a",), 256, SamplingParams(0.7, 5, 0.9))
+    assert read_request({"temperature": 0.7}, 64).sampling == SamplingParams(0.7)
+    assert read_request({"temperature": 0.7, "do_sample": False}, 64).sampling == SamplingParams(0.0)
+    assert read_request({"temperature": None, "top_k": None, "until": None}, 64).sampling == SamplingParams(
+        0.0
     )
-    assert harness.read_request({"temperature": 0.7}, 64).sampling == SamplingParams(0.7)
-    assert harness.read_request({"temperature": 0.7, "do_sample": False}, 64).sampling == SamplingParams(0.0)
-    assert harness.read_request(
-        {"temperature": None, "top_k": None, "until": None}, 64
-    ).sampling == SamplingParams(0.0)
     for options in (
         {"num_beams": 4},
         {"temperature": "warm"},
         {"temperature": float("nan")},
         {"max_tokens": 0},
     ):
-        with pytest.raises(UserError, match="num_beams|number|temperature|at least one token"):
-            harness.read_request(options, 64)
+        with pytest.raises(UserError, match="num_beams|not a number|temperature|must be at least 1"):
+            read_request(options, 64)
 
 
 def test_masks_as_a_command_line_gives_them():
-    assert harness.read_masks(4) == harness.read_masks("4") == (4,)
+    assert read_masks(4) == read_masks("4") == (4,)
     for masks in ("1+4", "[1,4]", [1, 4]):
-        assert harness.read_masks(masks) == (1, 4)
+        assert read_masks(masks) == (1, 4)
     with pytest.raises(UserError, match="telepathy"):
-        harness.read_masks("telepathy")
+        read_masks("telepathy")
 
 
 def test_arguments_whose_values_hold_commas_and_equals_signs(tmp_path):
@@ -194,17 +194,17 @@ def test_arguments_whose_values_hold_commas_and_equals_signs(tmp_path):
     cell.mkdir()
     expected = {"workdir": str(cell), "mode": "masked", "masks": "[1,4]", "seed": "2"}
     text = f"workdir={cell},mode=masked,masks=[1,4],seed=2"
-    assert harness.read_model_args(text) == expected
-    assert harness.read_model_args(f"mode=masked,masks=[1,4],seed=2,workdir={cell}") == expected
-    assert harness.read_model_args("workdir=nowhere,mode=prefix") == {"workdir": "nowhere", "mode": "prefix"}
-    assert harness.read_model_args("") == {}
+    assert read_model_args(text) == expected
+    assert read_model_args(f"mode=masked,masks=[1,4],seed=2,workdir={cell}") == expected
+    assert read_model_args("workdir=nowhere,mode=prefix") == {"workdir": "nowhere", "mode": "prefix"}
+    assert read_model_args("") == {}
     for given in (["--model_args", text], [f"--model_args={text}"], ["-a", *text.split(",mode=masked")]):
-        flag, found, *rest = harness.command_line_as_json([*given, "--tasks", "a=b", "--limit=3"])
+        flag, found, *rest = command_line_as_json([*given, "--tasks", "a=b", "--limit=3"])
         assert rest == ["--tasks", "a=b", "--limit=3"]
         assert json.loads(found).items() <= expected.items()
         assert json.loads(found)["workdir"] == str(cell)
     others = ["--model", "hf", "--model_args", "pretrained=a,dtype=b"]
-    assert harness.command_line_as_json(others) == others
+    assert command_line_as_json(others) == others
 
 
 def test_bad_arguments_are_refused(workdir):
@@ -297,7 +297,7 @@ def test_the_harness_finds_our_scores_and_accuracies(workdir, run, tasks, mode):
         for sample, score in zip(samples, scores, strict=True):
             np.testing.assert_allclose([resp[0] for resp in sample["filtered_resps"]], score, atol=1e-3)
         for metric in ("acc", "acc_norm"):
-            ours = judge(questions, scores, None)[metric].accuracy
+            ours = compute_metrics(questions, scores, None)[metric].accuracy
             assert theirs["results"][f"local_{name}"][f"{metric},none"] == pytest.approx(ours)
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from dualsm.evaluation.spec import EvalSpec
 from dualsm.process.errors import UserError
-from dualsm.rundir.results import EvalSpec, merge, read_results
+from dualsm.rundir.results import merge, read_results
 
 
 def results(step=12, **parts) -> dict:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dualsm.config import save_config
+from dualsm.generation.generate import check_mode
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
 from dualsm.rundir.workdir import read_config
@@ -30,15 +31,15 @@ def test_masks_are_not_filled_in_by_an_unshifted_model(micro, tmp_path):
     run = TrainedRun(tmp_path, micro, None, 0, {}, None)
     modes = ("causal", "prefix", "masked", "monte_carlo", "diffusion")
     for mode in modes:
-        run.check_mode(mode)
+        check_mode(run, mode)
     micro.objectives.masked_diffusion.shifted = False
     for mode in modes[:2]:
-        run.check_mode(mode)
+        check_mode(run, mode)
     for mode in modes[2:]:
         with pytest.raises(UserError, match="shifted=False"):
-            run.check_mode(mode)
+            check_mode(run, mode)
     micro.mixture.causal, micro.mixture.masked_diffusion = 0.75, 0.0
-    run.check_mode("masked")  # never trained, so nothing was learned the other way
+    check_mode(run, "masked")  # never trained, so nothing was learned the other way
 
 
 def test_a_folder_without_a_run(tmp_path):

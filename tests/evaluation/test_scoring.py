@@ -11,7 +11,7 @@ import pytest
 
 from dualsm.config import default_config, freeze
 from dualsm.devices import sharding
-from dualsm.evaluation.modes import MODES, Scoring
+from dualsm.evaluation.modes import MODES, ScoringParams
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
 from dualsm.model.transformer import bind, init_params
 from dualsm.process.errors import UserError
@@ -64,19 +64,19 @@ def score(scorer, scoring, *pairs):
 def test_causal_is_the_product_of_next_token_probabilities(scorer, log_p):
     text = [2, *CONTEXT, *COMPLETION]
     expected = sum(log_p(text[:i], i, text[i]) for i in range(1 + len(CONTEXT), len(text)))
-    assert score(scorer, Scoring("causal"))[0] == pytest.approx(expected, abs=1e-3)
+    assert score(scorer, ScoringParams("causal"))[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_prefix_sees_the_context_from_both_sides(scorer, log_p):
     text, start = [2, *CONTEXT, *COMPLETION], 1 + len(CONTEXT)
     expected = sum(log_p(text[:i], i, text[i], prefix_end=start) for i in range(start, len(text)))
-    ours = score(scorer, Scoring("prefix"))[0]
+    ours = score(scorer, ScoringParams("prefix"))[0]
     assert ours == pytest.approx(expected, abs=1e-3)
-    assert abs(ours - score(scorer, Scoring("causal"))[0]) > 0.01
+    assert abs(ours - score(scorer, ScoringParams("causal"))[0]) > 0.01
 
 
 def test_prefix_with_an_empty_context_is_causal(scorer):
-    scores = [score(scorer, Scoring(mode), ([], COMPLETION))[0] for mode in ("causal", "prefix")]
+    scores = [score(scorer, ScoringParams(mode), ([], COMPLETION))[0] for mode in ("causal", "prefix")]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
@@ -88,7 +88,7 @@ def test_masked_hides_n_tokens_from_each_place_on(scorer, log_p, masks):
         for i in range(start, len(text)):
             seen = [4 if i <= j < i + n else token for j, token in enumerate(text)]
             expected += log_p(seen, i, text[i], prefix_end=len(text)) / len(masks)
-    assert score(scorer, Scoring("masked", masks=masks))[0] == pytest.approx(expected, abs=2e-3)
+    assert score(scorer, ScoringParams("masked", masks=masks))[0] == pytest.approx(expected, abs=2e-3)
 
 
 def test_monte_carlo_converges_to_the_enumerated_bound(scorer, log_p):
@@ -102,13 +102,14 @@ def test_monte_carlo_converges_to_the_enumerated_bound(scorer, log_p):
             total = sum(log_p(seen, start + i, completion[i], len(text)) for i in subset)
             exact += total * size / count / size / len(subsets)
     draws = [
-        score(scorer, Scoring("monte_carlo", samples=64, seed=seed), (context, completion))[0]
+        score(scorer, ScoringParams("monte_carlo", samples=64, seed=seed), (context, completion))[0]
         for seed in range(12)
     ]
     error = np.std(draws, ddof=1) / math.sqrt(len(draws))
     assert abs(np.mean(draws) - exact) < 4 * error + 1e-3
     few = [
-        score(scorer, Scoring("monte_carlo", samples=4, seed=s), (context, completion))[0] for s in range(12)
+        score(scorer, ScoringParams("monte_carlo", samples=4, seed=s), (context, completion))[0]
+        for s in range(12)
     ]
     assert np.std(few) > 1.5 * np.std(draws)
 
@@ -121,7 +122,7 @@ def test_batching_padding_and_order_do_not_matter(scorer):
     ]
     modes = {"causal": {}, "prefix": {}, "masked": {"masks": (1, 4)}, "monte_carlo": {"samples": 8}}
     for mode, options in modes.items():
-        scoring = Scoring(mode, **options)
+        scoring = ScoringParams(mode, **options)
         together = score(scorer, scoring, *pairs)
         alone = [score(scorer, scoring, pair)[0] for pair in pairs]
         np.testing.assert_allclose(together, alone, atol=1e-3)
@@ -133,7 +134,7 @@ def test_devices_share_the_rows(config, params, corpus, scorer):
     pairs = [(CONTEXT, COMPLETION), ([], COMPLETION), (CONTEXT[:1], COMPLETION[:2])]
     for mode in ("causal", "masked"):
         np.testing.assert_allclose(
-            score(many, Scoring(mode), *pairs), score(scorer, Scoring(mode), *pairs), atol=1e-3
+            score(many, ScoringParams(mode), *pairs), score(scorer, ScoringParams(mode), *pairs), atol=1e-3
         )
 
 
@@ -143,7 +144,7 @@ def test_greedy_is_true_for_what_the_model_says_itself(scorer, log_p):
         text.append(likeliest(log_p, text))
     result = scorer.score_tokens(
         [(CONTEXT, text[5:]), (CONTEXT, [*text[5:7], 499 if text[7] != 499 else 498])],
-        Scoring("causal"),
+        ScoringParams("causal"),
         quiet=True,
     )
     assert result.greedy_N.tolist() == [True, False]
@@ -156,20 +157,20 @@ def likeliest(log_p, text) -> int:
 def test_long_contexts_are_cut_from_the_left_and_counted(scorer):
     long = list(range(100, 140))
     result = scorer.score_tokens(
-        [(long, COMPLETION), (long[-10:], COMPLETION)], Scoring("causal", longest=16), quiet=True
+        [(long, COMPLETION), (long[-10:], COMPLETION)], ScoringParams("causal", max_length=16), quiet=True
     )
-    assert result.cut_N.tolist() == [True, False]
+    assert result.truncated_N.tolist() == [True, False]
     assert result.log_likelihood_N[0] == pytest.approx(result.log_likelihood_N[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_completions_that_fit_no_row_are_not_scored(scorer, mode):
-    scoring = Scoring(mode, samples=2, longest=16)
+    scoring = ScoringParams(mode, samples=2, max_length=16)
     fits, long = list(range(100, 115)), list(range(100, 116))
     pairs = [(CONTEXT, COMPLETION), (CONTEXT, long), (CONTEXT, []), (CONTEXT, fits)]
     result = scorer.score_tokens(pairs, scoring, quiet=True)
     assert np.isnan(result.log_likelihood_N).tolist() == [False, True, True, False]
-    assert result.cut_N.tolist() == [False, False, False, True]
+    assert result.truncated_N.tolist() == [False, False, False, True]
     assert not result.greedy_N[1:3].any()
     expected = score(scorer, scoring, (CONTEXT, COMPLETION), ([], fits))
     np.testing.assert_allclose(result.log_likelihood_N[[0, 3]], expected, atol=1e-3)
@@ -179,7 +180,7 @@ def test_equal_items_have_equal_scores(scorer):
     """To the last bit, in whatever batch they would be, and for the forwards of one of them."""
     rng = np.random.default_rng(1)
     pairs = [(rng.integers(16, 512, n).tolist(), COMPLETION) for n in range(1, 40)]
-    result = scorer.score_tokens([*pairs, *pairs[::-1]], Scoring("causal"), quiet=True)
+    result = scorer.score_tokens([*pairs, *pairs[::-1]], ScoringParams("causal"), quiet=True)
     first, second = result.log_likelihood_N[: len(pairs)], result.log_likelihood_N[len(pairs) :]
     assert first.tolist() == second[::-1].tolist()
     assert result.forwards == len(pairs)
@@ -187,7 +188,7 @@ def test_equal_items_have_equal_scores(scorer):
 
 def test_empty_completions_are_refused(scorer):
     with pytest.raises(UserError, match="empty completion"):
-        scorer([Item("some context", "")], Scoring("causal"), quiet=True)
+        scorer([Item("some context", "")], ScoringParams("causal"), quiet=True)
 
 
 def test_pairs_are_the_tokens_of_the_whole_text(corpus):
@@ -223,9 +224,11 @@ def test_the_tokens_of_a_completion_decode_to_it(corpus, documents, prepended):
 
 
 def test_equal_forwards_are_made_once(scorer):
-    one = scorer.score_tokens([(CONTEXT, COMPLETION[:1])], Scoring("monte_carlo", samples=64), quiet=True)
+    one = scorer.score_tokens(
+        [(CONTEXT, COMPLETION[:1])], ScoringParams("monte_carlo", samples=64), quiet=True
+    )
     assert one.forwards == 1
-    masked = scorer.score_tokens([(CONTEXT, COMPLETION)], Scoring("masked", masks=(1, 4)), quiet=True)
+    masked = scorer.score_tokens([(CONTEXT, COMPLETION)], ScoringParams("masked", masks=(1, 4)), quiet=True)
     assert masked.forwards == 2 * len(COMPLETION) - 1  # the last token is hidden alone by both
 
 
@@ -233,9 +236,9 @@ def test_a_diverged_model_is_named(config, params, corpus):
     mesh = sharding.make_mesh(default_config().mesh, jax.devices()[:1])
     broken = Scorer(config, jax.tree.map(lambda p: p * jnp.nan, params), corpus.tokenizer(), mesh)
     with pytest.raises(UserError, match="diverged"):
-        score(broken, Scoring("causal"))
+        score(broken, ScoringParams("causal"))
 
 
 def test_unknown_modes_are_refused():
     with pytest.raises(UserError, match="telepathy"):
-        Scoring("telepathy")
+        ScoringParams("telepathy")

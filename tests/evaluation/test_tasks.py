@@ -6,9 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from dualsm.evaluation.judging import by_group, judge, right_answers
 from dualsm.evaluation.scoring import Item
-from dualsm.evaluation.tasks import TASKS, Question, describe_files, load_task, task_files
+from dualsm.evaluation.task_formats import TASKS, Question
+from dualsm.evaluation.task_metrics import accuracy_by_group, compute_metrics, correctness
+from dualsm.evaluation.tasks import describe_files, load_task, task_files
 from dualsm.process.errors import UserError
 
 LABELLED = {"text": ["a cell", "a rock"], "label": ["A", "B"]}
@@ -96,10 +97,10 @@ def test_labels_in_a_file_beside(tmp_path):
     (tmp_path / "piqa" / "val-labels.lst").write_text("1\n0\n")
     assert [question.gold for question in load_task("piqa", tmp_path)] == [1, 0]
     (tmp_path / "piqa" / "val-labels.lst").write_text("1\n")
-    with pytest.raises(UserError, match=r"val-labels\.lst ends before line 2"):
+    with pytest.raises(UserError, match=r"val-labels\.lst has 1 labels, fewer than"):
         load_task("piqa", tmp_path)
     (tmp_path / "piqa" / "val-labels.lst").write_text("1\n0\n1\n")
-    with pytest.raises(UserError, match=r"val-labels\.lst has 3 labels for the 2 lines"):
+    with pytest.raises(UserError, match=r"val-labels\.lst has 3 labels, but .* has 2 lines"):
         load_task("piqa", tmp_path)
 
 
@@ -180,7 +181,7 @@ def test_hidden_files_and_backups_are_not_read(tmp_path, copy):
 def test_a_copy_of_a_file_is_refused(tmp_path, copy):
     write(tmp_path, "blimp", numbered("blimp", 3))
     write(tmp_path, "blimp", numbered("blimp", 4), copy)  # edited since
-    with pytest.raises(UserError, match=r"has 3 questions that .* has too; remove one of the two"):
+    with pytest.raises(UserError, match=r"3 questions are also in .*; remove one of the two"):
         load_task("blimp", tmp_path)
 
 
@@ -190,9 +191,7 @@ def test_extended_rows_of_the_same_questions_are_refused(tmp_path):
     write(tmp_path, "openbookqa", rows, "Data/Main/test.jsonl")
     extended = [row | {"fact1": "cells live", "turkIdAnonymized": "x"} for row in rows]
     write(tmp_path, "openbookqa", extended, "Data/Additional/test_complete.jsonl")
-    with pytest.raises(
-        UserError, match=r"Main/test\.jsonl has 3 questions that .*test_complete\.jsonl has too"
-    ):
+    with pytest.raises(UserError, match=r"Main/test\.jsonl: 3 questions are also in .*test_complete\.jsonl"):
         load_task("openbookqa", tmp_path)
 
 
@@ -216,7 +215,7 @@ def test_other_encodings_are_refused_by_name(tmp_path, encoding):
     write(tmp_path, "blimp", [])
     line = json.dumps(ROWS["blimp"][0]) + "\n"
     (tmp_path / "blimp" / "val.jsonl").write_bytes(line.encode(encoding))
-    with pytest.raises(UserError, match=rf"val\.jsonl, line 1: no UTF-8, but {encoding[:6].upper()}"):
+    with pytest.raises(UserError, match=rf"val\.jsonl, line 1: not UTF-8, but {encoding[:6].upper()}"):
         load_task("blimp", tmp_path)
 
 
@@ -251,8 +250,8 @@ def test_files_of_other_kinds_beside_are_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", "no JSON"),
-        ("[1, 2]", "no JSON object"),
+        ("{not json", "not valid JSON"),
+        ("[1, 2]", "not a JSON object"),
         ('{"question": "x"}', "not in the format of arc_easy"),
         (
             '{"question": "x", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}',
@@ -260,7 +259,7 @@ def test_files_of_other_kinds_beside_are_left_alone(tmp_path):
         ),
         (
             '{"question": "x", "choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "B"}',
-            "empty answer",
+            "answer is empty",
         ),
         ('{"question": "x", "choices": 7, "answerKey": "B"}', "not in the format"),
         (
@@ -273,13 +272,13 @@ def test_files_of_other_kinds_beside_are_left_alone(tmp_path):
         ),
         (
             '{"question": 7, "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}',
-            "7 where",
+            "7 is not a string",
         ),
         ('{"question": "x", "choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "A"}', "1 labels"),
-        ('{"question": "x", "choices": {"text": "ab", "label": "AB"}, "answerKey": "A"}', "where a list"),
+        ('{"question": "x", "choices": {"text": "ab", "label": "AB"}, "answerKey": "A"}', "is not a list"),
         ('{"question": "x", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}', "fewer than two"),
-        ("[" * 100_000, "no JSON"),
-        (b'{"question": "\xff"}', "no UTF-8"),
+        ("[" * 100_000, "not valid JSON"),
+        (b'{"question": "\xff"}', "not UTF-8"),
     ],
 )
 def test_malformed_lines_are_named(tmp_path, line, message):
@@ -317,11 +316,11 @@ def test_every_field_that_is_read_is_checked(tmp_path, name):
     ("content", "line", "message"),
     [
         (b"q,a,b,c,d,A\nq,a,b,c,A\n", 2, "5 columns"),
-        (b'"q\nr",a,b,c,d,A\n\nq,a,b,c,d,E\n', 4, "none of ABCD"),
-        (b'q,a,b,c,d,A\n"q,a,b,c,d,A\n', 2, "no CSV"),
-        (b"q,a,b,c,d,A\nq,a,b,\xff,d,A\n", 2, "no UTF-8"),
-        (b"q,a,b,,d,A\n", 1, "empty answer"),
-        (b"q,a,b," + b"c" * 200_000 + b",d,A\n", 1, "no CSV"),
+        (b'"q\nr",a,b,c,d,A\n\nq,a,b,c,d,E\n', 4, "or one of ABCD"),
+        (b'q,a,b,c,d,A\n"q,a,b,c,d,A\n', 2, "not valid CSV"),
+        (b"q,a,b,c,d,A\nq,a,b,\xff,d,A\n", 2, "not UTF-8"),
+        (b"q,a,b,,d,A\n", 1, "answer is empty"),
+        (b"q,a,b," + b"c" * 200_000 + b",d,A\n", 1, "not valid CSV"),
     ],
 )
 def test_malformed_csv_is_named(tmp_path, content, line, message):
@@ -351,18 +350,20 @@ def test_missing_tasks_and_files_are_named(tmp_path):
 def test_judging_by_each_metric():
     question = Question((Item("c", " short"), Item("c", " a much longer answer")), 1)
     scores, alone = np.array([-10.0, -20.0]), np.array([-1.0, -19.0])
-    judgements = judge([question], [scores], [alone])
+    judgements = compute_metrics([question], [scores], [alone])
     assert judgements["acc"].accuracy == 0  # -10 beats -20
     assert judgements["acc_norm"].accuracy == 1  # -10/5 against -20/20
     assert judgements["acc_uncond"].accuracy == 1  # -9 against -1
-    assert set(judge([question], [scores], None)) == {"acc", "acc_norm"}
+    assert set(compute_metrics([question], [scores], None)) == {"acc", "acc_norm"}
     assert all(judgement.ties == 0 for judgement in judgements.values())
 
 
 @pytest.mark.parametrize("gold", [0, 1])
 def test_a_tie_is_half_right_wherever_the_right_answer_stands(gold):
     same = Question((Item("", "same"), Item("", "same")), gold)
-    for judgement in judge([same, same], [np.array([-3.0, -3.0])] * 2, [np.array([-1.0, -1.0])] * 2).values():
+    for judgement in compute_metrics(
+        [same, same], [np.array([-3.0, -3.0])] * 2, [np.array([-1.0, -1.0])] * 2
+    ).values():
         assert judgement == (0.5, 0.0, 0.0, 2)
 
 
@@ -378,17 +379,17 @@ def test_a_tie_is_half_right_wherever_the_right_answer_stands(gold):
 )
 def test_answers_that_tie_share_the_question(values, right):
     question = Question(tuple(Item("", letter) for letter in "abcd"), 0)
-    assert right_answers([question], [np.array(values)]).tolist() == [right]
+    assert correctness([question], [np.array(values)]).tolist() == [right]
 
 
 def test_without_questions_there_is_no_accuracy():
-    assert judge([], [], None) == {"acc": (None, None, None, 0), "acc_norm": (None, None, None, 0)}
+    assert compute_metrics([], [], None) == {"acc": (None, None, None, 0), "acc_norm": (None, None, None, 0)}
 
 
 def test_a_neutral_prompt_is_the_task_s_own_without_the_question(tmp_path):
     """It is how the prompts of different questions end."""
     for name, task in TASKS.items():
-        assert (task.neutral is not None) == (task.main == "acc_uncond")
+        assert (task.neutral is not None) == (task.metric == "acc_uncond")
         if task.neutral is None:
             continue
         row = json.loads(json.dumps(ROWS[name][0]).replace("What lives?", "Who sleeps"))
@@ -399,17 +400,17 @@ def test_a_neutral_prompt_is_the_task_s_own_without_the_question(tmp_path):
 
 def test_standard_error_and_normalised_score():
     questions = [Question((Item("", "a"), Item("", "b")), gold) for gold in [0] * 75 + [1] * 25]
-    judged = judge(questions, [np.array([1.0, 0.0])] * 100, None)["acc"]
+    judged = compute_metrics(questions, [np.array([1.0, 0.0])] * 100, None)["acc"]
     assert judged.accuracy == 0.75
     assert judged.normalised == pytest.approx(50)
     assert judged.stderr == pytest.approx((0.75 * 0.25 / 99) ** 0.5)
-    assert judge(questions[:1], [np.array([1.0, 0.0])], None)["acc"].stderr is None
+    assert compute_metrics(questions[:1], [np.array([1.0, 0.0])], None)["acc"].stderr is None
 
 
 def test_accuracy_by_group():
     questions = [Question((Item("", "a"), Item("", "b")), 0, group) for group in "xyx"]
-    assert by_group(questions, np.array([True, True, False])) == {
+    assert accuracy_by_group(questions, np.array([True, True, False])) == {
         "x": {"score": 0.5, "stderr": 0.5, "n": 2},
         "y": {"score": 1.0, "stderr": None, "n": 1},
     }
-    assert by_group(questions[:1], np.array([True])) == {}
+    assert accuracy_by_group(questions[:1], np.array([True])) == {}

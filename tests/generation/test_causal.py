@@ -7,8 +7,8 @@ import pytest
 
 from dualsm.generation import batches
 from dualsm.generation.batches import prompt_keys
-from dualsm.generation.causal import begin, extend, generate
-from dualsm.generation.sampling_params import SamplingParams, pick
+from dualsm.generation.causal import forward_with_cache, generate, prefill
+from dualsm.generation.sampling_params import SamplingParams, sample
 from dualsm.model.transformer import bind
 from dualsm.objectives.example import SpecialIds
 from dualsm.process.errors import UserError
@@ -51,14 +51,14 @@ def test_cached_logits_equal_uncached_ones(memorised, bidirectional):
     rng = np.random.default_rng(1)
     texts = rng.integers(16, VOCABULARY, (3, 20))
     lengths = np.array([4, 11, 1], np.int32)
-    state = begin(
+    state = prefill(
         memorised.config, memorised.params, texts[:, :11], lengths, prompt_keys(0, texts),
         size=20, bidirectional=bidirectional, special=SPECIAL,
     )  # fmt: skip
     cache, position_B, logits = state.cache, lengths, [state.logits_BxV]
     for step in range(8):
         tokens_Bx1 = texts[np.arange(3), lengths + step][:, None]
-        features, cache = extend(model, tokens_Bx1, position_B, jnp.zeros(3, jnp.int32), cache)
+        features, cache = forward_with_cache(model, tokens_Bx1, position_B, jnp.zeros(3, jnp.int32), cache)
         logits.append(model.head.output(features[:, 0]))
         position_B = position_B + 1
     for b in range(3):
@@ -75,7 +75,7 @@ def test_drawing_at_temperature_one_follows_the_distribution():
     keys = jax.random.split(jax.random.key(0), 20_000)
 
     def shares(**sampling):
-        drawn = jax.vmap(lambda key: pick(logits_V, key, SamplingParams(**sampling)))(keys)
+        drawn = jax.vmap(lambda key: sample(logits_V, key, SamplingParams(**sampling)))(keys)
         return np.bincount(np.asarray(drawn), minlength=4) / len(keys)
 
     np.testing.assert_allclose(shares(), [0.5, 0.3, 0.15, 0.05], atol=0.015)
@@ -115,8 +115,8 @@ def test_a_sampled_text_depends_on_no_other_prompt(memorised, mode, monkeypatch)
     alone = [run(memorised, [prompt], 12, hot, mode=mode)[0] for prompt in prompts]
     assert run(memorised, prompts, 12, hot, mode=mode) == alone
     assert run(memorised, prompts[::-1], 12, hot, mode=mode) == alone[::-1]
-    monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 50)  # two texts of 9 + 12 tokens
-    assert batches.texts_at_once(21) == 2
+    monkeypatch.setattr(batches, "MAX_BATCH_TOKENS", 50)  # two texts of 9 + 12 tokens
+    assert batches.max_batch_size(21) == 2
     assert run(memorised, prompts, 12, hot, mode=mode) == alone
 
 
@@ -127,15 +127,15 @@ def test_equal_prompts_get_different_texts(memorised):
 
 
 def test_many_prompts_are_divided_into_batches_of_bounded_size():
-    parts = list(batches.split(400, 160))
+    parts = list(batches.batch_slices(400, 160))
     assert [i for part in parts for i in range(400)[part]] == list(range(400))
-    assert max(part.stop - part.start for part in parts) == batches.texts_at_once(160) == 102
-    assert batches.texts_at_once(10**6) == 1
+    assert max(part.stop - part.start for part in parts) == batches.max_batch_size(160) == 102
+    assert batches.max_batch_size(10**6) == 1
 
 
 def test_a_reader_can_watch(memorised):
     states = list(
-        generate(memorised.config, memorised.params, [memorised.text[:4]], 20, GREEDY, SPECIAL, at_once=4)
+        generate(memorised.config, memorised.params, [memorised.text[:4]], 20, GREEDY, SPECIAL, yield_every=4)
     )
     assert [len(state[0]) for state in states] == [4, 8, 12, 16, 20, 24]
     assert all(state[0] == memorised.text[: len(state[0])] for state in states)

@@ -8,7 +8,7 @@ from dualsm.config import default_config, freeze
 from dualsm.devices import sharding
 from dualsm.generation import batches
 from dualsm.generation.batches import prompt_keys
-from dualsm.generation.diffusion import ORDERS, DiffusionState, Unmasking, fill, settle
+from dualsm.generation.diffusion import ORDERS, DiffusionState, UnmaskingParams, infill, unmask
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import SpecialIds
@@ -21,7 +21,9 @@ MASK = SPECIAL.mask
 
 def states(model, texts, sampling=GREEDY, seed=0, **unmasking):
     key_B = prompt_keys(seed, texts)
-    return list(fill(model.config, model.params, texts, sampling, Unmasking(**unmasking), SPECIAL, key_B))
+    return list(
+        infill(model.config, model.params, texts, sampling, UnmaskingParams(**unmasking), SPECIAL, key_B)
+    )
 
 
 def hide(text, *places):
@@ -117,7 +119,7 @@ def test_a_sampled_text_depends_on_no_other_text(memorised, order, monkeypatch):
     alone = [states(memorised, [text], hot, **options)[-1][0] for text in texts]
     assert states(memorised, texts, hot, **options)[-1] == alone
     assert states(memorised, texts[::-1], hot, **options)[-1] == alone[::-1]
-    monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 70)  # two texts of 33 tokens
+    monkeypatch.setattr(batches, "MAX_BATCH_TOKENS", 70)  # two texts of 33 tokens
     assert states(memorised, texts, hot, **options)[-1] == alone
     same = states(memorised, texts[:1] * 8, hot, **options)[-1]
     assert len({tuple(text) for text in same}) == 8
@@ -129,13 +131,13 @@ def test_memory_is_bounded_for_many_prompts_and_a_large_vocabulary():
     config.vocab_size = 8192
     config = freeze(config)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    part = next(batches.split(400, 160))
-    tokens_BxL, length_B = batches.pad([[2] * 160] * len(range(400)[part]), SPECIAL.pad)
+    part = next(batches.batch_slices(400, 160))
+    tokens_BxL, length_B = batches.pad_batch([[2] * 160] * len(range(400)[part]), SPECIAL.pad)
     state = DiffusionState(
         tokens_BxL, length_B, tokens_BxL, tokens_BxL, prompt_keys(0, tokens_BxL), np.int32(0)
     )
-    options = {"sampling": SamplingParams(0.8, 50, 0.95), "unmasking": Unmasking(), "special": SPECIAL}
-    compiled = settle.lower(config, params, state, **options).compile()
+    options = {"sampling": SamplingParams(0.8, 50, 0.95), "unmasking": UnmaskingParams(), "special": SPECIAL}
+    compiled = unmask.lower(config, params, state, **options).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 256 * 2**20
 
 
@@ -143,16 +145,16 @@ def test_a_text_cannot_start_with_a_mask(memorised):
     with pytest.raises(UserError, match="must start"):
         states(memorised, [[MASK, 20]])
     with pytest.raises(UserError, match="telepathy"):
-        Unmasking(order="telepathy")
+        UnmaskingParams(order="telepathy")
 
 
 def test_all_forwards_run_one_program(memorised):
     """Also with parameters on a mesh, as an opened run has them."""
     mesh = sharding.make_mesh(default_config().mesh, jax.devices()[:1])
     params = jax.device_put(memorised.params, sharding.tree_shardings(mesh, memorised.params))
-    before = settle._cache_size()
+    before = unmask._cache_size()
     text = hide(memorised.text, *range(5, 13))
-    unmasking = Unmasking(order="margin", steps=3)  # no other test's
-    history = list(fill(memorised.config, params, [text], GREEDY, unmasking, SPECIAL))
+    unmasking = UnmaskingParams(order="margin", steps=3)  # no other test's
+    history = list(infill(memorised.config, params, [text], GREEDY, unmasking, SPECIAL))
     assert len(history) == 4
-    assert settle._cache_size() == before + 1
+    assert unmask._cache_size() == before + 1

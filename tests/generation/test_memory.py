@@ -8,7 +8,7 @@ import pytest
 
 from dualsm.config import default_config
 from dualsm.devices import sharding
-from dualsm.evaluation.modes import MODES, Scoring
+from dualsm.evaluation.modes import MODES, ScoringParams
 from dualsm.evaluation.scoring import Scorer
 from dualsm.objectives.example import SpecialIds
 
@@ -26,6 +26,6 @@ def test_a_memorised_text_scores_above_its_corrupted_copies(memorised, mode):
         other = (text[place] - 16 + rng.integers(1, VOCABULARY - 16)) % (VOCABULARY - 16) + 16
         copies.append([*text[:place], int(other), *text[place + 1 :]])
     pairs = [(each[:8], each[8:]) for each in (text, *copies)]
-    scoring = Scoring(mode, masks=(1, 4), samples=32)
+    scoring = ScoringParams(mode, masks=(1, 4), samples=32)
     right, *wrong = scorer.score_tokens(pairs, scoring, quiet=True).log_likelihood_N
     assert right > max(wrong) + 1

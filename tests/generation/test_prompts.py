@@ -43,11 +43,11 @@ def test_prompts_of_other_writers(tmp_path, suffix):
     with pytest.raises(UserError, match=f"a.{suffix} is encoded in UTF-16; convert it"):
         read_prompts(str(path))
     path.write_bytes(lines.encode("latin-1"))
-    with pytest.raises(UserError, match=f"a.{suffix}, line 1: no UTF-8, but perhaps Latin-1"):
+    with pytest.raises(UserError, match=f"a.{suffix}, line 1: not UTF-8, but perhaps Latin-1"):
         read_prompts(str(path))
 
 
 def test_a_prompt_of_half_a_surrogate_pair_is_named_with_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": "a \\ud800"}\n')
-    with pytest.raises(UserError, match="line 2: no UTF-8, but lone surrogates"):
+    with pytest.raises(UserError, match="line 2: the prompt contains lone surrogates"):
         read_prompts(str(tmp_path / "a.jsonl"))

@@ -1,0 +1,66 @@
+"""Evaluation results as text tables and warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dualsm.process.progress import table
+from dualsm.training.validation import BYTES_OF_TOKENS
+
+
+def results_table(results: Mapping, modes: Sequence[str]) -> str:
+    """Formats results as tables: one of the tasks in each of `modes`, one of held-out text."""
+    parts = [f"{results['workdir']}, step {results['checkpoint']}"]
+    if results["tasks"]:
+        parts.append("accuracy in percent ± standard error\n" + _task_table(results["tasks"], modes))
+    if held_out := results.get("held_out"):
+        rows = [
+            [
+                name,
+                f"{r['nats_per_token']:.4f}",
+                f"{r['perplexity']:.2f}",
+                f"{r['bits_per_byte']:.4f}",
+                r["samples"],
+            ]
+            for name, r in held_out.items()
+        ]
+        header = ["held-out text", "nats per token", "perplexity", "bits per byte", "draws"]
+        parts.append(table(header, rows))
+    return "\n\n".join(parts)
+
+
+def _task_table(tasks: Mapping, modes: Sequence[str]) -> str:
+    rows = []
+    for name, by_mode in tasks.items():
+        first = by_mode[modes[0]]
+        rows.append([name, first["metric"], first["n"], *(_format_accuracy(by_mode[mode]) for mode in modes)])
+    normalised = [[by_mode[mode]["normalised"] for by_mode in tasks.values()] for mode in modes]
+    means = ["" if None in values else f"{np.mean(values):.1f}" for values in normalised]
+    rows.append(["mean (0 guessing, 100 perfect)", "", "", *means])
+    return table(["task", "metric", "n", *modes], rows)
+
+
+def _format_accuracy(result: Mapping) -> str:
+    if result["score"] is None:
+        return ""
+    accuracy, stderr = 100 * result["score"], result["stderr"]
+    return f"{accuracy:.1f}" if stderr is None else f"{accuracy:.1f} ± {100 * stderr:.1f}"
+
+
+def results_warnings(results: Mapping) -> list[str]:
+    """Returns a warning for each limitation of the results: truncated contexts, skipped questions, bytes."""
+    warnings = []
+    for name, by_mode in results["tasks"].items():
+        counts = {key: max(r[key] for r in by_mode.values()) for key in ("contexts_truncated", "skipped")}
+        limit = f"{max(r['settings']['max_length'] for r in by_mode.values())} tokens (the sequence length)"
+        if count := counts["contexts_truncated"]:
+            warnings.append(f"{name}: {count} contexts were truncated on the left to fit into {limit}")
+        if count := counts["skipped"]:
+            warnings.append(
+                f"{name}: {count} questions were skipped because an answer is empty or longer than {limit}"
+            )
+    if any(r["bytes_of"] == "tokens" for r in results.get("held_out", {}).values()):
+        warnings.append(BYTES_OF_TOKENS)
+    return warnings

@@ -1,0 +1,82 @@
+"""Evaluation spec: tasks, modes and options of one evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from dualsm.evaluation.modes import MODES
+from dualsm.evaluation.tasks import TASKS
+from dualsm.process.errors import UserError
+
+HELD_OUT = "valid"  # the task that scores the corpus's held-out text
+# Objective whose held-out loss is reported for each mode.
+OBJECTIVES = {
+    "causal": "causal",
+    "prefix": "prefix",
+    "masked": "masked_diffusion",
+    "monte_carlo": "masked_diffusion",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSpec:
+    """Tasks, modes and options of one evaluation.
+
+    Attributes:
+      tasks: names from `TASKS`, or `HELD_OUT`.
+      modes: names from `MODES`.
+      task_data: folder with the tasks' files.
+      limit: maximum number of questions per task; 0 takes all.
+      masks: numbers of masks that the mode "masked" averages over.
+      samples: draws per item of the mode "monte_carlo".
+      valid_samples: draws per packed sequence of held-out text.
+      data: corpus with the held-out text; empty for the corpus that the run was trained on.
+    """
+
+    tasks: Sequence[str]
+    modes: Sequence[str]
+    task_data: str = ""
+    limit: int = 0
+    masks: Sequence[int] = (1, 4)
+    samples: int = 128
+    valid_samples: int = 4
+    data: str = ""
+
+    def check(self) -> None:
+        """Checks the names, and that every option that a task needs is set.
+
+        Raises:
+          UserError: if the evaluation is impossible; the message names the flag.
+        """
+        if not self.tasks:
+            raise UserError(f"--tasks= is empty; choose from {HELD_OUT}, {', '.join(TASKS)}")
+        if not self.modes:
+            raise UserError(f"--modes= is empty; choose from {', '.join(MODES)}")
+        for mode in self.modes:
+            if mode not in MODES:
+                raise UserError(f"--modes: unknown mode {mode!r}; choose from {', '.join(MODES)}")
+        for task in self.tasks:
+            if task != HELD_OUT and task not in TASKS:
+                raise UserError(f"--tasks: unknown task {task!r}; choose from {HELD_OUT}, {', '.join(TASKS)}")
+            if task != HELD_OUT and not self.task_data:
+                raise UserError(f"--tasks={task} needs --task_data=FOLDER with {task}/*.jsonl in it")
+
+    def question_tasks(self) -> list[str]:
+        """Returns the tasks that consist of questions."""
+        return [task for task in self.tasks if task != HELD_OUT]
+
+    def objectives(self) -> list[str]:
+        """Returns the objectives that score held-out text in these modes, without duplicates."""
+        return list(dict.fromkeys(OBJECTIVES[mode] for mode in self.modes))
+
+    def is_complete(self, results: Mapping) -> bool:
+        """Returns True if `results` contains every task in every mode with the same limit."""
+        tasks, held_out = results.get("tasks", {}), results.get("held_out", {})
+        if HELD_OUT in self.tasks and not all(name in held_out for name in self.objectives()):
+            return False
+        return all(
+            tasks.get(task, {}).get(mode, {}).get("limit") == self.limit
+            for task in self.question_tasks()
+            for mode in self.modes
+        )
