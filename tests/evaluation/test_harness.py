@@ -139,9 +139,9 @@ def test_texts_are_those_of_generation_up_to_the_string_that_ends_them(model, ru
     assert cut == [text[: text.index(end)] for text, end in zip(whole, ends, strict=True)]
 
 
-def test_different_wishes_are_answered_in_order(model):
-    requests = [("import os", GREEDY | {"until": [], "max_gen_toks": n}) for n in (5, 1, 3, 5)]
-    texts = model("causal").generate_until(requests(*requests), disable_tqdm=True)
+def test_requests_with_different_options_keep_their_order(model):
+    arguments = [("import os", GREEDY | {"until": [], "max_gen_toks": n}) for n in (5, 1, 3, 5)]
+    texts = model("causal").generate_until(requests(*arguments), disable_tqdm=True)
     assert texts[0] == texts[3]
     assert texts[0].startswith(texts[2])
     assert texts[2].startswith(texts[1])
@@ -159,7 +159,7 @@ def test_sampled_texts_differ_and_depend_on_no_other_request(model, mode):
     assert model(mode).generate_until(requests(*others), disable_tqdm=True) == mixed[:2]
 
 
-def test_what_a_task_may_wish():
+def test_generation_kwargs_are_parsed():
     assert read_request({}, 64) == GenerationRequest((), 32, SamplingParams(0.0))
     assert read_request({"until": "\n", "max_new_tokens": 8}, 64) == GenerationRequest(
         ("\n",), 8, SamplingParams(0.0)
