@@ -25,7 +25,7 @@ from dualsm.process import cli, distributed
 from dualsm.process.progress import say
 from dualsm.training.cpu_devices import cpu_devices
 from dualsm.training.loop import train
-from dualsm.training.profile import parse_window, profiled
+from dualsm.training.profile import parse_window
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, see configs/")
 _WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run; one that holds this run is resumed")
@@ -49,8 +49,7 @@ def main(_: Sequence[str]) -> None:
         config, alone = cli.config(_CONFIG), not jax.distributed.is_initialized()
         cli.set_up_jax(cpu_devices(config) if alone else 0)
         stop = distributed.preempted if jax.process_count() > 1 else _on_signals()
-        with profiled(stop, window, _WORKDIR.value) as stop:
-            finished = train(config, _WORKDIR.value, stop)
+        finished = train(config, _WORKDIR.value, stop, window)
         if not finished:
             say(f"stopped by a signal; run the same command to resume:\n  {_command()}")
             status = _STOPPED_STATUS.value

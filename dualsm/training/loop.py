@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -33,6 +32,8 @@ from dualsm.rundir.metrics import MetricsWriter, NoMetrics, read_metrics
 from dualsm.rundir.workdir import CONFIG, check_config_of_run, check_same, lock, write_config
 from dualsm.training.branch import branched_state, start_step
 from dualsm.training.clock import Clock
+from dualsm.training.metrics_log import MetricsLog
+from dualsm.training.profile import Profiler, Window, profiled
 from dualsm.training.program import attended_share, compile_train_step
 from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, TrainState
@@ -42,9 +43,12 @@ from dualsm.training.validation import BYTES_OF_TOKENS, Validation, valid_rows
 
 
 def train(
-    config: ConfigDict, workdir: epath.PathLike, stop: Callable[[int], bool] = lambda step: False
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    stop: Callable[[int], bool] = lambda step: False,
+    profile: Window | None = None,
 ) -> bool:
-    """Trains, or resumes what is in `workdir`.
+    """Trains a model, or resumes the run in `workdir`.
 
     Args:
       config: a complete config.
@@ -52,9 +56,10 @@ def train(
       stop: called after every step and before every batch of a validation, with the number of finished
         steps; once it returns True the run saves and returns. In a job of many processes the same call must
         return True in all of them.
+      profile: steps to profile.
 
     Returns:
-      Whether the run is complete (False: it was stopped).
+      True if the run is complete, False if it was stopped.
 
     Raises:
       UserError: for configs, corpora and folders that do not fit together, before anything is compiled.
@@ -94,8 +99,8 @@ def train(
                 raise UserError(
                     f"{workdir} must lie where all processes see it, in a bucket or on a shared disk"
                 )
-        with jax.set_mesh(mesh):
-            finished = run.go(stop)
+        with jax.set_mesh(mesh), profiled(profile, workdir) as profiler:
+            finished = run.go(stop, profiler)
     if finished and distributed.is_main_process():
         say("\n" + summarise(workdir, corpus if run.scores_all else None))
     return finished
@@ -158,7 +163,7 @@ class _Run:
             self.scores_all = rows.documents_VxL1.shape[0] * config.seq_len >= held_out.tokens
             self.validation = Validation(config, scored, special, rows, mesh)
 
-    def go(self, stop: Callable[[int], bool]) -> bool:
+    def go(self, stop: Callable[[int], bool], profiler: Profiler) -> bool:
         """Runs from the newest checkpoint to the end, or until `stop`; returns whether it is the end."""
         with contextlib.closing(Checkpoints(self.workdir, self.config.checkpoint)) as checkpoints:
             state = checkpoints.restore(self.abstract_state)
@@ -175,12 +180,23 @@ class _Run:
                 if distributed.is_main_process():
                     writer = MetricsWriter(self.workdir, self.config, resumed_at=first or None)
             with contextlib.closing(writer):
+                log = MetricsLog(
+                    self.config,
+                    self.names,
+                    self.schedule,
+                    self.order.unique,
+                    self.peak,
+                    self.row_flops,
+                    writer,
+                )
                 untrained = state is None
                 state = self.init() if untrained else state
                 validate = unscored or (first == 0 and self.validation)
-                if validate and not self._validate_first(state, first, writer, untrained, stop):
+                if validate and not self._validate_first(state, first, log, untrained, stop):
                     return False
-                return first == self.config.steps or self._train(state, first, checkpoints, writer, stop)
+                return first == self.config.steps or self._train(
+                    state, first, checkpoints, log, stop, profiler
+                )
 
     def _is_unscored(self, first: int) -> bool:
         """Returns True when the validation of step `first` was cut short by a stop."""
@@ -191,80 +207,96 @@ class _Run:
             lines = read_metrics(self.workdir) if distributed.is_main_process() else [{"step": first}]
         return not distributed.all_agree(any(line["step"] == first for line in lines))
 
-    def _train(self, state: TrainState, first: int, checkpoints: Checkpoints, writer, stop) -> bool:
-        """The loop, from step `first` on."""
+    def _train(
+        self,
+        state: TrainState,
+        first: int,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        stop: Callable[[int], bool],
+        profiler: Profiler,
+    ) -> bool:
+        """Trains from step `first` on; returns True if the run is complete.
+
+        Each step runs these hooks in order: check the previous step, compute, write the previous log line,
+        profile, stop, validate, log, save.
+        """
         config = self.config
         batches = read_batches(
             self.batch_source, first, config.data.num_threads, config.data.prefetch_steps, self._batch
         )
-        clock, unwritten, sums, quiet = Clock(), None, None, not distributed.is_main_process()
+        log.clock = clock = Clock()  # the first validation does not count
+        metrics, quiet = None, not distributed.is_main_process()
         done, save, unscored = first, False, False
         with bar(total=config.steps, initial=first, desc="training", unit="step", disable=quiet) as progress:
             for done in range(first + 1, config.steps + 1):
-                # So that the wait for data is time in which the devices are idle.
-                jax.block_until_ready(sums)
-                self._check_step(sums, done - 1, checkpoints)
+                # Waiting here makes the time that `next(batches)` takes the time that the devices are idle.
+                jax.block_until_ready(metrics)
+                self._check_step(metrics, done - 1, checkpoints)
                 with clock.time("waiting"):
                     batch = next(batches)
                 with jax.profiler.StepTraceAnnotation("train", step_num=done):
-                    state, sums = self.step(state, batch)
-                if unwritten:
-                    self._write(writer, progress, *unwritten, clock)
-                    unwritten = None
+                    state, metrics = self.step(state, batch)
+                log.flush(progress)  # while the devices work
                 clock.steps += 1
                 progress.update()
 
+                profiler.after_step(done)
                 stopped, last = stop(done), done == config.steps
-                log = last or done % config.log.every == 0
+                log_due = last or done % config.log.every == 0
                 validate = self.validation and (last or done % config.valid.every == 0)
                 save |= last or stopped or done % config.checkpoint.every == 0
                 if not (validate or save):
-                    unwritten = (done, sums, {}) if log else None
+                    if log_due:
+                        log.defer(done, metrics)
                     continue
                 scores = {}
                 if validate:
-                    jax.block_until_ready(sums)
-                    with clock.time("validating"):
-                        asked = functools.partial(stop, done)
-                        scores = None if stopped else self.validation(state.params, stop=asked)
+                    scores = None if stopped else self._validate(state, metrics, done, clock, stop)
                     unscored = scores is None
                     stopped |= unscored
                     save |= stopped
-                # A resumed run validates anew, and then writes the line that is left out here.
-                if (log or validate) and not unscored:
-                    self._write(writer, progress, done, sums if log else None, scores, clock)
-                # While updates are skipped the weights may be what is wrong, so older ones are kept.
-                if save and (last or stopped or not sums.consecutive_skips):
+                # If validation was cut short, the resumed run repeats it and writes this line.
+                if (log_due or validate) and not unscored:
+                    log.write(done, metrics if log_due else None, scores, progress)
+                # While updates are skipped the weights may be the cause: keep the older checkpoints.
+                if save and (last or stopped or not metrics.consecutive_skips):
                     with clock.time("saving"):
                         # No checkpoint may be ahead of its lines.
-                        checkpoints.save(done, state, before=writer.sync, last=last or stopped)
+                        checkpoints.save(done, state, before=log.sync, last=last or stopped)
                     save = False
                 if stopped:
                     break
-        self._check_step(sums, done, checkpoints)
-        checkpoints.finish(lambda: checkpoints.save(done, state, before=writer.sync, last=True))
+        self._check_step(metrics, done, checkpoints)
+        checkpoints.finish(lambda: checkpoints.save(done, state, before=log.sync, last=True))
         return done == config.steps and not unscored
 
-    def _check_step(self, sums: StepMetrics | None, step: int, checkpoints: Checkpoints) -> None:
-        """Reports a spike or a skipped update at `step`, and gives up after too many of those in a row."""
-        if sums is None:
+    def _validate(self, state, metrics, done: int, clock, stop) -> dict[str, float] | None:
+        """Returns the validation metrics after step `done`; None if the run was stopped meanwhile."""
+        jax.block_until_ready(metrics)
+        with clock.time("validating"):
+            return self.validation(state.params, stop=functools.partial(stop, done))
+
+    def _check_step(self, metrics: StepMetrics | None, step: int, checkpoints: Checkpoints) -> None:
+        """Reports a spike or skipped update at `step`; raises `UserError` after too many skipped updates."""
+        if metrics is None:
             return
-        in_row, spike = int(sums.consecutive_skips), float(sums.spike)
+        skips, spike = int(metrics.consecutive_skips), float(metrics.spike)
         if spike:
-            warn(f"step {step}: loss spike, {spike:.3f} nats a token")
-        if not in_row:
+            warn(f"step {step}: loss spike, {spike:.3f} nats per token")
+        if not skips:
             return
         rows = self.config.batch_size
         warn(
-            f"step {step}: the loss or its gradient was no finite number, the update was skipped "
+            f"step {step}: the loss or its gradient is not finite; skipped the update "
             f"(rows {(step - 1) * rows} to {step * rows - 1} of the run)"
         )
-        if in_row >= self.config.max_consecutive_skips:
+        if skips >= self.config.max_consecutive_skips:
             newest = checkpoints.newest()
             raise UserError(
-                f"diverged: the updates of steps {step - in_row + 1} to {step} were all skipped for numbers "
-                "that are not finite; lower config.optimizer.learning_rate and branch off "
-                + (f"{self.workdir} at step {newest} (config.start)" if newest else "anew")
+                f"diverged: the updates of steps {step - skips + 1} to {step} were skipped because they are "
+                "not finite; lower config.optimizer.learning_rate and "
+                + (f"fork {self.workdir} at step {newest} (config.start)" if newest else "start a new run")
             )
 
     def _batch(self, element: dict[str, np.ndarray]) -> Batch:
@@ -276,61 +308,16 @@ class _Run:
         )
         return jax.tree.map(lambda rows: sharding.shard_batch(self.mesh, rows, self.config.batch_size), batch)
 
-    def _validate_first(self, state, first: int, writer: MetricsWriter, untrained: bool, stop) -> bool:
-        """Validates before step `first + 1`; returns False when it was stopped."""
-        config = self.config
+    def _validate_first(self, state, first: int, log: MetricsLog, untrained: bool, stop) -> bool:
+        """Validates before step `first + 1`; returns False if the run was stopped meanwhile."""
         kind = f"model of step {first}" if first else f"{'untrained' if untrained else 'imported'} model"
         say(f"compiling and validating the {kind} ...")
-        # Which rows an untrained model reads hardly matters, and all of them would hold up the start.
+        # The loss of an untrained model hardly depends on the rows: a sample makes the start faster.
         scores = self.validation(state.params, every=8 if untrained else 1, stop=lambda: stop(first))
         if scores is None:
             return False
-        record = self._progress(first)
-        if first and (first == config.steps or first % config.log.every == 0):
-            record |= self._train_metrics(jax.device_get(state.metrics), first)
-        writer.write(first, record | scores)
-        say(_valid_line(first, config.steps, scores))
+        log.write_first(first, state.metrics, scores)
         return True
-
-    def _progress(self, done: int) -> dict[str, float]:
-        tokens = done * self.config.batch_size * self.config.seq_len
-        return {"tokens": tokens, "epoch": tokens / self.order.unique}
-
-    def _write(
-        self, writer, progress, done: int, sums: StepMetrics | None, scores: dict, clock: Clock
-    ) -> None:
-        """Writes the line of step `done`: `sums` when it is a log step, `scores` when it was validated."""
-        config = self.config
-        record = self._progress(done)
-        if sums is not None:
-            record |= self._train_metrics(jax.device_get(sums), done) | self._perf_metrics(clock)
-            say(_train_line(done, config.steps, record, self.names))
-            progress.set_postfix_str(f"loss {record.get('train/loss', math.nan):.3f}", refresh=False)
-        if scores:
-            say(_valid_line(done, config.steps, scores))
-        writer.write(done, record | scores)
-
-    def _train_metrics(self, sums: StepMetrics, done: int) -> dict[str, float]:
-        metrics = {"train/skipped": float(sums.skipped)} if sums.skipped else {}
-        if not sums.steps:
-            return metrics
-        metrics["train/loss"] = float(sums.loss / max(sums.weight, 1))
-        for name, nll, counted in zip(self.names, sums.nll_J, sums.loss_denominator_J, strict=True):
-            if counted:
-                metrics[f"train/{name}/loss"] = float(nll / counted)
-        metrics["train/gradient_norm"] = float(sums.gradient_norm / sums.steps)
-        metrics["train/learning_rate"] = float(self.schedule(done - 1))
-        return metrics
-
-    def _perf_metrics(self, clock: Clock) -> dict[str, float]:
-        interval = clock.interval()
-        rows_per_second = interval.steps * self.config.batch_size / interval.seconds
-        return {
-            "perf/tokens_per_second": rows_per_second * self.config.seq_len,
-            "perf/mfu": self.peak.utilisation(rows_per_second * self.row_flops),
-            "perf/data_wait_fraction": interval.waiting / interval.seconds,
-            "perf/checkpoint_seconds": interval.saving,
-        }
 
     def _greet(self, first: int) -> None:
         config, device = self.config, self.mesh.devices.flat[0]
@@ -355,21 +342,3 @@ class _Run:
             )  # fmt: skip
             if reason := why_not_kernel(shape, shape):
                 warn(f"config.model.attention=auto takes plain attention: {reason}")
-
-
-def _train_line(done: int, steps: int, record: dict, names: list[str]) -> str:
-    losses = "  ".join(f"{n} {record[f'train/{n}/loss']:.3f}" for n in names if f"train/{n}/loss" in record)
-    return (
-        f"step {done:>{len(str(steps))}}/{steps}  {losses or 'all updates skipped'}  "
-        f"lr {record.get('train/learning_rate', math.nan):.2g}  "
-        f"{record['perf/tokens_per_second']:,.0f} tokens/s  mfu {record['perf/mfu']:.0%}"
-    )
-
-
-def _valid_line(done: int, steps: int, scores: dict) -> str:
-    bits = "  ".join(
-        f"{name.split('/')[1]} {value:.3f}"
-        for name, value in scores.items()
-        if name.endswith("bits_per_byte")
-    )
-    return f"step {done:>{len(str(steps))}}/{steps}  held out, bits per byte:  {bits}"

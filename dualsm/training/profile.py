@@ -1,10 +1,10 @@
-"""Profiles of some steps of a run, for TensorBoard and XProf."""
+"""Profiling of a window of steps, for TensorBoard and XProf."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ class Window(NamedTuple):
 
 
 def parse_window(text: str) -> Window:
-    """The window in "FIRST:LAST". Raises `UserError` when it is none."""
+    """Parses "FIRST:LAST"; raises `UserError` if the text is not a window."""
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
     window = Window(*map(int, match.groups())) if match else None
     if window is None or not 2 <= window.first <= window.last:
@@ -36,61 +36,57 @@ def parse_window(text: str) -> Window:
 
 
 @contextlib.contextmanager
-def profiled(
-    stop: Callable[[int], bool], window: Window | None, workdir: epath.PathLike
-) -> Iterator[Callable[[int], bool]]:
-    """`stop`, which a run asks after every step, made to trace the steps of a window on the way.
+def profiled(window: Window | None, workdir: epath.PathLike) -> Iterator[Profiler]:
+    """Yields the profiler of a run, and ends its trace when the context ends.
 
-    The trace begins while the step before the window ends, and ends after the step behind it was begun:
-    what is traced is whole, although the devices work while the host is ahead. Only process 0 traces.
+    Only process 0 profiles.
 
     Args:
-      stop: as `train` takes it.
-      window: None traces nothing.
-      workdir: of the run; the trace is written to `profile/` in it.
+      window: steps to profile; None profiles nothing.
+      workdir: the run directory; the trace is written to `profile/` in it.
     """
-    if window is None or not distributed.is_main_process():
-        yield stop
-        return
     folder = epath.Path(workdir) / FOLDER
-    trace = _Trace(window, folder)
-
-    def stop_and_trace(step: int) -> bool:
-        trace.after(step)
-        return stop(step)
-
+    profiler = Profiler(window if distributed.is_main_process() else None, folder)
     try:
-        yield stop_and_trace
+        yield profiler
     finally:
-        trace.end()
-    if trace.seen:
+        profiler.end()
+    if profiler.window is None:
+        return
+    if profiler.traced:
         say(f"profile of steps {window.first} to {window.last} in {folder}")
     else:
-        warn(f"--profile={window.first}:{window.last}: the run did not come by these steps")
+        warn(f"--profile={window.first}:{window.last}: the run did not train these steps")
 
 
-class _Trace:
-    """One trace, begun and ended by the steps that a run has made."""
+class Profiler:
+    """Traces the steps of a window.
 
-    def __init__(self, window: Window, folder: epath.Path):
-        self._window, self._folder = window, folder
+    The trace starts after the step before the window was dispatched, and ends after the step behind it was:
+    the devices run behind the host, so that the steps of the window are traced completely.
+    """
+
+    def __init__(self, window: Window | None, folder: epath.Path):
+        self.window, self._folder = window, folder
         self._running = False
-        self.seen = False
+        self.traced = False
 
-    def after(self, step: int) -> None:
-        """Is called after every step."""
-        if self._running and step > self._window.last:
+    def after_step(self, step: int) -> None:
+        """Starts or ends the trace; to be called after each step was dispatched."""
+        if self.window is None:
+            return
+        if self._running and step > self.window.last:
             self.end()
-        elif not self.seen and self._window.first - 1 <= step < self._window.last:
+        elif not self.traced and self.window.first - 1 <= step < self.window.last:
             jax.profiler.start_trace(self._folder)
-            self._running = self.seen = True
+            self._running = self.traced = True
 
     def end(self) -> None:
-        """Writes the trace, if there is one."""
+        """Writes the trace if it is running."""
         if not self._running:
             return
         self._running = False
         try:
             jax.profiler.stop_trace()
-        except Exception as error:  # whatever a full disk makes the profiler raise; the run goes on
+        except Exception as error:  # a full disk raises various errors; the run continues
             warn(f"the profile could not be written: {error}")

@@ -6,7 +6,7 @@ import pytest
 from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
-from dualsm.training.profile import Window, parse_window, profiled
+from dualsm.training.profile import Window, parse_window
 
 
 @pytest.fixture
@@ -30,8 +30,7 @@ def traced(workdir) -> tuple[set[int], int]:
 
 def run(config, workdir, window: Window | None, stop=lambda step: False) -> list[float]:
     """The losses of a run that is profiled."""
-    with profiled(stop, window, workdir) as stop:
-        train(config, workdir, stop)
+    train(config, workdir, stop, window)
     return [line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line]
 
 
@@ -53,7 +52,7 @@ def test_a_window_is_closed_by_the_end_of_the_run_and_joined_on_resume(config, t
 
 def test_a_window_that_is_missed_is_told(config, tmp_path, capsys):
     run(config, tmp_path, Window(50, 60))
-    assert "did not come by these steps" in capsys.readouterr().err
+    assert "did not train these steps" in capsys.readouterr().err
     assert not (tmp_path / "profile").exists()
 
 

@@ -97,7 +97,7 @@ def test_a_run_that_diverges_ends_and_names_the_checkpoint_before_it(micro, tmp_
     with pytest.raises(UserError, match="diverged: the updates of steps 10 to 12") as error:
         train(branch, tmp_path / "bad")
     assert "\n" not in str(error.value)
-    assert "step 10: the loss or its gradient was no finite number" in capsys.readouterr().err
+    assert "step 10: the loss or its gradient is not finite" in capsys.readouterr().err
     assert all(np.isfinite(list(record.values())).all() for record in read_metrics(tmp_path / "bad"))
 
 

@@ -1,0 +1,132 @@
+"""Log lines of a run: numbers for the metrics file and trackers, and text for the terminal."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from dualsm.devices.chips import Peak
+from dualsm.process.progress import say
+from dualsm.rundir.metrics import MetricsWriter, NoMetrics
+from dualsm.training.clock import Clock
+from dualsm.training.step_metrics import StepMetrics
+
+
+class MetricsLog:
+    """Formats and writes log lines, and measures the time between them.
+
+    Attributes:
+      clock: time since the last log line.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        names: list[str],
+        schedule: optax.Schedule,
+        unique_tokens: int,
+        peak: Peak,
+        row_flops: float,
+        writer: MetricsWriter | NoMetrics,
+    ):
+        """
+        Args:
+          config: the run's config.
+          names: the trained objectives.
+          schedule: learning rate by step.
+          unique_tokens: tokens of one epoch.
+          peak: peak performance of all devices.
+          row_flops: floating-point operations of a training step per row.
+          writer: destination of the metrics.
+        """
+        self._config, self._names, self._schedule = config, names, schedule
+        self._unique_tokens, self._peak, self._row_flops = unique_tokens, peak, row_flops
+        self._writer, self._deferred = writer, None
+        self.clock = Clock()
+
+    def defer(self, step: int, metrics: StepMetrics) -> None:
+        """Leaves the line of a step to the next `flush`, when its metrics have been computed."""
+        self._deferred = (step, metrics)
+
+    def flush(self, progress) -> None:
+        """Writes the deferred line, if there is one."""
+        if self._deferred:
+            (step, metrics), self._deferred = self._deferred, None
+            self.write(step, metrics, {}, progress)
+
+    def write(self, step: int, metrics: StepMetrics | None, scores: dict[str, float], progress) -> None:
+        """Writes the line of a step.
+
+        Args:
+          step: number of finished steps.
+          metrics: metrics since the last log line; None if the step is not logged.
+          scores: metrics of the validation after the step; empty if there was none.
+          progress: progress bar.
+        """
+        record = self._position(step)
+        if metrics is not None:
+            record |= self._train_metrics(jax.device_get(metrics), step) | self._perf_metrics()
+            say(_train_line(step, self._config.steps, record, self._names))
+            progress.set_postfix_str(f"loss {record.get('train/loss', math.nan):.3f}", refresh=False)
+        if scores:
+            say(_valid_line(step, self._config.steps, scores))
+        self._writer.write(step, record | scores)
+
+    def write_first(self, step: int, metrics: StepMetrics, scores: dict[str, float]) -> None:
+        """Writes the line of a validation before training starts or resumes at `step`."""
+        record, config = self._position(step), self._config
+        if step and (step == config.steps or step % config.log.every == 0):
+            record |= self._train_metrics(jax.device_get(metrics), step)
+        self._writer.write(step, record | scores)
+        say(_valid_line(step, config.steps, scores))
+
+    def sync(self) -> None:
+        """Returns when all lines are on disk; raises OSError if they cannot be written."""
+        self._writer.sync()
+
+    def _position(self, step: int) -> dict[str, float]:
+        tokens = step * self._config.batch_size * self._config.seq_len
+        return {"tokens": tokens, "epoch": tokens / self._unique_tokens}
+
+    def _train_metrics(self, metrics: StepMetrics, step: int) -> dict[str, float]:
+        record = {"train/skipped": float(metrics.skipped)} if metrics.skipped else {}
+        if not metrics.steps:
+            return record
+        record["train/loss"] = float(metrics.loss / max(metrics.weight, 1))
+        for name, nll, tokens in zip(self._names, metrics.nll_J, metrics.loss_denominator_J, strict=True):
+            if tokens:
+                record[f"train/{name}/loss"] = float(nll / tokens)
+        record["train/gradient_norm"] = float(metrics.gradient_norm / metrics.steps)
+        record["train/learning_rate"] = float(self._schedule(step - 1))
+        return record
+
+    def _perf_metrics(self) -> dict[str, float]:
+        interval = self.clock.interval()
+        rows_per_second = interval.steps * self._config.batch_size / interval.seconds
+        return {
+            "perf/tokens_per_second": rows_per_second * self._config.seq_len,
+            "perf/mfu": self._peak.utilisation(rows_per_second * self._row_flops),
+            "perf/data_wait_fraction": interval.waiting / interval.seconds,
+            "perf/checkpoint_seconds": interval.saving,
+        }
+
+
+def _train_line(done: int, steps: int, record: dict, names: list[str]) -> str:
+    losses = "  ".join(f"{n} {record[f'train/{n}/loss']:.3f}" for n in names if f"train/{n}/loss" in record)
+    return (
+        f"step {done:>{len(str(steps))}}/{steps}  {losses or 'all updates skipped'}  "
+        f"lr {record.get('train/learning_rate', math.nan):.2g}  "
+        f"{record['perf/tokens_per_second']:,.0f} tokens/s  mfu {record['perf/mfu']:.0%}"
+    )
+
+
+def _valid_line(done: int, steps: int, scores: dict) -> str:
+    bits = "  ".join(
+        f"{name.split('/')[1]} {value:.3f}"
+        for name, value in scores.items()
+        if name.endswith("bits_per_byte")
+    )
+    return f"step {done:>{len(str(steps))}}/{steps}  held out, bits per byte:  {bits}"
