@@ -1,4 +1,4 @@
-"""Checksums of the training state, so that a checkpoint whose bits have changed on disk is noticed."""
+"""Checksums of the train state, which detect checkpoints that have changed on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def checksums(tree) -> dict[str, int]:
-    """The checksum of each array, by its path ("params/embedding/embedding").
+    """Returns the checksum of each array by its path ("params/embedding/embedding").
 
     A checksum is the sum, modulo 2^32, of a hash of each word and its place (MurmurHash3's finaliser). The
     hash is one to one, so that any one changed word changes the sum; other damage goes unseen once in 2^32
@@ -27,7 +27,7 @@ def started(tree) -> Callable[[], dict[str, int]]:
 
 
 def changed(tree, expected: Mapping[str, int]) -> list[str]:
-    """Paths of the arrays in `tree` whose checksum is not the expected one."""
+    """Returns the paths of the arrays in `tree` whose checksum differs from the expected one."""
     return [path for path, found in checksums(tree).items() if expected.get(path) != found]
 
 

@@ -1,4 +1,4 @@
-"""Branching off a checkpoint of another run, `config.start`."""
+"""Forking a run: starting from a checkpoint of another run (`config.start`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dualsm.training.step import TrainState
 
 
 def start_step(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> int:
-    """The step of the checkpoint that a run branches off, -1 when it branches off none.
+    """Returns the step of the checkpoint that a run is forked from, -1 if it is not forked.
 
     Which one is the newest is decided at the run's first start, for the other run may go on. Later starts
     take what the workdir's config says.
@@ -45,7 +45,7 @@ def start_step(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> int:
 def branched_state(
     config: ConfigDict, workdir: epath.Path, abstract_state: TrainState, init: Callable[[], TrainState]
 ) -> TrainState:
-    """The state of another run's checkpoint, as if this run had come to that step itself.
+    """Returns the state of another run's checkpoint, as if this run had trained up to that step.
 
     Args:
       config: of the run.

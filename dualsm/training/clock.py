@@ -13,9 +13,9 @@ class Interval(NamedTuple):
 
     Attributes:
       steps: training steps in it.
-      seconds: wall-clock time without validation.
-      waiting: seconds in which the devices were idle because the next batch had not been read.
-      saving: seconds in which the loop was blocked by a checkpoint.
+      seconds: wall-clock time, validation excluded.
+      waiting: seconds in which the devices were idle, waiting for the next batch.
+      saving: seconds in which a checkpoint blocked the loop.
     """
 
     steps: int
@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 
 
 class Clock:
-    """Divides the time of a run into intervals without gaps, so that writing a log line is counted too."""
+    """Divides the time of a run into contiguous intervals; writing a log line counts too."""
 
     def __init__(self):
         self._start = time.perf_counter()
@@ -36,7 +36,7 @@ class Clock:
 
     @contextlib.contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to the attribute `name`."""
+        """Adds the time spent inside the context to the attribute `name`."""
         began = time.perf_counter()
         yield
         setattr(self, name, getattr(self, name) + time.perf_counter() - began)
