@@ -1,12 +1,12 @@
-"""Compiles a config's training step for devices that are not there, and reports what it would take.
+"""Compiles a config's training step for absent devices, and reports memory, FLOPs and communication.
 
 python -m dualsm.compile --config=configs/dual_470m.py --topology=v5e:4x4
 python -m dualsm.compile --config=configs/dual_7b.py --topology=v5p:8x8x8 --output=report.json
 python -m dualsm.compile --config=configs/dual_470m.py --topology=h200:8 --config.model.attention=flash
 
-TPU slices take libtpu: pip install 'dualsm[tpu]'; GPUs of one machine JAX's CUDA plugin: pip install
-'dualsm[cuda]'. Exits non-zero when the step does not fit into the memory that JAX uses:
-all of a TPU's, of a GPU's the share XLA_CLIENT_MEM_FRACTION, 75% by default.
+TPU slices need libtpu (pip install 'dualsm[tpu]'), and GPUs of one host need JAX's CUDA plugin (pip install
+'dualsm[cuda]'). The exit status is not zero if the step does not fit into the memory that JAX uses: all
+memory of a TPU, and the fraction XLA_CLIENT_MEM_FRACTION of a GPU's memory, 75% by default.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import say
 from dualsm.training.program import compile_train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, see configs/")
-_TOPOLOGY = flags.DEFINE_string("topology", None, f"such as v5e:4x4, or h200:8; chips: {', '.join(CHIPS)}")
-_OUTPUT = cli.DEFINE_path("output", None, "file for the report as JSON")
-_HLO = cli.DEFINE_path("hlo", None, "file for the compiled program's text")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/")
+_TOPOLOGY = flags.DEFINE_string("topology", None, f"for example v5e:4x4 or h200:8; chips: {', '.join(CHIPS)}")
+_OUTPUT = cli.DEFINE_path("output", None, "JSON file for the report")
+_HLO = cli.DEFINE_path("hlo", None, "text file for the compiled HLO")
 flags.mark_flags_as_required(["config", "topology"])
 
 
@@ -40,11 +40,11 @@ def main(_: Sequence[str]) -> None:
     config = cli.config(_CONFIG)
     configs.check_config(config)
     if not config.model.vocab_size:
-        raise UserError("--config.model.vocab_size must be given, as no corpus is read here")
+        raise UserError("config.model.vocab_size=0; set --config.model.vocab_size, as no corpus is read")
     devices = absent_devices(_TOPOLOGY.value)
     mesh = sharding.make_mesh(config.mesh, devices)
     config.gradient_accumulation_steps = sharding.accumulation_steps(config, mesh)
-    say(f"compiling for {len(devices)} x {devices[0].device_kind}, which takes minutes ...")
+    say(f"compiling for {len(devices)} x {devices[0].device_kind}, this takes minutes ...")
     program = compile_train_step(config, special_ids(config), mesh)
     compiled = compile_step(config, program, mesh)
     text = compiled.as_text()

@@ -116,7 +116,7 @@ def test_a_report_divides_the_parameters_by_the_devices():
         assert report["memory"][part] == pytest.approx(device_bytes(tree) / 4, rel=0.1)  # vectors are whole
     assert report["sequences_at_once"] == 2
     assert report["flops"]["compiled"] * 8 > report["flops"]["model_all_devices"]
-    assert "2 rows a chip at once" in as_text(report)
+    assert "2 sequences per chip and accumulation step" in as_text(report)
 
 
 def test_objectives_that_draw_random_tokens_can_be_reported():
@@ -276,7 +276,7 @@ def test_a_step_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:4x4", "4x4", "h200", "h200:2x4", "h200:0"])
 def test_unknown_devices_are_refused(topology):
-    with pytest.raises(UserError, match=f"--topology={topology} must read CHIP:AxB"):
+    with pytest.raises(UserError, match=f"--topology={topology} must have the form CHIP:AxB"):
         absent_devices(topology)
 
 

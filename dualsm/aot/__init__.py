@@ -1,1 +1,1 @@
-"""Ahead of time: the training step compiled for devices that are not there, and what it would take."""
+"""Ahead-of-time compilation of training steps for absent devices."""

@@ -1,4 +1,4 @@
-"""Descriptions of devices that are not there, for which a step can be compiled all the same."""
+"""Descriptions of absent devices, for ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dualsm.process.errors import UserError
 
 
 def absent_devices(topology: str) -> Sequence[jax.Device]:
-    """Descriptions of the chips of a TPU slice such as "v5e:4x4", or of GPUs of one machine such as "h200:8".
+    """Returns the devices of a TPU slice such as "v5e:4x4", or of one host with GPUs such as "h200:8".
 
     Raises:
-      UserError: when the compiler for them is not installed, or knows nothing of the kind.
+      UserError: if the compiler for the devices is not installed or does not support the topology.
     """
     tpus, gpus = ("|".join(name for name in CHIPS if bool(CHIPS[name].gpu) == kind) for kind in (False, True))
     if not re.fullmatch(rf"({tpus}):\d+(x\d+)*|({gpus}):[1-9]\d*", topology):
         raise UserError(
-            f"--topology={topology} must read CHIP:AxB or CHIP:AxBxC for TPUs, CHIP:N for GPUs; "
+            f"--topology={topology} must have the form CHIP:AxB or CHIP:AxBxC for TPUs, or CHIP:N for GPUs; "
             f"chips: {', '.join(CHIPS)}"
         )
-    jax.config.update("jax_platforms", "cpu")  # there is nothing else to be found here
+    jax.config.update("jax_platforms", "cpu")  # do not search for accelerators
     chip, size = topology.split(":")
     try:
         return _gpus(chip, size) if CHIPS[chip].gpu else _tpus(topology)
@@ -37,13 +37,13 @@ def _tpus(topology: str) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPUs needs libtpu: pip install 'dualsm[tpu]'")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # this may not be a cloud machine, with metadata to ask for
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chips that two reports at once would fight for
+        raise UserError("libtpu, the compiler for TPUs, is not installed; run pip install 'dualsm[tpu]'")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there may be no cloud metadata server
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chips are used, so processes do not conflict
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{topology.split(':')[0]}-8")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    both_cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # as one device
+    both_cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # one device per chip
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **both_cores).devices
 
 
@@ -54,14 +54,14 @@ def _gpus(chip: str, number: str) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(
             platform="cuda", topology_name=chip, topology=f"1x1x{number}", target_config=_target(chip)
         ).devices
-    except NotImplementedError as error:  # which is how JAX says that no plugin compiles for a platform
-        raise UserError("compiling for GPUs needs JAX's CUDA plugin: pip install 'dualsm[cuda]'") from error
+    except NotImplementedError as error:  # raised by JAX if no plugin compiles for the platform
+        raise UserError("JAX's CUDA plugin is not installed; run pip install 'dualsm[cuda]'") from error
 
 
 def _target(chip: str) -> str:
-    """XLA's description of a GPU, a text of its protocol buffer `GpuTargetConfigProto`."""
-    figures = CHIPS[chip]
-    gpu = figures.gpu
+    """Returns XLA's description of a GPU, a `GpuTargetConfigProto` in text format."""
+    properties = CHIPS[chip]
+    gpu = properties.gpu
     return f"""
         platform_name: "CUDA"
         device_description_str: "{gpu.name}"
@@ -70,8 +70,8 @@ def _target(chip: str) -> str:
           core_count: {gpu.processors}
           clock_rate_ghz: {gpu.clock}
           l2_cache_size: {gpu.cache}
-          device_memory_size: {figures.hbm_bytes}
-          memory_bandwidth: {int(figures.hbm_bandwidth)}
+          device_memory_size: {properties.hbm_bytes}
+          memory_bandwidth: {int(properties.hbm_bandwidth)}
           shared_memory_per_core: {gpu.shared}
           shared_memory_per_block_optin: {gpu.shared - 1024}
           shared_memory_per_block: 49152

@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its HLO text: operations, memory traffic and collectives, a device.
+"""FLOPs, memory traffic and collectives per device of a compiled program, from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once; here a body counts as often as it runs. The loops of
-a training step (gradient accumulation, layers, slices of the vocabulary's logits) count from 0 to a constant.
+XLA's cost analysis counts the body of a loop once; this module multiplies it by the number of iterations. The
+loops of a training step (gradient accumulation, layers, chunks of logits) count from 0 to a constant.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-MATRIX_UNIT = 128  # rows and columns of a TPU's, up to v5
+MATRIX_UNIT = 128  # rows and columns of the matrix unit of TPUs up to v5
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-# Attention kernels: splash's is an instruction's name, flash's stands in its attributes; and the products of
-# scores' size that each does.
+# Attention kernels: splash is identified by the instruction's name, flash by its attributes. The table lists
+# the number of matrix products of the size of the scores in each kernel.
 _SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")
 _FLASH = re.compile(r'name = "flash_(forward|backward_queries|backward_keys)"')
 _KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "forward": 2, "backward_queries": 3, "backward_keys": 4}
 _KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
-# Matrix products that XLA hands to a library, as in "__cublas$gemm" and "__cublas$lt$matmul$f8".
+# Matrix products in library calls, such as "__cublas$gemm" and "__cublas$lt$matmul$f8".
 _GEMM = re.compile(r'custom_call_target="__cublas\$(gemm|lt\$matmul)')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
@@ -38,12 +38,12 @@ class Instruction(NamedTuple):
     """One line of HLO.
 
     Attributes:
-      name: without "%".
+      name: name without "%".
       type: text such as "bf16[8,128]{1,0}", or a tuple of such.
       op: "convolution", "fusion", ...
-      inside: what stands in its parentheses, as text.
-      rest: the attributes after them, as text.
-      root: whether it is its computation's result.
+      inside: text between the parentheses.
+      rest: text of the attributes after the parentheses.
+      root: True for the result of its computation.
     """
 
     name: str
@@ -55,20 +55,21 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """Names of the operands."""
+        """Returns the names of the operands."""
         return re.findall(r"%([\w.\-]+)", self.inside)
 
 
 class Work(NamedTuple):
-    """What one device does in one run of a program.
+    """Work of one device in one execution of a program.
 
     Attributes:
-      flops: of matrix products, two a multiply-add; those of kernels with what narrow heads waste.
-      hbm_bytes: read and written in main memory, estimated: every fusion and kernel reads its operands and
-        writes its results once.
-      collective_bytes: kind -> bytes a device sends on a ring: n-1 of n parts for all-gather, reduce-scatter
-        and all-to-all, twice that for all-reduce, all for collective-permute.
-      collective_count: kind -> how often.
+      flops: FLOPs of matrix products, two per multiply-add; in attention kernels including padding of small
+        heads.
+      hbm_bytes: estimated main memory traffic: every fusion and kernel reads its operands and writes its
+        results once.
+      collective_bytes: bytes that a device sends on a ring by kind: n-1 of n parts for all-gather,
+        reduce-scatter and all-to-all, twice that for all-reduce, all for collective-permute.
+      collective_count: number of executions by kind.
     """
 
     flops: float
@@ -78,12 +79,13 @@ class Work(NamedTuple):
 
 
 def analyse(text: str, devices: int, walked: float = 1.0) -> Work:
-    """The work of a compiled program.
+    """Computes the work of a compiled program.
 
     Args:
-      text: of the optimised module, from `compiled.as_text()`.
-      devices: in the whole mesh; the size of groups that the text leaves out.
-      walked: share of the blocks of scores that attention kernels do not skip, which the text cannot tell.
+      text: text of the optimised module, from `compiled.as_text()`.
+      devices: number of devices in the mesh; used as group size where the text has none.
+      walked: fraction of the blocks of scores that attention kernels do not skip, which is not recoverable
+        from the HLO text.
     """
     computations, entry = _parse(text)
     times, fused = _times(computations, entry)
@@ -102,7 +104,7 @@ def analyse(text: str, devices: int, walked: float = 1.0) -> Work:
                 flops += times[name] * walked * _KERNEL_PRODUCTS[kernel[1]] * _flash_product(i, types)
             kind = i.op.removesuffix("-start")
             if kind in COLLECTIVES:
-                # A collective that overlaps with others' work appears in each fusion that does, in one chain.
+                # An overlapped collective appears in every fusion of its chain.
                 chain = re.search(r'chain_id="(\d+)"', i.rest)
                 collectives[kind, chain[1] if chain else i.name] = times[name], _sent(i, devices)
             elif name not in fused and i.op not in _MOVES_NOTHING and not i.op.endswith("-done"):
@@ -115,7 +117,7 @@ def analyse(text: str, devices: int, walked: float = 1.0) -> Work:
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Computations by name, and which one is the entry."""
+    """Returns the computations by name, and the name of the entry computation."""
     computations, current, entry = {}, None, ""
     for line in text.splitlines():
         if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
@@ -292,8 +294,8 @@ def _results(i: Instruction) -> list[float]:
 
 
 def _traffic(i: Instruction, types: dict[str, str], computations: dict) -> float:
-    """Bytes that an instruction reads from and writes to main memory."""
-    if _GEMM.search(i.rest):  # the last of several results is scratch memory
+    """Returns the bytes that an instruction reads from and writes to main memory."""
+    if _GEMM.search(i.rest):  # the last of several results is a workspace
         sizes = [size for _, size, hbm in _arrays(i.type) if hbm]
         return sum(_in_hbm(types[name]) for name in i.operands) + sum(sizes[:-1] or sizes)
     if i.op == "custom-call" and not any(target in i.rest for target in _KERNEL_TARGETS):  # hints
@@ -319,7 +321,7 @@ def _traffic(i: Instruction, types: dict[str, str], computations: dict) -> float
 
 
 def _part_used(name: str, inside: list[Instruction], shapes: dict[str, str]) -> float | None:
-    """Bytes of a fusion's parameter that its slices touch; None when it is used whole."""
+    """Returns the bytes of a fusion's parameter that its slices read; None if the whole parameter is read."""
     part = 0.0
     for user in inside:
         if name not in user.operands:

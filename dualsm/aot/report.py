@@ -1,4 +1,4 @@
-"""Compiling a config's training step for absent devices, and the report on what came out."""
+"""Compilation of a training step for absent devices, and the report on the compiled step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # 
 def compile_step(
     config: ConfigDict, program: CompiledTrainStep, mesh: jax.sharding.Mesh
 ) -> jax.stages.Compiled:
-    """The compiled step. Raises `UserError` when the compiler itself finds that it does not fit."""
+    """Compiles the training step. Raises `UserError` if the compiler finds that it does not fit."""
     with jax.set_mesh(mesh):
         lowered = program.step.lower(program.abstract_state, batch_shapes(config, mesh))
         try:
@@ -39,19 +39,19 @@ def compile_step(
 
 
 def walked_share(config: ConfigDict, platform: str) -> float:
-    """Share of the blocks of scores that an attention kernel does not skip, in rows of one document."""
+    """Returns the fraction of score blocks that an attention kernel computes, for one document per row."""
     sizes = (flash.LENGTHS,) if platform == "gpu" else splash.BLOCKS
-    size = next((size for size in sizes if config.seq_len % size == 0), 1)  # 1 where no kernel is used
+    size = next((size for size in sizes if config.seq_len % size == 0), 1)  # 1 if no kernel is used
     return attended_share(config, special_ids(config), size)
 
 
 def special_ids(config: ConfigDict) -> SpecialIds:
-    """Returns the special ids of a tokenizer of the config's vocabulary size, as no corpus is read here."""
+    """Returns the special ids of a tokenizer with the config's vocabulary size, as no corpus is read."""
     return SpecialIds(vocab_size=config.model.vocab_size)
 
 
 def usable_memory(chip: str) -> int:
-    """Returns the bytes of a chip's memory that JAX uses: of GPUs it takes a share, 75% by default."""
+    """Returns the bytes of a chip's memory that JAX uses: all of a TPU's, 75% of a GPU's by default."""
     size = CHIPS[chip].hbm_bytes
     if not CHIPS[chip].gpu or os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
         return size
@@ -65,15 +65,15 @@ def usable_memory(chip: str) -> int:
 def make_report(
     config: ConfigDict, topology: str, mesh: jax.sharding.Mesh, program: CompiledTrainStep, memory, work: Work
 ) -> dict:
-    """All that is known of a compiled step; bytes and operations are one device's unless the key says else.
+    """Returns a report on a compiled step; bytes and FLOPs are per device unless the key says otherwise.
 
     Args:
-      config: the run's config.
-      topology: "v5e:4x4" or "h200:8".
-      mesh: over its devices.
-      program: what was compiled.
-      memory: XLA's account of it.
-      work: from `analyse`.
+      config: config of the run.
+      topology: for example "v5e:4x4" or "h200:8".
+      mesh: mesh over the devices of the topology.
+      program: the training step.
+      memory: XLA's memory analysis.
+      work: result of `analyse`.
     """
     special, chip = special_ids(config), topology.split(":")[0]
     share = attended_share(config, special)
@@ -121,7 +121,7 @@ def make_report(
 
 
 def device_bytes(tree) -> int:
-    """Bytes of a tree's arrays on one device."""
+    """Returns the bytes per device of the arrays of a tree."""
     return sum(
         jax.numpy.dtype(x.dtype).itemsize
         * int(jax.numpy.prod(jax.numpy.array(x.sharding.shard_shape(x.shape))))
@@ -130,11 +130,11 @@ def device_bytes(tree) -> int:
 
 
 def as_text(report: dict) -> str:
-    """The report as tables."""
+    """Formats the report as text tables."""
     memory, roofline, flops = report["memory"], report["roofline"], report["flops"]
 
-    def seconds(what: str) -> str:
-        return f"{roofline[what + '_seconds']:.3f}"
+    def seconds(resource: str) -> str:
+        return f"{roofline[resource + '_seconds']:.3f}"
 
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
     chips = f"{report['devices']} chips ({mesh})" if mesh else "one chip"
@@ -143,15 +143,15 @@ def as_text(report: dict) -> str:
     ]
     parts = [
         f"{report['parameters']:,} parameters on {report['topology']}, {chips}; "
-        f"{report['batch_size']} rows of {report['seq_len']} tokens a step, "
-        f"{report['sequences_at_once']} rows a chip at once, remat {report['remat']}",
+        f"batch size {report['batch_size']}, sequence length {report['seq_len']}, "
+        f"{report['sequences_at_once']} sequences per chip and accumulation step, remat {report['remat']}",
         table(
-            ["memory of a chip", "GiB"],
+            ["memory per chip", "GiB"],
             [[name, gib(memory[name])] for name in memory],
         ),
-        table(["collectives of a chip and step", "times", "GB sent"], collectives) if collectives else "",
+        table(["collectives per chip and step", "count", "GB sent"], collectives) if collectives else "",
         table(
-            ["work of a chip and step", "", "seconds at peak"],
+            ["work per chip and step", "", "seconds at peak"],
             [
                 [
                     "matrix products",
@@ -166,8 +166,8 @@ def as_text(report: dict) -> str:
                 ],
             ],
         ),
-        f"step: {roofline['step_seconds_overlapped']:.2f} s if all three overlap, "
-        f"{roofline['step_seconds_serial']:.2f} s if nothing does; MFU {roofline['mfu_overlapped']:.0%} and "
+        f"step: {roofline['step_seconds_overlapped']:.2f} s with full overlap, "
+        f"{roofline['step_seconds_serial']:.2f} s without overlap; MFU {roofline['mfu_overlapped']:.0%} and "
         f"{roofline['mfu_serial']:.0%}",
         f"assumed: {roofline['assumptions']}",
     ]

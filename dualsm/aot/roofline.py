@@ -1,4 +1,4 @@
-"""How fast a compiled step can be on a TPU slice or the GPUs of a machine, from the makers' figures."""
+"""Roofline estimate of the step time on a TPU slice or the GPUs of one host, from data sheets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dualsm.devices.chips import CHIPS
 
 
 def interconnect_bandwidth(topology: str) -> float:
-    """Bytes a second that a chip of "v5e:4x4" or "h200:8" sends in a collective over all of them."""
+    """Returns the bytes per second that each chip sends in a collective over a topology such as "v5e:4x4"."""
     name, sizes = topology.split(":")
     chip, sizes = CHIPS[name], [int(size) for size in sizes.split("x") if size != "1"]
     if not chip.wraps:
@@ -18,13 +18,13 @@ def interconnect_bandwidth(topology: str) -> float:
 
 
 def estimate(topology: str, devices: int, work: Work, model_flops: float) -> dict:
-    """Seconds of a step and the utilisation they mean, between all of the work overlapping and none of it.
+    """Estimates step time and model FLOPs utilisation, with full overlap and without overlap.
 
     Args:
-      topology: "v5e:4x4" or "h200:8".
-      devices: in it.
-      work: of one device and step.
-      model_flops: of one step by formula, all devices together, nothing counted twice for remat.
+      topology: for example "v5e:4x4" or "h200:8".
+      devices: number of devices.
+      work: work per device and step.
+      model_flops: FLOPs per step of all devices by formula, without recomputation.
     """
     chip = CHIPS[topology.split(":")[0]]
     bandwidth = interconnect_bandwidth(topology) or math.inf
@@ -40,9 +40,9 @@ def estimate(topology: str, devices: int, work: Work, model_flops: float) -> dic
         f"{chip.hbm_bandwidth / 1e12:.2f} TB/s of main memory",
     ]
     if devices > 1:
-        axes = "both directions of every axis of the slice, half where an axis is no ring"
-        links = axes if chip.wraps else "one way"
-        assumed.append(f"{bandwidth / 1e9:.0f} GB/s of interconnect a chip ({links})")
+        axes = "both directions of every axis of the slice, half for axes that are not rings"
+        links = axes if chip.wraps else "one direction"
+        assumed.append(f"{bandwidth / 1e9:.0f} GB/s of interconnect per chip ({links})")
     return seconds | {
         "step_seconds_overlapped": fast,
         "step_seconds_serial": slow,

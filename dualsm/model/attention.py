@@ -1,7 +1,7 @@
-"""Attention from key ranges: query i of a row sees keys [key_start[i], key_end[i]) and no others.
+"""Attention with one key range per query: query i attends to keys [key_start[i], key_end[i]).
 
-That says all the views used here, document isolation included: causal [doc_start, i+1), bidirectional
-[doc_start, doc_end), prefix [doc_start, max(i+1, prefix_end)).
+One key range per query expresses every attention pattern used here, including document isolation: causal
+[doc_start, i+1), bidirectional [doc_start, doc_end), prefix [doc_start, max(i+1, prefix_end)).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dualsm.process.errors import UserError
 
 BACKENDS = ("auto", "xla", "splash", "flash")
 KERNELS = {"tpu": "splash", "gpu": "flash"}  # by platform
-QUERIES = 128  # at once, in rows of more than twice as many, to hold less: benchmarks/attention.py
+QUERIES = 128  # per chunk of long sequences, which saves memory: benchmarks/attention.py
 
 
 def attend(
@@ -30,38 +30,38 @@ def attend(
     key_end_BxL: jax.Array,
     backend: str = "auto",
 ) -> jax.Array:
-    """Softmax attention, scaled by 1/sqrt(K), softmax in float32.
+    """Computes softmax attention, scaled by 1/sqrt(K), with the softmax in float32.
 
     Args:
-      q_BxLxHxK, k_BxLxHxK, v_BxLxHxK: queries, keys, values of H heads of width K.
-      key_start_BxL, key_end_BxL: int32; the keys each query sees, at least one. The keys of a range have
-        its start as their own: documents do not overlap.
-      backend: one of `BACKENDS`; "xla" runs everywhere, "splash" on TPUs, "flash" on NVIDIA GPUs; "auto" is
-        the kernel of the platform where it supports the shapes, else "xla".
+      q_BxLxHxK, k_BxLxHxK, v_BxLxHxK: queries, keys and values of H heads with head_dim K.
+      key_start_BxL, key_end_BxL: int32; the keys that each query attends to, at least one. All keys of a
+        range must have the same `key_start` as the query, as documents do not overlap.
+      backend: one of `BACKENDS`: "xla" runs everywhere, "splash" on TPUs, "flash" on NVIDIA GPUs; "auto"
+        selects the kernel of the platform if it supports the shapes, otherwise "xla".
 
     Returns:
-      The attended values, shaped and typed as `q_BxLxHxK`.
+      Attended values with the shape and dtype of `q_BxLxHxK`.
 
     Raises:
-      UserError: when the backend asked for cannot do it.
+      UserError: if the backend does not support the platform or the shapes.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown attention backend {backend!r}; choose one of: {', '.join(BACKENDS)}")
     if backend == "auto":
         unsupported = why_not_kernel(q_BxLxHxK.shape, k_BxLxHxK.shape)
         backend = "xla" if unsupported else KERNELS[sharding.platform()]
     if backend == "xla":
         return _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
     if obstacle := _obstacle(backend, q_BxLxHxK.shape, k_BxLxHxK.shape):
-        raise UserError(f"config.model.attention={backend} {obstacle}; take auto or xla")
+        raise UserError(f"config.model.attention={backend} {obstacle}; use auto or xla")
     kernel = {"splash": splash.attend_splash, "flash": flash.attend_flash}[backend]
     heads, ranges = ("batch", None, "heads", None), ("batch", None)
-    divided = sharding.shard_mapped(kernel, (heads, heads, heads, ranges, ranges), heads)
-    return divided(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+    sharded = sharding.shard_mapped(kernel, (heads, heads, heads, ranges, ranges), heads)
+    return sharded(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
 
 
 def why_not_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
-    """Returns why "auto" is not a kernel for arrays of these shapes, [B, L, H, K]; None if it is one."""
+    """Returns why "auto" does not select a kernel for shapes [B, L, H, K]; None if it selects one."""
     kernel = KERNELS.get(platform := sharding.platform())
     if kernel is None:
         return f"no kernel for {platform}"
@@ -70,57 +70,57 @@ def why_not_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | 
 
 
 def _obstacle(kernel: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
-    """Why a kernel cannot attend to such arrays here, if so."""
-    rows, length, heads, width = q_shape
+    """Returns why a kernel does not support the platform or the shapes; None if it does."""
+    rows, length, heads, head_dim = q_shape
     names, multiple = {"splash": ("TPUs", splash.BLOCKS[-1]), "flash": ("NVIDIA GPUs", flash.LENGTHS)}[kernel]
     if KERNELS.get(platform := sharding.platform()) != kernel:
         return f"needs {names}, not {platform}"
     if length != k_shape[1] or length % multiple:
-        return f"needs rows of a multiple of {multiple} positions, not {length}"
-    if kernel == "flash" and (width < 16 or width & (width - 1)):
-        return f"needs heads whose width is a power of two from 16 on, not {width}"
+        return f"needs a sequence length that is a multiple of {multiple}, not {length}"
+    if kernel == "flash" and (head_dim < 16 or head_dim & (head_dim - 1)):
+        return f"needs a head_dim that is a power of two of at least 16, not {head_dim}"
     for name, size in (("batch", rows), ("heads", heads)):
         if size % (parts := sharding.divided_by(name)):
-            return f"needs {name} that {parts} devices can share, not {size}"
+            return f"needs a number of {name} that is a multiple of {parts}, the number of shards, not {size}"
     return None
 
 
 def range_mask(key_start_BxL: jax.Array, key_end_BxL: jax.Array, keys: int) -> jax.Array:
-    """The mask the ranges stand for, bool [B, L, keys]; only the XLA backend builds it."""
+    """Returns the attention mask of key ranges, bool [B, L, keys]; only the XLA backend builds it."""
     positions = jnp.arange(keys, dtype=jnp.int32)
     return (positions >= key_start_BxL[..., None]) & (positions < key_end_BxL[..., None])
 
 
 def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Array:
-    """Plain attention with a mask. Long rows of a multiple of `QUERIES` go by so many queries at once, so
-    that no L x S array is held.
+    """Computes attention with a mask, in chunks of `QUERIES` for long sequences to avoid an L x S array.
 
-    Heads go in front first: XLA's CPU compiler turns products over [B, L, H, K] into copies, which made the
-    backward pass two to three times slower. That is how they are kept for it, scaled and rotated.
+    Moves the head axis forward first: XLA's CPU compiler implements products over [B, L, H, K] with copies,
+    which made the backward pass two to three times slower. The backward pass keeps this layout, scaled and
+    rotated.
     """
     q_BxHxLxK, k_BxHxSxK, v_BxHxSxK = (
         checkpoint_name(x.swapaxes(1, 2), ATTENTION)
         for x in (q_BxLxHxK * q_BxLxHxK.shape[-1] ** -0.5, k_BxSxHxK, v_BxSxHxK)
     )
-    rows, heads, length, width = q_BxHxLxK.shape
+    rows, heads, length, head_dim = q_BxHxLxK.shape
     if length <= 2 * QUERIES or length % QUERIES:
         return _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL).swapaxes(1, 2)
 
-    # The backward pass computes the scores of a part again, instead of holding those of all.
+    # Recompute the scores of a chunk in the backward pass instead of keeping the scores of all chunks.
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
     def part(queries):
         q_BxHxQxK, key_start_BxQ, key_end_BxQ = queries
         return _masked(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK, key_start_BxQ, key_end_BxQ)
 
     parts = length // QUERIES
-    q_NxBxHxQxK = jnp.moveaxis(q_BxHxLxK.reshape(rows, heads, parts, QUERIES, width), 2, 0)
+    q_NxBxHxQxK = jnp.moveaxis(q_BxHxLxK.reshape(rows, heads, parts, QUERIES, head_dim), 2, 0)
     ranges = (x.reshape(rows, parts, QUERIES).swapaxes(0, 1) for x in (key_start_BxL, key_end_BxL))
     out_NxBxHxQxK = jax.lax.map(part, (q_NxBxHxQxK, *ranges))
     return out_NxBxHxQxK.transpose(1, 0, 3, 2, 4).reshape(q_BxLxHxK.shape)
 
 
 def _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL) -> jax.Array:
-    """Attention of scaled queries. The softmax is divided last, on K numbers a query instead of S."""
+    """Computes attention of scaled queries; normalizes last, on K numbers per query instead of S."""
     mask_BxLxS = range_mask(key_start_BxL, key_end_BxL, k_BxHxSxK.shape[2])
     bias_BxLxS = jnp.where(mask_BxLxS, 0.0, jnp.finfo(jnp.float32).min)
     scores_BxHxLxS = jnp.einsum("bhlk,bhsk->bhls", q_BxHxLxK, k_BxHxSxK, preferred_element_type=jnp.float32)
@@ -138,8 +138,7 @@ def _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL) -> jax.
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _divide(x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """x / y as `dtype`, with a gradient by the quotient, which is kept anyway: by x, the attended values
-    would be computed again for it."""
+    """Returns x / y as `dtype`; the gradient uses the quotient, which is kept anyway, instead of x."""
     return (x / y).astype(dtype)
 
 

@@ -1,7 +1,7 @@
-"""Cross-entropy that never holds all logits: the output matrix and the softmax, a slice at a time.
+"""Chunked cross-entropy, which never stores all logits.
 
-The gradient is taken in the same pass: while a slice's logits are there, its share of every gradient is
-computed and the logits are dropped, so that nothing is computed twice and nothing large is kept.
+The gradients are computed in the forward pass, chunk by chunk, before the logits of a chunk are discarded.
+The logits are therefore computed only once.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ def cross_entropy(
     z_weights_BxL: jax.Array,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of -log softmax(features @ kernel + bias)[target] and of squared log normalisers.
+    """Computes the weighted sum of -log softmax(features @ kernel + bias)[target] and of the z-loss.
 
     Args:
-      features_BxLxD: in the compute type.
+      features_BxLxD: features in the compute dtype.
       kernel_DxV, bias_V: output matrix and bias.
       targets_BxL: int32.
-      weights_BxL: float32; weight of each position's negative log-likelihood.
+      weights_BxL: float32; loss weight of each position.
       z_weights_BxL: float32; weight of each position's z-loss, (log sum exp logits)^2
         (PaLM, arXiv 2204.02311).
-      chunk: positions a row that are worked on at once.
+      chunk: positions per sequence in a chunk.
 
     Returns:
-      total: float32 []; sum(weights * nll) + sum(z_weights * logsumexp^2). Differentiable with respect
-        to features, kernel and bias.
-      nll_BxL: float32; nats. For reporting: no gradient flows through it.
+      total: float32 []; sum(weights * nll) + sum(z_weights * logsumexp^2). Differentiable with
+        respect to features, kernel and bias.
+      nll_BxL: float32; negative log-likelihood in nats, for reporting only: it has no gradient.
     """
     chunks = _chunks(chunk, features_BxLxD, targets_BxL, weights_BxL, z_weights_BxL)
 
@@ -86,7 +86,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _slice(features_BxPxD, kernel_DxV, bias_V, targets_BxP):
-    """nll, log normaliser (both float32 [B, P]) and logits (float32 [B, P, V]) of a slice."""
+    """Returns nll and log normaliser, float32 [B, P], and logits, float32 [B, P, V], of a chunk."""
     kernel_DxV = kernel_DxV.astype(features_BxPxD.dtype)
     logits = jnp.einsum("bpd,dv->bpv", features_BxPxD, kernel_DxV, preferred_element_type=jnp.float32)
     logits += bias_V.astype(jnp.float32)
@@ -96,7 +96,7 @@ def _slice(features_BxPxD, kernel_DxV, bias_V, targets_BxP):
 
 
 def _chunks(chunk: int, *arrays_BxL) -> tuple[jax.Array, ...]:
-    """Each array cut along L into slices, [C, B, P, ...]; the last slice is filled up with zeros."""
+    """Splits each array along L into chunks, [C, B, P, ...]; pads the last chunk with zeros."""
     length = arrays_BxL[0].shape[1]
     chunk = min(chunk, length)
     parts = -(-length // chunk)
@@ -109,7 +109,7 @@ def _chunks(chunk: int, *arrays_BxL) -> tuple[jax.Array, ...]:
 
 
 def _whole(slices_CxBxP: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Puts slices together again, without the filling."""
+    """Concatenates chunks and removes the padding."""
     joined = jnp.moveaxis(slices_CxBxP, 0, 1)
     joined = joined.reshape(joined.shape[0], -1, *joined.shape[3:])
     return joined[:, : shape[1]]

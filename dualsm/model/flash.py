@@ -1,11 +1,11 @@
-"""Attention on NVIDIA GPUs: FlashAttention (arXiv 2307.08691), told what to see by key ranges.
+"""FlashAttention (arXiv 2307.08691) on NVIDIA GPUs, with key ranges as the mask.
 
-Three kernels in Pallas, which JAX compiles through Triton: the forward pass, the gradient of the queries and
-those of keys and values. Each of their programs holds one block of a row and walks over the blocks of the
-other side that its ranges reach, so that no L x L array ever lies in main memory, and blocks of other
-documents, or above the diagonal of causal rows, cost nothing. One call serves any mixture of objectives.
+There are three Pallas kernels, compiled through Triton: the forward pass, the gradient of the queries, and
+the gradients of keys and values. Each program holds one block of queries (or keys) of a sequence and visits
+only the blocks of keys (or queries) within its ranges. No L x L array is stored in main memory, and blocks
+of other documents or above the causal diagonal cost nothing. One call supports any mixture of objectives.
 
-Scores are in base 2: exp2 is what GPUs have an instruction for.
+Scores are in base 2, as GPUs have an exp2 instruction.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dualsm.model.remat import ATTENTION
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a kernel divides its work: queries and keys a block, and what Triton is to make of a program."""
+    """Block sizes of a kernel in queries and keys, and Triton's compilation parameters."""
 
     queries: int
     keys: int
@@ -37,9 +37,9 @@ class Blocks:
 
 # The fastest of those timed on an H200, see docs/performance.md.
 FORWARD = BACKWARD_QUERIES = BACKWARD_KEYS = Blocks(queries=64, keys=64, warps=4, stages=3)
-LENGTHS = 64  # L is a multiple of it
+LENGTHS = 64  # L must be a multiple of this
 
-HIDDEN = -1e30  # score of what is not seen; finite, so that a block without anything seen gives no NaN
+HIDDEN = -1e30  # score of masked keys; finite, so that a fully masked block does not give NaN
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -51,17 +51,16 @@ def attend_flash(
     key_end_BxL: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.attend`, for L that `LENGTHS` divides and K a power of two from 16 on.
+    """Implements `attention.attend` for L divisible by `LENGTHS` and K a power of two of at least 16.
 
     Args:
-      interpret: run the kernels' programs without a GPU, very slowly.
+      interpret: interpret the kernels without a GPU, which is very slow.
     """
     return _forward(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL, interpret)[0]
 
 
 def _forward(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, interpret):
-    """Attended values, and what the backward pass takes: all arrays and, base 2, the logarithm of each
-    softmax's denominator."""
+    """Returns attended values and residuals: all arrays and the log2 of each softmax denominator."""
     rows, length, heads, _ = q_BxLxHxK.shape
     layout = _Layout(q_BxLxHxK.shape, FORWARD.queries)
     out, log_sum_BxHxL = pl.pallas_call(
@@ -82,7 +81,7 @@ def _forward(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, interpret):
 def _backward(interpret, residuals, d_out_BxLxHxK):
     q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, out_BxLxHxK, log_sum_BxHxL = residuals
     scale, gradient = _scale(q_BxLxHxK), jax.ShapeDtypeStruct(q_BxLxHxK.shape, q_BxLxHxK.dtype)
-    # What the softmax takes off the gradients of its scores, a number a query (2307.08691, section 2.3.2).
+    # Softmax correction of the gradients of the scores, one number per query (2307.08691, section 2.3.2).
     delta_BxHxL = jnp.einsum("blhk,blhk->bhl", out_BxLxHxK, d_out_BxLxHxK, preferred_element_type=jnp.float32)
     arrays = (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, d_out_BxLxHxK, log_sum_BxHxL, delta_BxHxL, start_BxL, end_BxL)
 
@@ -122,10 +121,10 @@ attend_flash.defvjp(_forward, _backward)
 
 
 class BlockRange(NamedTuple):
-    """The blocks [first, end) that each program visits, all seen in full from full_first to full_end.
+    """Range of blocks [first, end) that each program visits; blocks in [full_first, full_end) need no mask.
 
-    A block is seen in full when all of its queries see all of its keys, so that it needs no mask. Each
-    field is int32, one number per block of the side that the program holds.
+    A block needs no mask if all of its queries attend to all of its keys. Each field is int32, with one
+    number per program.
     """
 
     first: jax.Array
@@ -135,7 +134,7 @@ class BlockRange(NamedTuple):
 
 
 def key_blocks(key_start_BxL: jax.Array, key_end_BxL: jax.Array, blocks: Blocks) -> BlockRange:
-    """The blocks of keys that each block of queries visits, [B, I]."""
+    """Returns the range of key blocks for each block of queries, [B, I]."""
     shape = (len(key_start_BxL), -1, blocks.queries)
     start_BxIxQ, end_BxIxQ = key_start_BxL.reshape(shape), key_end_BxL.reshape(shape)
     first_BxI, end_BxI = start_BxIxQ.min(-1) // blocks.keys, pl.cdiv(end_BxIxQ.max(-1), blocks.keys)
@@ -145,10 +144,10 @@ def key_blocks(key_start_BxL: jax.Array, key_end_BxL: jax.Array, blocks: Blocks)
 
 
 def query_blocks(key_start_BxL: jax.Array, key_end_BxL: jax.Array, blocks: Blocks) -> BlockRange:
-    """The blocks of queries that each block of keys visits, [B, J].
+    """Returns the range of query blocks for each block of keys, [B, J].
 
-    Queries in between that see none of the keys are masked. Of the blocks seen in full, the first
-    uninterrupted run counts as such.
+    Queries within the range that do not attend to the keys are masked. Only the first contiguous run of
+    blocks that need no mask skips the mask.
     """
     shape = (len(key_start_BxL), -1, blocks.queries)
     start_BxIxQ, end_BxIxQ = key_start_BxL.reshape(shape), key_end_BxL.reshape(shape)
@@ -171,16 +170,16 @@ def query_blocks(key_start_BxL: jax.Array, key_end_BxL: jax.Array, blocks: Block
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Which part of each array a program has: it works on one block of one row and head."""
+    """Block specs: each program works on one block of one sequence and head."""
 
     shape: tuple[int, ...]  # [B, L, H, K]
-    size: int  # positions of the block
+    size: int  # block size
 
     def call(self, blocks: Blocks, interpret: bool) -> dict:
-        """What all kernels are called with alike."""
+        """Returns the arguments that all kernels share."""
         rows, length, heads, _ = self.shape
         params = triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
-        # Programs that follow each other have the same row and head, whose other side is then in the cache.
+        # Consecutive programs share a sequence and head, whose keys (or queries) are then in the cache.
         grid = (length // self.size, heads, rows)
         return {"grid": grid, "compiler_params": params, "interpret": interpret}
 
@@ -218,7 +217,7 @@ def _scale(q_BxLxHxK: jax.Array) -> float:
 
 
 def _visit(bounds: Sequence, body: Callable, carry):
-    """Runs body(i, carry, full) over the blocks of a `BlockRange`, given as references to its four fields."""
+    """Runs body(i, carry, full) over the blocks of a `BlockRange`; `bounds` are refs to its four fields."""
     first, full_first, full_end, end = (ref[...] for ref in bounds)
     masked, full = functools.partial(body, full=False), functools.partial(body, full=True)
     carry = jax.lax.fori_loop(first, full_first, masked, carry)

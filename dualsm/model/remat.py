@@ -1,12 +1,12 @@
-"""What the forward pass keeps for the backward pass, which computes the rest again."""
+"""Rematerialization policies: which activations are saved for the backward pass."""
 
 import jax
 
-# What attention came to, and what plain attention works on; by `jax.ad_checkpoint.checkpoint_name`.
+# Checkpoint name of the outputs of attention, and of the inputs of plain attention.
 ATTENTION = "attention"
 
 POLICIES = {
-    "none": None,  # keeps all
+    "none": None,  # saves all
     "full": jax.checkpoint_policies.nothing_saveable,
     "matmuls": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -1,12 +1,12 @@
-"""Attention on TPUs: JAX's splash attention kernel, told what to see by key ranges instead of by a mask.
+"""Splash attention, JAX's attention kernel for TPUs, with key ranges as the mask.
 
-The kernel walks over blocks of scores in fast memory, so that no L x L array ever lies in main memory, and
-skips the blocks it is told to. It takes a mask as three things, all of which follow from the ranges on the
-device: which blocks hold anything, an integer a query with a function of it and of a key's position (here:
-the key lies before the range's end), and segments (here: the keys of a range have its start). So one call
-serves any mixture of objectives, and other documents of a row cost nothing beyond the blocks they share.
+The kernel computes blocks of scores in fast memory, so that no L x L array is stored in main memory, and
+skips masked blocks. Its mask has three parts, which are computed from the key ranges on the device: the
+blocks that are not fully masked; a function of an integer per query and the key's position (the key is
+before the end of the range); and segment ids (the start of the range, which all of its keys share). One
+call supports any mixture of objectives, and other documents in a row cost nothing outside of shared blocks.
 
-The rows of a batch are laid end to end as one long sequence, in which a row's blocks see that row's alone.
+The rows of a batch are concatenated to one long sequence, in which attention stays within each row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dualsm.model.remat import ATTENTION
 
-BLOCKS = (512, 256, 128)  # positions a block, the largest that divides L; TPU lanes come by 128
+BLOCKS = (512, 256, 128)  # block sizes; the largest that divides L is used. TPUs have 128 lanes
 
 
 def attend_splash(
@@ -27,25 +27,25 @@ def attend_splash(
     key_end_BxL: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.attend`, for L that one of `BLOCKS` divides.
+    """Implements `attention.attend` for L divisible by one of `BLOCKS`.
 
     Args:
-      interpret: run the kernel's program without a TPU, very slowly.
+      interpret: interpret the kernel without a TPU, which is very slow.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
 
-    rows, length, heads, width = q_BxLxHxK.shape
+    rows, length, heads, head_dim = q_BxLxHxK.shape
     size = next(size for size in BLOCKS if length % size == 0)
     offset_Bx1 = jnp.arange(rows, dtype=jnp.int32)[:, None] * length
     start_T, end_T = ((x + offset_Bx1).reshape(-1) for x in (key_start_BxL, key_end_BxL))
     seen_BxIxJ = seen_blocks(key_start_BxL, key_end_BxL, size)
 
     def mask(axis: int) -> info.MaskInfo:
-        """`axis` is what the kernel walks along: 2, blocks of keys; 1, blocks of queries."""
+        """Returns the mask for a kernel that iterates over blocks of keys (axis=2) or queries (axis=1)."""
         blocks = length // size
         next_BxIxJ = next_seen(seen_BxIxJ, axis) + jnp.arange(rows)[:, None, None] * blocks
-        # The walk is one of L / size blocks; the other axis runs through the blocks of all rows.
+        # The kernel iterates over L / size blocks; the other axis has the blocks of all rows.
         arrays = (jnp.moveaxis(x.astype(jnp.int32), 0, 2 - axis) for x in (next_BxIxJ, seen_BxIxJ))
         shape = (1, rows * blocks, blocks) if axis == 2 else (1, blocks, rows * blocks)
         data_next, block_mask = (x.reshape(shape) for x in arrays)
@@ -72,33 +72,33 @@ def attend_splash(
         interpret=interpret,
     )
     q_HxTxK, k_HxTxK, v_HxTxK = (
-        x.reshape(rows * length, heads, width).swapaxes(0, 1) for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK)
+        x.reshape(rows * length, heads, head_dim).swapaxes(0, 1) for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK)
     )
-    out_HxTxK = attend(q_HxTxK * width**-0.5, k_HxTxK, v_HxTxK, kernel.SegmentIds(start_T, start_T))
+    out_HxTxK = attend(q_HxTxK * head_dim**-0.5, k_HxTxK, v_HxTxK, kernel.SegmentIds(start_T, start_T))
     return out_HxTxK.swapaxes(0, 1).reshape(q_BxLxHxK.shape)
 
 
 def lies_before_end(end: jax.Array, position: jax.Array) -> jax.Array:
-    """Whether keys lie before the ends of the queries' ranges. The kernel compiles it into itself."""
+    """Returns True for keys before the end of the query's range; compiled into the kernel."""
     return position < end
 
 
 def block_ranges(key_start_BxL: jax.Array, key_end_BxL: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """First and last block of keys that each block of `size` queries works through, int32 [B, L / size]."""
+    """Returns the first and last block of keys for each block of queries, int32 [B, L / size]."""
     first_BxI = key_start_BxL.reshape(len(key_start_BxL), -1, size).min(-1) // size
     last_BxI = (key_end_BxL.reshape(len(key_end_BxL), -1, size).max(-1) - 1) // size
     return first_BxI, last_BxI
 
 
 def seen_blocks(key_start_BxL: jax.Array, key_end_BxL: jax.Array, size: int) -> jax.Array:
-    """Whether block i of queries works through block j of keys, bool [B, I, J] with I = J = L / size."""
+    """Returns True where block i of queries uses block j of keys, bool [B, I, J] with I = J = L / size."""
     first_BxI, last_BxI = block_ranges(key_start_BxL, key_end_BxL, size)
     block_J = jnp.arange(first_BxI.shape[1])
     return (block_J >= first_BxI[..., None]) & (block_J <= last_BxI[..., None])
 
 
 def next_seen(seen_BxIxJ: jax.Array, axis: int) -> jax.Array:
-    """The block along `axis` to be fetched at each: itself where seen, else the next seen, else the last."""
+    """Returns the block to prefetch along `axis`: itself if used, or else the next or the last used block."""
     blocks = seen_BxIxJ.shape[axis]
     block = jnp.arange(blocks).reshape([-1 if a == axis else 1 for a in range(3)])
     following = jax.lax.cummin(jnp.where(seen_BxIxJ, block, blocks), axis=axis, reverse=True)

@@ -1,9 +1,8 @@
-"""The transformer: pre-norm blocks with RoPE and SwiGLU under one scan, and an output head.
+"""The transformer: pre-norm blocks with RoPE and SwiGLU, scanned over layers, and an output head.
 
-It knows nothing of objectives: tokens and key ranges in, features for predicting the next token out.
-The residual stream is kept flat, [T, D] with T = B * L, so that every matrix product is a plain one.
-Parameter names and shapes are those of the fixture's README, with matrices stored as [inputs, outputs]
-and the blocks' parameters stacked along a leading layer axis.
+The model is independent of objectives: it maps tokens and key ranges to features for next-token prediction.
+The residual stream is flat, [T, D] with T = B * L. Matrices are [inputs, outputs], and the parameters of
+the blocks are stacked along a leading layer axis.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from dualsm.devices.sharding import constrain, divided_by, platform
 from dualsm.model import remat
 from dualsm.model.attention import attend
 
-TENSOR_CORE_MULTIPLE = 64  # GPUs multiply matrices of other sizes at half the rate, see docs/performance.md
+TENSOR_CORE_MULTIPLE = 64  # other matrix sizes halve the speed on GPUs, see docs/performance.md
 
 
 def _initializer(fan_in: int, scale: float = 1.0):
-    """Truncated normal of deviation scale * sqrt(2 / (5 * fan_in)), as in GPT-BERT."""
+    """Truncated normal with standard deviation scale * sqrt(2 / (5 * fan_in)), as in GPT-BERT."""
     return nnx.initializers.truncated_normal(scale * (2 / (5 * fan_in)) ** 0.5)
 
 
@@ -43,14 +42,14 @@ def _norm(config, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def rotary_angles(positions_L: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary embedding, float32 [..., L, 1, K/2] each."""
+    """Returns cosines and sines of the rotary embedding, each float32 [..., L, 1, K/2]."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions_L.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BxLxHxK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Applies the rotary embedding, rotate-half form (RoFormer, arXiv 2104.09864)."""
+    """Applies the rotary embedding in rotate-half form (RoFormer, arXiv 2104.09864)."""
     cos, sin = (a.astype(x_BxLxHxK.dtype) for a in angles)
     first, second = jnp.split(x_BxLxHxK, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -60,36 +59,36 @@ class Attention(nnx.Module):
     """Pre-norm multi-head attention."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
-        width = config.d_model
-        self.heads = config.num_heads
+        d_model = config.d_model
+        self.num_heads = config.num_heads
         self.norm = _norm(config, rngs=rngs)
-        self.query = _linear(config, width, width, rngs=rngs)
-        self.key = _linear(config, width, width, rngs=rngs)
-        self.value = _linear(config, width, width, rngs=rngs)
-        self.output = _linear(config, width, width, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
+        self.query = _linear(config, d_model, d_model, rngs=rngs)
+        self.key = _linear(config, d_model, d_model, rngs=rngs)
+        self.value = _linear(config, d_model, d_model, rngs=rngs)
+        self.output = _linear(config, d_model, d_model, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
 
     def project(self, x_TxD: jax.Array, rows: int, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries and keys, and values, each [B, L, H, K] with B = `rows`."""
+        """Returns rotated queries and keys, and values, each [B, L, H, K] with B = `rows`."""
         x_TxD = self.norm(x_TxD)
-        shape = (rows, x_TxD.shape[0] // rows, self.heads, x_TxD.shape[1] // self.heads)
+        shape = (rows, x_TxD.shape[0] // rows, self.num_heads, x_TxD.shape[1] // self.num_heads)
         q, k, v = (f(x_TxD).reshape(shape) for f in (self.query, self.key, self.value))
         return rotate(q, angles), rotate(k, angles), v
 
     def merge(self, heads_BxLxHxK: jax.Array) -> jax.Array:
-        """Output projection of the attended values, [T, D]."""
-        rows, length, heads, width = heads_BxLxHxK.shape
-        return self.output(heads_BxLxHxK.reshape(rows * length, heads * width))
+        """Applies the output projection to the attended values; returns [T, D]."""
+        rows, length, heads, head_dim = heads_BxLxHxK.shape
+        return self.output(heads_BxLxHxK.reshape(rows * length, heads * head_dim))
 
 
 class MLP(nnx.Module):
     """Pre-norm SwiGLU: down(value(x) * silu(gate(x)))."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
-        width, inner = config.d_model, config.d_ff
+        d_model, d_ff = config.d_model, config.d_ff
         self.norm = _norm(config, rngs=rngs)
-        self.value = _linear(config, width, inner, rngs=rngs)
-        self.gate = _linear(config, width, inner, rngs=rngs)
-        self.down = _linear(config, inner, width, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
+        self.value = _linear(config, d_model, d_ff, rngs=rngs)
+        self.gate = _linear(config, d_model, d_ff, rngs=rngs)
+        self.down = _linear(config, d_ff, d_model, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
 
     def __call__(self, x_TxD: jax.Array) -> jax.Array:
         x_TxD = self.norm(x_TxD)
@@ -99,7 +98,7 @@ class MLP(nnx.Module):
         return self.down(self.value(x_TxD) * jax.nn.silu(self.gate(x_TxD)))
 
     def _with_padding(self, x_TxD: jax.Array, padding: int) -> jax.Array:
-        """The same values, with F filled up with zeros in the matrices that are multiplied."""
+        """Computes the MLP with matrices zero-padded along F."""
         kernels = (linear.kernel[...].astype(x_TxD.dtype) for linear in (self.value, self.gate, self.down))
         value_DxF, gate_DxF, down_FxD = kernels
         value_DxF, gate_DxF = (jnp.pad(x, [(0, 0), (0, padding)]) for x in (value_DxF, gate_DxF))
@@ -123,7 +122,7 @@ class Block(nnx.Module):
 
 
 class ProjectedHead(nnx.Module):
-    """The paper's: RMSNorm -> Linear -> GELU -> output matrix with bias."""
+    """Head of the paper: RMSNorm -> Linear -> GELU -> output matrix with bias."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
         self.norm = _norm(config, rngs=rngs)
@@ -131,24 +130,24 @@ class ProjectedHead(nnx.Module):
         self.output = _linear(config, config.d_model, config.vocab_size, bias=True, rngs=rngs)
 
     def features(self, x_TxD: jax.Array) -> jax.Array:
-        """What the output matrix is applied to, [T, D]."""
+        """Returns the input of the output matrix, [T, D]."""
         return jax.nn.gelu(self.projection(self.norm(x_TxD)), approximate=True)
 
 
 class PlainHead(nnx.Module):
-    """Llama's: RMSNorm -> output matrix."""
+    """Head of Llama: RMSNorm -> output matrix."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
         self.norm = _norm(config, rngs=rngs)
         self.output = Unbiased(_linear(config, config.d_model, config.vocab_size, rngs=rngs))
 
     def features(self, x_TxD: jax.Array) -> jax.Array:
-        """What the output matrix is applied to, [T, D]."""
+        """Returns the input of the output matrix, [T, D]."""
         return self.norm(x_TxD)
 
 
 class Unbiased(nnx.Module):
-    """An output matrix whose bias is zero and no parameter, for the loss, which asks for one."""
+    """Output layer without a bias parameter; `bias` is zero, as the loss requires one."""
 
     def __init__(self, linear: nnx.Linear):
         self.kernel, self.dtype = linear.kernel, linear.dtype
@@ -168,7 +167,7 @@ class Transformer(nnx.Module):
     """The language model."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
-        """`config` is `config.model`, with the vocabulary filled in."""
+        """`config` is `config.model` with `vocab_size` set."""
         self.head_dim = config.d_model // config.num_heads
         self.theta = config.rope_theta
         self.remat = config.remat
@@ -190,18 +189,18 @@ class Transformer(nnx.Module):
         self.head = HEADS[config.get("head", "projected")](config, rngs=rngs)  # older runs lack the key
 
     def features(self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array) -> jax.Array:
-        """Features at each position for predicting the next token, [B, L, D].
+        """Returns the features at each position for predicting the next token, [B, L, D].
 
         Args:
           tokens_BxL: int32.
-          key_start_BxL, key_end_BxL: int32; the keys each position sees (see `attend`).
+          key_start_BxL, key_end_BxL: int32; key range of each position, see `attend`.
         """
         positions_L = jnp.arange(tokens_BxL.shape[1])
         angles = rotary_angles(positions_L, self.head_dim, self.theta)
         layer = _apply_block
         if remat.POLICIES[self.remat] is not None:
             layer = nnx.remat(layer, policy=remat.POLICIES[self.remat])
-        # In a loop, XLA's GPU compiler copies what each layer keeps for the backward pass into stacks.
+        # In a loop, XLA's GPU compiler copies the residuals of each layer into stacked arrays.
         unroll = self.layers if platform() == "gpu" else 1
         scan = nnx.scan(layer, in_axes=(0, nnx.Carry, None, None, None), out_axes=nnx.Carry, unroll=unroll)
         x_TxD = constrain(self.embedding(tokens_BxL.reshape(-1)), "batch", None)
@@ -209,9 +208,9 @@ class Transformer(nnx.Module):
         return self.head.features(x_TxD).reshape(*tokens_BxL.shape, -1)
 
     def logits(self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array) -> jax.Array:
-        """Logits for the token after each position, float32 [B, L, V]; for small batches.
+        """Returns the logits for the token after each position, float32 [B, L, V].
 
-        Training uses `features` with a loss that never holds all logits.
+        Only for small batches: training uses `features` with a loss that never stores all logits.
         """
         features_BxLxD = self.features(tokens_BxL, key_start_BxL, key_end_BxL)
         return self.head.output(features_BxLxD).astype(jnp.float32)
@@ -222,7 +221,7 @@ def _apply_block(block: Block, x_TxD, key_start_BxL, key_end_BxL, angles) -> jax
 
 
 def init_params(config: ml_collections.ConfigDict, key: jax.Array) -> dict:
-    """Fresh parameters, a nested dict of float32 arrays. `config` is `config.model`."""
+    """Initializes the parameters, a nested dict of float32 arrays. `config` is `config.model`."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
 
 
@@ -232,5 +231,5 @@ def _graph(config: ml_collections.FrozenConfigDict) -> nnx.GraphDef:
 
 
 def bind(config: ml_collections.ConfigDict, params: dict) -> Transformer:
-    """The model with the given parameters, arrays or tracers. `config` is `config.model`."""
+    """Returns the model with the given parameters, arrays or tracers. `config` is `config.model`."""
     return nnx.merge(_graph(ml_collections.FrozenConfigDict(config)), nnx.State(params))
