@@ -90,13 +90,13 @@ def test_an_unknown_backend_is_refused(qkv, ranges):
     ("platform", "length", "because"),
     [
         ("tpu", 256, None),
-        ("tpu", 100, "rows of a multiple of 128 positions, not 100"),
+        ("tpu", 100, "a sequence length that is a multiple of 128, not 100"),
         ("gpu", 256, None),
-        ("gpu", 100, "rows of a multiple of 64 positions, not 100"),
+        ("gpu", 100, "a sequence length that is a multiple of 64, not 100"),
         ("cpu", 256, "no kernel for cpu"),
     ],
 )
-def test_auto_says_why_it_is_plain_attention(monkeypatch, platform, length, because):
+def test_auto_returns_why_it_selects_plain_attention(monkeypatch, platform, length, because):
     monkeypatch.setattr("dualsm.devices.sharding.platform", lambda: platform)
     reason = attention.why_not_kernel((2, length, 4, 64), (2, length, 4, 64))
     assert reason is None if because is None else because in reason

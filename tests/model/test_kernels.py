@@ -215,25 +215,25 @@ def test_auto_uses_the_kernel_where_it_can(kernel, on_its_platform, monkeypatch)
 
 
 @each_kernel
-def test_it_is_refused_where_it_cannot(kernel, on_its_platform):
-    def asked(length, heads=H, width=K):
+def test_unsupported_shapes_are_an_error(kernel, on_its_platform):
+    def call(length, heads=H, head_dim=K):
         start = jnp.zeros((4, length), jnp.int32)
-        q = jnp.ones((4, length, heads, width))
+        q = jnp.ones((4, length, heads, head_dim))
         jax.eval_shape(lambda q: attend(q, q, q, start, start + 1, kernel), q)
 
     with pytest.raises(UserError, match="needs (TPUs|NVIDIA GPUs), not cpu"):
-        asked(128)
+        call(128)
     on_its_platform(kernel)
-    with pytest.raises(UserError, match="multiple of (128|64) positions, not 100"):
-        asked(100)
+    with pytest.raises(UserError, match="multiple of (128|64), not 100"):
+        call(100)
     if kernel == "flash":
-        with pytest.raises(UserError, match="a power of two from 16 on, not 24"):
-            asked(128, width=24)
+        with pytest.raises(UserError, match="a power of two of at least 16, not 24"):
+            call(128, head_dim=24)
     with (
         jax.set_mesh(mesh(data=1, tensor=4)),
         pytest.raises(UserError, match="number of heads that is a multiple of 4"),
     ):
-        asked(128)
+        call(128)
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="lowering for GPUs takes CUDA's plugin")
