@@ -17,8 +17,8 @@ from pathlib import Path
 
 from absl import flags
 
-from dualsm.analysis.advice import DEFAULT_METRIC
-from dualsm.analysis.answer import advise, ask, describe
+from dualsm.analysis.advice import DEFAULT_METRIC, advise, round_repetitions
+from dualsm.analysis.advice_text import describe
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output
@@ -43,7 +43,7 @@ def main(_: Sequence[str]) -> None:
         raise UserError(f"--unique_tokens={unique} and --budget={budget} must be finite numbers")
     if _OUTPUT.value:
         check_output(Path(_OUTPUT.value), "--output")
-    question = ask(unique, budget)
+    question = round_repetitions(unique, budget)
     answers = advise(question.repetitions, _SWEEP.value, _METRIC.value)
     print(describe(question, answers, _SWEEP.value))
     if _OUTPUT.value:

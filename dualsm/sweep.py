@@ -17,12 +17,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from dualsm.analysis.report import as_text, report
 from dualsm.evaluation.spec import EvalSpec
 from dualsm.process import cli
 from dualsm.process.progress import say
+from dualsm.sweeps.cluster import job_list
 from dualsm.sweeps.grid import make_cells, parse_axes, parse_cell, parse_rule
 from dualsm.sweeps.jobs import check_outcomes, run_missing
-from dualsm.sweeps.sweep import Sweep, job_list
+from dualsm.sweeps.sweep_folder import Sweep
 
 GRID = ("repetitions=1,4,16,64", "alpha=0,1/8,1/2,7/8,1")
 
@@ -67,9 +69,6 @@ def main(_: Sequence[str]) -> None:
     sweep.folder.mkdir(parents=True, exist_ok=True)
     sweep.write_plan(axes)
     outcomes = run_missing(sweep, _JOBS.value or 1)
-
-    from dualsm.analysis.reporting import as_text, report
-
     for path in report(sweep.folder):
         say(f"written: {path}")
     say(as_text(sweep.folder))

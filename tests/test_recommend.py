@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from dualsm.analysis import answer
-from dualsm.analysis.advice import SHIPPED, advise_by_rules, advise_by_table
+from dualsm.analysis import advice
+from dualsm.analysis.advice import SHIPPED, advise, advise_by_rules, advise_by_table, round_repetitions
+from dualsm.analysis.advice_text import describe
 from dualsm.analysis.table import load, read_table, write_table
 from dualsm.process.errors import UserError
 from tests.analysis.synthetic import BUDGET, STEPS, grid, write_cell, write_plan, write_sweep
@@ -45,8 +46,8 @@ def ask(*arguments, unique=BUDGET // 128, budget=BUDGET):
 
 def words(table, unique, budget):
     """What the command prints, without a process of its own."""
-    question = answer.ask(unique, budget)
-    return answer.describe(question, answer.advise(question.repetitions, table), str(table))
+    question = round_repetitions(unique, budget)
+    return describe(question, advise(question.repetitions, table), str(table))
 
 
 def flags(text):
@@ -73,7 +74,7 @@ def test_by_a_sweep_of_ones_own(sweep, tmp_path):
     assert answer["repetitions"] == 128
     assert answer["table"]["cells"] == 24  # without the shorter ones
     assert 1 / 64 <= answer["alpha"] <= 1 / 4
-    assert answer["octaves_outside"] == 0
+    assert answer["doublings_outside"] == 0
     assert answer["surface"]["gain_over_causal"]["mean"] > 0.5
     assert answer["stopping"]["verdict"] == "unknown"  # the cells have one seed
     assert answer["measured"]["0.125"][1] == 1
@@ -94,7 +95,7 @@ def test_a_folder_for_the_answer_is_refused_before_it_is_sought(tmp_path):
 
 
 def test_a_table_answers_as_its_sweep(sweep, table):
-    assert answer.advise(64, table) == answer.advise(64, sweep)
+    assert advise(64, table) == advise(64, sweep)
 
 
 def test_far_and_few_are_said(table, tmp_path):
@@ -108,33 +109,33 @@ def test_far_and_few_are_said(table, tmp_path):
 
 def test_the_rules_come_first_with_and_without_scikit_learn(monkeypatch):
     """An extra that happens to be installed adds an answer beside the first one and does not replace it."""
-    question = answer.ask(1e6, 6.4e7)
-    both = answer.advise(64)
-    text = answer.describe(question, both, "")
-    assert [advice.source for advice in both] == ["rules", "surface"]
-    assert [advice.alpha for advice in both] == [1 / 4, 1 / 2]
+    question = round_repetitions(1e6, 6.4e7)
+    both = advise(64)
+    text = describe(question, both, "")
+    assert [found.source for found in both] == ["rules", "surface"]
+    assert [found.alpha for found in both] == [1 / 4, 1 / 2]
     for expected in (
         "arXiv 2512.14549", "models of 470,000,000 parameters", "the table that comes with dualsm",
         "models of 230,336 parameters", "the answers differ: each holds for models of its own scale",
     ):  # fmt: skip
         assert expected in text
     assert [found["causal"] for found in flags(text)] == ["0.25", "0.5"]
-    monkeypatch.setattr(answer, "find_spec", lambda name: None)  # stands for a missing scikit-learn
-    (alone,) = answer.advise(64)
+    monkeypatch.setattr(advice, "find_spec", lambda name: None)  # stands for a missing scikit-learn
+    (alone,) = advise(64)
     assert alone == both[0]
-    text = answer.describe(question, [alone], "")
+    text = describe(question, [alone], "")
     assert "table of small models that comes with dualsm needs scikit-learn: pip install" in text
     assert "causal 1/4, masked_diffusion 3/4" in text
-    far = answer.describe(answer.ask(1, 1024), answer.advise(1024), "")
+    far = describe(round_repetitions(1, 1024), advise(1024), "")
     assert "1 to 256 repetitions were tried; the question lies 2.0 doublings outside" in far
     with pytest.raises(UserError, match="needs scikit-learn"):
-        answer.advise(4, metric=LOSS)
+        advise(4, metric=LOSS)
 
 
 @pytest.fixture(scope="module")
 def shipped():
     """R -> the answer of the table that comes with dualsm."""
-    return {r: answer.advise(r)[1] for r in (1, 64, 128)}
+    return {r: advise(r)[1] for r in (1, 64, 128)}
 
 
 def test_the_table_that_comes_with_it(shipped):
@@ -164,7 +165,7 @@ def test_a_clipped_loss_is_printed_as_a_bound(shipped):
     gain = shipped[128].surface.gain_over_causal
     assert gain.at_least
     assert gain.mean < 3.26
-    text = answer.describe(answer.ask(1, 128), [shipped[128]], "")
+    text = describe(round_repetitions(1, 128), [shipped[128]], "")
     assert f"better than causal rows only by at least {gain.mean:.2f}\n" in text
     cells = "causal 0: 4.407, causal 1/4: 3.249 (mean of 2 seeds), causal 1: 6.507"
     assert f"measured at R = 128: {cells}\n" in text
@@ -174,7 +175,7 @@ def test_unequal_tuning_is_told(table):
     rows = read_table(table)
     extra = next(row for row in rows if (row["repetitions"], row["alpha"]) == (64, 0.5))
     advice = advise_by_table([*rows, extra | {"optimizer.learning_rate": 0.5}], LOSS, 64)
-    text = answer.describe(answer.ask(1, 64), [advice], "x")
+    text = describe(round_repetitions(1, 64), [advice], "x")
     assert "warning: at R = 64 some alphas were tuned with more settings than others" in text
 
 
@@ -183,7 +184,7 @@ def test_models_of_several_sizes_are_told(table):
     rows[0]["parameters"] *= 3
     advice = advise_by_table(rows, LOSS, 64)
     low, high = sorted({row["parameters"] for row in rows if row["budget_tokens"] == BUDGET})
-    assert f"models of {low:,} to {high:,} parameters" in answer.describe(answer.ask(1, 64), [advice], "x")
+    assert f"models of {low:,} to {high:,} parameters" in describe(round_repetitions(1, 64), [advice], "x")
 
 
 def test_enough_text_does_not_repeat(table, tmp_path):
@@ -208,10 +209,10 @@ def test_enough_text_does_not_repeat(table, tmp_path):
 )  # fmt: skip
 def test_repetitions_are_rounded_to_where_least_is_given_up(budget, repetitions, seen_unique, seen, text):
     """1.01 passes are one pass over the corpus and not two over half of it; the answer is for that R."""
-    question = answer.ask(1000, budget)
+    question = round_repetitions(1000, budget)
     assert question.repetitions == repetitions
     assert (question.seen_unique_tokens, question.seen_tokens) == pytest.approx((seen_unique, seen))
-    words = answer.describe(question, [advise_by_rules(question.repetitions)], "")
+    words = describe(question, [advise_by_rules(question.repetitions)], "")
     assert text in words
     assert text or "whole numbers" not in words
     (found,) = flags(words)

@@ -17,7 +17,7 @@ from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import read_metrics
 from dualsm.sweeps.grid import Cell, make_cells
 from dualsm.sweeps.jobs import run_missing
-from dualsm.sweeps.sweep import Sweep, _divergence
+from dualsm.sweeps.sweep_folder import Sweep, _divergence
 from tests.conftest import ROOT, command_env, run_command
 from tests.micro import micro_config
 
@@ -253,7 +253,7 @@ def test_log_lines_are_read_again_only_when_the_file_has_changed(one_cell, monke
         reads.append(path)
         return read_metrics(path)
 
-    monkeypatch.setattr("dualsm.sweeps.sweep.read_metrics", counted)
+    monkeypatch.setattr("dualsm.sweeps.sweep_folder.read_metrics", counted)
     shown = [sweep.row(cell) for _ in range(5)]
     assert len(reads) == 1
     assert all(row == shown[0] for row in shown)

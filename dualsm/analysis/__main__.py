@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dualsm.analysis.reporting import as_text, report
+from dualsm.analysis.report import as_text, report
 from dualsm.process import cli
 
 _SWEEP = cli.DEFINE_path("sweep", None, "folder of the sweep; it need not be finished")

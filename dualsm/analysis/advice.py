@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from dualsm.analysis import rules
-from dualsm.analysis.scales import octaves_outside
+from dualsm.analysis.scales import doublings_outside
 from dualsm.analysis.stopping import Stopping, compare_lengths
-from dualsm.analysis.summary import by_mixture
 from dualsm.analysis.surface import Recommendation, Surface, fit_surface
-from dualsm.analysis.table import comparable, lower_is_better, mean, seed_sd, unequal_tuning
+from dualsm.analysis.table import by_mixture, comparable, load, lower_is_better, mean, seed_sd, unequal_tuning
+from dualsm.process.errors import UserError
 from dualsm.sweeps.cells import Row
 
 SHIPPED = Path(__file__).with_name("shipped.csv")  # the project's own sweep
 DEFAULT_METRIC = "valid/causal/loss"
+INSTALL = "pip install 'dualsm[analysis]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBudget:
+    """A budget for a corpus, and the whole number of repetitions that serves both best.
+
+    Attributes:
+      unique_tokens, budget_tokens: as asked.
+      repetitions: R, as in `config.repetitions`.
+      seen_unique_tokens, seen_tokens: of a run with this R, which is to see each of its tokens R times.
+    """
+
+    unique_tokens: float
+    budget_tokens: float
+    repetitions: int
+    seen_unique_tokens: float
+    seen_tokens: float
+
+
+def round_repetitions(unique: float, budget: float) -> TokenBudget:
+    """Rounds budget / unique to the R that gives up least: of the budget if down, of the corpus if up."""
+    passes = budget / unique
+    if passes <= 1:
+        return TokenBudget(unique, budget, 1, budget, budget)
+    low, high = math.floor(passes + 1e-9), math.ceil(passes - 1e-9)
+    if 1 - low / passes < 1 - passes / high:
+        return TokenBudget(unique, budget, low, unique, low * unique)
+    return TokenBudget(unique, budget, high, budget / high, budget)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +57,7 @@ class Advice:
       repetitions: R.
       alpha: share of causal rows; all others are masked diffusion.
       source: "surface" of a table of cells, or "rules" of the paper.
-      octaves_outside: how far R lies outside the tried range; 0 inside.
+      doublings_outside: how far R lies outside the tried range; 0 inside.
       tried: the tried range of R.
       parameters: the smallest and the largest of the models that it comes from; None where not known.
       table: of "surface": what it was fitted to (metric, cells, budget, noise), else None.
@@ -38,7 +69,7 @@ class Advice:
     repetitions: float
     alpha: float
     source: str
-    octaves_outside: float
+    doublings_outside: float
     tried: tuple[float, float]
     parameters: tuple[int, int] | None
     table: dict | None = None
@@ -47,13 +78,36 @@ class Advice:
     stopping: Stopping | None = None
 
 
+def advise(repetitions: float, sweep: str | Path | None = None, metric: str | None = None) -> list[Advice]:
+    """The advice of every source, the one to follow first.
+
+    Args:
+      repetitions: R.
+      sweep: a sweep's folder or table, which comes before the paper's rules. Without a sweep the rules come
+        first and the shipped table second, if scikit-learn is installed: installing it does not change the
+        first answer.
+      metric: column of the table to do best in.
+
+    Raises:
+      UserError: when the table cannot answer.
+    """
+    by_rules = advise_by_rules(repetitions)
+    if sweep:
+        return [advise_by_table(load(sweep), metric or DEFAULT_METRIC, repetitions), by_rules]
+    if find_spec("sklearn"):
+        return [by_rules, advise_by_table(load(SHIPPED), metric or DEFAULT_METRIC, repetitions)]
+    if metric:
+        raise UserError(f"--metric={metric} needs scikit-learn, which is not installed: {INSTALL}")
+    return [by_rules]
+
+
 def advise_by_rules(repetitions: float) -> Advice:
     """The paper's rules, which need no table."""
     return Advice(
         repetitions=repetitions,
         alpha=rules.rule_alpha(repetitions),
         source="rules",
-        octaves_outside=octaves_outside(repetitions, *rules.TRIED_REPETITIONS),
+        doublings_outside=doublings_outside(repetitions, *rules.TRIED_REPETITIONS),
         tried=rules.TRIED_REPETITIONS,
         parameters=(rules.PARAMETERS, rules.PARAMETERS),
     )
@@ -74,7 +128,7 @@ def advise_by_table(rows: Sequence[Row], metric: str, repetitions: float) -> Adv
         repetitions=repetitions,
         alpha=recommendation.alpha,
         source="surface",
-        octaves_outside=recommendation.octaves_outside,
+        doublings_outside=recommendation.doublings_outside,
         tried=(float(surface.repetitions_C.min()), float(surface.repetitions_C.max())),
         parameters=(min(parameters), max(parameters)) if parameters else None,
         table={

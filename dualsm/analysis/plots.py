@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualsm.analysis.errors import analysis_extra
+from dualsm.analysis.analysis_errors import analysis_extra
 from dualsm.analysis.scales import alpha_scale, fraction, repetition_scale
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def plot_best_alpha(
     axes.step(x_G, high_G, label=f"the best lies between, {level:.0%} sure", **step)
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.set_label("probability of being the best alpha")
-    _repetition_axis(axes, _octaves(repetitions_G))
+    _repetition_axis(axes, _doublings(repetitions_G))
     _alpha_axis(axes, TICKS)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
 
@@ -216,7 +216,7 @@ def _alpha_axis(axes: Axes, ticks: Sequence[float]) -> None:
     axes.set_ylabel(_ALPHA_LABEL)
 
 
-def _octaves(repetitions: np.ndarray) -> np.ndarray:
+def _doublings(repetitions: np.ndarray) -> np.ndarray:
     """The powers of two in a range."""
     first, last = np.ceil(np.log2(min(repetitions))), np.floor(np.log2(max(repetitions)))
     return 2.0 ** np.arange(first, last + 1)

@@ -31,7 +31,7 @@ def repetition_scale(repetitions):
     return np.log2(np.asarray(repetitions, float))
 
 
-def octaves_outside(repetitions: float, low: float, high: float) -> float:
+def doublings_outside(repetitions: float, low: float, high: float) -> float:
     """By how many doublings R lies outside [low, high]; 0 inside."""
     octave, first, last = repetition_scale([repetitions, low, high])
     return float(max(octave - last, first - octave, 0))

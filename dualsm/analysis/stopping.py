@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from dualsm.analysis.errors import analysis_extra
+from dualsm.analysis.analysis_errors import analysis_extra
 from dualsm.analysis.surface import Estimate
 from dualsm.analysis.table import (
     best_group,

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dualsm.analysis.errors import TooFewCells, analysis_extra
-from dualsm.analysis.scales import ALPHAS, alpha_scale, octaves_outside, repetition_scale
+from dualsm.analysis.analysis_errors import TooFewCells, analysis_extra
+from dualsm.analysis.scales import ALPHAS, alpha_scale, doublings_outside, repetition_scale
 
 FEWEST_CELLS = 4  # for a fit at all
 ENOUGH_CELLS, ENOUGH_VALUES = 12, 3  # for a fit to be trusted: cells, different R and different alphas
@@ -53,7 +53,7 @@ class Recommendation:
       gain_over_causal: by how much that is better than alpha = 1; positive is better, for losses too. None
         when alpha = 1 was not tried, or when the surface resolves neither of the two losses.
       gain_over_masked: the same over alpha = 0.
-      octaves_outside: how far R lies outside the tried range; 0 inside.
+      doublings_outside: how far R lies outside the tried range; 0 inside.
       few_cells: what the fit has too little of to be trusted; "" when it has enough.
     """
 
@@ -63,7 +63,7 @@ class Recommendation:
     score: Estimate
     gain_over_causal: Estimate | None
     gain_over_masked: Estimate | None
-    octaves_outside: float
+    doublings_outside: float
     few_cells: str
 
 
@@ -156,7 +156,9 @@ class Surface:
             score=Estimate(score.mean, None, at_least=True) if unresolved_A[best] else score,
             gain_over_causal=gain_over(1.0),
             gain_over_masked=gain_over(0.0),
-            octaves_outside=octaves_outside(repetitions, self.repetitions_C.min(), self.repetitions_C.max()),
+            doublings_outside=doublings_outside(
+                repetitions, self.repetitions_C.min(), self.repetitions_C.max()
+            ),
             few_cells=self.few_cells(),
         )
 

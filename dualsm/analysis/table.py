@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dualsm.analysis.errors import TooFewCells
+from dualsm.analysis.analysis_errors import TooFewCells
 from dualsm.process.errors import UserError
 from dualsm.sweeps.cells import Row, collect
 
@@ -132,6 +132,14 @@ def comparable(rows: Sequence[Row], metric: str) -> list[Row]:
     budget = main_budget(rows)
     rows = [row for row in rows if row["budget_tokens"] == budget]
     return [row for group in _best_settings(rows, metric).values() for row in group]
+
+
+def by_mixture(rows: Sequence[Row], metric: str) -> dict[tuple[float, float], list[Row]]:
+    """(R, alpha) -> its seeds, of the cells that can be compared. Raises `TooFewCells` without any."""
+    groups = defaultdict(list)
+    for row in comparable(rows, metric):
+        groups[row["repetitions"], row["alpha"]].append(row)
+    return dict(groups)
 
 
 def drawable(rows: Sequence[Row], metric: str) -> list[Row]:

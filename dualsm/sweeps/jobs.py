@@ -16,7 +16,7 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import LiveTable, say
 from dualsm.sweeps.cells import CELL
 from dualsm.sweeps.grid import Cell
-from dualsm.sweeps.sweep import Sweep
+from dualsm.sweeps.sweep_folder import Sweep
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # what ends a sweep and its cells
 

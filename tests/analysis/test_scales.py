@@ -7,8 +7,8 @@ from dualsm.analysis.scales import (
     ALPHAS,
     alpha_from_scale,
     alpha_scale,
+    doublings_outside,
     fraction,
-    octaves_outside,
     repetition_scale,
 )
 
@@ -36,9 +36,9 @@ def test_alphas_rise_evenly_enough_and_hold_the_papers_grid():
 
 def test_doublings():
     np.testing.assert_allclose(np.diff(repetition_scale([1, 2, 4, 8])), 1)
-    assert octaves_outside(16, 1, 128) == octaves_outside(128, 1, 128) == 0
-    assert octaves_outside(512, 1, 128) == pytest.approx(2)
-    assert octaves_outside(1, 4, 128) == pytest.approx(2)
+    assert doublings_outside(16, 1, 128) == doublings_outside(128, 1, 128) == 0
+    assert doublings_outside(512, 1, 128) == pytest.approx(2)
+    assert doublings_outside(1, 4, 128) == pytest.approx(2)
 
 
 @pytest.mark.parametrize(

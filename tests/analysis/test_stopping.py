@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dualsm.analysis.answer import _stopping
+from dualsm.analysis.advice_text import _stopping
 from dualsm.analysis.stopping import Stopping, compare_lengths
 
 LOSS = "valid/causal/loss"

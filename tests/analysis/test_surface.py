@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dualsm.analysis.errors import TooFewCells
+from dualsm.analysis.analysis_errors import TooFewCells
 from dualsm.analysis.scales import ALPHAS, alpha_scale
 from dualsm.analysis.surface import CREDIBLE, LEAST_VALUE, fit_surface, shortest_interval
 
@@ -163,8 +163,8 @@ def test_nothing_is_recommended_outside_the_tried_alphas():
 
 def test_few_cells_and_far_questions_are_said(surfaces):
     assert surfaces[0].recommend(64).few_cells == ""
-    assert surfaces[0].recommend(64).octaves_outside == 0
-    assert surfaces[0].recommend(1024).octaves_outside == pytest.approx(2)
+    assert surfaces[0].recommend(64).doublings_outside == 0
+    assert surfaces[0].recommend(1024).doublings_outside == pytest.approx(2)
     few = fit_surface([1, 1, 16, 16], [0.5, 1, 0.5, 1], [3, 2, 2, 3], lower_is_better=True, restarts=0)
     assert few.few_cells() == "4 cells, 2 numbers of repetitions, 2 alphas"
     assert dataclasses.asdict(few.recommend(4))["few_cells"]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dualsm.analysis.errors import TooFewCells
+from dualsm.analysis.analysis_errors import TooFewCells
 from dualsm.analysis.table import (
     comparable,
     drawable,

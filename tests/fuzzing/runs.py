@@ -10,7 +10,8 @@ from unittest import mock
 import jax
 
 from dualsm import config as configs
-from dualsm.analysis.answer import advise, ask, describe
+from dualsm.analysis.advice import advise, round_repetitions
+from dualsm.analysis.advice_text import describe
 from dualsm.analysis.table import load, write_table
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.devices.sharding import make_mesh
@@ -89,10 +90,10 @@ def _ask_table(folder: Path) -> None:
 
 
 def _ask(source: Path) -> None:
-    question = ask(1e6, 8e6)
-    answers = advise(question.repetitions, source)
+    token_budget = round_repetitions(1e6, 8e6)
+    answers = advise(token_budget.repetitions, source)
     assert all(0 <= advice.alpha <= 1 for advice in answers)
-    describe(question, answers, str(source))
+    describe(token_budget, answers, str(source))
 
 
 def _import(folder: Path) -> None:

@@ -9,9 +9,10 @@ import time
 import pytest
 
 from dualsm.rundir import trackers as boards
+from dualsm.sweeps.cluster import job_list
 from dualsm.sweeps.grid import Cell
 from dualsm.sweeps.jobs import _Job
-from dualsm.sweeps.sweep import Sweep, job_list
+from dualsm.sweeps.sweep_folder import Sweep
 from tests.micro import micro_config
 
 LINES = [(0, {"valid/causal/loss": 6.0}), (2, {"train/loss": 5.5, "perf/mfu": 0.25})]

@@ -11,12 +11,20 @@ import numpy as np
 
 from dualsm.analysis import plots
 from dualsm.analysis.advice import fit_to_cells
-from dualsm.analysis.errors import TooFewCells
-from dualsm.analysis.scales import alpha_from_scale, alpha_scale, repetition_scale
-from dualsm.analysis.summary import by_mixture, summary
+from dualsm.analysis.analysis_errors import TooFewCells
+from dualsm.analysis.scales import alpha_from_scale, alpha_scale, fraction, repetition_scale
 from dualsm.analysis.surface import CREDIBLE, Surface
-from dualsm.analysis.table import TABLE, comparable, drawable, lower_is_better, measures, write_table
-from dualsm.process.progress import say
+from dualsm.analysis.table import (
+    TABLE,
+    by_mixture,
+    comparable,
+    drawable,
+    lower_is_better,
+    mean,
+    measures,
+    write_table,
+)
+from dualsm.process.progress import say, table
 from dualsm.sweeps.cells import CELLS, Row, collect, curve
 
 if TYPE_CHECKING:
@@ -70,6 +78,28 @@ def as_text(folder: str | Path) -> str:
     """The measures that are plotted, as tables by alpha and R; "" when no cell has finished."""
     rows = collect(folder)
     return summary(rows, plotted_measures(rows))
+
+
+def summary(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    """A table a measure, alphas down and R across; "*" marks the best of each R, "-" what is not there."""
+    parts = []
+    for metric in metrics:
+        try:
+            groups = by_mixture(rows, metric)
+        except TooFewCells:
+            continue
+        scores = {place: mean(group, metric) for place, group in groups.items()}
+        repetitions, alphas = (sorted({place[axis] for place in scores}) for axis in (0, 1))
+        choose = min if lower_is_better(metric) else max
+        best = {r: choose(score for (at, _), score in scores.items() if at == r) for r in repetitions}
+
+        def entry(r: float, alpha: float, scores=scores, best=best) -> str:
+            score = scores.get((r, alpha))
+            return "- " if score is None else f"{score:.3f}{'*' if score == best[r] else ' '}"
+
+        lines = [[fraction(alpha), *(entry(r, alpha) for r in repetitions)] for alpha in alphas]
+        parts.append(f"{metric}\n" + table(["alpha", *(f"R {r:g} " for r in repetitions)], lines))
+    return "\n\n".join(parts)
 
 
 def plotted_measures(rows: Sequence[Row]) -> list[str]:
@@ -143,7 +173,7 @@ def curves_figure(rows: Sequence[Row], folder: Path) -> Figure:
 def gap_figure(rows: Sequence[Row], folder: Path) -> Figure:
     """Held-out minus training loss at the end. Raises `TooFewCells` when no cell has both."""
     tables = {objective: _gaps(rows, objective) for objective in OBJECTIVES}
-    tables = {objective: table for objective, table in tables.items() if table}
+    tables = {objective: gaps for objective, gaps in tables.items() if gaps}
     if not tables:
         raise TooFewCells("no finished cell has a held-out and a training loss of one objective")
     repetitions = sorted({place[0] for table in tables.values() for place in table})
@@ -152,10 +182,10 @@ def gap_figure(rows: Sequence[Row], folder: Path) -> Figure:
     top = max(float(np.quantile(gaps, 0.85)), 0.1)
     size = (1.2 + (0.75 * len(repetitions) + 1.9) * len(tables), 1.6 + 0.38 * len(alphas))
     figure = plots.new_figure(*size)
-    for axes, (objective, table) in zip(
+    for axes, (objective, gaps_here) in zip(
         figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True
     ):
-        gap_AxG = np.array([[table.get((r, a), np.nan) for r in repetitions] for a in alphas])
+        gap_AxG = np.array([[gaps_here.get((r, a), np.nan) for r in repetitions] for a in alphas])
         plots.plot_gap(axes, repetitions, alphas, gap_AxG, top=top, label="nats per token")
         axes.set_title(objective)
     figure.suptitle("overfitting: held-out minus training loss at the end (\N{EN DASH}: not trained on it)")

@@ -2,81 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
 
 from dualsm.analysis import rules
-from dualsm.analysis.advice import DEFAULT_METRIC, SHIPPED, Advice, advise_by_rules, advise_by_table
+from dualsm.analysis.advice import INSTALL, Advice, TokenBudget
 from dualsm.analysis.scales import fraction
 from dualsm.analysis.stopping import Side, Stopping, in_words
 from dualsm.analysis.surface import CREDIBLE, Estimate
-from dualsm.analysis.table import load
-from dualsm.process.errors import UserError
-
-_INSTALL = "pip install 'dualsm[analysis]'"
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A budget for a corpus, and the whole number of repetitions that serves both best.
-
-    Attributes:
-      unique_tokens, budget_tokens: as asked.
-      repetitions: R, as in `config.repetitions`.
-      seen_unique_tokens, seen_tokens: of a run with this R, which is to see each of its tokens R times.
-    """
-
-    unique_tokens: float
-    budget_tokens: float
-    repetitions: int
-    seen_unique_tokens: float
-    seen_tokens: float
-
-
-def ask(unique: float, budget: float) -> Question:
-    """Rounds budget / unique to the R that gives up least: of the budget if down, of the corpus if up."""
-    passes = budget / unique
-    if passes <= 1:
-        return Question(unique, budget, 1, budget, budget)
-    low, high = math.floor(passes + 1e-9), math.ceil(passes - 1e-9)
-    if 1 - low / passes < 1 - passes / high:
-        return Question(unique, budget, low, unique, low * unique)
-    return Question(unique, budget, high, budget / high, budget)
-
-
-def advise(repetitions: float, sweep: str | Path | None = None, metric: str | None = None) -> list[Advice]:
-    """The advice of every source, the one to follow first.
-
-    Args:
-      repetitions: R.
-      sweep: a sweep's folder or table, which comes before the paper's rules. Without a sweep the rules come
-        first and the shipped table second, if scikit-learn is installed: installing it does not change the
-        first answer.
-      metric: column of the table to do best in.
-
-    Raises:
-      UserError: when the table cannot answer.
-    """
-    by_rules = advise_by_rules(repetitions)
-    if sweep:
-        return [advise_by_table(load(sweep), metric or DEFAULT_METRIC, repetitions), by_rules]
-    if find_spec("sklearn"):
-        return [by_rules, advise_by_table(load(SHIPPED), metric or DEFAULT_METRIC, repetitions)]
-    if metric:
-        raise UserError(f"--metric={metric} needs scikit-learn, which is not installed: {_INSTALL}")
-    return [by_rules]
-
-
-def describe(question: Question, answers: Sequence[Advice], sweep: str) -> str:
+def describe(question: TokenBudget, answers: Sequence[Advice], sweep: str) -> str:
     """The answers of all sources in words."""
     lines = [_numbers(question), *_rounding(question)]
     for advice in answers:
         lines += _by_surface(advice, sweep) if advice.surface else _by_rules(advice)
     if not any(advice.surface for advice in answers):
-        lines.append(f"the table of small models that comes with dualsm needs scikit-learn: {_INSTALL}")
+        lines.append(f"the table of small models that comes with dualsm needs scikit-learn: {INSTALL}")
     if len({advice.alpha for advice in answers}) > 1:
         lines.append(
             "the answers differ: each holds for models of its own scale and measure; "
@@ -85,14 +27,14 @@ def describe(question: Question, answers: Sequence[Advice], sweep: str) -> str:
     return "\n".join(lines)
 
 
-def _numbers(question: Question) -> str:
+def _numbers(question: TokenBudget) -> str:
     passes = question.budget_tokens / question.unique_tokens
     seen = f"{passes:.4g} passes" if passes > 1 else "nothing repeats"
     budget, unique = question.budget_tokens, question.unique_tokens
     return f"{budget:,.0f} training tokens from {unique:,.0f} unique tokens: {seen}"
 
 
-def _rounding(question: Question) -> list[str]:
+def _rounding(question: TokenBudget) -> list[str]:
     """The run with a whole number of repetitions, where that is another one than was asked for."""
     repetitions, unique = question.repetitions, question.unique_tokens
     if question.seen_tokens < question.budget_tokens * (1 - 1e-6):
@@ -174,8 +116,8 @@ def _scale(advice: Advice) -> str:
 
 def _range(advice: Advice) -> str:
     tried = f"{advice.tried[0]:g} to {advice.tried[1]:g} repetitions were tried"
-    if advice.octaves_outside:
-        return f"warning: {tried}; the question lies {advice.octaves_outside:.1f} doublings outside"
+    if advice.doublings_outside:
+        return f"warning: {tried}; the question lies {advice.doublings_outside:.1f} doublings outside"
     return f"{tried}; the question lies inside"
 
 
