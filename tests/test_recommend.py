@@ -3,12 +3,13 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 
 from dualsm.analysis import advice
 from dualsm.analysis.advice import SHIPPED, advise, advise_by_rules, advise_by_table, round_repetitions
 from dualsm.analysis.advice_text import describe
-from dualsm.analysis.table import load, read_table, write_table
+from dualsm.analysis.table import load, make_table, read_table, write_table
 from dualsm.process.errors import UserError
 from tests.analysis.synthetic import BUDGET, STEPS, grid, write_cell, write_plan, write_sweep
 from tests.conftest import run_command
@@ -101,8 +102,8 @@ def test_a_table_answers_as_its_sweep(sweep, table):
 def test_far_and_few_are_said(table, tmp_path):
     warning = "warning: 1 to 128 repetitions were tried; the question lies 3.0 doublings outside"
     assert warning in words(table, 1024, BUDGET)
-    rows = [row for row in load(table) if row["repetitions"] == 64][:5]
-    write_table(tmp_path / "few.csv", rows)
+    cells = load(table).query("repetitions == 64")[:5]
+    write_table(tmp_path / "few.csv", cells)
     warning = "warning: too few cells for a surface to be trusted (5 cells"
     assert warning in words(tmp_path / "few.csv", 1024, BUDGET)
 
@@ -144,8 +145,7 @@ def test_the_table_that_comes_with_it(shipped):
     assert 1 / 32 <= shipped[128].alpha <= 1 / 2
     assert shipped[1].surface.few_cells == ""
     assert shipped[1].stopping is None
-    settings = [{name: row[name] for name in row if name.startswith("optimizer.")} for row in load(SHIPPED)]
-    assert all(None not in setting.values() for setting in settings)
+    assert load(SHIPPED).filter(like="optimizer.").notna().all(axis=None)
     assert shipped[128].table["unequally_tuned"] == []
 
 
@@ -172,19 +172,21 @@ def test_a_clipped_loss_is_printed_as_a_bound(shipped):
 
 
 def test_unequal_tuning_is_told(table):
-    rows = read_table(table)
-    extra = next(row for row in rows if (row["repetitions"], row["alpha"]) == (64, 0.5))
-    advice = advise_by_table([*rows, extra | {"optimizer.learning_rate": 0.5}], LOSS, 64)
+    cells = read_table(table)
+    extra = cells.query("repetitions == 64 and alpha == 0.5").assign(**{"optimizer.learning_rate": 0.5})
+    advice = advise_by_table(make_table(pd.concat([cells, extra])), LOSS, 64)
     text = describe(round_repetitions(1, 64), [advice], "x")
     assert "warning: at R = 64 some alphas were tuned with more settings than others" in text
 
 
 def test_models_of_several_sizes_are_told(table):
-    rows = read_table(table)
-    rows[0]["parameters"] *= 3
-    advice = advise_by_table(rows, LOSS, 64)
-    low, high = sorted({row["parameters"] for row in rows if row["budget_tokens"] == BUDGET})
-    assert f"models of {low:,} to {high:,} parameters" in describe(round_repetitions(1, 64), [advice], "x")
+    cells = read_table(table)
+    cells.loc[0, "parameters"] *= 3
+    advice = advise_by_table(cells, LOSS, 64)
+    low, high = sorted(cells.query(f"budget_tokens == {BUDGET}")["parameters"].unique())
+    assert f"models of {low:,.0f} to {high:,.0f} parameters" in describe(
+        round_repetitions(1, 64), [advice], "x"
+    )
 
 
 def test_enough_text_does_not_repeat(table, tmp_path):

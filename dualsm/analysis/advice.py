@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dualsm.analysis import rules
 from dualsm.analysis.scales import doublings_outside
 from dualsm.analysis.stopping import Stopping, compare_lengths
 from dualsm.analysis.surface import Recommendation, Surface, fit_surface
-from dualsm.analysis.table import by_mixture, comparable, load, lower_is_better, mean, seed_sd, unequal_tuning
+from dualsm.analysis.table import comparable, load, lower_is_better, seed_sd, unequal_tuning
 from dualsm.process.errors import UserError
-from dualsm.sweeps.cells import Row
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SHIPPED = Path(__file__).with_name("shipped.csv")  # the project's own sweep
 DEFAULT_METRIC = "valid/causal/loss"
@@ -94,7 +96,7 @@ def advise(repetitions: float, sweep: str | Path | None = None, metric: str | No
     by_rules = advise_by_rules(repetitions)
     if sweep:
         return [advise_by_table(load(sweep), metric or DEFAULT_METRIC, repetitions), by_rules]
-    if find_spec("sklearn"):
+    if all(map(find_spec, ("pandas", "sklearn"))):
         return [by_rules, advise_by_table(load(SHIPPED), metric or DEFAULT_METRIC, repetitions)]
     if metric:
         raise UserError(f"--metric={metric} needs scikit-learn, which is not installed: {INSTALL}")
@@ -113,40 +115,41 @@ def advise_by_rules(repetitions: float) -> Advice:
     )
 
 
-def advise_by_table(rows: Sequence[Row], metric: str, repetitions: float) -> Advice:
+def advise_by_table(table: DataFrame, metric: str, repetitions: float) -> Advice:
     """The surface of a table of cells.
 
     Raises:
       UserError: when the table has too few finished cells with `metric`.
     """
-    cells = comparable(rows, metric)
+    cells = comparable(table, metric)
     surface = fit_to_cells(cells, metric)
     recommendation = surface.recommend(repetitions)
-    parameters = [cell["parameters"] for cell in cells if isinstance(cell.get("parameters"), int)]
-    here = {alpha: group for (r, alpha), group in by_mixture(rows, metric).items() if r == repetitions}
+    parameters = cells["parameters"].dropna()
+    here = cells[cells["repetitions"] == repetitions].groupby("alpha")[metric]
     return Advice(
         repetitions=repetitions,
         alpha=recommendation.alpha,
         source="surface",
         doublings_outside=recommendation.doublings_outside,
         tried=(float(surface.repetitions_C.min()), float(surface.repetitions_C.max())),
-        parameters=(min(parameters), max(parameters)) if parameters else None,
+        parameters=(int(parameters.min()), int(parameters.max())) if len(parameters) else None,
         table={
             "metric": metric,
             "lower_is_better": surface.lower_is_better,
             "cells": len(cells),
-            "budget_tokens": cells[0]["budget_tokens"],
+            "budget_tokens": int(cells["budget_tokens"].iloc[0]),
             # Without seeds to tell it from, a surface takes noise for shape and calls it too small.
             "noise_sd": max(surface.noise_sd, seed_sd(cells, metric) or 0.0),
-            "unequally_tuned": unequal_tuning(rows, metric),
+            "unequally_tuned": unequal_tuning(table, metric),
         },
         surface=recommendation,
-        measured={alpha: (mean(group, metric), len(group)) for alpha, group in sorted(here.items())},
-        stopping=compare_lengths(rows, metric, repetitions) if repetitions > 1 else None,
+        measured={alpha: (float(scores.mean()), len(scores)) for alpha, scores in here},
+        stopping=compare_lengths(table, metric, repetitions) if repetitions > 1 else None,
     )
 
 
-def fit_to_cells(cells: Sequence[Row], metric: str) -> Surface:
+def fit_to_cells(cells: DataFrame, metric: str) -> Surface:
     """The surface of the cells that `table.comparable` chose."""
-    columns = ([cell[name] for cell in cells] for name in ("repetitions", "alpha", metric))
-    return fit_surface(*columns, lower_is_better=lower_is_better(metric))
+    return fit_surface(
+        cells["repetitions"], cells["alpha"], cells[metric], lower_is_better=lower_is_better(metric)
+    )

@@ -14,21 +14,14 @@ from dualsm.analysis.advice import fit_to_cells
 from dualsm.analysis.analysis_errors import TooFewCells
 from dualsm.analysis.scales import alpha_from_scale, alpha_scale, fraction, repetition_scale
 from dualsm.analysis.surface import CREDIBLE, Surface
-from dualsm.analysis.table import (
-    TABLE,
-    by_mixture,
-    comparable,
-    drawable,
-    lower_is_better,
-    mean,
-    measures,
-    write_table,
-)
-from dualsm.process.progress import say, table
-from dualsm.sweeps.cells import CELLS, Row, collect, curve
+from dualsm.analysis.table import TABLE, comparable, drawable, load, lower_is_better, measures, write_table
+from dualsm.process.progress import say
+from dualsm.process.progress import table as text_table
+from dualsm.sweeps.cells import CELLS, curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 COLUMNS, ROWS = 41, 121  # of the grid that surfaces are drawn on, over R and over alpha
 OBJECTIVES = ("causal", "masked_diffusion")  # that alpha shares the rows between
@@ -45,8 +38,8 @@ def report(folder: str | Path) -> list[Path]:
       UserError: when the folder holds no sweep, or matplotlib or scikit-learn is not installed.
     """
     folder = Path(folder)
-    rows = collect(folder)
-    write_table(folder / TABLE, rows)
+    table = load(folder)
+    write_table(folder / TABLE, table)
     written = [folder / TABLE]
 
     def save(figure: Figure, name: str) -> None:
@@ -54,9 +47,9 @@ def report(folder: str | Path) -> list[Path]:
         figure.savefig(aside, format="png")
         written.append(aside.replace(folder / f"{name}.png"))
 
-    for metric in plotted_measures(rows):
+    for metric in plotted_measures(table):
         try:
-            cells = comparable(rows, metric)
+            cells = comparable(table, metric)
             surface = fit_to_cells(cells, metric)
             if len(set(surface.repetitions_C)) < 2:
                 raise TooFewCells("a surface needs cells of at least 2 numbers of repetitions")
@@ -68,7 +61,7 @@ def report(folder: str | Path) -> list[Path]:
         save(best_alpha_figure(surface, cells, metric), f"best_alpha_{name}")
     for draw, name in ((curves_figure, "loss_curves"), (gap_figure, "gap")):
         try:
-            save(draw(rows, folder), name)
+            save(draw(table, folder), name)
         except TooFewCells as error:
             say(f"no {name}.png yet: {error}")
     return written
@@ -76,35 +69,34 @@ def report(folder: str | Path) -> list[Path]:
 
 def as_text(folder: str | Path) -> str:
     """The measures that are plotted, as tables by alpha and R; "" when no cell has finished."""
-    rows = collect(folder)
-    return summary(rows, plotted_measures(rows))
+    table = load(folder)
+    return summary(table, plotted_measures(table))
 
 
-def summary(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """A table a measure, alphas down and R across; "*" marks the best of each R, "-" what is not there."""
+def summary(table: DataFrame, metrics: Sequence[str]) -> str:
+    """Returns one text table per metric: a row per alpha, a column per R, "*" at the best alpha of each R."""
     parts = []
     for metric in metrics:
         try:
-            groups = by_mixture(rows, metric)
+            scores = comparable(table, metric).pivot_table(metric, "alpha", "repetitions")
         except TooFewCells:
             continue
-        scores = {place: mean(group, metric) for place, group in groups.items()}
-        repetitions, alphas = (sorted({place[axis] for place in scores}) for axis in (0, 1))
-        choose = min if lower_is_better(metric) else max
-        best = {r: choose(score for (at, _), score in scores.items() if at == r) for r in repetitions}
-
-        def entry(r: float, alpha: float, scores=scores, best=best) -> str:
-            score = scores.get((r, alpha))
-            return "- " if score is None else f"{score:.3f}{'*' if score == best[r] else ' '}"
-
-        lines = [[fraction(alpha), *(entry(r, alpha) for r in repetitions)] for alpha in alphas]
-        parts.append(f"{metric}\n" + table(["alpha", *(f"R {r:g} " for r in repetitions)], lines))
+        best = scores.min() if lower_is_better(metric) else scores.max()
+        lines = [
+            [fraction(alpha), *(_score_text(score, score == best[r]) for r, score in row.items())]
+            for alpha, row in scores.iterrows()
+        ]
+        parts.append(f"{metric}\n" + text_table(["alpha", *(f"R {r:g} " for r in scores)], lines))
     return "\n\n".join(parts)
 
 
-def plotted_measures(rows: Sequence[Row]) -> list[str]:
+def _score_text(score: float, is_best: bool) -> str:
+    return "- " if np.isnan(score) else f"{score:.3f}{'*' if is_best else ' '}"
+
+
+def plotted_measures(table: DataFrame) -> list[str]:
     """The measures that get a surface: held-out losses and mean task scores."""
-    return [name for name in measures(rows) if name.startswith(("valid/", "task/mean/"))]
+    return [name for name in measures(table) if name.startswith(("valid/", "task/mean/"))]
 
 
 def in_words(metric: str) -> tuple[str, str]:
@@ -115,7 +107,7 @@ def in_words(metric: str) -> tuple[str, str]:
     return f"held-out {name} loss", "nats per token"
 
 
-def surface_figure(surface: Surface, cells: Sequence[Row], metric: str) -> Figure:
+def surface_figure(surface: Surface, cells: DataFrame, metric: str) -> Figure:
     """The fitted surface with the tried cells on it."""
     repetitions_G = _repetition_grid(surface)
     alpha_A = _even_alphas(surface, ROWS)
@@ -127,7 +119,7 @@ def surface_figure(surface: Surface, cells: Sequence[Row], metric: str) -> Figur
         repetitions_G,
         alpha_A,
         mean_AxG,
-        (surface.repetitions_C, surface.alpha_C, [cell[metric] for cell in cells]),
+        (surface.repetitions_C, surface.alpha_C, cells[metric]),
         unit=in_words(metric)[1],
         lower_is_better=lower_is_better(metric),
     )
@@ -135,7 +127,7 @@ def surface_figure(surface: Surface, cells: Sequence[Row], metric: str) -> Figur
     return figure
 
 
-def best_alpha_figure(surface: Surface, cells: Sequence[Row], metric: str) -> Figure:
+def best_alpha_figure(surface: Surface, cells: DataFrame, metric: str) -> Figure:
     """The probability of each alpha to be the best, by R."""
     repetitions_G = _repetition_grid(surface)
     alpha_A = _even_alphas(surface, CHOICES)
@@ -148,17 +140,18 @@ def best_alpha_figure(surface: Surface, cells: Sequence[Row], metric: str) -> Fi
     return figure
 
 
-def curves_figure(rows: Sequence[Row], folder: Path) -> Figure:
+def curves_figure(table: DataFrame, folder: Path) -> Figure:
     """Held-out loss over the tokens seen, of cells in any state. Raises `TooFewCells` when none has any."""
     curves = {}
     for objective in OBJECTIVES:
         metric = f"valid/{objective}/loss"
         panels = defaultdict(lambda: defaultdict(list))
-        for row in drawable(rows, metric):
-            tokens, losses = curve(folder / CELLS / row["name"], metric)
+        cells = drawable(table, metric)[["name", "repetitions", "alpha"]]
+        for name, repetitions, alpha in cells.itertuples(index=False):
+            tokens, losses = curve(folder / CELLS / name, metric)
             if len(tokens) > 1:
                 # The untrained model's loss is the same for all and would only flatten the rest.
-                panels[row["repetitions"]][row["alpha"]].append((tokens[1:], losses[1:]))
+                panels[repetitions][alpha].append((tokens[1:], losses[1:]))
         if panels:
             curves[objective] = panels
     if not curves:
@@ -170,40 +163,38 @@ def curves_figure(rows: Sequence[Row], folder: Path) -> Figure:
     return figure
 
 
-def gap_figure(rows: Sequence[Row], folder: Path) -> Figure:
+def gap_figure(table: DataFrame, folder: Path) -> Figure:
     """Held-out minus training loss at the end. Raises `TooFewCells` when no cell has both."""
-    tables = {objective: _gaps(rows, objective) for objective in OBJECTIVES}
-    tables = {objective: gaps for objective, gaps in tables.items() if gaps}
+    tables = {objective: _gaps(table, objective) for objective in OBJECTIVES}
+    tables = {objective: gaps for objective, gaps in tables.items() if gaps.size}
     if not tables:
         raise TooFewCells("no finished cell has a held-out and a training loss of one objective")
-    repetitions = sorted({place[0] for table in tables.values() for place in table})
-    alphas = sorted({place[1] for table in tables.values() for place in table})
-    gaps = [gap for table in tables.values() for gap in table.values()]
-    top = max(float(np.quantile(gaps, 0.85)), 0.1)
+    repetitions = sorted({r for gaps in tables.values() for r in gaps.columns})
+    alphas = sorted({a for gaps in tables.values() for a in gaps.index})
+    every_gap = np.concatenate([gaps.to_numpy().ravel() for gaps in tables.values()])
+    top = max(float(np.nanquantile(every_gap, 0.85)), 0.1)
     size = (1.2 + (0.75 * len(repetitions) + 1.9) * len(tables), 1.6 + 0.38 * len(alphas))
     figure = plots.new_figure(*size)
-    for axes, (objective, gaps_here) in zip(
+    for axes, (objective, gaps) in zip(
         figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True
     ):
-        gap_AxG = np.array([[gaps_here.get((r, a), np.nan) for r in repetitions] for a in alphas])
+        gap_AxG = gaps.reindex(index=alphas, columns=repetitions).to_numpy()
         plots.plot_gap(axes, repetitions, alphas, gap_AxG, top=top, label="nats per token")
         axes.set_title(objective)
     figure.suptitle("overfitting: held-out minus training loss at the end (\N{EN DASH}: not trained on it)")
     return figure
 
 
-def _gaps(rows: Sequence[Row], objective: str) -> dict[tuple[float, float], float]:
-    """(R, alpha) -> the mean gap over seeds."""
+def _gaps(table: DataFrame, objective: str) -> DataFrame:
+    """Returns the mean gap over seeds, with one row per alpha and one column per R."""
     held_out, training = f"valid/{objective}/loss", f"train/{objective}/loss"
     try:
-        groups = by_mixture(rows, held_out)
+        cells = comparable(table, held_out)
     except TooFewCells:
-        return {}
-    gaps = {
-        place: [cell[held_out] - cell[training] for cell in group if cell.get(training) is not None]
-        for place, group in groups.items()
-    }
-    return {place: float(np.mean(values)) for place, values in gaps.items() if values}
+        cells = table[:0]
+    columns = cells.reindex(columns=["repetitions", "alpha", held_out, training])
+    columns["gap"] = (columns[held_out] - columns[training]).astype(float)
+    return columns.dropna(subset="gap").pivot_table("gap", "alpha", "repetitions")
 
 
 def _repetition_grid(surface: Surface) -> np.ndarray:
@@ -217,11 +208,11 @@ def _even_alphas(surface: Surface, count: int) -> np.ndarray:
     return alpha_from_scale(np.linspace(low, high, count)).clip(0, 1)
 
 
-def _of_cells(cells: Sequence[Row]) -> str:
+def _of_cells(cells: DataFrame) -> str:
     """What the cells were, for a title."""
-    parameters = cells[0].get("parameters")
-    size = f" of {_short(parameters)} parameters" if parameters else ""
-    return f"{len(cells)} runs{size}, {_short(cells[0]['budget_tokens'])} tokens each"
+    parameters = cells["parameters"].iloc[0]
+    size = f" of {_short(parameters)} parameters" if np.isfinite(parameters) else ""
+    return f"{len(cells)} runs{size}, {_short(cells['budget_tokens'].iloc[0])} tokens each"
 
 
 def _short(number: float) -> str:

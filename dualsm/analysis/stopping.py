@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dualsm.analysis.analysis_errors import analysis_extra
 from dualsm.analysis.surface import Estimate
@@ -13,13 +12,14 @@ from dualsm.analysis.table import (
     best_group,
     lower_is_better,
     main_budget,
-    mean,
     on_same_tokens,
     seed_groups,
     setting,
     usable,
 )
-from dualsm.sweeps.cells import Row
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SEEDS = 2  # fewest seeds of a group that is compared: one seed says nothing about the noise
 SIGNIFICANT = 0.05  # p-value of Welch's t-test below which two groups differ
@@ -66,7 +66,7 @@ class Stopping:
     gain: Estimate | None = None
 
 
-def compare_lengths(rows: Sequence[Row], metric: str, repetitions: float) -> Stopping:
+def compare_lengths(table: DataFrame, metric: str, repetitions: float) -> Stopping:
     """Compares the two at exactly `repetitions`, among settings with at least `SEEDS` seeds.
 
     Each side takes its best setting. The answer is "unknown" when the best setting of one side was not tried
@@ -80,17 +80,17 @@ def compare_lengths(rows: Sequence[Row], metric: str, repetitions: float) -> Sto
     Raises:
       TooFewCells: when no finished cell has `metric`.
     """
-    rows = usable(rows, metric)
-    budget = main_budget(rows)
-    whole = [row for row in rows if row["budget_tokens"] == budget]
-    full = seed_groups(row for row in whole if row["repetitions"] == repetitions)
+    table = usable(table, metric)
+    budget = main_budget(table)
+    whole = table[table["budget_tokens"] == budget]
+    full = seed_groups(whole[whole["repetitions"] == repetitions])
     if not full:
-        tried = ", ".join(f"{r:g}" for r in sorted({row["repetitions"] for row in whole}))
+        tried = ", ".join(f"{r:g}" for r in sorted(whole["repetitions"].unique()))
         return Stopping("unknown", f"no cell of the whole budget has R = {repetitions:g}, only {tried}")
     unique = budget / repetitions
-    shorter = seed_groups(on_same_tokens(rows, unique, budget))
-    causal = [group for group in shorter if group[0]["alpha"] == 1]
-    mixed = [group for group in shorter if 0 < group[0]["alpha"] < 1]
+    shorter = on_same_tokens(table, unique, budget)
+    causal = seed_groups(shorter[shorter["alpha"] == 1])
+    mixed = seed_groups(shorter[shorter["alpha"].between(0, 1, inclusive="neither")])
     if not causal:
         return Stopping("unknown", f"no shorter causal run has the same {unique:,.0f} unique tokens")
     full, causal, mixed = ([g for g in groups if len(g) >= SEEDS] for groups in (full, causal, mixed))
@@ -106,7 +106,7 @@ def compare_lengths(rows: Sequence[Row], metric: str, repetitions: float) -> Sto
         ("full", causal, "for shorter causal runs"),
     ):
         best = sides[own].setting
-        if best not in [setting(group[0]) for group in others]:
+        if best not in [setting(group) for group in others]:
             return Stopping("unknown", f"{in_words(best)} was not tried with {SEEDS} seeds {name}", **sides)
     gain, clear = _difference(best_group(causal, metric), best_group(full, metric), metric)
     verdict = "no clear difference"
@@ -117,33 +117,33 @@ def compare_lengths(rows: Sequence[Row], metric: str, repetitions: float) -> Sto
 
 def in_words(setting: dict) -> str:
     """A setting such as "optimizer.weight_decay=1.0, optimizer.learning_rate=0.02"."""
-    return ", ".join(f"{name}={value}" for name, value in setting.items()) or "the recipe's own setting"
+    return (
+        ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in setting.items()
+        )
+        or "the recipe's own setting"
+    )
 
 
-def _difference(group: Sequence[Row], other: Sequence[Row], metric: str) -> tuple[Estimate, bool]:
+def _difference(group: DataFrame, other: DataFrame, metric: str) -> tuple[Estimate, bool]:
     """By how much `group` is better, with its standard error, and whether the difference is significant."""
     with analysis_extra():
         from scipy.stats import ttest_ind_from_stats
 
     sign = -1 if lower_is_better(metric) else 1
-    sds = [statistics.stdev(row[metric] for row in rows) for rows in (group, other)]
-    gain = sign * (mean(group, metric) - mean(other, metric))
-    error = math.hypot(sds[0] / math.sqrt(len(group)), sds[1] / math.sqrt(len(other)))
+    score, other_score = group[metric], other[metric]
+    gain = float(sign * (score.mean() - other_score.mean()))
+    error = math.hypot(score.sem(), other_score.sem())
     if error == 0:
         return Estimate(gain, 0.0), gain != 0
-    test = ttest_ind_from_stats(
-        mean(group, metric), sds[0], len(group), mean(other, metric), sds[1], len(other), equal_var=False
-    )
+    moments = [
+        value for column in (score, other_score) for value in (column.mean(), column.std(), len(column))
+    ]
+    test = ttest_ind_from_stats(*moments, equal_var=False)
     return Estimate(gain, error), bool(test.pvalue < SIGNIFICANT)
 
 
-def _side(group: Sequence[Row], metric: str) -> Side:
-    first = group[0]
-    return Side(
-        first["repetitions"],
-        first["alpha"],
-        first["budget_tokens"],
-        mean(group, metric),
-        len(group),
-        setting(first),
-    )
+def _side(group: DataFrame, metric: str) -> Side:
+    repetitions, alpha, budget_tokens = group[["repetitions", "alpha", "budget_tokens"]].iloc[0].tolist()
+    return Side(repetitions, alpha, budget_tokens, float(group[metric].mean()), len(group), setting(group))

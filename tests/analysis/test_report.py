@@ -3,7 +3,7 @@
 import pytest
 
 from dualsm.analysis.report import report, summary
-from dualsm.analysis.table import read_table
+from dualsm.analysis.table import make_table, read_table
 from dualsm.process.errors import UserError
 from tests.analysis.synthetic import grid, write_cell, write_plan, write_sweep
 from tests.conftest import run_command
@@ -19,7 +19,7 @@ def test_a_sweep_that_is_far_enough_gets_all_plots(tmp_path):
     assert [p.name for p in written] == ["table.csv", *(f"{p}.png" for p in [*plots, "loss_curves", "gap"])]
     assert all(path.read_bytes().startswith(PNG) for path in written[1:])
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in written} | {"cells", "sweep.json"}
-    assert [row["status"] for row in read_table(written[0])] == ["done"] * 6 + ["missing"]
+    assert read_table(written[0])["status"].tolist() == ["done"] * 6 + ["missing"]
 
 
 def test_a_sweep_that_has_hardly_begun_gets_what_it_can(tmp_path, capsys):
@@ -88,11 +88,11 @@ def cell(repetitions, alpha, loss, score=None, seed=0, status="done"):
 
 
 def test_means_over_seeds_and_the_best_of_each_column():
-    rows = [
+    table = make_table([
         cell(1, 1.0, 2.5, 30.0), cell(1, 0.125, 2.75, 31.0), cell(16, 0.125, 3.0), cell(16, 1.0, 3.25),
         cell(16, 1.0, 3.5, seed=1), cell(64, 1.0, None, status="running"),
-    ]  # fmt: skip
-    text = summary(rows, ["valid/causal/loss", "task/mean/causal", "valid/prefix/loss"])
+    ])  # fmt: skip
+    text = summary(table, ["valid/causal/loss", "task/mean/causal", "valid/prefix/loss"])
     assert text.split("\n\n") == [
         "valid/causal/loss\n"
         "alpha    R 1    R 16 \n"
@@ -108,4 +108,4 @@ def test_means_over_seeds_and_the_best_of_each_column():
 
 
 def test_nothing_finished_is_no_table():
-    assert summary([cell(1, 1.0, None, status="missing")], ["valid/causal/loss"]) == ""
+    assert summary(make_table([cell(1, 1.0, None, status="missing")]), ["valid/causal/loss"]) == ""

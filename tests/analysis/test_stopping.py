@@ -6,6 +6,7 @@ import pytest
 
 from dualsm.analysis.advice_text import _stopping
 from dualsm.analysis.stopping import Stopping, compare_lengths
+from dualsm.analysis.table import make_table
 
 LOSS = "valid/causal/loss"
 NOISE = 0.007  # half the difference between two seeds
@@ -36,7 +37,7 @@ def shorter(loss, repetitions=16, **options):
 
 
 def compare(*groups, repetitions=128, metric=LOSS):
-    return compare_lengths([row for rows in groups for row in rows], metric, repetitions)
+    return compare_lengths(make_table([row for rows in groups for row in rows]), metric, repetitions)
 
 
 @pytest.mark.parametrize("metric", [LOSS, "task/mean/prefix"])

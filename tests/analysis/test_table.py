@@ -1,8 +1,9 @@
-"""The CSV table comes back as it was, and only cells that can be compared are."""
+"""Reading and writing the table of cells, and selecting the cells that can be compared."""
 
 import math
 
 import pytest
+from pandas.testing import assert_frame_equal
 
 from dualsm.analysis.analysis_errors import TooFewCells
 from dualsm.analysis.table import (
@@ -10,6 +11,7 @@ from dualsm.analysis.table import (
     drawable,
     load,
     lower_is_better,
+    make_table,
     measures,
     on_same_tokens,
     read_table,
@@ -20,7 +22,6 @@ from dualsm.analysis.table import (
     write_table,
 )
 from dualsm.process.errors import UserError
-from dualsm.sweeps.cells import collect
 from tests.analysis.synthetic import grid, write_sweep
 
 LOSS = "valid/causal/loss"
@@ -31,53 +32,52 @@ def row(repetitions=1, alpha=0.5, loss=3.0, budget=1024, status="done", **more):
     return fixed | {"budget_tokens": budget, LOSS: loss} | more
 
 
-def without_missing(rows):
-    return [{name: value for name, value in r.items() if value is not None} for r in rows]
+def selected(result, table):
+    """Returns the positions of the selected rows."""
+    assert_frame_equal(result, table.loc[result.index])
+    return sorted(result.index)
 
 
-def test_values_come_back_with_their_types(tmp_path):
-    values = [
-        0, 1, -7, 10**18, 0.1, 1 / 3, 1e-300, 1.0, True, False, "", "text", "1", "1.5", "true", "null", "NaN",
-        '"', "a,b", "two\nlines", "a\r\nb", " 3", "μ", "[1]", [1, 2.5], {"a": 1}, None,
-    ]  # fmt: skip
-    rows = [row(value=value, name=f"{number}") for number, value in enumerate(values)]
-    write_table(tmp_path / "t.csv", rows)
+def test_written_values_are_read_back(tmp_path):
+    """Numbers keep all digits; text keeps its spaces, quotes and line breaks; None becomes NaN."""
+    numbers, texts = [0.1, 1 / 3, 1e-300, -7, None], ["a,b", "two\nlines", '"', " 3", "NA"]
+    rows = [row(loss=n, value=n, text=t, name=f"cell {t}") for n, t in zip(numbers, texts, strict=True)]
+    write_table(tmp_path / "t.csv", make_table(rows))
     back = read_table(tmp_path / "t.csv")
-    assert back == rows
-    assert [type(r["value"]) for r in back] == [type(value) for value in values]
-    assert "value" in back[0]
+    assert back[LOSS].tolist()[:4] == back["value"].tolist()[:4] == numbers[:4]
+    assert back[[LOSS, "value"]].iloc[4].isna().all()
+    assert back["text"].tolist() == texts
     assert list(tmp_path.iterdir()) == [tmp_path / "t.csv"]
 
 
-def test_rows_with_other_columns(tmp_path):
-    rows = [row(a=1), row(b=2.5), row(LOSS=None)]
-    write_table(tmp_path / "t.csv", rows)
-    assert without_missing(read_table(tmp_path / "t.csv")) == without_missing(rows)
-
-
-def test_a_sweep_comes_back(tmp_path):
+def test_a_sweep_is_read_back(tmp_path):
     write_sweep(tmp_path, grid([1, 4], [0, 1 / 64, 1]), missing=("later",))
-    rows = load(tmp_path)
-    assert rows == collect(tmp_path)
-    write_table(tmp_path / "table.csv", rows)
+    table = load(tmp_path)
+    write_table(tmp_path / "table.csv", table)
     back = load(tmp_path / "table.csv")
-    assert without_missing(back) == without_missing(rows)
-    assert list(back[0])[:3] == ["name", "status", "reason"]
+    assert_frame_equal(back, table, check_dtype=False, check_exact=True)
+    assert list(back)[:3] == ["name", "status", "reason"]
+    assert (
+        (tmp_path / "table.csv")
+        .read_text()
+        .splitlines()[1]
+        .startswith('"repetitions=1,alpha=0",done,,1,0.0,0,')
+    )
 
 
 BAD = {
     "empty": ("", "status"),
     "another table": ("a,b\n1,2\n", "no column"),
-    "ragged": ("status,repetitions,alpha,budget_tokens\ndone,1\n", "row 2: 2 values for 4 columns"),
-    "no number": ("status,repetitions,alpha,budget_tokens\ndone,many,1,5\n", "repetitions='many'"),
-    "no share": ("status,repetitions,alpha,budget_tokens\ndone,1,1.5,5\n", "alpha=1.5"),
+    "short row": ("status,repetitions,alpha,budget_tokens\ndone,1\n", "row 2: 2 values for 4 columns"),
+    "not a number": ("status,repetitions,alpha,budget_tokens\ndone,many,1,5\n", "repetitions='many'"),
+    "alpha above 1": ("status,repetitions,alpha,budget_tokens\ndone,1,1.5,5\n", "alpha=1.5"),
     "no repetition": ("status,repetitions,alpha,budget_tokens\ndone,0,1,5\n", "repetitions=0"),
-    "binary": (b"\xff\xfe\x00", "no CSV table"),
+    "binary": (b"\xff\xfe\x00", "not a CSV table"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_tables_are_one_line(tmp_path, case):
+def test_bad_tables_raise_one_line(tmp_path, case):
     content, expected = BAD[case]
     path = tmp_path / "t.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -88,74 +88,84 @@ def test_bad_tables_are_one_line(tmp_path, case):
         load(tmp_path / "nowhere")
 
 
-def test_only_finished_cells_of_one_budget_are_compared():
+def test_values_that_cannot_be_grouped_by_become_text():
+    table = make_table([row(value=[1]), row(value={"a": 1}), row(value=2)])
+    assert len(seed_groups(table)) == 3
+
+
+def test_only_finished_cells_of_one_budget_are_comparable():
     good = [row(alpha=a) for a in (0, 0.5, 1)]
     bad = [row(status=s) for s in ("running", "failed", "diverged", "missing", "damaged")]
-    bad += [row(alpha=None), row(loss=None), row(loss=math.nan), row(budget=512), row(budget=None)]
-    assert comparable(bad[::-1] + good, LOSS) == good
+    bad += [row(alpha=None), row(loss=None), row(loss=math.nan), row(loss=math.inf), row(budget=512)]
+    table = make_table([*bad, row(budget=None), *good])
+    assert selected(comparable(table, LOSS), table) == [11, 12, 13]
 
 
-def test_of_equally_frequent_budgets_the_larger_counts():
-    rows = [row(budget=512), row(budget=1024)]
-    assert comparable(rows, LOSS) == rows[1:]
+def test_the_larger_of_equally_frequent_budgets_is_used():
+    table = make_table([row(budget=512), row(budget=1024)])
+    assert selected(comparable(table, LOSS), table) == [1]
 
 
 @pytest.mark.parametrize("metric", [LOSS, "task/mean/causal"])
-def test_other_swept_keys_come_with_their_best_setting(metric):
-    """By the mean over seeds: one lucky seed of a worse setting does not count."""
+def test_other_swept_keys_take_their_best_setting(metric):
+    """The mean over seeds decides: one good seed of a worse setting does not."""
     sign = 1 if lower_is_better(metric) else -1
     better = [row(seed=s, rate=0.1, **{metric: sign * v}) for s, v in ((0, 3.0), (1, 3.2))]
     worse = [row(seed=s, rate=0.2, **{metric: sign * v}) for s, v in ((0, 2.9), (1, 4.0))]
     elsewhere = [row(alpha=1, rate=0.2, **{metric: sign * 5.0})]
-    chosen = comparable([*worse, *better, *elsewhere], metric)
-    assert sorted(chosen, key=str) == sorted([*better, *elsewhere], key=str)
+    table = make_table([*worse, *better, *elsewhere])
+    assert selected(comparable(table, metric), table) == [2, 3, 4]
 
 
 def test_shorter_runs_on_the_same_unique_tokens():
     full = [row(128, alpha) for alpha in (1, 0.125)]
     shorter = [row(16, 1, budget=128, steps=1), row(32, 1, budget=256, steps=2)]
     others = [row(16, 1), row(8, 1, budget=128)]  # more unique tokens
-    assert on_same_tokens([*full, *shorter, *others], unique_tokens=8, budget=1024) == shorter
+    table = make_table([*full, *shorter, *others])
+    assert selected(on_same_tokens(table, unique_tokens=8, budget=1024), table) == [2, 3]
 
 
 def test_one_run_under_two_names_counts_once():
     rows = [row(name="a", rate=1), row(name="b", rate=1.0), row(name="c", seed=1, rate=1)]
-    rows += [row(name=name, seed=None, rate=1) for name in "de"]  # their seeds are not known
-    assert [found["name"] for found in usable(rows, LOSS)] == ["a", "c", "d", "e"]
+    rows += [row(name=name, seed=None, rate=1) for name in "de"]  # unknown seeds may differ
+    assert usable(make_table(rows), LOSS)["name"].tolist() == ["a", "c", "d", "e"]
 
 
-def test_groups_differ_in_more_than_the_seed():
-    rows = [row(seed=seed, rate=rate) for rate in (0.1, 0.2) for seed in (0, 1)]
-    assert seed_groups(rows) == [rows[:2], rows[2:]]
-    # alpha says what the mixture is, and the budget how many steps.
-    assert len(seed_groups([row(), row(seed=1, steps=3, **{"mixture.causal": 0.5})])) == 1
-    assert len(seed_groups([row(), row(seed=1, batch_size=3)])) == 2
+def test_groups_share_everything_but_the_seed():
+    table = make_table([row(seed=seed, rate=rate) for rate in (0.1, 0.2) for seed in (0, 1)])
+    assert [list(group.index) for group in seed_groups(table)] == [[0, 1], [2, 3]]
+    # alpha describes the mixture, and the budget the number of steps.
+    assert len(seed_groups(make_table([row(), row(seed=1, steps=3, **{"mixture.causal": 0.5})]))) == 1
+    assert len(seed_groups(make_table([row(), row(seed=1, batch_size=3)]))) == 2
 
 
-def test_alphas_that_were_tuned_more_than_others_are_found():
+def test_unequally_tuned_alphas_are_found():
     rows = [row(r, a, rate=rate) for r in (1, 4) for a in (0, 1) for rate in (0.1, 0.2)]
-    assert unequal_tuning(rows, LOSS) == []
-    assert unequal_tuning(rows[:-1], LOSS) == [4]
-    assert unequal_tuning([*rows, row(1, 0, rate=0.3, budget=512)], LOSS) == []
+    assert unequal_tuning(make_table(rows), LOSS) == []
+    assert unequal_tuning(make_table(rows[:-1]), LOSS) == [4]
+    assert unequal_tuning(make_table([*rows, row(1, 0, rate=0.3, budget=512)]), LOSS) == []
 
 
-def test_noise_among_seeds_is_pooled_over_cells():
+def test_the_noise_among_seeds_is_pooled_over_cells():
     rows = [row(1, 0, loss=v) for v in (1.0, 3.0)] + [row(2, 0, loss=v) for v in (10.0, 10.0)] + [row(4, 0)]
-    assert seed_sd(rows, LOSS) == pytest.approx(1.0)  # variances 2 and 0, one degree of freedom each
-    assert seed_sd(rows[-1:], LOSS) is None
+    table = make_table(rows)
+    assert seed_sd(table, LOSS) == pytest.approx(1.0)  # variances 2 and 0, one degree of freedom each
+    assert seed_sd(table[-1:], LOSS) is None
 
 
-def test_curves_show_unfinished_and_diverged_cells_too():
+def test_curves_include_unfinished_and_diverged_cells():
     rows = [row(1, 0, rate=1), row(1, 0, loss=2.0, rate=2), row(1, 1, status="running")]
     rows += [row(2, 1, loss=None, status="diverged"), row(2, 0, status="failed"), row(2, 0, budget=2)]
-    assert sorted(drawable(rows, LOSS), key=str) == sorted(rows[1:4], key=str)
-    assert drawable([], LOSS) == []
+    table = make_table(rows)
+    assert selected(drawable(table, LOSS), table) == [1, 2, 3]
+    assert drawable(make_table([]), LOSS).empty
+    assert drawable(table[:0], LOSS).empty
 
 
-def test_what_there_is_instead():
-    rows = [row(status="running"), row(status="failed"), row(status="failed")]
+def test_errors_name_the_available_metrics_and_states():
+    table = make_table([row(status="running"), row(status="failed"), row(status="failed")])
     with pytest.raises(TooFewCells, match="1 running, 2 failed"):
-        usable(rows, LOSS)
-    with pytest.raises(TooFewCells, match=f"'speed'; there are {LOSS}"):
-        usable([row()], "speed")
-    assert measures([row(**{"best/causal/step": 3, "task/a/causal": None})]) == [LOSS]
+        usable(table, LOSS)
+    with pytest.raises(TooFewCells, match=f"'speed'; choose one of {LOSS}"):
+        usable(make_table([row()]), "speed")
+    assert measures(make_table([row(**{"best/causal/step": 3, "task/a/causal": None})])) == [LOSS]

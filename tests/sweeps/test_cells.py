@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dualsm.analysis.table import seed_groups
+from dualsm.analysis.table import make_table, seed_groups
 from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError
 from dualsm.sweeps.cells import cell_row, collect, curve
@@ -96,7 +96,7 @@ def test_a_default_has_its_value(tmp_path):
     rows = collect(tmp_path)
     assert [row["optimizer.weight_decay"] for row in rows] == [default, default, default, 1.0]
     assert [row["seed"] for row in rows] == [0, 1, 2, 0]
-    assert [len(group) for group in seed_groups(rows)] == [3, 1]
+    assert [len(group) for group in seed_groups(make_table(rows))] == [3, 1]
 
 
 def test_later_evaluations_count(sweep):
