@@ -1,12 +1,12 @@
-"""Runs a grid of configs, one ordinary run directory a cell, and reports on all of them.
+"""Runs a grid of configs, one run directory per cell, and writes a report.
 
     python -m dualsm.sweep --config=configs/tiny.py --workdir=runs/sweep \\
         --grid=repetitions=1,4,16,64 --grid=alpha=0,1/64,1/8,1/2,1 \\
         --rule='repetitions=64: optimizer.learning_rate=0.005'
     python -m dualsm.sweep ... --launch=slurm > sweep.sbatch
 
-The same command again goes on with what is missing. Cells that fail or diverge are recorded as such; it is an
-error when all that ran have failed.
+The same command again runs the remaining cells. Failed and diverged cells are recorded; the command fails
+only if all cells that ran have failed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dualsm.analysis.report import as_text, report
+from dualsm.analysis.sweep_report import report, report_text
 from dualsm.evaluation.spec import EvalSpec
 from dualsm.process import cli
 from dualsm.process.progress import say
@@ -28,26 +28,28 @@ from dualsm.sweeps.sweep_folder import Sweep
 
 GRID = ("repetitions=1,4,16,64", "alpha=0,1/8,1/2,7/8,1")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "recipe of all cells, see configs/")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file of all cells, see configs/")
 _WORKDIR = cli.DEFINE_path("workdir", None, "folder of the sweep")
 _GRID = flags.DEFINE_multi_string(
     "grid", list(GRID), "KEY=VALUE,VALUE,...; repeat for each axis; alpha is the share of causal rows"
 )
-_CELL = flags.DEFINE_multi_string("cell", [], "KEY=VALUE,...: one more cell; repeat for each")
+_CELL = flags.DEFINE_multi_string("cell", [], "KEY=VALUE,...: an additional cell; repeat for each cell")
 _RULE = flags.DEFINE_multi_string(
-    "rule", [], "KEY=VALUE,...: KEY=VALUE,...: values for the cells that have one of the first values"
+    "rule",
+    [],
+    "KEY=VALUE,...: KEY=VALUE,...: values for the cells that have one of the first values",
 )
 _JOBS = flags.DEFINE_integer(
     "jobs",
     None,
-    "cells that run at the same time: here (1), each on its part of the cores, or under SLURM (no limit)",
+    "maximum number of concurrent cells; default: 1 on this machine (cores are divided), no limit on SLURM",
     lower_bound=1,
 )
-_LAUNCH = flags.DEFINE_enum("launch", "here", ("here", "slurm", "tpu"), "run here, or print the job list")
-_TASKS = flags.DEFINE_list("tasks", [], "tasks to evaluate each cell on, as in dualsm.evaluate")
-_TASK_DATA = cli.DEFINE_path("task_data", "", "folder with the tasks' files")
-_MODES = flags.DEFINE_list("modes", ["causal", "prefix", "masked"], "modes to evaluate in")
-_LIMIT = flags.DEFINE_integer("limit", 0, "items a task; 0: all", lower_bound=0)
+_LAUNCH = flags.DEFINE_enum("launch", "here", ("here", "slurm", "tpu"), "run here, or print a job list")
+_TASKS = flags.DEFINE_list("tasks", [], "tasks to evaluate each cell on; see dualsm.evaluate")
+_TASK_DATA = cli.DEFINE_path("task_data", "", "folder of the task files")
+_MODES = flags.DEFINE_list("modes", ["causal", "prefix", "masked"], "evaluation modes")
+_LIMIT = flags.DEFINE_integer("limit", 0, "number of examples per task; 0 for all", lower_bound=0)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -56,12 +58,12 @@ def main(_: Sequence[str]) -> None:
     cells = make_cells(axes, [parse_rule(t) for t in _RULE.value], [parse_cell(t) for t in _CELL.value])
     config = cli.config(_CONFIG)
     flag = flags.FLAGS["config"]
-    recipe, given = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
-    asked = None
+    recipe, overrides = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+    eval_spec = None
     if _TASKS.value:
-        asked = EvalSpec(_TASKS.value, _MODES.value, _TASK_DATA.value, _LIMIT.value)
-        asked.check()
-    sweep = Sweep(Path(_WORKDIR.value), recipe, given, config, cells, asked)
+        eval_spec = EvalSpec(_TASKS.value, _MODES.value, _TASK_DATA.value, _LIMIT.value)
+        eval_spec.check()
+    sweep = Sweep(Path(_WORKDIR.value), recipe, overrides, config, cells, eval_spec)
     if _LAUNCH.value != "here":
         print(job_list(sweep, _LAUNCH.value, _JOBS.value))
         return
@@ -70,8 +72,8 @@ def main(_: Sequence[str]) -> None:
     sweep.write_plan(axes)
     outcomes = run_missing(sweep, _JOBS.value or 1)
     for path in report(sweep.folder):
-        say(f"written: {path}")
-    say(as_text(sweep.folder))
+        say(f"wrote {path}")
+    say(report_text(sweep.folder))
     check_outcomes(sweep, outcomes)
 
 

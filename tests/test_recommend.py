@@ -1,4 +1,4 @@
-"""What `dualsm.recommend` answers, by which source, and how it says that it cannot."""
+"""`dualsm.recommend`: answers of each source, their text, and error messages."""
 
 import json
 import re
@@ -19,7 +19,7 @@ LOSS = "valid/causal/loss"
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """A sweep of the synthetic losses, and on the data of R = 128 causal runs that stop early."""
+    """Writes a sweep with synthetic losses, and shorter causal runs on the unique tokens of R = 128."""
     folder = tmp_path_factory.mktemp("sweep")
     shorter = [
         {"repetitions": r, "alpha": 1.0, "steps": STEPS * r // 128, "optimizer.learning_rate": 0.02}
@@ -35,7 +35,7 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(sweep, tmp_path_factory):
-    """The sweep's table, which is read faster than its folder."""
+    """Writes the table of the sweep, which is faster to read than its folder."""
     path = tmp_path_factory.mktemp("table") / "t.csv"
     write_table(path, load(sweep))
     return path
@@ -45,14 +45,14 @@ def ask(*arguments, unique=BUDGET // 128, budget=BUDGET):
     return run_command("dualsm.recommend", f"--unique_tokens={unique}", f"--budget={budget}", *arguments)
 
 
-def words(table, unique, budget):
-    """What the command prints, without a process of its own."""
+def answer_text(table, unique, budget):
+    """Returns the text that the command prints, without starting a process."""
     question = round_repetitions(unique, budget)
     return describe(question, advise(question.repetitions, table), str(table))
 
 
 def flags(text):
-    """The values that the printed flags give, a dict for each source."""
+    """Parses the printed flags into one dict per source."""
     pairs = re.findall(r"--config\.(?:mixture\.)?(\w+)=(\S+)", text)
     return [dict(pairs[i : i + 4]) for i in range(0, len(pairs), 4)]
 
@@ -67,49 +67,49 @@ def fail_with(*texts, **options):
         assert text in process.stderr
 
 
-def test_by_a_sweep_of_ones_own(sweep, tmp_path):
+def test_answers_from_a_sweep_come_first(sweep, tmp_path):
     process = ask(f"--sweep={sweep}", f"--output={tmp_path / 'new' / 'a.json'}")
     assert process.returncode == 0, process.stderr
     answer = json.loads((tmp_path / "new" / "a.json").read_text())
     assert answer["source"] == "surface"
     assert answer["repetitions"] == 128
-    assert answer["table"]["cells"] == 24  # without the shorter ones
+    assert answer["table"]["cells"] == 24  # the shorter runs are excluded
     assert 1 / 64 <= answer["alpha"] <= 1 / 4
     assert answer["doublings_outside"] == 0
     assert answer["surface"]["gain_over_causal"]["mean"] > 0.5
-    assert answer["stopping"]["verdict"] == "unknown"  # the cells have one seed
+    assert answer["stopping"]["verdict"] == "unknown"  # each cell has one seed
     assert answer["measured"]["0.125"][1] == 1
     (by_rules,) = answer["others"]
     assert (by_rules["source"], by_rules["alpha"]) == ("rules", 1 / 8)
     printed = " ".join(process.stdout.split())
     for text in (
-        str(sweep), "128 passes", f"--config.mixture.causal={answer['alpha']:.6g}", "80% sure",
-        "--config.repetitions=128", f"{LOSS} (lower is better)", "lies inside",
-        "stop instead? unknown: ", "by the rules of", "models of 470,000,000 parameters",
+        str(sweep), "128 passes", f"--config.mixture.causal={answer['alpha']:.6g}", "80% credible interval",
+        "--config.repetitions=128", f"{LOSS} (lower is better)", "is inside this range",
+        "stop earlier? unknown: ", "by the rules of", "models of 470,000,000 parameters",
     ):  # fmt: skip
         assert text in printed, text
 
 
-def test_a_folder_for_the_answer_is_refused_before_it_is_sought(tmp_path):
+def test_output_that_is_a_folder_raises_before_the_sweep_is_read(tmp_path):
     fail_with("--output=", "is a folder", arguments=[f"--output={tmp_path}/", "--sweep=nowhere"])
     assert not list(tmp_path.parent.glob(f"*{tmp_path.name}.*"))
 
 
-def test_a_table_answers_as_its_sweep(sweep, table):
+def test_a_table_gives_the_same_answer_as_its_sweep(sweep, table):
     assert advise(64, table) == advise(64, sweep)
 
 
-def test_far_and_few_are_said(table, tmp_path):
-    warning = "warning: 1 to 128 repetitions were tried; the question lies 3.0 doublings outside"
-    assert warning in words(table, 1024, BUDGET)
+def test_extrapolation_and_few_cells_are_warned_about(table, tmp_path):
+    warning = "warning: 1 to 128 repetitions were tried; R = 1024 is 3.0 doublings outside this range"
+    assert warning in answer_text(table, 1024, BUDGET)
     cells = load(table).query("repetitions == 64")[:5]
     write_table(tmp_path / "few.csv", cells)
-    warning = "warning: too few cells for a surface to be trusted (5 cells"
-    assert warning in words(tmp_path / "few.csv", 1024, BUDGET)
+    warning = "warning: too few cells for a reliable surface (5 cells"
+    assert warning in answer_text(tmp_path / "few.csv", 1024, BUDGET)
 
 
 def test_the_rules_come_first_with_and_without_scikit_learn(monkeypatch):
-    """An extra that happens to be installed adds an answer beside the first one and does not replace it."""
+    """Installing the extra adds a second answer; it does not change the first one."""
     question = round_repetitions(1e6, 6.4e7)
     both = advise(64)
     text = describe(question, both, "")
@@ -117,30 +117,30 @@ def test_the_rules_come_first_with_and_without_scikit_learn(monkeypatch):
     assert [found.alpha for found in both] == [1 / 4, 1 / 2]
     for expected in (
         "arXiv 2512.14549", "models of 470,000,000 parameters", "the table that comes with dualsm",
-        "models of 230,336 parameters", "the answers differ: each holds for models of its own scale",
+        "models of 230,336 parameters", "the answers differ: each holds for the model size",
     ):  # fmt: skip
         assert expected in text
     assert [found["causal"] for found in flags(text)] == ["0.25", "0.5"]
-    monkeypatch.setattr(advice, "find_spec", lambda name: None)  # stands for a missing scikit-learn
+    monkeypatch.setattr(advice, "find_spec", lambda name: None)  # simulates missing packages
     (alone,) = advise(64)
     assert alone == both[0]
     text = describe(question, [alone], "")
-    assert "table of small models that comes with dualsm needs scikit-learn: pip install" in text
+    assert "table of small models that comes with dualsm needs pandas and scikit-learn: pip install" in text
     assert "causal 1/4, masked_diffusion 3/4" in text
     far = describe(round_repetitions(1, 1024), advise(1024), "")
-    assert "1 to 256 repetitions were tried; the question lies 2.0 doublings outside" in far
-    with pytest.raises(UserError, match="needs scikit-learn"):
+    assert "1 to 256 repetitions were tried; R = 1024 is 2.0 doublings outside this range" in far
+    with pytest.raises(UserError, match="needs pandas and scikit-learn"):
         advise(4, metric=LOSS)
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    """R -> the answer of the table that comes with dualsm."""
+    """Returns R -> answer of the table that comes with dualsm."""
     return {r: advise(r)[1] for r in (1, 64, 128)}
 
 
-def test_the_table_that_comes_with_it(shipped):
-    """Causal rows where nothing repeats, few of them at 128 repetitions."""
+def test_answers_of_the_shipped_table(shipped):
+    """Mostly causal rows without repetition, few causal rows at 128 repetitions."""
     assert shipped[1].alpha > 0.9
     assert 1 / 32 <= shipped[128].alpha <= 1 / 2
     assert shipped[1].surface.few_cells == ""
@@ -149,8 +149,8 @@ def test_the_table_that_comes_with_it(shipped):
     assert shipped[128].table["unequally_tuned"] == []
 
 
-def test_what_the_shipped_table_does_not_tell_is_unknown(shipped):
-    """At R = 64 it has no shorter runs; at R = 128 they were tuned, and the whole budget was not."""
+def test_stopping_is_unknown_where_the_shipped_table_lacks_runs(shipped):
+    """R = 64 has no shorter runs; at R = 128 only the shorter runs were tuned."""
     assert shipped[64].stopping.verdict == "unknown"
     assert "no shorter causal run has the same 235,520 unique tokens" in shipped[64].stopping.reason
     often = shipped[128].stopping
@@ -161,7 +161,7 @@ def test_what_the_shipped_table_does_not_tell_is_unknown(shipped):
 
 
 def test_a_clipped_loss_is_printed_as_a_bound(shipped):
-    """Its cells with alpha = 1 and 1/4 at R = 128 differ by 3.26; the surface ends ln 20 above R = 1."""
+    """At R = 128, alpha = 1 and 1/4 differ by 3.26; the surface resolves up to ln 20 above the best."""
     gain = shipped[128].surface.gain_over_causal
     assert gain.at_least
     assert gain.mean < 3.26
@@ -171,7 +171,7 @@ def test_a_clipped_loss_is_printed_as_a_bound(shipped):
     assert f"measured at R = 128: {cells}\n" in text
 
 
-def test_unequal_tuning_is_told(table):
+def test_unequal_tuning_is_warned_about(table):
     cells = read_table(table)
     extra = cells.query("repetitions == 64 and alpha == 0.5").assign(**{"optimizer.learning_rate": 0.5})
     advice = advise_by_table(make_table(pd.concat([cells, extra])), LOSS, 64)
@@ -179,7 +179,7 @@ def test_unequal_tuning_is_told(table):
     assert "warning: at R = 64 some alphas were tuned with more settings than others" in text
 
 
-def test_models_of_several_sizes_are_told(table):
+def test_a_range_of_model_sizes_is_printed(table):
     cells = read_table(table)
     cells.loc[0, "parameters"] *= 3
     advice = advise_by_table(cells, LOSS, 64)
@@ -189,56 +189,56 @@ def test_models_of_several_sizes_are_told(table):
     )
 
 
-def test_enough_text_does_not_repeat(table, tmp_path):
+def test_a_budget_below_the_corpus_size_needs_no_repetition(table, tmp_path):
     path = tmp_path / "a.json"
     process = ask(f"--sweep={table}", f"--output={path}", unique=2 * BUDGET)
     assert "nothing repeats" in process.stdout
-    assert "stop instead" not in process.stdout
+    assert "stop earlier" not in process.stdout
     assert json.loads(path.read_text())["repetitions"] == 1
 
 
 @pytest.mark.parametrize(
     ("budget", "repetitions", "seen_unique", "seen", "text"),
     [
-        (1010, 1, 1000, 1000, "with 1, train on 1,000 tokens, 0.99% fewer"),
-        (2400, 2, 1000, 2000, "with 2, train on 2,000 tokens, 16.67% fewer"),
-        (2500, 3, 2500 / 3, 2500, "with 3, the run sees the first 833 unique tokens; to see all of them 3 "
-         "times, train on 3,000"),
-        (3999, 4, 3999 / 4, 3999, "with 4, the run sees the first 1,000 unique tokens"),
+        (1010, 1, 1000, 1000, "with R = 1, train on 1,000 tokens, 0.99% fewer"),
+        (2400, 2, 1000, 2000, "with R = 2, train on 2,000 tokens, 16.67% fewer"),
+        (2500, 3, 2500 / 3, 2500, "with R = 3, the run sees the first 833 unique tokens; to see all of them "
+         "3 times, train on 3,000"),
+        (3999, 4, 3999 / 4, 3999, "with R = 4, the run sees the first 1,000 unique tokens"),
         (4000, 4, 1000, 4000, ""),
         (600, 1, 600, 600, ""),
     ],
 )  # fmt: skip
-def test_repetitions_are_rounded_to_where_least_is_given_up(budget, repetitions, seen_unique, seen, text):
-    """1.01 passes are one pass over the corpus and not two over half of it; the answer is for that R."""
+def test_repetitions_are_rounded_with_the_smallest_loss_of_data(budget, repetitions, seen_unique, seen, text):
+    """1.01 passes become one pass over the corpus, not two passes over half of it."""
     question = round_repetitions(1000, budget)
     assert question.repetitions == repetitions
     assert (question.seen_unique_tokens, question.seen_tokens) == pytest.approx((seen_unique, seen))
     words = describe(question, [advise_by_rules(question.repetitions)], "")
     assert text in words
-    assert text or "whole numbers" not in words
+    assert text or "whole number" not in words
     (found,) = flags(words)
     assert found["repetitions"] == str(repetitions)
 
 
 ERRORS = {
-    "no flags for it": (["--sweep=nowhere"], {}, ["nowhere"]),
-    "no text": ([], {"unique": 0}, ["--unique_tokens"]),
-    "a word": ([], {"unique": "much"}, ["--unique_tokens"]),
+    "missing sweep": (["--sweep=nowhere"], {}, ["nowhere"]),
+    "zero tokens": ([], {"unique": 0}, ["--unique_tokens"]),
+    "not a number": ([], {"unique": "much"}, ["--unique_tokens"]),
     "not finite": ([], {"budget": "inf"}, ["--budget", "finite"]),
-    "no such metric": (["--sweep={table}", "--metric=speed"], {}, ["speed", "there are", LOSS]),
-    "no place for the output": (
+    "no such metric": (["--sweep={table}", "--metric=speed"], {}, ["speed", "choose one of", LOSS]),
+    "output below a file": (
         ["--sweep={table}", "--output={table}/a.json"],
         {},
         ["--output: cannot create the folder"],
     ),
-    "no sweep there": (["--sweep={sweep}/cells"], {}, ["no sweep at", "sweep.json"]),
-    "no table": (["--sweep={sweep}/sweep.json"], {}, ["no column"]),
+    "not a sweep folder": (["--sweep={sweep}/cells"], {}, ["no sweep at", "sweep.json"]),
+    "not a table": (["--sweep={sweep}/sweep.json"], {}, ["no column"]),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors_in_one_line(case, sweep, table):
+def test_errors_are_one_line(case, sweep, table):
     arguments, question, texts = ERRORS[case]
     fail_with(
         *texts, arguments=[argument.format(sweep=sweep, table=table) for argument in arguments], **question

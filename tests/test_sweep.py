@@ -1,4 +1,4 @@
-"""`dualsm.sweep` as a user runs it: real cells, one of which fails and one of which diverges."""
+"""`dualsm.sweep` with real cells, some of which fail or diverge."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def arguments(recipe: str, workdir: Path, *more: str) -> list[str]:
 
 
 GRID = ("--grid=repetitions=1,4", "--grid=alpha=0,1/2")
-# Too large for the corpus; rates at which float32 overflows at once, and later than the run gives up.
+# A batch that is too large for the corpus, and learning rates at which float32 overflows early and late.
 BAD = (
     "--cell=batch_size=100000,alpha=1",
     "--cell=optimizer.learning_rate=1e30,max_consecutive_skips=3,alpha=1",
@@ -43,7 +43,7 @@ NAMES = [f"repetitions={r},alpha={a}" for r in (1, 4) for a in ("0", "0.5")]
 
 @pytest.fixture(scope="module")
 def sweep(recipe, tmp_path_factory) -> Path:
-    """A sweep that was stopped while its first cell ran, and then run to its end."""
+    """Stops a sweep during its first cell, then runs it to completion."""
     folder = tmp_path_factory.mktemp("sweep") / "sweep"
     command = [sys.executable, "-m", *arguments(recipe, folder, *GRID, *BAD)]
     process = subprocess.Popen(
@@ -66,7 +66,7 @@ def status(sweep: Path, cell: str) -> dict:
     return json.loads((sweep / "cells" / cell / "cell.json").read_text())
 
 
-def test_every_cell_is_an_ordinary_finished_run(sweep):
+def test_every_cell_is_a_finished_run_directory(sweep):
     for name in NAMES:
         assert status(sweep, name)["status"] == "done"
         config = json.loads((sweep / "cells" / name / "config.json").read_text())
@@ -88,34 +88,34 @@ def test_failed_and_diverged_cells_are_recorded_and_the_sweep_goes_on(sweep):
 
 
 @pytest.mark.parametrize(("loss", "diverged"), [(5.0, False), (13.0, True), (250_000.0, True)])
-def test_a_loss_far_above_the_untrained_models_is_a_divergence(loss, diverged):
+def test_a_loss_far_above_that_of_the_untrained_model_is_divergence(loss, diverged):
     untrained = {"step": 0, "valid/causal/loss": 6.2, "valid/prefix/loss": 6.3}
     learned = {"step": 2, "train/loss": 4.0}
     overfitted = {"step": 4, "train/loss": loss, "valid/causal/loss": 15.0}
     assert bool(_divergence([untrained, learned, overfitted])) == diverged
 
 
-def test_the_report_has_every_cell(sweep):
+def test_the_report_lists_every_cell(sweep):
     with (sweep / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 7
     assert sorted(row["status"] for row in rows) == ["diverged", "diverged", *["done"] * 4, "failed"]
 
 
-def test_the_same_sweep_again_runs_only_what_failed(sweep, corpus_path, monkeypatch):
+def test_repeating_a_sweep_runs_only_failed_cells(sweep, corpus_path, monkeypatch):
     started = []
     monkeypatch.setattr("dualsm.sweeps.jobs._Job", lambda sweep, cell, *_: started.append(cell.name))
     cells = [
         Cell(name, values) for name, values in json.loads((sweep / "sweep.json").read_text())["cells"].items()
     ]
     again = Sweep(sweep, "micro.py", {}, micro_config(corpus_path), cells)
-    with pytest.raises(AttributeError):  # the job that stands in for the first is none
+    with pytest.raises(AttributeError):  # the replaced job is None
         run_missing(again, jobs=1)
     assert started == ["batch_size=100000,alpha=1"]
 
 
-def test_a_cluster_gets_one_task_a_cell(recipe, tmp_path):
-    """That SLURM runs them is tested in `tests/launch/test_slurm.py`."""
+def test_slurm_has_one_task_per_cell(recipe, tmp_path):
+    """`tests/launch/test_slurm.py` runs the tasks on a real SLURM."""
     command = arguments(recipe, tmp_path / "other", *GRID, "--launch=slurm")
     done = run_command(*command)
     assert done.returncode == 0, done.stderr
@@ -131,7 +131,7 @@ def test_a_cluster_gets_one_task_a_cell(recipe, tmp_path):
     assert "--array=0-3%2 " in limited.stdout
 
 
-def test_a_tpu_slice_is_asked_for_each_cell(recipe, tmp_path):
+def test_each_cell_has_a_tpu_slice(recipe, tmp_path):
     done = run_command(*arguments(recipe, tmp_path / "other", *GRID, "--launch=tpu"))
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
     starts = [line for line in done.stdout.splitlines() if line.startswith("NAME=")]
@@ -143,19 +143,19 @@ def test_a_tpu_slice_is_asked_for_each_cell(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--grid=repetitions",), "does not read"),
+        (("--grid=repetitions",), "is not of the form"),
         (("--grid=alpha=0", "--grid=alpha=1"), "--grid: 'alpha' is given 2 times"),
         (("--grid=repetitoins=1,2",), "unknown config key 'repetitoins'"),
         (("--grid=alpha=2",), "cell alpha=2: config.mixture.causal=2 must be in [0, 1]"),
-        (("--grid=alpha=0,l/8",), "cell alpha=l%2F8: grid value alpha='l/8' is no number"),
-        (("--grid=repetitions=1,4,",), "does not read"),
+        (("--grid=alpha=0,l/8",), "cell alpha=l%2F8: grid value alpha='l/8' is not a number"),
+        (("--grid=repetitions=1,4,",), "is not of the form"),
         (("--tasks=blimp",), "needs --task_data"),
         (("--tasks=valid", "--modes="), "--modes= must name"),
         (("--config.data.path=nowhere",), "no corpus at 'nowhere'"),
         (("--cell=data.path=nowhere",), "no corpus at 'nowhere'"),
     ],
 )
-def test_impossible_grids_are_refused_in_one_line(recipe, tmp_path, more, message):
+def test_invalid_grids_are_one_line_errors(recipe, tmp_path, more, message):
     done = run_command(*arguments(recipe, tmp_path / "sweep", *more))
     assert done.returncode == 2
     assert message in done.stderr
@@ -163,7 +163,7 @@ def test_impossible_grids_are_refused_in_one_line(recipe, tmp_path, more, messag
     assert not (tmp_path / "sweep").exists()
 
 
-def test_keys_that_end_alike_are_two_cells_and_one_config_is_one_cell(corpus_path, tmp_path, capsys):
+def test_equal_configs_are_one_cell_and_equal_key_endings_are_two(corpus_path, tmp_path, capsys):
     weights = [{"objectives.causal.weight": 2}, {"objectives.masked_diffusion.weight": 2}]
     as_default = {"objectives.causal.weight": 2.0, "optimizer.beta1": micro_config().optimizer.beta1}
     cells = make_cells({}, more=[*weights, as_default])
@@ -174,26 +174,26 @@ def test_keys_that_end_alike_are_two_cells_and_one_config_is_one_cell(corpus_pat
     assert f"cell {cells[2].name} has the same config as cell {cells[0].name}" in capsys.readouterr().err
 
 
-def test_another_recipe_is_refused(recipe, sweep):
+def test_a_different_recipe_raises(recipe, sweep):
     done = run_command(*arguments(recipe, sweep, *GRID, "--config.seed=1"))
     assert done.returncode == 2
-    assert "holds a sweep of" in done.stderr
+    assert "contains a sweep of" in done.stderr
 
 
 @pytest.fixture
 def one_cell(sweep, corpus_path, tmp_path):
-    """A function that makes a sweep of one finished cell, to be evaluated on what is asked for."""
+    """Returns a function that makes a sweep of one finished cell with an evaluation spec."""
     (cell,) = make_cells({"repetitions": [1], "alpha": [0]})
     shutil.copytree(sweep / "cells" / cell.name, tmp_path / "cells" / cell.name)
 
-    def make(asked: EvalSpec | None = None, **values) -> tuple[Sweep, Cell]:
+    def make(spec: EvalSpec | None = None, **values) -> tuple[Sweep, Cell]:
         changed = Cell(cell.name, cell.values | values)
-        return Sweep(tmp_path, "micro.py", {}, micro_config(corpus_path), [changed], asked), changed
+        return Sweep(tmp_path, "micro.py", {}, micro_config(corpus_path), [changed], spec), changed
 
     return make
 
 
-def test_cells_of_another_config_are_refused_before_anything_is_written(recipe, sweep):
+def test_a_changed_cell_raises_before_anything_is_written(recipe, sweep):
     plan = (sweep / "sweep.json").read_bytes()
     rule = "--rule=repetitions=4: optimizer.learning_rate=0.005"
     done = run_command(*arguments(recipe, sweep, *GRID, rule))
@@ -204,18 +204,18 @@ def test_cells_of_another_config_are_refused_before_anything_is_written(recipe, 
     assert (sweep / "sweep.json").read_bytes() == plan
 
 
-def test_a_cell_may_change_in_what_does_not_change_the_run(one_cell):
+def test_a_cell_may_change_keys_that_do_not_affect_the_run(one_cell):
     one_cell()[0].check()
     one_cell(gradient_accumulation_steps=2)[0].check()
     with pytest.raises(UserError, match=r"steps: 12 -> 24"):
         one_cell(steps=24)[0].check()
 
 
-def test_only_what_was_not_measured_as_asked_is_evaluated(one_cell):
-    asked = EvalSpec(["blimp", "piqa", "valid"], ["causal", "masked"], "eval", limit=5)
-    sweep, cell = one_cell(asked)
+def test_only_missing_results_are_evaluated(one_cell):
+    spec = EvalSpec(["blimp", "piqa", "valid"], ["causal", "masked"], "eval", limit=5)
+    sweep, cell = one_cell(spec)
 
-    def measured(step=12, limit=5, tasks=asked.tasks[:2], modes=asked.modes, held_out=OBJECTIVES):
+    def measured(step=12, limit=5, tasks=spec.tasks[:2], modes=spec.modes, held_out=OBJECTIVES):
         folder = sweep.path(cell) / "eval"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -233,19 +233,21 @@ def test_only_what_was_not_measured_as_asked_is_evaluated(one_cell):
     assert measured(limit=0) == ["dualsm.train", "dualsm.evaluate"]
 
 
-def test_a_finished_cell_is_evaluated_on_more(one_cell):
+def test_a_finished_cell_is_evaluated_on_new_tasks(one_cell):
     sweep, cell = one_cell(EvalSpec(["valid"], ["causal"]))
     (sweep.path(cell) / "cell.json").write_text(json.dumps({"status": "done", "seconds": 1000}))
     assert run_missing(sweep, jobs=1)[cell.name]["status"] == "done"
     results = json.loads((sweep.path(cell) / "eval" / "step_12.json").read_text())
     assert list(results["held_out"]) == ["causal"]
-    assert json.loads((sweep.path(cell) / "cell.json").read_text())["seconds"] > 1000  # training is in it
+    assert (
+        json.loads((sweep.path(cell) / "cell.json").read_text())["seconds"] > 1000
+    )  # includes the training time
     assert "training" not in (sweep.folder / "logs" / f"{cell.name}.log").read_text()
     assert run_missing(sweep, jobs=1) == {}
 
 
-def test_log_lines_are_read_again_only_when_the_file_has_changed(one_cell, monkeypatch):
-    """The function that reads a file is replaced by one that counts its calls and does the same."""
+def test_metrics_are_read_again_only_after_a_change(one_cell, monkeypatch):
+    """`read_metrics` is wrapped to count its calls."""
     sweep, cell = one_cell()
     reads = []
 
@@ -270,7 +272,7 @@ def test_log_lines_are_read_again_only_when_the_file_has_changed(one_cell, monke
     assert [record["step"] for record in sweep.records(cell)] == [0, 13, 15]
 
 
-def test_a_damaged_record_is_made_anew(one_cell):
+def test_a_damaged_record_is_rewritten(one_cell):
     sweep, cell = one_cell()
     record = sweep.path(cell) / "cell.json"
     for content in ('{"status": "do', "[1]", '{"status": "dreaming"}'):
@@ -280,14 +282,14 @@ def test_a_damaged_record_is_made_anew(one_cell):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"cells": 3}', '{"cells": {}}'])
-def test_the_folder_of_something_else_is_refused(one_cell, content):
+def test_a_foreign_sweep_file_raises(one_cell, content):
     sweep, _ = one_cell()
     (sweep.folder / "sweep.json").write_text(content)
-    with pytest.raises(UserError, match=r"no file of dualsm.sweep|holds a sweep of None"):
+    with pytest.raises(UserError, match=r"not a file of dualsm.sweep|contains a sweep of None"):
         sweep.check()
 
 
-def test_a_sweep_of_failures_fails(recipe, tmp_path):
+def test_a_sweep_fails_if_all_cells_fail(recipe, tmp_path):
     folder = tmp_path / "sweep"
     done = run_command(*arguments(recipe, folder, "--grid=batch_size=100000", "--grid=alpha=0,1"))
     assert done.returncode == 2
@@ -297,12 +299,12 @@ def test_a_sweep_of_failures_fails(recipe, tmp_path):
     assert (folder / "table.csv").exists()
 
 
-def test_a_terminals_interrupt_costs_no_steps(recipe, tmp_path):
-    """Ctrl-C reaches all processes of a terminal's foreground; the cell's must still hear of it once."""
+def test_an_interrupt_from_a_terminal_loses_no_steps(recipe, tmp_path):
+    """Ctrl-C signals all foreground processes; a cell must receive the signal only once."""
     folder = tmp_path / "sweep"
     long = ("--config.steps=20000", "--config.checkpoint.every=20000", "--config.valid.every=20000")
     command = arguments(recipe, folder, *long, "--grid=repetitions=200", "--grid=alpha=1")
-    # Tests that a script runs in the background ignore SIGINT; processes inherit that, but no handler.
+    # A test run in the background ignores SIGINT, and child processes inherit this but not a handler.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", *command],

@@ -1,4 +1,4 @@
-"""Writes the table and the plots of a sweep into its folder, and prints its measures by alpha and R.
+"""Writes the table and plots of a sweep into its folder, and prints its metrics by alpha and R.
 
 python -m dualsm.analysis --sweep=runs/sweep
 """
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dualsm.analysis.report import as_text, report
+from dualsm.analysis.sweep_report import report, report_text
 from dualsm.process import cli
 
-_SWEEP = cli.DEFINE_path("sweep", None, "folder of the sweep; it need not be finished")
+_SWEEP = cli.DEFINE_path("sweep", None, "folder of the sweep, which may be unfinished")
 flags.mark_flags_as_required(["sweep"])
 
 
 def main(_: Sequence[str]) -> None:
     for path in report(_SWEEP.value):
         print(path)
-    print(as_text(_SWEEP.value))
+    print(report_text(_SWEEP.value))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which mixture to train with, by a table of cells or by the paper's rules, and whether to stop instead."""
+"""Recommends a mixture from a table of cells or by the paper's rules, or to stop training earlier."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from dualsm.process.errors import UserError
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-SHIPPED = Path(__file__).with_name("shipped.csv")  # the project's own sweep
+SHIPPED = Path(__file__).with_name("shipped.csv")  # the sweep in docs/reproduction.md
 DEFAULT_METRIC = "valid/causal/loss"
 INSTALL = "pip install 'dualsm[analysis]'"
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenBudget:
-    """A budget for a corpus, and the whole number of repetitions that serves both best.
+    """A token budget, a corpus size, and the whole number of repetitions that fits both best.
 
     Attributes:
-      unique_tokens, budget_tokens: as asked.
+      unique_tokens, budget_tokens: size of the corpus, and tokens to train on.
       repetitions: R, as in `config.repetitions`.
-      seen_unique_tokens, seen_tokens: of a run with this R, which is to see each of its tokens R times.
+      seen_unique_tokens, seen_tokens: unique and total tokens of a run that sees each of its tokens R times.
     """
 
     unique_tokens: float
@@ -41,7 +41,7 @@ class TokenBudget:
 
 
 def round_repetitions(unique: float, budget: float) -> TokenBudget:
-    """Rounds budget / unique to the R that gives up least: of the budget if down, of the corpus if up."""
+    """Rounds budget / unique to a whole R, such that the unused share of the budget or corpus is smallest."""
     passes = budget / unique
     if passes <= 1:
         return TokenBudget(unique, budget, 1, budget, budget)
@@ -53,19 +53,19 @@ def round_repetitions(unique: float, budget: float) -> TokenBudget:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """The answer of one source to: which mixture, at this repetition?
+    """Recommended mixture of one source at R repetitions.
 
     Attributes:
       repetitions: R.
       alpha: share of causal rows; all others are masked diffusion.
-      source: "surface" of a table of cells, or "rules" of the paper.
-      doublings_outside: how far R lies outside the tried range; 0 inside.
+      source: "surface" (fitted to a table of cells) or "rules" (of the paper).
+      doublings_outside: distance of R from the tried range, in doublings; 0 inside the range.
       tried: the tried range of R.
-      parameters: the smallest and the largest of the models that it comes from; None where not known.
-      table: of "surface": what it was fitted to (metric, cells, budget, noise), else None.
-      surface: of "surface": the recommendation with its uncertainty, else None.
-      measured: of "surface": alpha -> mean score and number of seeds of the cells at exactly this R.
-      stopping: of "surface": whether shorter causal training is better; None where nothing repeats.
+      parameters: size of the smallest and the largest model of the source; None if unknown.
+      table: summary of the fitted cells (metric, cells, budget, noise); None for "rules".
+      surface: the recommendation with its uncertainty; None for "rules".
+      measured: alpha -> mean score and number of seeds of the cells at R; None for "rules".
+      stopping: comparison with shorter causal training; None for "rules" and for R = 1.
     """
 
     repetitions: float
@@ -81,17 +81,17 @@ class Advice:
 
 
 def advise(repetitions: float, sweep: str | Path | None = None, metric: str | None = None) -> list[Advice]:
-    """The advice of every source, the one to follow first.
+    """Returns the advice of each source; the first one is the one to follow.
 
     Args:
       repetitions: R.
-      sweep: a sweep's folder or table, which comes before the paper's rules. Without a sweep the rules come
-        first and the shipped table second, if scikit-learn is installed: installing it does not change the
-        first answer.
-      metric: column of the table to do best in.
+      sweep: a sweep's folder or table, which takes precedence over the paper's rules. Without a sweep, the
+        rules come first, and the shipped table second if the extra `analysis` is installed: installing the
+        extra does not change the first answer.
+      metric: column of the table to optimise.
 
     Raises:
-      UserError: when the table cannot answer.
+      UserError: if the table has too few finished cells with `metric`.
     """
     by_rules = advise_by_rules(repetitions)
     if sweep:
@@ -99,12 +99,12 @@ def advise(repetitions: float, sweep: str | Path | None = None, metric: str | No
     if all(map(find_spec, ("pandas", "sklearn"))):
         return [by_rules, advise_by_table(load(SHIPPED), metric or DEFAULT_METRIC, repetitions)]
     if metric:
-        raise UserError(f"--metric={metric} needs scikit-learn, which is not installed: {INSTALL}")
+        raise UserError(f"--metric={metric} needs pandas and scikit-learn; run {INSTALL}")
     return [by_rules]
 
 
 def advise_by_rules(repetitions: float) -> Advice:
-    """The paper's rules, which need no table."""
+    """Returns the advice of the paper's rules."""
     return Advice(
         repetitions=repetitions,
         alpha=rules.rule_alpha(repetitions),
@@ -116,10 +116,10 @@ def advise_by_rules(repetitions: float) -> Advice:
 
 
 def advise_by_table(table: DataFrame, metric: str, repetitions: float) -> Advice:
-    """The surface of a table of cells.
+    """Returns the advice of a surface fitted to a table of cells.
 
     Raises:
-      UserError: when the table has too few finished cells with `metric`.
+      UserError: if the table has too few finished cells with `metric`.
     """
     cells = comparable(table, metric)
     surface = fit_to_cells(cells, metric)
@@ -138,7 +138,7 @@ def advise_by_table(table: DataFrame, metric: str, repetitions: float) -> Advice
             "lower_is_better": surface.lower_is_better,
             "cells": len(cells),
             "budget_tokens": int(cells["budget_tokens"].iloc[0]),
-            # Without seeds to tell it from, a surface takes noise for shape and calls it too small.
+            # Without repeated seeds, a surface fits part of the noise and underestimates it.
             "noise_sd": max(surface.noise_sd, seed_sd(cells, metric) or 0.0),
             "unequally_tuned": unequal_tuning(table, metric),
         },
@@ -149,7 +149,7 @@ def advise_by_table(table: DataFrame, metric: str, repetitions: float) -> Advice
 
 
 def fit_to_cells(cells: DataFrame, metric: str) -> Surface:
-    """The surface of the cells that `table.comparable` chose."""
+    """Fits a surface to the cells from `table.comparable`."""
     return fit_surface(
         cells["repetitions"], cells["alpha"], cells[metric], lower_is_better=lower_is_better(metric)
     )

@@ -1,4 +1,4 @@
-"""The answer to "which mixture?": what it comes from, and in words."""
+"""Formats mixture recommendations as text."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from collections.abc import Sequence
 from dualsm.analysis import rules
 from dualsm.analysis.advice import INSTALL, Advice, TokenBudget
 from dualsm.analysis.scales import fraction
-from dualsm.analysis.stopping import Side, Stopping, in_words
+from dualsm.analysis.stopping import Side, Stopping, setting_text
 from dualsm.analysis.surface import CREDIBLE, Estimate
 
 
 def describe(question: TokenBudget, answers: Sequence[Advice], sweep: str) -> str:
-    """The answers of all sources in words."""
+    """Returns the answers of all sources as text."""
     lines = [_numbers(question), *_rounding(question)]
     for advice in answers:
         lines += _by_surface(advice, sweep) if advice.surface else _by_rules(advice)
     if not any(advice.surface for advice in answers):
-        lines.append(f"the table of small models that comes with dualsm needs scikit-learn: {INSTALL}")
+        lines.append(
+            f"the table of small models that comes with dualsm needs pandas and scikit-learn: {INSTALL}"
+        )
     if len({advice.alpha for advice in answers}) > 1:
         lines.append(
-            "the answers differ: each holds for models of its own scale and measure; "
-            "a sweep of your own (--sweep) answers for yours"
+            "the answers differ: each holds for the model size and metric of its source; "
+            "run a sweep of your own models and pass it with --sweep"
         )
     return "\n".join(lines)
 
@@ -35,17 +37,17 @@ def _numbers(question: TokenBudget) -> str:
 
 
 def _rounding(question: TokenBudget) -> list[str]:
-    """The run with a whole number of repetitions, where that is another one than was asked for."""
+    """Describes the run with a whole number of repetitions if it differs from the requested one."""
     repetitions, unique = question.repetitions, question.unique_tokens
     if question.seen_tokens < question.budget_tokens * (1 - 1e-6):
         fewer = 1 - question.seen_tokens / question.budget_tokens
         return [
-            f"repetitions are whole numbers: with {repetitions}, train on {question.seen_tokens:,.0f} "
+            f"R must be a whole number: with R = {repetitions}, train on {question.seen_tokens:,.0f} "
             f"tokens, {fewer:.2%} fewer"
         ]
     if question.budget_tokens > unique and question.seen_unique_tokens < unique * (1 - 1e-6):
         return [
-            f"repetitions are whole numbers: with {repetitions}, the run sees the first "
+            f"R must be a whole number: with R = {repetitions}, the run sees the first "
             f"{question.seen_unique_tokens:,.0f} unique tokens; to see all of them {repetitions} times, "
             f"train on {repetitions * unique:,.0f} tokens"
         ]
@@ -62,11 +64,11 @@ def _flags(advice: Advice) -> list[str]:
 
 
 def _by_rules(advice: Advice) -> list[str]:
-    rows = "; ".join(f"{row.repetitions}: {fraction(row.alpha)}" for row in rules.ROWS)
+    rows = "; ".join(f"{row.repetitions}: {fraction(row.alpha)}" for row in rules.PAPER_RESULTS)
     return [
         f"by the rules of {rules.SOURCE}, for zero-shot scores of models {_scale(advice)}:",
         *_flags(advice),
-        f"    best shares found there by repetitions: {rows}",
+        f"    best alpha in the paper, by repetitions: {rows}",
         f"    {_range(advice)}",
     ]
 
@@ -79,7 +81,7 @@ def _by_surface(advice: Advice, sweep: str) -> list[str]:
         f"by {sweep or 'the table that comes with dualsm'}, {table['cells']} cells of "
         f"{table['budget_tokens']:,.0f} tokens, models {_scale(advice)}:",
         *_flags(advice),
-        f"    best share of causal rows, {CREDIBLE:.0%} sure: {low} to {high}",
+        f"    best share of causal rows, {CREDIBLE:.0%} credible interval: {low} to {high}",
         f"    {table['metric']} ({better} is better): {_pm(found.score)} expected",
     ]
     for name, gain in (
@@ -95,12 +97,12 @@ def _by_surface(advice: Advice, sweep: str) -> list[str]:
         lines.append(f"    measured at R = {advice.repetitions:g}: {cells}")
     lines.append(f"    {_range(advice)}")
     if found.few_cells:
-        lines.append(f"    warning: too few cells for a surface to be trusted ({found.few_cells})")
+        lines.append(f"    warning: too few cells for a reliable surface ({found.few_cells})")
     if table["unequally_tuned"]:
-        places = ", ".join(f"{r:g}" for r in table["unequally_tuned"])
+        unequal = ", ".join(f"{r:g}" for r in table["unequally_tuned"])
         lines.append(
-            f"    warning: at R = {places} some alphas were tuned with more settings than others; "
-            "the surface compares them"
+            f"    warning: at R = {unequal} some alphas were tuned with more settings than others, "
+            "and the surface compares them"
         )
     if advice.stopping:
         lines += _stopping(advice.stopping)
@@ -117,22 +119,23 @@ def _scale(advice: Advice) -> str:
 def _range(advice: Advice) -> str:
     tried = f"{advice.tried[0]:g} to {advice.tried[1]:g} repetitions were tried"
     if advice.doublings_outside:
-        return f"warning: {tried}; the question lies {advice.doublings_outside:.1f} doublings outside"
-    return f"{tried}; the question lies inside"
+        distance = f"{advice.doublings_outside:.1f} doublings outside this range"
+        return f"warning: {tried}; R = {advice.repetitions:g} is {distance}"
+    return f"{tried}; R = {advice.repetitions:g} is inside this range"
 
 
 def _stopping(found: Stopping) -> list[str]:
     answer = {
         "stop early": "yes, shorter causal training was better",
         "full length": "no, shorter causal training was worse",
-        "no clear difference": "shorter causal training did as well, for less",
+        "no clear difference": "shorter causal training was as good, for less compute",
         "unknown": f"unknown: {found.reason}",
     }[found.verdict]
-    lines = [f"    stop instead? {answer}"]
+    lines = [f"    stop earlier? {answer}"]
     for name, side in (
         ("shorter causal runs", found.shorter),
         ("the whole budget", found.full),
-        ("a mixture that stops", found.mixed),
+        ("shorter mixed runs", found.mixed),
     ):
         if side:
             lines.append(f"        {name}: {_side(side)}")
@@ -145,7 +148,7 @@ def _side(side: Side) -> str:
     tokens = (
         f"causal {fraction(side.alpha)}, {side.repetitions:g} repetitions, {side.budget_tokens:,.0f} tokens"
     )
-    return f"{tokens}, {in_words(side.setting)}: {_runs(side.score, side.runs)}"
+    return f"{tokens}, {setting_text(side.setting)}: {_runs(side.score, side.runs)}"
 
 
 def _runs(score: float, runs: int) -> str:
@@ -153,7 +156,7 @@ def _runs(score: float, runs: int) -> str:
 
 
 def _pm(estimate: Estimate) -> str:
-    """Mean ± standard deviation, with two digits of the deviation; "at least ..." of a bound."""
+    """Formats an estimate as mean ± standard deviation (2 digits), or as "at least ..." for a bound."""
     if estimate.at_least:
         return f"at least {estimate.mean:.2f}"
     digits = min(max(1 - math.floor(math.log10(estimate.sd)), 0), 6) if estimate.sd > 0 else 3

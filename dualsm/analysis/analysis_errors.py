@@ -1,4 +1,4 @@
-"""What can keep a sweep from being analysed, and how it is said."""
+"""Errors of the analysis: too few cells, or a missing package."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dualsm.process.errors import UserError
 
 
 class TooFewCells(UserError):
-    """A table has not, or not yet, the cells that were asked for."""
+    """The table has too few finished cells for the analysis."""
 
 
 @contextlib.contextmanager
 def analysis_extra() -> Iterator[None]:
-    """Around imports of scikit-learn and matplotlib: raises `UserError` when one is not installed."""
+    """Raises `UserError` if an import in its block fails because a package is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'dualsm[analysis]'") from error
+        raise UserError(f"{error.name} is not installed; run pip install 'dualsm[analysis]'") from error

@@ -1,6 +1,6 @@
-"""The plots of a sweep: one function a plot, from plain data onto axes that the caller made.
+"""The plots of a sweep: one function per plot, which draws arrays on the caller's axes.
 
-Letters: A alphas and G repetitions of a grid, C cells. Colours are of maps that colour-blind people can read.
+Shape letters: A alphas and G repetitions of a grid, C cells. The colour maps suit colour-blind readers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 Curve = tuple[Sequence[float], Sequence[float]]  # tokens seen, loss
 
 TICKS = (0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 63 / 64, 255 / 256, 1)
-_MAP = "viridis"  # bright is better
+_MAP = "viridis"  # brighter colours are better
 _ALPHA_LABEL = "share of causal rows, alpha"
 _REPETITIONS_LABEL = "repetitions R of the unique tokens"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches that belongs to no window system and to no global state."""
+    """Returns an empty figure of a size in inches, independent of pyplot's global state."""
     with analysis_extra():
         from matplotlib.figure import Figure
 
@@ -43,14 +43,14 @@ def plot_surface(
     unit: str,
     lower_is_better: bool,
 ) -> None:
-    """The surface as filled contours, the tried cells in their own colour on it, and the best alpha by R.
+    """Draws the surface as filled contours, with the tried cells and the best alpha of each R.
 
     Args:
-      axes: to draw on.
-      repetitions_G, alpha_A, score_AxG: the surface.
+      axes: axes to draw on.
+      repetitions_G, alpha_A, score_AxG: grid of the surface and its scores.
       cells: R, alpha and score of each cell.
-      unit: of the score.
-      lower_is_better: whether the score is a loss.
+      unit: unit of the score.
+      lower_is_better: True for a loss.
     """
     with analysis_extra():
         from matplotlib.patheffects import Normal, Stroke
@@ -85,22 +85,22 @@ def plot_best_alpha(
     *,
     level: float,
 ) -> None:
-    """The probability that each alpha is the best, by R, with an interval that holds `level` of it.
+    """Draws the probability that each alpha is the best, and a credible interval, by R.
 
     Args:
-      axes: to draw on.
-      repetitions_G, alpha_A: the grid, in rising order and evenly spaced on the scales of the axes, so that
-        colours can be compared.
+      axes: axes to draw on.
+      repetitions_G, alpha_A: the grid, ascending and evenly spaced on the scales of the axes, so that
+        colours are comparable.
       probability_AxG: each column sums to 1.
-      intervals_G: alphas between which the best lies.
-      level: probability inside the intervals.
+      intervals_G: lowest and highest alpha of each credible interval.
+      level: probability of the intervals.
     """
     x_G, y_A = repetition_scale(repetitions_G), alpha_scale(alpha_A)
     mesh = axes.pcolormesh(_edges(x_G), _edges(y_A), probability_AxG, cmap="Blues", vmin=0, rasterized=True)
     low_G, high_G = alpha_scale(np.array(intervals_G).T)
     step = {"where": "mid", "color": "black", "linewidth": 1.2}
     axes.step(x_G, low_G, **step)
-    axes.step(x_G, high_G, label=f"the best lies between, {level:.0%} sure", **step)
+    axes.step(x_G, high_G, label=f"{level:.0%} credible interval of the best alpha", **step)
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.set_label("probability of being the best alpha")
     _repetition_axis(axes, _doublings(repetitions_G))
@@ -114,12 +114,12 @@ def plot_curves(
     *,
     unit: str = "nats per token",
 ) -> None:
-    """Held-out loss over tokens seen: a column of panels an R, a row of them an objective, a colour an alpha.
+    """Draws held-out losses over tokens: one row per objective, one column per R, one colour per alpha.
 
     Args:
-      figure: empty.
-      curves: objective -> R -> alpha -> one curve a seed.
-      unit: of the losses.
+      figure: an empty figure.
+      curves: objective -> R -> alpha -> one curve per seed.
+      unit: unit of the losses.
     """
     with analysis_extra():
         from matplotlib import colormaps
@@ -156,14 +156,14 @@ def plot_gap(
     top: float,
     label: str,
 ) -> None:
-    """Held-out minus training loss as a table of colours, by R and alpha; nan is shown as a dash.
+    """Draws held-out minus training losses as a coloured table by R and alpha; NaN is drawn as a dash.
 
     Args:
-      axes: to draw on.
-      repetitions_G, alpha_A: in rising order; each is a column or a row.
-      gap_AxG: the differences.
-      top: the gap from which on all colours are the same.
-      label: of the colours, with their unit.
+      axes: axes to draw on.
+      repetitions_G, alpha_A: R of the columns and alpha of the rows, ascending.
+      gap_AxG: the differences of the losses.
+      top: gap at the end of the colour scale.
+      label: label of the colour bar, with the unit.
     """
     axes.set_facecolor("0.9")
     image = axes.imshow(gap_AxG, cmap="Oranges", vmin=0, vmax=top, origin="lower", aspect="auto")
@@ -179,7 +179,7 @@ def plot_gap(
 
 
 def _levels(score: np.ndarray, lower_is_better: bool) -> tuple[np.ndarray, str]:
-    """Levels from the best score on; far worse ones share the last colour, lest all others look alike."""
+    """Returns contour levels; much worse scores share the last colour, so that the others stay distinct."""
     with analysis_extra():
         from matplotlib.ticker import MaxNLocator
 
@@ -193,7 +193,7 @@ def _levels(score: np.ndarray, lower_is_better: bool) -> tuple[np.ndarray, str]:
 
 
 def _loss_limits(curves: Sequence[Curve]) -> tuple[float, float]:
-    """From just below the lowest loss to well above most last ones; what diverged may leave the panel."""
+    """Returns y limits that include most final losses; curves of diverged runs may be clipped."""
     losses = [np.asarray(losses)[np.isfinite(losses)] for _, losses in curves]
     losses = [values for values in losses if len(values)]
     if not losses:
@@ -217,12 +217,12 @@ def _alpha_axis(axes: Axes, ticks: Sequence[float]) -> None:
 
 
 def _doublings(repetitions: np.ndarray) -> np.ndarray:
-    """The powers of two in a range."""
+    """Returns the powers of two in the range of `repetitions`."""
     first, last = np.ceil(np.log2(min(repetitions))), np.floor(np.log2(max(repetitions)))
     return 2.0 ** np.arange(first, last + 1)
 
 
 def _edges(centre: np.ndarray) -> np.ndarray:
-    """Borders halfway between centres; the outer cells end at their centres."""
+    """Returns cell edges halfway between the centres; the outer edges are at the outer centres."""
     middle = (centre[1:] + centre[:-1]) / 2
     return np.concatenate([centre[:1], middle, centre[-1:]])

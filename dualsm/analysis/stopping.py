@@ -21,7 +21,7 @@ from dualsm.analysis.table import (
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-SEEDS = 2  # fewest seeds of a group that is compared: one seed says nothing about the noise
+SEEDS = 2  # minimum number of seeds of a group: one seed gives no estimate of the noise
 SIGNIFICANT = 0.05  # p-value of Welch's t-test below which two groups differ
 
 
@@ -31,7 +31,7 @@ class Side:
 
     Attributes:
       repetitions, alpha, budget_tokens: of the cells.
-      score: their mean over seeds.
+      score: mean score over seeds.
       runs: number of seeds.
       setting: the other swept keys, such as {"optimizer.weight_decay": 1.0}.
     """
@@ -46,16 +46,16 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Stopping:
-    """Whether shorter causal training is better than the best mixture for the whole budget, at the same R.
+    """Comparison of shorter causal training with the best mixture for the whole budget, at the same R.
 
     Attributes:
       verdict: "stop early", "full length", "no clear difference" or "unknown".
-      reason: the cells that are missing for an answer; "" unless the verdict is "unknown".
-      full: the best cells of the whole budget; None without any.
-      shorter: the best cells with alpha = 1 that ended, fully decayed, at a smaller budget; None without any.
-      mixed: the best of such cells with 0 < alpha < 1; None without any.
-      gain: the difference by which `shorter` is better (negative: worse) and its standard error, from the
-        seeds of these two groups; None when the verdict is "unknown".
+      reason: the cells that the comparison lacks; "" unless the verdict is "unknown".
+      full: the best cells of the whole budget; None if there are none.
+      shorter: the best cells with alpha = 1 that completed their schedule at a smaller budget, or None.
+      mixed: the best cells with 0 < alpha < 1 that completed their schedule at a smaller budget, or None.
+      gain: improvement of `shorter` over `full` (negative: worse) and its standard error, from the seeds of
+        both groups; None if the verdict is "unknown".
     """
 
     verdict: str
@@ -67,18 +67,18 @@ class Stopping:
 
 
 def compare_lengths(table: DataFrame, metric: str, repetitions: float) -> Stopping:
-    """Compares the two at exactly `repetitions`, among settings with at least `SEEDS` seeds.
+    """Compares whole-budget and shorter causal training at `repetitions`, given at least `SEEDS` seeds each.
 
-    Each side takes its best setting. The answer is "unknown" when the best setting of one side was not tried
-    on the other: a tuned run is not compared with an untuned one.
+    Each side is represented by its best setting. The verdict is "unknown" if the best setting of one side was
+    not tried on the other side: a tuned run is not compared with an untuned one.
 
     Args:
-      rows: a whole table.
-      metric: a column.
-      repetitions: R of the question.
+      table: all cells of a sweep.
+      metric: column of the score.
+      repetitions: R.
 
     Raises:
-      TooFewCells: when no finished cell has `metric`.
+      TooFewCells: if no finished cell has `metric`.
     """
     table = usable(table, metric)
     budget = main_budget(table)
@@ -107,7 +107,9 @@ def compare_lengths(table: DataFrame, metric: str, repetitions: float) -> Stoppi
     ):
         best = sides[own].setting
         if best not in [setting(group) for group in others]:
-            return Stopping("unknown", f"{in_words(best)} was not tried with {SEEDS} seeds {name}", **sides)
+            return Stopping(
+                "unknown", f"{setting_text(best)} was not tried with {SEEDS} seeds {name}", **sides
+            )
     gain, clear = _difference(best_group(causal, metric), best_group(full, metric), metric)
     verdict = "no clear difference"
     if clear:
@@ -115,19 +117,19 @@ def compare_lengths(table: DataFrame, metric: str, repetitions: float) -> Stoppi
     return Stopping(verdict, gain=gain, **sides)
 
 
-def in_words(setting: dict) -> str:
-    """A setting such as "optimizer.weight_decay=1.0, optimizer.learning_rate=0.02"."""
+def setting_text(setting: dict) -> str:
+    """Formats a setting, for example "optimizer.weight_decay=1, optimizer.learning_rate=0.02"."""
     return (
         ", ".join(
             f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in setting.items()
         )
-        or "the recipe's own setting"
+        or "the setting of the config file"
     )
 
 
 def _difference(group: DataFrame, other: DataFrame, metric: str) -> tuple[Estimate, bool]:
-    """By how much `group` is better, with its standard error, and whether the difference is significant."""
+    """Returns the improvement of `group` over `other`, and True if the difference is significant."""
     with analysis_extra():
         from scipy.stats import ttest_ind_from_stats
 

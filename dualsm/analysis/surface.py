@@ -1,11 +1,12 @@
-"""The surface score(R, alpha) as a Gaussian process, and what it recommends.
+"""A Gaussian process over score(R, alpha), and the recommendations that follow from it.
 
-The kernel is the paper's (arXiv 2512.14549): an anisotropic Matern 3/2 plus white noise, over log2(R) and
-the scale of alpha in `scales`. What is fitted is a *value*, standardised; higher is better. That of a task's
-score is the score, that of a loss exp(best - loss): the geometric mean of the tokens' probabilities over that
-of the best cell. It lies in (0, 1], so a diverged cell is bad, and how bad does not bend the surface between
-the others.
-Letters: C cells, A alphas of a grid.
+The kernel is the paper's (arXiv 2512.14549): an anisotropic Matern 3/2 kernel plus white noise, over log2(R)
+and the scale of alpha in `scales`. The process is fitted to a standardised *value*; higher is better. The
+value of a task score is the score. The value of a loss is exp(best - loss), the geometric mean of the token
+probabilities relative to that of the best cell. It is in (0, 1], so the size of a diverged cell's loss does
+not distort the surface between the other cells.
+
+Shape letters: C cells, A alphas of a grid, G repetitions of a grid, M samples.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import numpy as np
 from dualsm.analysis.analysis_errors import TooFewCells, analysis_extra
 from dualsm.analysis.scales import ALPHAS, alpha_scale, doublings_outside, repetition_scale
 
-FEWEST_CELLS = 4  # for a fit at all
-ENOUGH_CELLS, ENOUGH_VALUES = 12, 3  # for a fit to be trusted: cells, different R and different alphas
+FEWEST_CELLS = 4  # minimum for a fit
+ENOUGH_CELLS, ENOUGH_VALUES = 12, 3  # for a reliable fit: number of cells, distinct R and distinct alphas
 CREDIBLE = 0.8  # probability inside the interval of the best alpha
-SAMPLES = 4000  # of the posterior; a probability is then good to 0.01
-# Of a loss: ln 20, about three nats, above the best. The surface cannot tell higher losses apart.
+SAMPLES = 4000  # of the posterior; the standard error of a probability is below 0.01
+# The value of a loss ln 20 (about three nats) above the best one. The surface does not resolve higher losses.
 LEAST_VALUE = 0.05
 
 
@@ -32,8 +33,8 @@ LEAST_VALUE = 0.05
 class Estimate:
     """A mean and a standard deviation, in units of the score.
 
-    With `at_least`, a lower bound without a standard deviation (None): of a loss that is higher than the
-    surface can resolve, or of a difference from such a loss.
+    If `at_least` is set, `mean` is a lower bound and `sd` is None: the loss, or one of the two losses of a
+    difference, is higher than the surface resolves.
     """
 
     mean: float
@@ -43,18 +44,18 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
-    """What a surface says about one number of repetitions.
+    """The best alpha at one number of repetitions, with its uncertainty.
 
     Attributes:
       repetitions: R.
-      alpha: the share of causal rows with the best expected score.
-      interval: alphas between which the best lies with a probability of at least `CREDIBLE`.
-      score: at `alpha`, without the noise of a single run.
-      gain_over_causal: by how much that is better than alpha = 1; positive is better, for losses too. None
-        when alpha = 1 was not tried, or when the surface resolves neither of the two losses.
-      gain_over_masked: the same over alpha = 0.
-      doublings_outside: how far R lies outside the tried range; 0 inside.
-      few_cells: what the fit has too little of to be trusted; "" when it has enough.
+      alpha: share of causal rows with the best expected score.
+      interval: credible interval of the best alpha, with a probability of at least `CREDIBLE`.
+      score: expected score at `alpha`; `sd` excludes the noise of a single run.
+      gain_over_causal: improvement over alpha = 1; positive is better, for losses too. None if alpha = 1 was
+        not tried, or if the surface resolves neither of the two losses.
+      gain_over_masked: improvement over alpha = 0.
+      doublings_outside: distance of R from the tried range, in doublings; 0 inside the range.
+      few_cells: counts that are too low for a reliable fit, as text; "" if all suffice.
     """
 
     repetitions: float
@@ -72,12 +73,12 @@ class Surface:
     """A fitted surface.
 
     Attributes:
-      process: scikit-learn's regressor of the standardised value without noise.
+      process: scikit-learn regressor of the standardised value, without white noise.
       mean, scale: value = mean + scale * standardised value.
-      noise_sd: standard deviation of a single run about the surface, in units of the score.
-      lower_is_better: whether the score is a loss.
-      best: the lowest loss of a cell; 0 for scores.
-      repetitions_C, alpha_C: the cells it was fitted to.
+      noise_sd: standard deviation of a single run around the surface, in units of the score.
+      lower_is_better: True for a loss.
+      best: lowest loss of a cell; 0 for task scores.
+      repetitions_C, alpha_C: R and alpha of the fitted cells.
     """
 
     process: object
@@ -90,15 +91,16 @@ class Surface:
     alpha_C: np.ndarray
 
     def value(self, repetitions: float, alpha_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [A] and covariance [A, A] of the value at one R."""
+        """Returns the mean [A] and covariance [A, A] of the value at one R."""
         points_Ax2 = _points(np.full(len(alpha_A), repetitions), alpha_A)
         mean_A, covariance_AxA = self.process.predict(points_Ax2, return_cov=True)
         return self.mean + self.scale * mean_A, self.scale**2 * covariance_AxA
 
     def posterior(self, repetitions: float, alpha_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [A] and covariance [A, A] of the score at one R; a loss's to first order in the value's.
+        """Returns the mean [A] and covariance [A, A] of the score at one R.
 
-        A loss that the surface cannot resolve is ln(1 / LEAST_VALUE) above the best cell.
+        The covariance of a loss is a first-order approximation. A loss that the surface does not resolve is
+        returned as ln(1 / LEAST_VALUE) above the best cell.
         """
         mean_A, covariance_AxA = self.value(repetitions, alpha_A)
         if not self.lower_is_better:
@@ -107,26 +109,26 @@ class Surface:
         return self.best - np.log(mean_A), covariance_AxA / np.outer(mean_A, mean_A)
 
     def grid(self, repetitions_G: Sequence[float], alpha_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of the score, [A, G] each, at every pair of R and alpha."""
+        """Returns the mean and standard deviation of the score at all pairs of R and alpha, [A, G] each."""
         columns = [self.posterior(repetitions, alpha_A) for repetitions in repetitions_G]
         mean_AxG = np.stack([mean_A for mean_A, _ in columns], axis=1)
         return mean_AxG, np.sqrt(np.stack([np.diag(c_AxA).clip(0) for _, c_AxA in columns], axis=1))
 
     def alphas(self) -> np.ndarray:
-        """What a recommendation chooses from: the tried alphas, and those of `scales.ALPHAS` between them."""
+        """Returns the candidates for a recommendation: the tried alphas and `scales.ALPHAS` between them."""
         outside_A = ALPHAS.clip(self.alpha_C.min(), self.alpha_C.max()) != ALPHAS
         return np.union1d(ALPHAS[~outside_A], self.alpha_C)
 
     def probability_best(self, repetitions: float, alpha_A: np.ndarray) -> np.ndarray:
-        """For each alpha of a grid the probability that it has the best score of the grid at R, [A].
+        """Returns the probability that each alpha of a grid has the best score of the grid at R, [A].
 
-        It is its share among joint samples of the posterior, always the same ones.
+        The probabilities are frequencies among joint samples of the posterior, drawn with a fixed seed.
         """
         samples_MxA = _samples(*self.value(repetitions, alpha_A))
         return np.bincount(samples_MxA.argmax(1), minlength=len(alpha_A)) / len(samples_MxA)
 
     def recommend(self, repetitions: float) -> Recommendation:
-        """The best of `alphas()` at `repetitions`, and how sure that is."""
+        """Returns the best of `alphas()` at `repetitions`, with its uncertainty."""
         alpha_A = self.alphas()
         value_A, value_covariance_AxA = self.value(repetitions, alpha_A)
         best = int(value_A.argmax())
@@ -163,13 +165,13 @@ class Surface:
         )
 
     def few_cells(self) -> str:
-        """What the fit has too little of to be trusted, in words; "" when it has enough."""
-        have = {
+        """Lists the counts that are too low for a reliable fit, as text; "" if all suffice."""
+        counts = {
             "cells": (len(self.alpha_C), ENOUGH_CELLS),
             "numbers of repetitions": (len(np.unique(self.repetitions_C)), ENOUGH_VALUES),
             "alphas": (len(np.unique(self.alpha_C)), ENOUGH_VALUES),
         }
-        return ", ".join(f"{count} {name}" for name, (count, wanted) in have.items() if count < wanted)
+        return ", ".join(f"{count} {name}" for name, (count, needed) in counts.items() if count < needed)
 
 
 def fit_surface(
@@ -180,23 +182,23 @@ def fit_surface(
     lower_is_better: bool,
     restarts: int = 8,
 ) -> Surface:
-    """Fits the surface to cells; those of several seeds come as they are.
+    """Fits the surface to cells; each seed is a cell of its own.
 
     Args:
       repetitions_C: R of each cell, at least 1.
       alpha_C: share of causal rows of each cell, in [0, 1].
       score_C: finite scores.
-      lower_is_better: whether the score is a loss.
-      restarts: starts of the search for the kernel's parameters; they are the same in every call.
+      lower_is_better: True for a loss.
+      restarts: random restarts of the kernel's hyperparameter search; the seed is fixed.
 
     Raises:
-      TooFewCells: for fewer than `FEWEST_CELLS` cells, or only one alpha.
-      UserError: when scikit-learn is not installed.
+      TooFewCells: if there are fewer than `FEWEST_CELLS` cells or fewer than two alphas.
+      UserError: if scikit-learn is not installed.
     """
     if len(score_C) < FEWEST_CELLS or len(set(alpha_C)) < 2:
         raise TooFewCells(
-            f"a surface needs at least {FEWEST_CELLS} finished cells of different alphas; there are "
-            f"{len(score_C)} of {len(set(alpha_C))} alphas"
+            f"a surface needs at least {FEWEST_CELLS} finished cells with different alphas; there are "
+            f"{len(score_C)} cells of {len(set(alpha_C))} alphas"
         )
     with analysis_extra():
         from sklearn.exceptions import ConvergenceWarning
@@ -208,27 +210,27 @@ def fit_surface(
     value_C = np.exp(best - score_C) if lower_is_better else score_C
     mean, scale = float(value_C.mean()), float(value_C.std()) or 1.0
     points_Cx2, target_C = _points(repetitions_C, alpha_C), (value_C - mean) / scale
-    # Lengths in octaves of R and on the alpha scale (18 from 0 to 1), variances in units of the target's.
+    # Length scales are in doublings of R and on the alpha scale (18 from 0 to 1); the target has variance 1.
     smooth = ConstantKernel(1.0, (0.05, 50)) * Matern([4, 6], [(0.5, 50), (0.5, 100)], nu=1.5)
     kernel = smooth + WhiteKernel(1e-2, (1e-5, 2))
     search = GaussianProcessRegressor(kernel, n_restarts_optimizer=restarts, random_state=0)
-    with warnings.catch_warnings():  # a parameter at its bound is an answer, too
+    with warnings.catch_warnings():  # a hyperparameter at its bound is acceptable
         warnings.simplefilter("ignore", ConvergenceWarning)
         search.fit(points_Cx2, target_C)
-    # scikit-learn's covariances contain the white noise; a second process without it gives the surface's own.
+    # scikit-learn includes the white noise in covariances; a second process gives those of the surface alone.
     noise = search.kernel_.k2.noise_level
     process = GaussianProcessRegressor(search.kernel_.k1, alpha=noise, optimizer=None)
     process.fit(points_Cx2, target_C)
-    # Noise of a loss is noise of the value in proportion to the value.
+    # The noise of a loss is the relative noise of its value.
     unit = math.sqrt(np.mean(value_C**2)) if lower_is_better else 1.0
     noise_sd = scale * math.sqrt(noise) / unit
     return Surface(process, mean, scale, noise_sd, lower_is_better, best, repetitions_C, alpha_C)
 
 
 def shortest_interval(probability_A: np.ndarray, inside: int, level: float) -> tuple[int, int]:
-    """First and last index of the shortest run that holds `inside` and at least `level` of the probability.
+    """Returns the first and last index of the shortest interval with `inside` and a probability of `level`.
 
-    Of equally short ones it is the most probable.
+    Among equally short intervals, the most probable one is returned.
     """
     total_A1 = np.concatenate([[0], np.cumsum(probability_A)])
     runs = [
@@ -242,7 +244,7 @@ def shortest_interval(probability_A: np.ndarray, inside: int, level: float) -> t
 
 
 def _estimate(weight_A, mean_A, covariance_AxA) -> Estimate:
-    """Of a weighted sum of scores."""
+    """Returns the estimate of a weighted sum of scores."""
     return Estimate(float(weight_A @ mean_A), math.sqrt(max(weight_A @ covariance_AxA @ weight_A, 0)))
 
 
@@ -251,7 +253,7 @@ def _points(repetitions, alpha) -> np.ndarray:
 
 
 def _samples(mean_A: np.ndarray, covariance_AxA: np.ndarray) -> np.ndarray:
-    """`SAMPLES` draws of a normal distribution, [M, A]; the same random numbers in every call."""
+    """Draws `SAMPLES` samples of a normal distribution with a fixed seed, [M, A]."""
     variance_A, axes_AxA = np.linalg.eigh(covariance_AxA)
     root_AxA = axes_AxA * np.sqrt(variance_A.clip(0))
     return mean_A + np.random.default_rng(0).standard_normal((SAMPLES, len(mean_A))) @ root_AxA.T

@@ -1,4 +1,4 @@
-"""A sweep's folder as a table: one dict a cell, whatever state the cell is in."""
+"""Collects a sweep's folder: one record per cell, in whatever state the cell is."""
 
 from __future__ import annotations
 
@@ -13,80 +13,84 @@ from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import METRICS, read_metrics
 
 SWEEP, CELLS, CELL, CONFIG = "sweep.json", "cells", "cell.json", "config.json"
-# Of a cell. The first three are what the sweep says of a cell it has tried.
+# The sweep records the first three in `cell.json`; the others follow from the state of the folder.
 STATUSES = ("done", "failed", "diverged", "running", "missing", "damaged")
-FINAL_SHARE = 1 / 20  # of the run at its end; the mean over it is the final training loss
+FINAL_SHARE = 1 / 20  # the final training loss is a mean over this last share of the run
 
-Row = dict[str, Any]
-# What a file that was cut off, edited or made by something else raises while it is read.
+Record = dict[str, Any]
+# Exceptions that reading a truncated, edited or foreign file raises.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UserError)
 
 
-def collect(folder: str | Path) -> list[Row]:
-    """One row a cell of a sweep, finished or not, in the order of `sweep.json`.
+def collect(folder: str | Path) -> list[Record]:
+    """Returns one record per cell of a sweep, finished or not, in the order of `sweep.json`.
 
-    The columns are `name`, `status`, `reason`, `repetitions`, `alpha`, `seed`, each key that any cell sets
-    (the value in the cell's own config, so that a default equals the same value given), `budget_tokens`,
-    `unique_tokens`, `parameters`, `seconds`, `step` (of the last log line) and
+    The keys are `name`, `status`, `reason`, `repetitions`, `alpha`, `seed`, each config key that any
+    cell sets (with the value of the cell's own config, which may be the default), `budget_tokens`,
+    `unique_tokens`, `parameters`, `seconds`, `step` (of the last log line), and
 
-    - `valid/<objective>/loss`: the last held-out loss, nats per token;
-    - `best/<objective>/loss`, `best/<objective>/step`: the lowest of the run, and when;
-    - `train/<objective>/loss`: the mean over the log lines of the run's last twentieth;
-    - `held_out/<objective>/loss`: as `dualsm.evaluate` measured it;
-    - `task/<task>/<mode>`: score with 0 for guessing and 100 for perfect, and `task/mean/<mode>` for cells
-      that were scored on every task that any cell was.
+    - `valid/<objective>/loss`: last held-out loss, in nats per token;
+    - `best/<objective>/loss`, `best/<objective>/step`: lowest held-out loss of the run, and its step;
+    - `train/<objective>/loss`: mean over the log lines of the last twentieth of the run;
+    - `held_out/<objective>/loss`: held-out loss from `dualsm.evaluate`;
+    - `task/<task>/<mode>`: score, scaled to 0 for chance and 100 for perfect;
+    - `task/mean/<mode>`: mean score of a cell that has a score for every task of the sweep.
 
-    What is not known is None. A cell that cannot be read is a row with the status "damaged".
+    Unknown values are None. A cell that cannot be read has the status "damaged".
 
     Raises:
-      UserError: when the folder holds no readable `sweep.json`.
+      UserError: if the folder has no valid `sweep.json`.
     """
     cells = read_sweep(folder)["cells"]
-    nothing = dict.fromkeys(key for values in cells.values() for key in values)
-    rows = [cell_row(Path(folder) / CELLS / name, name, nothing | values) for name, values in cells.items()]
-    _add_task_means(rows)
-    return rows
+    unset = dict.fromkeys(key for values in cells.values() for key in values)
+    records = [
+        cell_record(Path(folder) / CELLS / name, name, unset | values) for name, values in cells.items()
+    ]
+    _add_task_means(records)
+    return records
 
 
 def read_sweep(folder: str | Path) -> dict:
-    """The content of `sweep.json`: `config`, `grid` and `cells`, name -> swept values.
+    """Reads `sweep.json`: `config`, `given`, `grid` and `cells` (name -> swept values).
 
     Raises:
-      UserError: when it is missing or not such a file.
+      UserError: if the file is missing or invalid.
     """
     path = Path(folder) / SWEEP
     try:
         sweep = json.loads(path.read_text())
         if not all(isinstance(values, dict) for values in sweep["cells"].values()):
-            raise ValueError("a cell's values are no object")
+            raise ValueError("the values of a cell are not an object")
     except OSError as error:
-        raise UserError(f"no sweep at {folder}: {SWEEP} cannot be read; see dualsm.sweep") from error
+        raise UserError(
+            f"no sweep at {folder}: cannot read {SWEEP}; pass the --workdir of dualsm.sweep"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no file of dualsm.sweep: {_reason(error)}") from error
+        raise UserError(f"{path} is not a file of dualsm.sweep: {_reason(error)}") from error
     return sweep
 
 
-def cell_row(workdir: Path, name: str, values: dict) -> Row:
-    """The row of one cell; see `collect`.
+def cell_record(workdir: Path, name: str, values: dict) -> Record:
+    """Returns the record of one cell; see `collect`.
 
     Args:
-      workdir: the cell's run directory; it need not exist.
-      name: of the cell.
-      values: swept key -> the value that the cell sets, or None; its config, once written, has the last word.
+      workdir: the cell's run directory, which may not exist.
+      name: name of the cell.
+      values: swept key -> value that the cell sets, or None. The cell's config takes precedence.
     """
-    row = {"name": name, "status": "missing", "reason": None}
-    row |= {"repetitions": None, "alpha": None, "seed": None} | values
+    record = {"name": name, "status": "missing", "reason": None}
+    record |= {"repetitions": None, "alpha": None, "seed": None} | values
     config_columns = functools.partial(_config_columns, keys=values.keys() - {"alpha"})
     for read in (_outcome, config_columns, _loss_columns, _evaluation_columns):
         try:
-            row |= read(workdir, row)
+            record |= read(workdir, record)
         except _DAMAGE as error:
-            return row | {"status": "damaged", "reason": _reason(error)}
-    return row
+            return record | {"status": "damaged", "reason": _reason(error)}
+    return record
 
 
-def curve(workdir: str | Path, metric: str) -> tuple[list[float], list[float]]:
-    """Tokens seen and the values of a metric along a run; ([], []) when there are none."""
+def read_curve(workdir: str | Path, metric: str) -> tuple[list[float], list[float]]:
+    """Returns tokens seen and the values of a metric during a run; ([], []) if there are none."""
     try:
         records = [r for r in read_metrics(workdir) if _number(r.get(metric)) is not None]
         return [float(r["tokens"]) for r in records], [float(r[metric]) for r in records]
@@ -95,10 +99,10 @@ def curve(workdir: str | Path, metric: str) -> tuple[list[float], list[float]]:
 
 
 def read_outcome(workdir: Path) -> dict | None:
-    """What the sweep said of a cell in its `cell.json`: `status`, `reason`, `seconds`; None while it has not.
+    """Reads `status`, `reason` and `seconds` from a cell's `cell.json`; None if the file does not exist.
 
     Raises:
-      ValueError: when the file is damaged.
+      ValueError: if the file is damaged.
     """
     path = workdir / CELL
     if not path.exists():
@@ -109,8 +113,8 @@ def read_outcome(workdir: Path) -> dict | None:
     return outcome | {"seconds": _number(outcome.get("seconds"))}
 
 
-def _outcome(workdir: Path, row: Row) -> Row:
-    """What the sweep said of the cell, or what its files say while it has not."""
+def _outcome(workdir: Path, record: Record) -> Record:
+    """Returns the outcome in `cell.json`, or the status that follows from the other files."""
     outcome = read_outcome(workdir)
     if outcome is None:
         metrics = workdir / METRICS
@@ -123,16 +127,16 @@ def _outcome(workdir: Path, row: Row) -> Row:
     }
 
 
-def _config_columns(workdir: Path, row: Row, keys: Iterable[str]) -> Row:
+def _config_columns(workdir: Path, record: Record, keys: Iterable[str]) -> Record:
     path = workdir / CONFIG
     if not path.exists():
-        if row["status"] in ("done", "running"):
+        if record["status"] in ("done", "running"):
             raise ValueError(f"{CONFIG} is missing")
         return {}
     config = _read_object(path)
     repetitions, *sizes = (_count(config, key) for key in ("repetitions", "steps", "batch_size", "seq_len"))
     budget = math.prod(sizes)
-    return {key: _config_value(config, key, row[key]) for key in keys} | {
+    return {key: _config_value(config, key, record[key]) for key in keys} | {
         "repetitions": repetitions,
         "alpha": causal_share(config),
         "seed": config["seed"],
@@ -143,7 +147,7 @@ def _config_columns(workdir: Path, row: Row, keys: Iterable[str]) -> Row:
 
 
 def _config_value(config: dict, key: str, default: Any) -> Any:
-    """The value at a key such as "optimizer.learning_rate", or `default`."""
+    """Returns the value at a dotted key such as "optimizer.learning_rate", or `default`."""
     for name in key.split("."):
         if not isinstance(config, dict) or name not in config:
             return default
@@ -152,9 +156,9 @@ def _config_value(config: dict, key: str, default: Any) -> Any:
 
 
 def causal_share(config: dict) -> float | None:
-    """alpha of a run: its share of causal rows, where all others are masked diffusion; else None.
+    """Returns alpha, the share of causal rows, if all other rows are masked diffusion; else None.
 
-    Runs whose mixture changes on the way have no one alpha.
+    A run whose mixture changes during training has no single alpha.
     """
     if config.get("mixture_schedule", {}).get("name", "constant") != "constant":
         return None
@@ -165,8 +169,8 @@ def causal_share(config: dict) -> float | None:
 
 @functools.lru_cache(maxsize=64)
 def _parameters(model: str) -> int:
-    """Number of weights of a model; `model` is `config.model` as JSON."""
-    # Only a folder of runs needs JAX; a table that was collected before does not.
+    """Returns the number of parameters of a model, given `config.model` as JSON."""
+    # Imported here because reading a table.csv does not need JAX.
     import jax
 
     from dualsm.config import load_config
@@ -176,7 +180,7 @@ def _parameters(model: str) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def _loss_columns(workdir: Path, row: Row) -> Row:
+def _loss_columns(workdir: Path, record: Record) -> Record:
     records = read_metrics(workdir)
     columns = {"step": records[-1]["step"]} if records else {}
     names = dict.fromkeys(name for record in records for name in record)
@@ -187,7 +191,7 @@ def _loss_columns(workdir: Path, row: Row) -> Row:
             continue
         if kind == "valid":
             step, best = min(series, key=lambda pair: pair[1])
-            last = records[-1].get(name, series[-1][1])  # a run that ended in NaN has no final loss
+            last = records[-1].get(name, series[-1][1])  # a run that ends in NaN has no final loss
             columns |= {name: _number(last), f"best/{rest}": best}
             columns[f"best/{rest.removesuffix('loss')}step"] = step
         elif kind == "train":
@@ -196,8 +200,8 @@ def _loss_columns(workdir: Path, row: Row) -> Row:
     return columns
 
 
-def _evaluation_columns(workdir: Path, row: Row) -> Row:
-    """Of all files in `eval/`, those of later checkpoints first in rank."""
+def _evaluation_columns(workdir: Path, record: Record) -> Record:
+    """Merges all files in `eval/`; results of later checkpoints take precedence."""
     results = [_read_object(path) for path in sorted((workdir / "eval").glob("*.json"))]
     columns = {}
     for result in sorted(results, key=lambda result: result.get("checkpoint", 0)):
@@ -208,15 +212,15 @@ def _evaluation_columns(workdir: Path, row: Row) -> Row:
     return columns
 
 
-def _add_task_means(rows: list[Row]) -> None:
-    """A mean over fewer tasks than another cell's could not be compared with it, so there is none."""
-    names = {name for row in rows for name in row if name.startswith("task/")}
+def _add_task_means(records: list[Record]) -> None:
+    """Adds mean scores to the records with all tasks; means over different tasks are not comparable."""
+    names = {name for record in records for name in record if name.startswith("task/")}
     for mode in sorted({name.split("/")[-1] for name in names}):
         columns = sorted(name for name in names if name.split("/")[-1] == mode)
-        for row in rows:
-            scores = [row[name] for name in columns if row.get(name) is not None]
+        for record in records:
+            scores = [record[name] for name in columns if record.get(name) is not None]
             if len(scores) == len(columns):
-                row[f"task/mean/{mode}"] = sum(scores) / len(scores)
+                record[f"task/mean/{mode}"] = sum(scores) / len(scores)
 
 
 def _read_object(path: Path) -> dict:
@@ -232,12 +236,12 @@ def _read_object(path: Path) -> dict:
 def _count(config: dict, key: str) -> int:
     value = config[key]
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{CONFIG}: {key}={value!r} is no positive whole number")
+        raise ValueError(f"{CONFIG}: {key}={value!r} is not a positive integer")
     return value
 
 
 def _number(value) -> float | None:
-    """A finite number as it is; None for anything else."""
+    """Returns a finite number unchanged, and None for anything else."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if usable else None
 

@@ -8,10 +8,10 @@ from dualsm.sweeps.sweep_folder import Sweep
 
 
 def job_list(sweep: Sweep, launcher: str, jobs: int | None = None) -> str:
-    """Returns the sweep as jobs of a cluster, one per cell.
+    """Returns a script that submits the cells of a sweep to a cluster, one job per cell.
 
     Args:
-      sweep: whose cells are run.
+      sweep: sweep with the cells to run.
       launcher: "slurm" (a batch script around `launch/slurm.sbatch`) or "tpu" (calls of `launch/tpu_vm.sh`).
       jobs: maximum number of cells that SLURM runs at the same time; None: no limit.
     """
@@ -32,7 +32,7 @@ def _slurm_array(sweep: Sweep, jobs: int | None) -> str:
             "#!/usr/bin/env bash",
             f"#SBATCH --job-name=dualsm-sweep --array={array} --nodes=1 --ntasks=1",
             "#SBATCH --signal=TERM@120 --requeue --open-mode=append",
-            "# Submit from the checkout. A cell that is stopped goes back into the queue by itself.",
+            "# Submit from the checkout. A preempted cell is requeued automatically.",
             *(f"export {name}={shlex.quote(value)}" for name, value in sweep.environment().items()),
             "trap : TERM  # so that this shell outlives launch/slurm.sbatch",
             "case $SLURM_ARRAY_TASK_ID in",
@@ -43,7 +43,7 @@ def _slurm_array(sweep: Sweep, jobs: int | None) -> str:
 
 
 def _tpu_jobs(sweep: Sweep) -> str:
-    """One slice a cell; its run lies in the bucket until it is fetched."""
+    """Returns commands that train each cell on a TPU slice of its own and store the run in the bucket."""
     starts, fetches = [], []
     for number, cell in enumerate(sweep.cells):
         name = f"{sweep.folder.name}-{number}"
@@ -53,6 +53,6 @@ def _tpu_jobs(sweep: Sweep) -> str:
         fetches.append(f'#   gcloud storage cp -r "gs://$BUCKET/runs/{name}" {target}')
     return "\n".join(
         ["#!/usr/bin/env bash", "set -eu", *starts]
-        + ["# When they are done, fetch the runs; the sweep command without --launch then reports on them:"]
+        + ["# When all runs have ended, fetch them; then repeat the sweep command without --launch:"]
         + fetches
     )

@@ -1,4 +1,4 @@
-"""The cells of a sweep: which config values each takes."""
+"""The grid of a sweep: parsing of flags, cells, and their configs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from dualsm.config import set_alpha
 from dualsm.process.errors import UserError
 
 Value = int | float | str
-ALPHA = "alpha"  # stands for the mixture {causal: alpha, masked_diffusion: 1 - alpha}
-LONGEST_NAME = 200  # bytes; file systems allow 255, and suffixes such as ".log" need some of them
+ALPHA = "alpha"  # shorthand for the mixture {causal: alpha, masked_diffusion: 1 - alpha}
+MAX_NAME_LENGTH = 200  # bytes; file systems allow 255, including suffixes such as ".log"
 
 
 class Cell(NamedTuple):
-    """One run of a sweep: its name, which is its folder's, and the config values it takes."""
+    """One run of a sweep: its name (also of its folder) and the config values that it sets."""
 
     name: str
     values: dict[str, Value]
 
 
 class Rule(NamedTuple):
-    """Values for the cells that take one of the values listed under each key of `where`."""
+    """Values for the cells that match `where`: for each key, one of the listed values."""
 
     where: dict[str, list[Value]]
     values: dict[str, Value]
 
 
 def parse_value(text: str) -> Value:
-    """A number, a fraction such as 1/64, or the text itself."""
+    """Parses an integer, a float or a fraction such as 1/64; returns other text unchanged."""
     for read in (int, float, lambda t: float(Fraction(t))):
         try:
             return read(text)
@@ -45,26 +45,26 @@ def parse_value(text: str) -> Value:
 
 
 def parse_axis(text: str, flag: str = "--grid") -> tuple[str, list[Value]]:
-    """Reads "repetitions=1,4,16". Raises `UserError` when it does not read so."""
+    """Parses "repetitions=1,4,16". Raises `UserError` if the text is malformed."""
     key, _, listed = text.partition("=")
     values = [value.strip() for value in listed.split(",")]
     if not key.strip() or not all(values):
-        raise UserError(f"{flag}: {text!r} does not read KEY=VALUE,VALUE,...")
+        raise UserError(f"{flag}: {text!r} is not of the form KEY=VALUE,VALUE,...")
     return key.strip(), [parse_value(value) for value in values]
 
 
 def parse_axes(texts: Iterable[str]) -> dict[str, list[Value]]:
-    """Reads all `--grid` flags. Raises `UserError` when one does not read so or two have the same key."""
+    """Parses all `--grid` flags. Raises `UserError` if one is malformed or a key occurs twice."""
     axes = [parse_axis(text) for text in texts]
     _check_unique((key for key, _ in axes), "--grid", "list all its values in one --grid")
     return dict(axes)
 
 
 def parse_cell(text: str, flag: str = "--cell") -> dict[str, Value]:
-    """Reads "repetitions=16,steps=120,alpha=1". Raises `UserError` when it does not read so."""
+    """Parses "repetitions=16,steps=120,alpha=1". Raises `UserError` if the text is malformed."""
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(key.strip() and value.strip() for key, _, value in pairs):
-        raise UserError(f"{flag}: {text!r} does not read KEY=VALUE,KEY=VALUE,...")
+        raise UserError(f"{flag}: {text!r} is not of the form KEY=VALUE,KEY=VALUE,...")
     _check_unique((key.strip() for key, _, _ in pairs), f"{flag}: {text!r}", "give each key once")
     return {key.strip(): parse_value(value.strip()) for key, _, value in pairs}
 
@@ -76,10 +76,10 @@ def _check_unique(keys: Iterable[str], where: str, advice: str) -> None:
 
 
 def parse_rule(text: str) -> Rule:
-    """Reads "repetitions=64,128: optimizer.learning_rate=0.005". Raises `UserError` if it does not."""
+    """Parses "repetitions=64,128: optimizer.learning_rate=0.005", or raises `UserError`."""
     where, colon, values = text.partition(":")
     if not colon:
-        raise UserError(f"--rule: {text!r} does not read KEY=VALUE,...: KEY=VALUE,...")
+        raise UserError(f"--rule: {text!r} is not of the form KEY=VALUE,...: KEY=VALUE,...")
     key, listed = parse_axis(where, "--rule")
     return Rule({key: listed}, parse_cell(values, "--rule"))
 
@@ -89,15 +89,15 @@ def make_cells(
     rules: Sequence[Rule] = (),
     more: Sequence[Mapping[str, Value]] = (),
 ) -> list[Cell]:
-    """All combinations of the axes' values, and `more` cells beside them.
+    """Returns the cells of all combinations of the axes' values, and of `more`.
 
     Args:
-      axes: config key (or "alpha") -> the values it takes; the last varies fastest.
-      rules: applied to all cells; they do not show in the names.
-      more: values of further cells.
+      axes: config key (or "alpha") -> its values; the last key varies fastest.
+      rules: rules for all cells; their values are not part of the names.
+      more: values of additional cells.
 
     Returns:
-      The cells, each once.
+      The cells without duplicates.
     """
     combinations = [
         dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()) if axes
@@ -118,47 +118,47 @@ def _ruled(values: Mapping[str, Value], rules: Sequence[Rule]) -> dict[str, Valu
 
 
 def _name(values: Mapping[str, Value]) -> str:
-    """A folder's name, such as "repetitions=16,alpha=0.125,optimizer.learning_rate=0.01".
+    """Returns a folder name such as "repetitions=16,alpha=0.125,optimizer.learning_rate=0.01".
 
-    Different values have different names: keys and numbers are written in full, other characters as in a URL.
-    The end of a name longer than `LONGEST_NAME` is replaced by a hash of the whole.
+    Different values have different names: keys and numbers are written in full, and other characters are
+    percent-encoded. A name longer than `MAX_NAME_LENGTH` is truncated and ends in a hash.
     """
     shown = {quote(key, safe=""): quote(_as_text(value), safe="+") for key, value in values.items()}
     name = ",".join(f"{key}={value}" for key, value in shown.items())
-    if len(name) <= LONGEST_NAME:
+    if len(name) <= MAX_NAME_LENGTH:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-    return f"{name[: LONGEST_NAME - len(digest) - 1]}~{digest}"
+    return f"{name[: MAX_NAME_LENGTH - len(digest) - 1]}~{digest}"
 
 
 def _as_text(value: Value) -> str:
-    """A value in full; whole numbers have no decimal point, so that 1 and 1.0 are the same."""
+    """Formats a value with all digits; whole numbers have no decimal point, so that 1 and 1.0 are equal."""
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def apply(config: ConfigDict, values: Mapping[str, Value]) -> ConfigDict:
-    """A copy of `config` with a cell's values.
+    """Returns a copy of `config` with a cell's values.
 
     Raises:
-      UserError: for an unknown key or a value of the wrong type.
+      UserError: if a key is unknown or a value has the wrong type.
     """
     config = config.copy_and_resolve_references()
     if ALPHA in values:
         try:
             set_alpha(config, float(values[ALPHA]))
         except (ValueError, OverflowError) as error:
-            raise UserError(f"grid value {ALPHA}={values[ALPHA]!r} is no number from 0 to 1") from error
+            raise UserError(f"grid value {ALPHA}={values[ALPHA]!r} is not a number from 0 to 1") from error
     for key, value in values.items():
         if key == ALPHA:
             continue
         *folders, name = key.split(".")
-        place = config
+        section = config
         for folder in folders:
-            place = place.get(folder) if isinstance(place, ConfigDict) else None
-        if not isinstance(place, ConfigDict) or name not in place:
+            section = section.get(folder) if isinstance(section, ConfigDict) else None
+        if not isinstance(section, ConfigDict) or name not in section:
             raise UserError(f"unknown config key {key!r} in the grid; see dualsm/config.py for all keys")
         try:
-            place[name] = value
+            section[name] = value
         except TypeError as error:
             raise UserError(f"grid value {key}={value!r} has the wrong type ({error})") from error
     return config

@@ -1,4 +1,4 @@
-"""The cells of a sweep run on this machine, some at a time."""
+"""Runs the cells of a sweep on this machine, several at a time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from dualsm.sweeps.cells import CELL
 from dualsm.sweeps.grid import Cell
 from dualsm.sweeps.sweep_folder import Sweep
 
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # what ends a sweep and its cells
+_STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+)  # these stop a sweep and its cells
 
 
 class _Job:
-    """A cell that is running: one process after another."""
+    """A running cell: a sequence of processes."""
 
     def __init__(self, sweep: Sweep, cell: Cell, slot: int, jobs: int):
         self.sweep, self.cell, self.slot, self.jobs = sweep, cell, slot, jobs
@@ -39,15 +44,15 @@ class _Job:
         own = cores[self.slot :: self.jobs] or cores
         command, env = [sys.executable, *self.waiting.popleft()], os.environ | self.sweep.environment()
         with self.log.open("a") as log:
-            # In a session of its own: what a terminal sends to the sweep's processes would come twice, and a
-            # second signal ends a run without saving.
+            # A new session: otherwise the run would receive a terminal's signal twice, and the second signal
+            # ends a run without saving.
             process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
-        if own and self.jobs > 1:  # before its imports are done it has no other threads
+        if own and self.jobs > 1:  # at this point the process has a single thread
             os.sched_setaffinity(process.pid, own)
         return process
 
     def finished(self) -> bool:
-        """Whether the cell has come to its end, recorded then."""
+        """Returns True when the cell has ended, and records its outcome."""
         if self.process.poll() is None:
             return False
         if self.process.returncode == 0 and self.waiting:
@@ -59,39 +64,39 @@ class _Job:
         return True
 
     def _failure(self) -> dict:
-        """What the log says last; a run that gave up on its numbers says that it diverged."""
+        """Returns the outcome of a failed process, with the last line of its log as the reason."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         reason = lines[-1][-500:] if lines else f"exit status {self.process.returncode}"
-        _, error, line = reason.rpartition("error: ")  # which a progress bar may precede in its line
+        _, error, line = reason.rpartition("error: ")  # a progress bar may precede the error on its line
         reason = error + line
         return {"status": "diverged" if "error: diverged" in reason else "failed", "reason": reason}
 
 
 def log_file(sweep: Sweep, cell: Cell) -> Path:
-    """What a cell's processes print."""
+    """Returns the path of the log of a cell's processes."""
     return sweep.folder / "logs" / f"{cell.name}.log"
 
 
 def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
-    """Runs the cells that are neither done nor diverged, `jobs` at a time, and shows how they stand.
+    """Runs the cells that are neither done nor diverged, `jobs` at a time, and shows their status.
 
     Returns:
-      What came of each cell that was run, by its name.
+      The outcome of each cell that ran, by name.
 
     Raises:
-      KeyboardInterrupt: after a signal that asks to stop, once the cells have saved and ended.
+      KeyboardInterrupt: after a stop signal, when all cells have saved and ended.
     """
     waiting: deque[Cell] = deque()
     for cell in sweep.cells:
         outcome = sweep.outcome(cell)
         if outcome is None:
             waiting.append(cell)
-        elif not sweep.recorded(cell):  # run elsewhere
+        elif not sweep.recorded(cell):  # the cell ran on another machine
             sweep.record(cell, outcome, None)
     running: dict[int, _Job] = {}
     outcomes: dict[str, dict] = {}
     board = LiveTable(sweep.header())
-    with _noted_signals() as signals:
+    with _record_signals() as signals:
         try:
             while (waiting or running) and not signals:
                 for slot in range(jobs):
@@ -104,7 +109,7 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
                 running = {slot: job for slot, job in running.items() if slot not in ended}
             if signals:
                 name = signal.Signals(signals[0]).name
-                say(f"\n{name}: the cells finish their step and save (again: quit at once)")
+                say(f"\n{name}: waiting for the cells to save and stop; repeat the signal to kill them")
                 raise KeyboardInterrupt
             board.show([sweep.row(cell) for cell in sweep.cells], final=True)
         finally:
@@ -113,7 +118,7 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
 
 
 def check_outcomes(sweep: Sweep, outcomes: Mapping[str, dict]) -> None:
-    """Raises `UserError` with the first cell's reason when all cells that were run have failed."""
+    """Raises `UserError` with the reason of the first cell if all cells that ran have failed."""
     if not outcomes or any(outcome["status"] != "failed" for outcome in outcomes.values()):
         return
     first = next(cell for cell in sweep.cells if cell.name in outcomes)
@@ -123,14 +128,16 @@ def check_outcomes(sweep: Sweep, outcomes: Mapping[str, dict]) -> None:
 
 
 @contextlib.contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """The signals that ask to stop, in the order they come.
+def _record_signals() -> Iterator[list[int]]:
+    """Collects stop signals in a list, in order of arrival.
 
-    Raised where they happen to come they could lose a process that has just been started.
+    An exception raised at an arbitrary point could lose track of a process that was just started.
     """
     noted: list[int] = []
-    heeded = [number for number in _STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # as by nohup
-    before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in heeded}
+    handled = [
+        number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+    ]  # as nohup does
+    before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in handled}
     try:
         yield noted
     finally:
@@ -139,7 +146,7 @@ def _noted_signals() -> Iterator[list[int]]:
 
 
 def _end(processes: Sequence[subprocess.Popen], signals: list[int]) -> None:
-    """Has processes save and end; those that another signal finds still at it are killed."""
+    """Asks processes to save and exit; a second signal kills the processes that are still running."""
     for process in processes:
         process.terminate()
     known = len(signals)
@@ -151,7 +158,7 @@ def _end(processes: Sequence[subprocess.Popen], signals: list[int]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Takes away what an earlier try recorded, so that the folder is a run directory or nothing."""
+    """Deletes the outcome of an earlier attempt, and the folder if it is then empty."""
     (folder / CELL).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -1,4 +1,4 @@
-"""A sweep: a folder of cells, each an ordinary run directory with a record of how it ended."""
+"""The folder of a sweep: one run directory per cell, with a record of its outcome."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from dualsm.sweeps.grid import ALPHA, Cell, apply
 
 
 class Sweep:
-    """A folder of cells."""
+    """A sweep: its folder, cells and configs."""
 
     def __init__(
         self,
         folder: Path,
         recipe: str,
-        given: dict,
+        overrides: dict,
         config: ConfigDict,
         cells: Sequence[Cell],
-        asked: EvalSpec | None = None,
+        eval_spec: EvalSpec | None = None,
     ):
         """
         Args:
-          folder: of the sweep.
-          recipe: the config file.
-          given: config key -> value given on the command line for all cells.
-          config: recipe and given values together.
-          cells: to run; of several with the same config only the first is kept, with a warning.
-          asked: what each finished cell is evaluated on; None: do not evaluate.
+          folder: folder of the sweep.
+          recipe: path of the config file.
+          overrides: config key -> value from the command line, for all cells.
+          config: the recipe with the overrides.
+          cells: cells to run. Of several cells with the same config only the first is kept, with a warning.
+          eval_spec: evaluation of each finished cell; None for no evaluation.
 
         Raises:
-          UserError: when a cell's config is impossible, naming the cell.
+          UserError: if the config of a cell is invalid; the message names the cell.
         """
-        self.folder, self.recipe, self.given = folder, recipe, given
-        self.cells, self.asked = [], asked
+        self.folder, self.recipe, self.overrides = folder, recipe, overrides
+        self.cells, self.eval_spec = [], eval_spec
         self.configs: dict[str, ConfigDict] = {}
-        self._read: dict[str, tuple[tuple[int, ...], list[dict]]] = {}  # see `records`
+        self._cached: dict[str, tuple[tuple[int, ...], list[dict]]] = {}  # see `records`
         first_names: dict[str, str] = {}
         for cell in cells:
             try:
@@ -69,45 +69,46 @@ class Sweep:
         return self.folder / CELLS / cell.name
 
     def commands(self, cell: Cell) -> list[list[str]]:
-        """What runs a cell: the training and, where tasks are asked for, the evaluation."""
+        """Returns the commands that train a cell and, with an `eval_spec`, evaluate it."""
         mixture = self.configs[cell.name].mixture
-        values = self.given | {f"mixture.{name}": share for name, share in mixture.items()}
+        values = self.overrides | {f"mixture.{name}": share for name, share in mixture.items()}
         values |= {key: value for key, value in cell.values.items() if key != ALPHA}
         overrides = [f"--config.{key}={value}" for key, value in values.items()]
         workdir = f"--workdir={self.path(cell)}"
         train = ["-m", "dualsm.train", f"--config={self.recipe}", workdir, *overrides]
-        if self.asked is None:
+        if self.eval_spec is None:
             return [train]
-        asked = self.asked
+        spec = self.eval_spec
         evaluate = [
-            "-m", "dualsm.evaluate", workdir, f"--tasks={','.join(asked.tasks)}",
-            f"--task_data={asked.task_data}", f"--modes={','.join(asked.modes)}", f"--limit={asked.limit}",
+            "-m", "dualsm.evaluate", workdir, f"--tasks={','.join(spec.tasks)}",
+            f"--task_data={spec.task_data}", f"--modes={','.join(spec.modes)}", f"--limit={spec.limit}",
         ]  # fmt: skip
         return [train, evaluate]
 
     def remaining(self, cell: Cell) -> list[list[str]]:
-        """The commands that are still to be run for a cell."""
+        """Returns the commands that still have to run for a cell."""
         if self.outcome(cell):
             return []
         return self.commands(cell)[1 if self._trained(cell) else 0 :]
 
     def environment(self) -> dict[str, str]:
-        """What the cells' processes find set, so that Weights & Biases shows them as one group."""
+        """Returns environment variables that group the cells in Weights & Biases."""
         return {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or self.folder.absolute().name}
 
     def check(self) -> None:
-        """Sees that the folder is this sweep's and that what is to be run can begin.
+        """Checks that the folder belongs to this sweep and that the remaining cells can start.
 
         Raises:
-          UserError: when the folder holds another sweep, when a cell there was trained with another config
-            than is asked for now, and when a corpus is missing.
+          UserError: if the folder contains another sweep, a cell was trained with a different config, or a
+            corpus is missing.
         """
         path = self.folder / SWEEP
         old = read_sweep(self.folder) if path.exists() else None
-        if old and (old.get("config"), old.get("given")) != (self.recipe, self.given):
-            given = old.get("given") or "no overrides"
+        if old and (old.get("config"), old.get("given")) != (self.recipe, self.overrides):
+            old_overrides = old.get("given") or "no overrides"
             raise UserError(
-                f"{self.folder} holds a sweep of {old.get('config')} with {given}; choose another --workdir"
+                f"{self.folder} contains a sweep of {old.get('config')} with {old_overrides}; "
+                "choose another --workdir"
             )
         for cell in self.cells:
             self._check_cell(cell)
@@ -116,27 +117,27 @@ class Sweep:
             Corpus(path)
 
     def _check_cell(self, cell: Cell) -> None:
-        """Raises `UserError` when a cell's folder holds a run of another config than it has now."""
+        """Raises `UserError` if a cell's folder contains a run with a different config."""
         folder = self.path(cell)
         if not (folder / CONFIG).exists():
             return
         if changes := difference(read_config(folder), self.configs[cell.name]):
             raise UserError(
-                f"cell {cell.name}: {folder} holds a run of another config ({'; '.join(changes)}); delete "
-                "that folder to train it anew, or choose another --workdir"
+                f"cell {cell.name}: {folder} contains a run with a different config ({'; '.join(changes)}); "
+                "delete that folder to train the cell again, or choose another --workdir"
             )
 
     def write_plan(self, grid: dict) -> None:
-        """Writes `sweep.json`; the cells of earlier calls stay in it."""
+        """Writes `sweep.json`; cells of earlier calls are kept."""
         path = self.folder / SWEEP
         cells = read_sweep(self.folder)["cells"] if path.exists() else {}
         cells |= {cell.name: cell.values for cell in self.cells}
-        _write_json(path, {"config": self.recipe, "given": self.given, "grid": grid, "cells": cells})
+        _write_json(path, {"config": self.recipe, "given": self.overrides, "grid": grid, "cells": cells})
 
     def records(self, cell: Cell) -> list[dict]:
-        """The first and the last log line of a cell, and the last of training and of validation, in order.
+        """Returns a cell's first and last log lines, and the last ones of training and validation, in order.
 
-        A file that has not changed since the last call is not read again.
+        The file is read again only if it has changed since the last call.
         """
         path = self.path(cell) / METRICS
         try:
@@ -144,12 +145,12 @@ class Sweep:
         except OSError:
             return []
         version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._read.get(cell.name, ((), []))[0] != version:
-            self._read[cell.name] = version, _telling(read_metrics(path.parent))
-        return self._read[cell.name][1]
+        if self._cached.get(cell.name, ((), []))[0] != version:
+            self._cached[cell.name] = version, _status_records(read_metrics(path.parent))
+        return self._cached[cell.name][1]
 
     def outcome(self, cell: Cell) -> dict | None:
-        """What came of a cell: done, diverged, or None while it is to be run or run on."""
+        """Returns the outcome of a cell (done or diverged); None if it still has to run."""
         recorded = self.recorded(cell)
         if recorded.get("status") == "diverged":
             return recorded
@@ -163,20 +164,20 @@ class Sweep:
         return {"status": "done", "reason": ""} if self._evaluated(cell) else None
 
     def _trained(self, cell: Cell) -> bool:
-        """Whether a cell's last log line and its last checkpoint are there."""
+        """Returns True if a cell's last log line and last checkpoint exist."""
         records, steps = self.records(cell), self.configs[cell.name].steps
         logged = bool(records) and records[-1]["step"] >= steps
         return logged and (self.path(cell) / FOLDER / str(steps)).is_dir()
 
     def _evaluated(self, cell: Cell) -> bool:
-        """Whether the file of a cell's last checkpoint has all that is asked for."""
-        if self.asked is None:
+        """Returns True if the results of a cell's last checkpoint cover `eval_spec`."""
+        if self.eval_spec is None:
             return True
         try:
             results = read_results(results_file(self.path(cell), self.configs[cell.name].steps))
-        except UserError:  # which the evaluation tells
+        except UserError:  # the evaluation reports the error
             return False
-        return self.asked.is_complete(results)
+        return self.eval_spec.is_complete(results)
 
     def record(self, cell: Cell, outcome: dict, seconds: float | None) -> None:
         """Writes a cell's `cell.json`."""
@@ -185,14 +186,14 @@ class Sweep:
         _write_json(path, outcome | {"seconds": seconds})
 
     def recorded(self, cell: Cell) -> dict:
-        """A cell's `cell.json`; {} where there is none, or a damaged one: the run tells what it said."""
+        """Returns a cell's `cell.json`; {} if it is missing or damaged, since the run's files suffice."""
         try:
             return read_outcome(self.path(cell)) or {}
         except (OSError, ValueError):
             return {}
 
     def row(self, cell: Cell) -> list[str]:
-        """A cell's line in the live table."""
+        """Returns a cell's row of the status table."""
         records = self.records(cell)
         recorded = self.recorded(cell)
         step, steps = (records[-1]["step"] if records else 0), self.configs[cell.name].steps
@@ -217,31 +218,31 @@ def _is_validation(record: dict) -> bool:
     return any(name.startswith("valid/") for name in record)
 
 
-def _telling(records: list[dict]) -> list[dict]:
-    """The records that `Sweep.records` returns, each once."""
+def _status_records(records: list[dict]) -> list[dict]:
+    """Selects the records that `Sweep.records` returns, without duplicates."""
     kinds = (_is_training, _is_validation)
     last = {max((i for i, r in enumerate(records) if of_kind(r)), default=0) for of_kind in kinds}
     return [records[i] for i in sorted({0, *last, len(records) - 1})] if records else []
 
 
 def _divergence(records: list[dict]) -> str:
-    """Why a run that came to its end counts as diverged; empty when it does not.
+    """Returns the reason why a completed run counts as diverged; "" if it did not diverge.
 
-    Its training tells, not its held-out losses: those of a run that overfits are high as well.
+    The training loss decides: held-out losses are high after overfitting too.
     """
     trained = [r for r in records if _is_training(r)]
     untrained = [loss for name, loss in records[0].items() if re.fullmatch("valid/.*/loss", name)]
     if trained and "train/loss" not in trained[-1]:
-        return "diverged: the last updates were all skipped for numbers that are not finite"
+        return "diverged: the last updates were all skipped because they were not finite"
     if trained and untrained and trained[-1]["train/loss"] > 2 * max(untrained):
         return (
-            f"diverged: training ends at a loss of {trained[-1]['train/loss']:.3g} nats a token, "
-            f"the untrained model had {max(untrained):.3g}"
+            f"diverged: the final training loss is {trained[-1]['train/loss']:.3g} nats per token, "
+            f"that of the untrained model was {max(untrained):.3g}"
         )
     return ""
 
 
 def _write_json(path: Path, value: dict) -> None:
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.replace(path)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)

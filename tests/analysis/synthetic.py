@@ -1,4 +1,4 @@
-"""A sweep that was never run: folders as `dualsm.sweep` leaves them, with losses by formula."""
+"""Synthetic sweeps: folders in the layout of `dualsm.sweep`, with losses from a formula."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import numpy as np
 from dualsm.sweeps.grid import apply
 from tests.micro import micro_config
 
-STEPS, BATCH_ROWS, ROW_TOKENS = 512, 32, 64
-BUDGET = STEPS * BATCH_ROWS * ROW_TOKENS
+STEPS, BATCH_SIZE, SEQ_LEN = 512, 32, 64
+BUDGET = STEPS * BATCH_SIZE * SEQ_LEN
 
 
 def held_out_loss(repetitions: float, alpha: float, tokens, budget: float = BUDGET) -> dict[str, np.ndarray]:
-    """Losses after `tokens` of a run, in the paper's pattern: each objective overfits what it has itself seen
-    more than 16 (causal) or 256 (masked) times, and learns more slowly with fewer rows of its own."""
+    """Returns the losses after `tokens` of a run, in the pattern of the paper.
+
+    Each objective overfits data that it has seen more than 16 (causal) or 256 (masked) times, and learns more
+    slowly with fewer rows.
+    """
     passes = repetitions * np.asarray(tokens) / budget
     learned = 2.5 * (np.asarray(tokens) / BUDGET + 0.01) ** -0.15
     losses = {}
-    for name, share, bearable in (("causal", alpha, 16), ("masked_diffusion", 1 - alpha, 256)):
+    for name, share, max_passes in (("causal", alpha, 16), ("masked_diffusion", 1 - alpha, 256)):
         slower = 0.12 * np.log2(1 / (share + 0.05))
-        seen = np.log2(np.maximum(passes * share, 1e-9) / bearable)
+        seen = np.log2(np.maximum(passes * share, 1e-9) / max_passes)
         losses[name] = learned + slower + 0.35 * np.log1p(np.exp(2 * seen)) + 0.02 * np.log2(repetitions)
     losses["masked_diffusion"] = losses["masked_diffusion"] + 0.5
     return losses
@@ -35,7 +38,7 @@ def write_cell(sweep: Path, values: dict, *, steps: int = STEPS, noise: float = 
     (workdir / "eval").mkdir(parents=True)
     alpha, repetitions, seed = values["alpha"], values["repetitions"], values.get("seed", 0)
     config = micro_config()
-    config.steps, config.batch_size, config.seq_len = steps, BATCH_ROWS, ROW_TOKENS
+    config.steps, config.batch_size, config.seq_len = steps, BATCH_SIZE, SEQ_LEN
     config.repetitions, config.seed, config.model.vocab_size = repetitions, seed, 512
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = alpha, 0.0, 1 - alpha
     config = apply(config, {key: value for key, value in values.items() if "." in key})
@@ -50,10 +53,10 @@ def write_cell(sweep: Path, values: dict, *, steps: int = STEPS, noise: float = 
 
 
 def _lines(repetitions, alpha, steps, noise, random) -> list[dict]:
-    budget = steps * BATCH_ROWS * ROW_TOKENS
+    budget = steps * BATCH_SIZE * SEQ_LEN
     lines = []
     for step in range(0, steps + 1, steps // 16):
-        tokens = step * BATCH_ROWS * ROW_TOKENS
+        tokens = step * BATCH_SIZE * SEQ_LEN
         line = {"step": step, "tokens": tokens, "epoch": tokens / budget * repetitions}
         for objective, loss in held_out_loss(repetitions, alpha, tokens, budget).items():
             share = alpha if objective == "causal" else 1 - alpha
@@ -65,7 +68,7 @@ def _lines(repetitions, alpha, steps, noise, random) -> list[dict]:
 
 
 def write_sweep(sweep: Path, cells: list[dict], missing: tuple[str, ...] = (), **options) -> Path:
-    """A sweep's folder with a finished cell for each dict of values."""
+    """Writes the folder of a sweep with a finished cell for each dict of values."""
     names = {write_cell(sweep, values, **options): values for values in cells}
     write_plan(sweep, names | {name: {"repetitions": 1, "alpha": 1.0} for name in missing})
     return sweep
@@ -78,5 +81,5 @@ def write_plan(sweep: Path, cells: dict[str, dict]) -> None:
 
 
 def grid(repetitions, alphas) -> list[dict]:
-    """All combinations as values of cells."""
+    """Returns the values of the cells of a grid."""
     return [{"repetitions": r, "alpha": a} for r in repetitions for a in alphas]

@@ -1,4 +1,4 @@
-"""The plots show the data they were given, at the right places and with ticks that a person reads."""
+"""The plots show their data at the right positions, with readable ticks."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def tick_labels(axis):
 
 
 def drawn(figure):
-    """Draws it, so that what only fails while drawing fails here."""
+    """Renders the figure, so that errors during drawing fail the test."""
     figure.draw_without_rendering()
     return figure
 
@@ -33,18 +33,18 @@ def surface(figure, cells, **options):
     return axes
 
 
-def test_surface_has_every_tried_cell_at_its_place_and_in_its_colour(figure):
+def test_surface_shows_every_tried_cell_at_its_position_and_colour(figure):
     cells = ([1, 1, 16, 64], [0, 1 / 64, 1 / 2, 1], [3.0, 7.0, 5.0, 11.0])
     axes = surface(figure, cells)
     [points] = [c for c in axes.collections if c.get_label() == "tried cells"]
     np.testing.assert_allclose(points.get_offsets(), np.stack([np.log2(cells[0]), alpha_scale(cells[1])], 1))
     np.testing.assert_array_equal(points.get_array(), cells[2])
     filled = axes.collections[0]
-    assert points.get_clim() == filled.get_clim()  # a cell looks as the surface does where they agree
+    assert points.get_clim() == filled.get_clim()  # equal scores have equal colours
     assert points.get_cmap() == filled.get_cmap()
 
 
-def test_surface_ticks_are_what_was_tried(figure):
+def test_surface_ticks_are_the_tried_values(figure):
     axes = surface(figure, ([1, 4, 64], [0, 1 / 64, 1], [1.0, 2.0, 3.0]))
     assert tick_labels(axes.xaxis) == {0.0: "1", 2.0: "4", 6.0: "64"}
     assert list(tick_labels(axes.yaxis).values()) == ["0", "1/64", "1"]
@@ -55,7 +55,7 @@ def test_surface_ticks_are_what_was_tried(figure):
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])
-def test_best_alpha_is_drawn_and_bright(figure, lower_is_better):
+def test_best_alpha_is_marked_and_bright(figure, lower_is_better):
     axes = surface(figure, ([1, 4], [0, 1], [1.0, 2.0]), lower_is_better=lower_is_better)
     [line] = [line for line in axes.lines if line.get_label().startswith("best alpha")]
     best = ALPHAS[0] if lower_is_better else ALPHAS[-1]  # the scores rise with alpha
@@ -66,7 +66,7 @@ def test_best_alpha_is_drawn_and_bright(figure, lower_is_better):
     assert brightness[0] > brightness[1] + 1
 
 
-def test_a_diverged_cell_does_not_hide_the_rest(figure):
+def test_a_diverged_cell_does_not_dominate_the_colours(figure):
     score = SCORE_AXG.copy()
     score[-1, -1] = 1e6
     levels, extend = plots._levels(score.ravel(), lower_is_better=True)
@@ -75,7 +75,7 @@ def test_a_diverged_cell_does_not_hide_the_rest(figure):
     assert 10 < levels[-1] < 40
 
 
-def test_a_diverged_curve_does_not_flatten_the_rest():
+def test_a_diverged_curve_does_not_dominate_the_y_axis():
     tokens = [1, 2]
     curves = [(tokens, [9.0, 3.0 + loss]) for loss in (0, 0.1, 0.2, 0.3)] + [(tokens, [5.0, 40.0])]
     low, high = plots._loss_limits(curves)
@@ -97,7 +97,7 @@ def test_best_alpha_plot_shows_the_probabilities(figure):
     assert list(tick_labels(axes.xaxis).values()) == ["1", "2", "4", "8", "16", "32", "64"]
 
 
-def test_curves_have_a_panel_an_r_and_a_colour_an_alpha(figure):
+def test_curves_have_one_panel_per_r_and_one_colour_per_alpha(figure):
     tokens = [1e6, 2e6]
     curves = {
         "causal": {
@@ -120,7 +120,7 @@ def test_curves_have_a_panel_an_r_and_a_colour_an_alpha(figure):
     assert legend.get_lines()[0].get_color() is not None
 
 
-def test_gap_table_has_its_numbers_and_dashes(figure):
+def test_gap_table_shows_numbers_and_dashes(figure):
     gap = np.array([[np.nan, 0.5], [-0.001, 2.0]])
     axes = figure.subplots()
     plots.plot_gap(axes, [1, 64], [0, 63 / 64], gap, top=1.0, label="nats")

@@ -1,4 +1,4 @@
-"""The axes of the surface, and how alphas are written."""
+"""The axes of the surface, and the formatting of alphas."""
 
 import numpy as np
 import pytest
@@ -13,20 +13,20 @@ from dualsm.analysis.scales import (
 )
 
 
-def test_alpha_opens_both_ends_alike():
+def test_alpha_scale_is_symmetric_and_finite():
     ends = alpha_scale([0, 1 / 256, 1 / 64])
     np.testing.assert_allclose(alpha_scale([1, 255 / 256, 63 / 64]), -ends)
     assert np.isfinite(ends).all()
-    assert np.diff(ends).min() > 1.5  # the ends of the paper's grid are apart
+    assert np.diff(ends).min() > 1.5  # the ends of the paper's grid are well separated
     assert alpha_scale(0.5) == 0
 
 
-def test_alpha_comes_back():
+def test_alpha_scale_is_inverted():
     alpha = np.linspace(0, 1, 101)
     np.testing.assert_allclose(alpha_from_scale(alpha_scale(alpha)), alpha, atol=1e-12)
 
 
-def test_alphas_rise_evenly_enough_and_hold_the_papers_grid():
+def test_candidate_alphas_are_ascending_and_include_the_papers_grid():
     paper = [0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 63 / 64, 255 / 256, 1]
     assert set(paper) <= set(ALPHAS)
     steps = np.diff(alpha_scale(ALPHAS))

@@ -1,4 +1,4 @@
-"""Whether to stop earlier: by runs at the same R, settings tried on both sides, and seeds of both groups."""
+"""Comparison with shorter training: same R, settings tried on both sides, several seeds."""
 
 import math
 
@@ -9,11 +9,11 @@ from dualsm.analysis.stopping import Stopping, compare_lengths
 from dualsm.analysis.table import make_table
 
 LOSS = "valid/causal/loss"
-NOISE = 0.007  # half the difference between two seeds
+NOISE = 0.007  # half of the difference between two seeds
 
 
 def group(loss, alpha=1, repetitions=128, budget=1024, seeds=2, noise=NOISE, metric=LOSS, **setting):
-    """The seeds of one cell, with `loss` as their mean."""
+    """Returns the seeds of one cell, with a mean of `loss`."""
     sign = 1 if metric == LOSS else -1
     row = {"name": "x", "status": "done", "repetitions": repetitions, "alpha": alpha, "budget_tokens": budget}
     offsets = [noise * (1 if seed % 2 else -1) for seed in range(seeds)] if seeds > 1 else [0.0]
@@ -21,7 +21,7 @@ def group(loss, alpha=1, repetitions=128, budget=1024, seeds=2, noise=NOISE, met
 
 
 def full_length(**options):
-    """All alphas at R = 128 and R = 32; the best at 128 is 1/8 with a loss of 3.0."""
+    """Returns all alphas at R = 128 and R = 32; the best at 128 is 1/8, with a loss of 3.0."""
     losses = ((0, 4.0), (0.125, 3.0), (0.5, 3.5), (1, 5.0))
     return [
         row
@@ -32,7 +32,7 @@ def full_length(**options):
 
 
 def shorter(loss, repetitions=16, **options):
-    """Causal runs on the 8 unique tokens of R = 128."""
+    """Returns causal runs on the 8 unique tokens of R = 128."""
     return group(loss, repetitions=repetitions, budget=8 * repetitions, **({"rate": 0.1} | options))
 
 
@@ -54,16 +54,16 @@ def test_the_better_length_is_found(loss, verdict, metric):
     assert (found.shorter.repetitions, found.shorter.budget_tokens) == (16, 128)
 
 
-def test_the_error_is_of_the_groups_that_are_compared():
-    """The other cells are noisier by far; seeds of 2.9 and 3.1 have a standard error of 0.1."""
+def test_the_standard_error_comes_from_the_compared_groups():
+    """The other cells are much noisier; two seeds with 2.9 and 3.1 have a standard error of 0.1."""
     noisy = [row for row in full_length(noise=0.5) if row["alpha"] != 0.125]
     found = compare(noisy, group(3.0, 0.125, rate=0.1, noise=0), shorter(2.5, noise=0.1))
     assert found.gain.sd == pytest.approx(0.1)
-    assert found.verdict == "no clear difference"  # 5 standard errors, but of two seeds: p = 0.13
+    assert found.verdict == "no clear difference"  # 5 standard errors from only two seeds: p = 0.13
     assert compare(full_length(), shorter(2.5)).gain.sd == pytest.approx(NOISE * math.sqrt(2))
 
 
-def test_runs_at_another_r_do_not_answer():
+def test_runs_at_a_different_r_are_not_compared():
     for repetitions in (64, 100, 127):
         found = compare(full_length(), shorter(2.5), repetitions=repetitions)
         assert found.verdict == "unknown"
@@ -85,48 +85,48 @@ def test_a_tuned_side_is_not_compared_with_an_untuned_one():
     assert (both.verdict, both.full.setting, both.shorter.setting) == (
         "stop early", {"rate": 0.3}, {"rate": 0.3},
     )  # fmt: skip
-    # A worse setting on one side alone changes nothing.
+    # A worse setting that only one side tried does not matter.
     assert compare(full_length(), shorter(2.5), shorter(2.9, rate=0.3)).verdict == "stop early"
 
 
-def test_single_seeds_are_not_chosen_among():
-    lucky = shorter(2.0, repetitions=32, seeds=1)
-    assert compare(full_length(), shorter(2.5), lucky).shorter.score == pytest.approx(2.5)
-    found = compare(full_length(), lucky)
+def test_groups_with_a_single_seed_are_ignored():
+    single = shorter(2.0, repetitions=32, seeds=1)
+    assert compare(full_length(), shorter(2.5), single).shorter.score == pytest.approx(2.5)
+    found = compare(full_length(), single)
     assert (found.verdict, found.shorter) == ("unknown", None)
     assert "no shorter causal run has 2 seeds" in found.reason
     found = compare(full_length(seeds=1), shorter(2.5))
     assert "no cell of the whole budget has 2 seeds" in found.reason
-    copies = [row | {"name": name} for row in lucky for name in "ab"]  # one run under two names
+    copies = [row | {"name": name} for row in single for name in "ab"]  # one run under two names
     assert compare(full_length(), copies).verdict == "unknown"
 
 
-def test_a_default_equals_the_same_value_given():
+def test_an_integer_setting_equals_the_same_float():
     as_given = [row | {"steps": 16, "rate": 0.1} for row in shorter(2.5)]
     as_whole = [row | {"steps": 128, "decay": 1} for row in full_length()]
     found = compare(as_whole, [row | {"decay": 1.0} for row in as_given])
     assert found.verdict == "stop early"
 
 
-def test_mixtures_that_stop():
+def test_shorter_mixed_runs_are_reported():
     mixed = group(2.6, 0.5, repetitions=16, budget=128, rate=0.1)
     assert compare(full_length(), shorter(2.5)).mixed is None
     found = compare(full_length(), shorter(2.5), mixed)
     assert (found.shorter.alpha, found.mixed.alpha, found.mixed.score) == (1, 0.5, pytest.approx(2.6))
-    assert "a mixture that stops: causal 1/2, 16 repetitions" in "\n".join(_stopping(found))
+    assert "shorter mixed runs: causal 1/2, 16 repetitions" in "\n".join(_stopping(found))
 
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
-    [(2.5, "? yes, shorter"), (3.005, "? shorter causal training did as well"), (3.5, "? no, shorter")],
+    [(2.5, "? yes, shorter"), (3.005, "? shorter causal training was as good"), (3.5, "? no, shorter")],
 )
-def test_answers_in_words(loss, expected):
+def test_text_of_the_verdicts(loss, expected):
     text = "\n".join(_stopping(compare(full_length(), shorter(loss))))
-    assert f"stop instead{expected}" in text
+    assert f"stop earlier{expected}" in text
     assert "causal 1, 16 repetitions, 128 tokens, rate=0.1: " in text
     assert "causal 1/8, 128 repetitions, 1,024 tokens, rate=0.1: 3 (mean of 2 seeds)" in text
     assert "difference " in text
 
 
-def test_unknown_in_words():
-    assert _stopping(Stopping("unknown", "no cells")) == ["    stop instead? unknown: no cells"]
+def test_text_of_an_unknown_verdict():
+    assert _stopping(Stopping("unknown", "no cells")) == ["    stop earlier? unknown: no cells"]

@@ -1,4 +1,4 @@
-"""The surface: a known one is recovered from noisy samples, and its probabilities are its posterior's."""
+"""The surface: recovery of a known function from noisy samples, and calibrated probabilities."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ STEP = np.diff(alpha_scale(ALPHAS)).max()
 
 
 def known_loss(repetitions, alpha):
-    """A valley whose floor wanders from alpha = 63/64 to 1/64 as R grows, and rises."""
+    """A valley whose minimum moves from alpha = 63/64 to 1/64, and rises, as R grows."""
     floor = np.interp(np.log2(repetitions), [0, 8], [alpha_scale(63 / 64), alpha_scale(1 / 64)])
     return 3 + 0.05 * np.log2(repetitions) + 0.4 * (1 - np.exp(-(((alpha_scale(alpha) - floor) / 6) ** 2)))
 
@@ -35,7 +35,7 @@ def surfaces():
 
 
 def test_best_alpha_is_found_between_the_tried_ones(surfaces):
-    """At tried and untried R, over several draws of the noise."""
+    """Checks tried and untried R over several draws of the noise."""
     places = {r: alpha_scale(ALPHAS[known_loss(r, ALPHAS).argmin()]) for r in (1, 8, 16, 128, 256)}
     misses = [
         abs(alpha_scale(surface.recommend(r).alpha) - place)
@@ -46,7 +46,7 @@ def test_best_alpha_is_found_between_the_tried_ones(surfaces):
     assert max(misses) < 2 * STEP
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say(surfaces):
+def test_intervals_are_calibrated(surfaces):
     held, inside_two_sd = [], []
     for surface in surfaces:
         for repetitions in (1, 4, 8, 16, 32, 64, 128, 256):
@@ -58,17 +58,17 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(surfaces):
     assert np.mean(held) > CREDIBLE - 0.1
     assert np.mean(inside_two_sd) > 0.85
     widths = [np.subtract(*alpha_scale(s.recommend(16).interval[::-1])) for s in surfaces]
-    assert np.mean(widths) < 8  # of 18: it says something
+    assert np.mean(widths) < 8  # of 18: the interval is informative
 
 
-def test_noise_is_told_from_shape(surfaces):
+def test_noise_is_separated_from_the_surface(surfaces):
     assert np.mean([surface.noise_sd for surface in surfaces]) == pytest.approx(NOISE, rel=0.25)
-    # A seed more moves the surface less than its noise; a covariance with the noise in it would be larger.
+    # The standard deviation of the surface excludes the noise of a single run.
     sd = np.sqrt(np.diag(surfaces[0].posterior(16, np.array(TRIED, float))[1]))
     assert (sd < NOISE).all()
 
 
-def test_scores_and_losses_are_the_same_problem(surfaces):
+def test_losses_and_their_probabilities_give_the_same_answer(surfaces):
     repetitions, alpha, loss = samples(0)
     probability = fit_surface(repetitions, alpha, np.exp(-loss), lower_is_better=False, restarts=1)
     for r in (1, 16, 256):
@@ -79,8 +79,8 @@ def test_scores_and_losses_are_the_same_problem(surfaces):
         assert a.score.sd == pytest.approx(b.score.sd / b.score.mean, rel=0.01)
 
 
-def test_how_bad_a_diverged_cell_is_does_not_matter():
-    """At R = 256 only masked rows help; the valley of the other R stays where it was."""
+def test_the_size_of_a_diverged_loss_does_not_matter():
+    """Cells with many causal rows diverge at R = 256; the minima at other R do not move."""
     repetitions, alpha, loss = samples(3)
     found = []
     for diverged in (7.0, 13.0):
@@ -93,8 +93,8 @@ def test_how_bad_a_diverged_cell_is_does_not_matter():
         assert a.score.mean == pytest.approx(b.score.mean, abs=0.01)
 
 
-def test_a_loss_that_the_surface_cannot_resolve_is_a_bound():
-    """Losses are resolved up to ln 20 above the best: a larger difference is a bound, never an estimate."""
+def test_an_unresolved_loss_is_a_bound():
+    """Losses are resolved up to ln 20 above the best; a larger difference is a bound, not an estimate."""
     repetitions, alpha, loss = samples(3)
     for diverged in (8.0, 13.0):
         worse = np.where((repetitions == 256) & (alpha > 1 / 2), diverged, loss)
@@ -111,7 +111,7 @@ def test_a_loss_that_the_surface_cannot_resolve_is_a_bound():
     assert (found.score.at_least, found.score.sd) == (True, None)
     assert found.score.mean == pytest.approx(all_bad.min() + math.log(1 / LEAST_VALUE))
     assert (found.gain_over_causal, found.gain_over_masked) == (None, None)
-    scores = np.where((repetitions == 256) & (alpha > 1 / 2), -9.0, -loss)  # of a task: not limited
+    scores = np.where((repetitions == 256) & (alpha > 1 / 2), -9.0, -loss)  # task scores are not limited
     found = fit_surface(repetitions, alpha, scores, lower_is_better=False, restarts=1).recommend(256)
     assert not found.gain_over_causal.at_least
 
@@ -128,7 +128,7 @@ def test_gains_are_differences_on_the_surface(surfaces):
 
 
 def test_probability_of_two_alphas_by_the_normal_distribution(surfaces):
-    """With two choices it is known in closed form; neighbours are correlated, so samples must be joint."""
+    """For two alphas the probability has a closed form, which depends on their correlation."""
     surface = surfaces[2]
 
     def normal(difference, variance):
@@ -143,10 +143,10 @@ def test_probability_of_two_alphas_by_the_normal_distribution(surfaces):
         assert probability.sum() == pytest.approx(1)
         assert probability[0] == pytest.approx(first_is_lower, abs=0.03)
         apart.append(abs(first_is_lower - normal(mean[0] - mean[1], alone)))
-    assert max(apart) > 0.1  # the test tells joint samples from independent ones
+    assert max(apart) > 0.1  # independent samples would fail this test
 
 
-def test_the_fit_is_the_same_every_time(surfaces):
+def test_the_fit_is_deterministic(surfaces):
     again = fit_surface(*samples(0), lower_is_better=True, restarts=1)
     assert again.recommend(20) == surfaces[0].recommend(20)
 
@@ -161,7 +161,7 @@ def test_nothing_is_recommended_outside_the_tried_alphas():
     assert found.gain_over_masked is None
 
 
-def test_few_cells_and_far_questions_are_said(surfaces):
+def test_few_cells_and_extrapolation_are_reported(surfaces):
     assert surfaces[0].recommend(64).few_cells == ""
     assert surfaces[0].recommend(64).doublings_outside == 0
     assert surfaces[0].recommend(1024).doublings_outside == pytest.approx(2)
@@ -170,7 +170,7 @@ def test_few_cells_and_far_questions_are_said(surfaces):
     assert dataclasses.asdict(few.recommend(4))["few_cells"]
 
 
-def test_farther_out_is_less_sure(surfaces):
+def test_uncertainty_grows_with_extrapolation(surfaces):
     sds = [surfaces[0].recommend(r).score.sd for r in (256, 1024, 2**14)]
     assert sds == sorted(sds)
 
@@ -178,7 +178,7 @@ def test_farther_out_is_less_sure(surfaces):
 def test_too_few_cells():
     with pytest.raises(TooFewCells, match="at least 4"):
         fit_surface([1, 2, 3], [0, 0.5, 1], [1, 2, 3], lower_is_better=True)
-    with pytest.raises(TooFewCells, match="of 1 alphas"):
+    with pytest.raises(TooFewCells, match="4 cells of 1 alphas"):
         fit_surface([1, 2, 4, 8], [0.5] * 4, [1, 2, 3, 4], lower_is_better=True)
 
 
@@ -192,7 +192,7 @@ def test_equal_scores_do_not_break_the_fit():
     [
         ([0.1, 0.5, 0.4, 0.0], 1, (1, 2)),
         ([0.9, 0.1, 0.0, 0.0], 0, (0, 0)),
-        ([0.9, 0.1, 0.0, 0.0], 2, (0, 2)),  # it reaches the recommended one
+        ([0.9, 0.1, 0.0, 0.0], 2, (0, 2)),  # the interval includes the recommended alpha
         ([0.2, 0.6, 0.2], 1, (0, 1)),
     ],
 )

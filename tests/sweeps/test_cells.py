@@ -1,4 +1,4 @@
-"""A sweep's folder as a table: what each column is, and cells in every state that a folder can be in."""
+"""Collecting the cells of a sweep: the values of each record, and cells in every state."""
 
 import json
 
@@ -9,7 +9,7 @@ import pytest
 from dualsm.analysis.table import make_table, seed_groups
 from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError
-from dualsm.sweeps.cells import cell_row, collect, curve
+from dualsm.sweeps.cells import cell_record, collect, read_curve
 from tests.analysis.synthetic import BUDGET, STEPS, write_cell, write_plan, write_sweep
 from tests.micro import micro_config
 
@@ -18,7 +18,7 @@ VALUES = {"repetitions": 4, "alpha": 0.25, "optimizer.learning_rate": 0.01, "see
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A sweep with one finished cell, and that cell's folder."""
+    """Returns the folder of a sweep with one finished cell, and the folder of the cell."""
     name = write_cell(tmp_path, VALUES, name="cell")
     write_plan(tmp_path, {name: VALUES})
     return tmp_path, tmp_path / "cells" / name
@@ -39,7 +39,7 @@ def rewrite_metrics(workdir, change):
     return lines
 
 
-def test_a_finished_cell(sweep):
+def test_record_of_a_finished_cell(sweep):
     folder, workdir = sweep
 
     def dip(lines):
@@ -58,7 +58,7 @@ def test_a_finished_cell(sweep):
     assert row["valid/causal/loss"] == 4.0
     assert (row["best/causal/loss"], row["best/causal/step"]) == (2.5, lines[2]["step"])
     assert row["valid/masked_diffusion/loss"] == lines[-1]["valid/masked_diffusion/loss"]
-    assert row["train/causal/loss"] == lines[-1]["train/causal/loss"]  # one line in the last twentieth
+    assert row["train/causal/loss"] == lines[-1]["train/causal/loss"]  # the last twentieth has one log line
     assert row["task/mean/causal"] == pytest.approx((row["task/blimp/causal"] + row["task/piqa/causal"]) / 2)
 
 
@@ -66,7 +66,7 @@ def test_final_training_loss_is_a_mean_over_the_last_twentieth(sweep):
     _, workdir = sweep
     lines = [{"step": s, "tokens": s, "train/causal/loss": float(s)} for s in range(1, 101)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert cell_row(workdir, "cell", VALUES)["train/causal/loss"] == np.mean([96, 97, 98, 99, 100])
+    assert cell_record(workdir, "cell", VALUES)["train/causal/loss"] == np.mean([96, 97, 98, 99, 100])
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_alpha_follows_from_the_mixture(sweep, mixture, schedule, alpha):
     _, workdir = sweep
     change_config(workdir, lambda c: c.update(mixture=mixture, mixture_schedule={"name": schedule}))
     values = {f"mixture.{name}": share for name, share in mixture.items()}
-    assert cell_row(workdir, "cell", values)["alpha"] == alpha
+    assert cell_record(workdir, "cell", values)["alpha"] == alpha
 
 
-def test_a_default_has_its_value(tmp_path):
-    """One cell gives a value that is the default of the others; all are read from the configs."""
+def test_default_values_are_read_from_the_config(tmp_path):
+    """A cell that sets a key to its default value equals a cell that does not set the key."""
     default = micro_config().optimizer.weight_decay
     cells = [{"repetitions": 1, "alpha": 1, "optimizer.weight_decay": default}]
     cells += [{"repetitions": 1, "alpha": 1, "seed": seed} for seed in (1, 2)]
@@ -99,18 +99,18 @@ def test_a_default_has_its_value(tmp_path):
     assert [len(group) for group in seed_groups(make_table(rows))] == [3, 1]
 
 
-def test_later_evaluations_count(sweep):
+def test_later_evaluations_take_precedence(sweep):
     _, workdir = sweep
     late = {"checkpoint": STEPS + 1, "tasks": {"blimp": {"causal": {"normalised": 77.0}}}}
     (workdir / "eval" / "a.json").write_text(json.dumps(late))
     held_out = {"checkpoint": 1, "held_out": {"causal": {"nats_per_token": 2.0}}}
     (workdir / "eval" / "b.json").write_text(json.dumps(held_out))
-    row = cell_row(workdir, "cell", VALUES)
+    row = cell_record(workdir, "cell", VALUES)
     assert row["task/blimp/causal"] == 77.0
     assert row["held_out/causal/loss"] == 2.0
 
 
-def test_means_over_other_tasks_are_not_compared(tmp_path):
+def test_no_mean_score_without_all_tasks(tmp_path):
     cells = [{"repetitions": 1, "alpha": a} for a in (0.25, 0.5)]
     write_sweep(tmp_path, cells)
     path = tmp_path / "cells" / "repetitions=1,alpha=0.5" / "eval" / f"step_{STEPS}.json"
@@ -122,7 +122,7 @@ def test_means_over_other_tasks_are_not_compared(tmp_path):
     assert "task/mean/causal" not in one
 
 
-def test_cells_that_were_not_or_not_fully_run(tmp_path):
+def test_records_of_unfinished_cells(tmp_path):
     write_sweep(tmp_path, [VALUES | {"alpha": a} for a in (0.0, 0.5, 1.0)], missing=("later",))
     running, failed, diverged = sorted((tmp_path / "cells").iterdir())
     (running / "cell.json").unlink()
@@ -146,28 +146,28 @@ def test_cells_that_were_not_or_not_fully_run(tmp_path):
 
 
 DAMAGE = {
-    "cell.json cut off": ("cell.json", '{"status": "do', "cell.json"),
-    "cell.json of another kind": ("cell.json", "[1]", "not an object"),
+    "truncated cell.json": ("cell.json", '{"status": "do', "cell.json"),
+    "cell.json is a list": ("cell.json", "[1]", "not an object"),
     "unknown status": ("cell.json", '{"status": "dreaming"}', "dreaming"),
-    "config.json cut off": ("config.json", '{"steps": 1', "config.json"),
+    "truncated config.json": ("config.json", '{"steps": 1', "config.json"),
     "config.json without keys": ("config.json", "{}", "is missing"),
-    "config.json with a word for a number": (
+    "config.json with text for a number": (
         "config.json", '{"steps": "many", "batch_size": 1, "seq_len": 2, "repetitions": 1}', "'many'",
     ),
-    "no repetitions": (
+    "zero repetitions": (
         "config.json", '{"steps": 1, "batch_size": 1, "seq_len": 2, "repetitions": 0}', "repetitions=0",
     ),
     "no config.json": ("config.json", None, "config.json is missing"),
-    "metrics of another kind": ("metrics.jsonl", "[1]\n[2]\n", ""),
-    "metrics cut in the middle": ("metrics.jsonl", '{"step": 1, "va\n{"step": 2}\n', ""),
+    "metrics are lists": ("metrics.jsonl", "[1]\n[2]\n", ""),
+    "truncated metrics line": ("metrics.jsonl", '{"step": 1, "va\n{"step": 2}\n', ""),
     "binary metrics": ("metrics.jsonl", b"\xff\xfe\x00\n", ""),
-    "evaluation cut off": (f"eval/step_{STEPS}.json", '{"tasks": {', f"step_{STEPS}.json"),
-    "evaluation of another kind": (f"eval/step_{STEPS}.json", '{"tasks": {"blimp": {"causal": 3}}}', ""),
+    "truncated evaluation": (f"eval/step_{STEPS}.json", '{"tasks": {', f"step_{STEPS}.json"),
+    "evaluation with a wrong type": (f"eval/step_{STEPS}.json", '{"tasks": {"blimp": {"causal": 3}}}', ""),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_cell_is_a_row(sweep, case):
+def test_a_damaged_cell_has_a_record(sweep, case):
     folder, workdir = sweep
     name, content, reason = DAMAGE[case]
     if content is None:
@@ -184,7 +184,7 @@ def test_a_damaged_cell_is_a_row(sweep, case):
 @pytest.mark.parametrize(
     "content", [None, "", "{", "[]", '{"grid": {}}', '{"cells": [1]}', '{"cells": {"a": 3}}']
 )
-def test_no_sweep_is_one_clear_line(tmp_path, content):
+def test_an_invalid_sweep_file_is_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(UserError, match=r"sweep\.json"):
@@ -194,8 +194,8 @@ def test_no_sweep_is_one_clear_line(tmp_path, content):
 def test_curve(sweep):
     _, workdir = sweep
     lines = rewrite_metrics(workdir, lambda lines: lines[3].pop("valid/causal/loss"))
-    tokens, losses = curve(workdir, "valid/causal/loss")
+    tokens, losses = read_curve(workdir, "valid/causal/loss")
     del lines[3]
     assert tokens == [line["tokens"] for line in lines]
     assert losses == [line["valid/causal/loss"] for line in lines]
-    assert curve(workdir / "nowhere", "valid/causal/loss") == ([], [])
+    assert read_curve(workdir / "nowhere", "valid/causal/loss") == ([], [])

@@ -1,9 +1,17 @@
-"""Which cells a sweep has, and which config each takes."""
+"""The grid of a sweep: parsing, names of cells, rules and configs."""
 
 import pytest
 
 from dualsm.process.errors import UserError
-from dualsm.sweeps.grid import LONGEST_NAME, apply, make_cells, parse_axes, parse_axis, parse_cell, parse_rule
+from dualsm.sweeps.grid import (
+    MAX_NAME_LENGTH,
+    apply,
+    make_cells,
+    parse_axes,
+    parse_axis,
+    parse_cell,
+    parse_rule,
+)
 from tests.micro import micro_config
 
 
@@ -13,7 +21,7 @@ def test_values_are_numbers_fractions_or_text():
     assert parse_cell("optimizer.name=adamw,repetitions=4") == {"optimizer.name": "adamw", "repetitions": 4}
 
 
-def test_the_cells_are_all_combinations_each_once():
+def test_cells_are_all_combinations_without_duplicates():
     cells = make_cells({"repetitions": [1, 4], "alpha": [0, 1 / 8, 1]}, more=[{"repetitions": 4, "alpha": 1}])
     assert [(c.values["repetitions"], c.values["alpha"]) for c in cells] == [
         (r, a) for r in (1, 4) for a in (0, 1 / 8, 1)
@@ -35,7 +43,7 @@ def test_the_cells_are_all_combinations_each_once():
 def test_different_values_have_different_names(cells):
     names = [cell.name for cell in make_cells({}, more=cells)]
     assert len(set(names)) == len(cells)
-    assert all(len(name.encode()) <= LONGEST_NAME and "/" not in name for name in names)
+    assert all(len(name.encode()) <= MAX_NAME_LENGTH and "/" not in name for name in names)
 
 
 def test_equal_numbers_have_one_name():
@@ -43,14 +51,14 @@ def test_equal_numbers_have_one_name():
     assert [cell.name for cell in cells] == ["alpha=1,steps=1000000"]
 
 
-def test_a_key_that_is_given_twice_is_refused():
+def test_a_repeated_key_raises():
     with pytest.raises(UserError, match="^--grid: 'alpha' is given 2 times"):
         parse_axes(["alpha=0,1", "steps=4", "alpha=1/2"])
     with pytest.raises(UserError, match="^--cell: 'alpha=0,alpha=1': 'alpha' is given 2 times"):
         parse_cell("alpha=0,alpha=1")
 
 
-def test_a_rule_sets_values_where_it_holds_and_an_axis_goes_before_it():
+def test_a_rule_sets_values_unless_an_axis_sets_them():
     rule = parse_rule("repetitions=64,128: optimizer.learning_rate=0.005")
     cells = make_cells({"repetitions": [1, 64], "alpha": [1]}, [rule])
     assert [cell.values.get("optimizer.learning_rate") for cell in cells] == [None, 0.005]
@@ -58,7 +66,7 @@ def test_a_rule_sets_values_where_it_holds_and_an_axis_goes_before_it():
     assert swept[0].values["optimizer.learning_rate"] == 0.1
 
 
-def test_a_cells_config_differs_from_the_recipe_in_its_values_alone():
+def test_a_cell_changes_only_its_own_values():
     config = micro_config()
     changed = apply(config, {"repetitions": 4, "alpha": 0.25, "optimizer.weight_decay": 1})
     assert (changed.repetitions, changed.optimizer.weight_decay) == (4, 1)
@@ -79,14 +87,14 @@ def test_a_cells_config_differs_from_the_recipe_in_its_values_alone():
         (parse_cell, "a=1,b"), (parse_cell, "a=1, b= "), (parse_rule, "a=1,b=2"), (parse_rule, "a=1,: b=2"),
     ],
 )  # fmt: skip
-def test_what_does_not_read_is_refused(read, text):
+def test_malformed_flags_raise(read, text):
     flag = {parse_axis: "grid", parse_cell: "cell", parse_rule: "rule"}[read]
-    with pytest.raises(UserError, match=f"^--{flag}: .*does not read"):
+    with pytest.raises(UserError, match=f"^--{flag}: .*is not of the form"):
         read(text)
 
 
 @pytest.mark.parametrize("text", ["l/8", "1/0", "1e400x", "9" * 400, "9" * 400 + "/1"])
-def test_an_alpha_that_is_no_share_is_refused(text):
+def test_an_invalid_alpha_raises(text):
     with pytest.raises(UserError, match="alpha="):
         apply(micro_config(), {"alpha": parse_axis(f"alpha={text}")[1][0]})
 
@@ -94,6 +102,6 @@ def test_an_alpha_that_is_no_share_is_refused(text):
 @pytest.mark.parametrize(
     "values", [{"repetition": 4}, {"optimizer.rate": 1}, {"seed.x": 1}, {"steps": "many"}]
 )
-def test_unknown_keys_and_wrong_types_are_refused(values):
+def test_unknown_keys_and_wrong_types_raise(values):
     with pytest.raises(UserError, match=next(iter(values))):
         apply(micro_config(), values)

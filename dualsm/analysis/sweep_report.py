@@ -1,4 +1,4 @@
-"""Everything that can be said of a sweep, finished or half-finished, as files in its folder."""
+"""Writes the report of a sweep into its folder: table, plots and a text summary."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from dualsm.analysis.surface import CREDIBLE, Surface
 from dualsm.analysis.table import TABLE, comparable, drawable, load, lower_is_better, measures, write_table
 from dualsm.process.progress import say
 from dualsm.process.progress import table as text_table
-from dualsm.sweeps.cells import CELLS, curve
+from dualsm.sweeps.cells import CELLS, read_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-COLUMNS, ROWS = 41, 121  # of the grid that surfaces are drawn on, over R and over alpha
-OBJECTIVES = ("causal", "masked_diffusion")  # that alpha shares the rows between
-CHOICES = 37  # alphas whose probability of being the best is drawn: even steps of their scale
+GRID_REPETITIONS, GRID_ALPHAS = 41, 121  # size of the grid on which surfaces are drawn
+OBJECTIVES = ("causal", "masked_diffusion")  # alpha divides the rows between these
+PROBABILITY_ALPHAS = 37  # number of alphas in the plot of the best alpha, evenly spaced on the alpha scale
 
 
 def report(folder: str | Path) -> list[Path]:
-    """Writes `table.csv` and the plots of a sweep into its folder; what lacks cells is left out, and said.
+    """Writes `table.csv` and the plots of a sweep; prints a line for each plot that lacks cells.
 
     Returns:
-      The paths of the files, the table first.
+      The paths of the files; the table is the first.
 
     Raises:
-      UserError: when the folder holds no sweep, or matplotlib or scikit-learn is not installed.
+      UserError: if the folder is not a sweep, or a package of the extra `analysis` is not installed.
     """
     folder = Path(folder)
     table = load(folder)
@@ -43,11 +43,11 @@ def report(folder: str | Path) -> list[Path]:
     written = [folder / TABLE]
 
     def save(figure: Figure, name: str) -> None:
-        aside = folder / f"{name}.partial"
-        figure.savefig(aside, format="png")
-        written.append(aside.replace(folder / f"{name}.png"))
+        partial = folder / f"{name}.partial"
+        figure.savefig(partial, format="png")
+        written.append(partial.replace(folder / f"{name}.png"))
 
-    for metric in plotted_measures(table):
+    for metric in plotted_metrics(table):
         try:
             cells = comparable(table, metric)
             surface = fit_to_cells(cells, metric)
@@ -67,10 +67,10 @@ def report(folder: str | Path) -> list[Path]:
     return written
 
 
-def as_text(folder: str | Path) -> str:
-    """The measures that are plotted, as tables by alpha and R; "" when no cell has finished."""
+def report_text(folder: str | Path) -> str:
+    """Returns the plotted metrics as text tables by alpha and R; "" if no cell has finished."""
     table = load(folder)
-    return summary(table, plotted_measures(table))
+    return summary(table, plotted_metrics(table))
 
 
 def summary(table: DataFrame, metrics: Sequence[str]) -> str:
@@ -94,13 +94,13 @@ def _score_text(score: float, is_best: bool) -> str:
     return "- " if np.isnan(score) else f"{score:.3f}{'*' if is_best else ' '}"
 
 
-def plotted_measures(table: DataFrame) -> list[str]:
-    """The measures that get a surface: held-out losses and mean task scores."""
+def plotted_metrics(table: DataFrame) -> list[str]:
+    """Returns the metrics that are plotted as surfaces: held-out losses and mean task scores."""
     return [name for name in measures(table) if name.startswith(("valid/", "task/mean/"))]
 
 
-def in_words(metric: str) -> tuple[str, str]:
-    """A measure and its unit."""
+def describe_metric(metric: str) -> tuple[str, str]:
+    """Returns a description of a metric, and its unit."""
     kind, name, rest = metric.split("/", 2)
     if kind == "task":
         return f"{'mean task' if name == 'mean' else name} score in {rest} mode", "0 guessing, 100 perfect"
@@ -108,9 +108,9 @@ def in_words(metric: str) -> tuple[str, str]:
 
 
 def surface_figure(surface: Surface, cells: DataFrame, metric: str) -> Figure:
-    """The fitted surface with the tried cells on it."""
+    """Draws the fitted surface and the tried cells."""
     repetitions_G = _repetition_grid(surface)
-    alpha_A = _even_alphas(surface, ROWS)
+    alpha_A = _even_alphas(surface, GRID_ALPHAS)
     mean_AxG, _ = surface.grid(repetitions_G, alpha_A)
     figure = plots.new_figure(7.5, 5.2)
     axes = figure.subplots()
@@ -120,55 +120,55 @@ def surface_figure(surface: Surface, cells: DataFrame, metric: str) -> Figure:
         alpha_A,
         mean_AxG,
         (surface.repetitions_C, surface.alpha_C, cells[metric]),
-        unit=in_words(metric)[1],
+        unit=describe_metric(metric)[1],
         lower_is_better=lower_is_better(metric),
     )
-    axes.set_title(f"{in_words(metric)[0]} by repetition and mixture\n{_of_cells(cells)}")
+    axes.set_title(f"{describe_metric(metric)[0]} by repetition and mixture\n{_cells_text(cells)}")
     return figure
 
 
 def best_alpha_figure(surface: Surface, cells: DataFrame, metric: str) -> Figure:
-    """The probability of each alpha to be the best, by R."""
+    """Draws the probability that each alpha is the best, by R."""
     repetitions_G = _repetition_grid(surface)
-    alpha_A = _even_alphas(surface, CHOICES)
+    alpha_A = _even_alphas(surface, PROBABILITY_ALPHAS)
     probability_AxG = np.stack([surface.probability_best(r, alpha_A) for r in repetitions_G], axis=1)
     intervals = [surface.recommend(r).interval for r in repetitions_G]
     figure = plots.new_figure(7.5, 5.2)
     axes = figure.subplots()
     plots.plot_best_alpha(axes, repetitions_G, alpha_A, probability_AxG, intervals, level=CREDIBLE)
-    axes.set_title(f"which mixture is best for {in_words(metric)[0]}?\n{_of_cells(cells)}")
+    axes.set_title(f"which mixture is best for {describe_metric(metric)[0]}?\n{_cells_text(cells)}")
     return figure
 
 
 def curves_figure(table: DataFrame, folder: Path) -> Figure:
-    """Held-out loss over the tokens seen, of cells in any state. Raises `TooFewCells` when none has any."""
+    """Draws held-out losses over tokens seen. Raises `TooFewCells` if no cell has been validated."""
     curves = {}
     for objective in OBJECTIVES:
         metric = f"valid/{objective}/loss"
         panels = defaultdict(lambda: defaultdict(list))
         cells = drawable(table, metric)[["name", "repetitions", "alpha"]]
         for name, repetitions, alpha in cells.itertuples(index=False):
-            tokens, losses = curve(folder / CELLS / name, metric)
+            tokens, losses = read_curve(folder / CELLS / name, metric)
             if len(tokens) > 1:
-                # The untrained model's loss is the same for all and would only flatten the rest.
+                # The loss of the untrained model is the same for all cells and would compress the y axis.
                 panels[repetitions][alpha].append((tokens[1:], losses[1:]))
         if panels:
             curves[objective] = panels
     if not curves:
-        raise TooFewCells("no cell has been validated since its start")
+        raise TooFewCells("no cell has a held-out loss after its first step")
     columns = len({repetitions for panels in curves.values() for repetitions in panels})
     figure = plots.new_figure(2.6 * columns + 1.6, 2.7 * len(curves) + 0.7)
     plots.plot_curves(figure, curves)
-    figure.suptitle("held-out loss while training, by repetitions R")
+    figure.suptitle("held-out loss during training, by repetitions R")
     return figure
 
 
 def gap_figure(table: DataFrame, folder: Path) -> Figure:
-    """Held-out minus training loss at the end. Raises `TooFewCells` when no cell has both."""
+    """Draws final held-out minus training losses. Raises `TooFewCells` if no cell has both."""
     tables = {objective: _gaps(table, objective) for objective in OBJECTIVES}
     tables = {objective: gaps for objective, gaps in tables.items() if gaps.size}
     if not tables:
-        raise TooFewCells("no finished cell has a held-out and a training loss of one objective")
+        raise TooFewCells("no finished cell has both a held-out and a training loss for an objective")
     repetitions = sorted({r for gaps in tables.values() for r in gaps.columns})
     alphas = sorted({a for gaps in tables.values() for a in gaps.index})
     every_gap = np.concatenate([gaps.to_numpy().ravel() for gaps in tables.values()])
@@ -181,7 +181,7 @@ def gap_figure(table: DataFrame, folder: Path) -> Figure:
         gap_AxG = gaps.reindex(index=alphas, columns=repetitions).to_numpy()
         plots.plot_gap(axes, repetitions, alphas, gap_AxG, top=top, label="nats per token")
         axes.set_title(objective)
-    figure.suptitle("overfitting: held-out minus training loss at the end (\N{EN DASH}: not trained on it)")
+    figure.suptitle("overfitting: final held-out minus training loss (\N{EN DASH}: objective not trained)")
     return figure
 
 
@@ -199,17 +199,17 @@ def _gaps(table: DataFrame, objective: str) -> DataFrame:
 
 def _repetition_grid(surface: Surface) -> np.ndarray:
     low, high = repetition_scale([surface.repetitions_C.min(), surface.repetitions_C.max()])
-    return 2 ** np.linspace(low, high, COLUMNS)
+    return 2 ** np.linspace(low, high, GRID_REPETITIONS)
 
 
 def _even_alphas(surface: Surface, count: int) -> np.ndarray:
-    """The tried range of alpha in even steps of its scale."""
+    """Returns `count` alphas over the tried range, evenly spaced on the alpha scale."""
     low, high = alpha_scale([surface.alpha_C.min(), surface.alpha_C.max()])
     return alpha_from_scale(np.linspace(low, high, count)).clip(0, 1)
 
 
-def _of_cells(cells: DataFrame) -> str:
-    """What the cells were, for a title."""
+def _cells_text(cells: DataFrame) -> str:
+    """Describes the cells in the title of a plot."""
     parameters = cells["parameters"].iloc[0]
     size = f" of {_short(parameters)} parameters" if np.isfinite(parameters) else ""
     return f"{len(cells)} runs{size}, {_short(cells['budget_tokens'].iloc[0])} tokens each"

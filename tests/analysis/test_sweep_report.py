@@ -1,8 +1,8 @@
-"""A sweep's folder becomes a table and plots, as far as its cells go."""
+"""The report of a sweep: table, plots and text summary."""
 
 import pytest
 
-from dualsm.analysis.report import report, summary
+from dualsm.analysis.sweep_report import report, summary
 from dualsm.analysis.table import make_table, read_table
 from dualsm.process.errors import UserError
 from tests.analysis.synthetic import grid, write_cell, write_plan, write_sweep
@@ -11,7 +11,7 @@ from tests.conftest import run_command
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_sweep_that_is_far_enough_gets_all_plots(tmp_path):
+def test_a_sweep_with_enough_cells_has_all_plots(tmp_path):
     write_sweep(tmp_path, grid([1, 16], [0, 1 / 8, 1]), missing=("later",))
     written = report(tmp_path)
     measures = ("valid_causal_loss", "valid_masked_diffusion_loss", "task_mean_causal")
@@ -22,10 +22,10 @@ def test_a_sweep_that_is_far_enough_gets_all_plots(tmp_path):
     assert read_table(written[0])["status"].tolist() == ["done"] * 6 + ["missing"]
 
 
-def test_a_sweep_that_has_hardly_begun_gets_what_it_can(tmp_path, capsys):
+def test_an_early_report_has_the_possible_plots(tmp_path, capsys):
     values = {"repetitions": 1, "alpha": 0.5}
     name = write_cell(tmp_path, values)
-    (tmp_path / "cells" / name / "cell.json").unlink()  # still running
+    (tmp_path / "cells" / name / "cell.json").unlink()  # the cell is still running
     write_plan(tmp_path, {name: values, "later": {"repetitions": 4, "alpha": 0.5}})
     assert [path.name for path in report(tmp_path)] == ["table.csv", "loss_curves.png"]
     assert "1 running, 1 missing" in capsys.readouterr().out
@@ -33,14 +33,14 @@ def test_a_sweep_that_has_hardly_begun_gets_what_it_can(tmp_path, capsys):
     assert [path.name for path in report(tmp_path)] == ["table.csv"]
 
 
-def test_one_number_of_repetitions_is_no_surface(tmp_path, capsys):
+def test_one_number_of_repetitions_has_no_surface(tmp_path, capsys):
     write_sweep(tmp_path, grid([4], [0, 1 / 8, 1 / 2, 1]))
     assert [path.name for path in report(tmp_path)] == ["table.csv", "loss_curves.png", "gap.png"]
     assert "2 numbers of repetitions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
-def test_a_missing_extra_is_one_line_and_leaves_the_table(tmp_path, monkeypatch, package):
+def test_a_missing_package_is_one_line_and_keeps_the_table(tmp_path, monkeypatch, package):
     write_sweep(tmp_path, grid([1, 4], [0, 1]))
     block(monkeypatch, package)
     with pytest.raises(UserError, match=r"pip install 'dualsm\[analysis\]'"):
@@ -49,7 +49,7 @@ def test_a_missing_extra_is_one_line_and_leaves_the_table(tmp_path, monkeypatch,
 
 
 def block(monkeypatch, package):
-    """Makes imports of a package fail as if it were not installed."""
+    """Makes imports of a package fail as if the package were not installed."""
     import builtins
     import sys
 
@@ -87,7 +87,7 @@ def cell(repetitions, alpha, loss, score=None, seed=0, status="done"):
     }  # fmt: skip
 
 
-def test_means_over_seeds_and_the_best_of_each_column():
+def test_summary_shows_means_over_seeds_and_marks_the_best():
     table = make_table([
         cell(1, 1.0, 2.5, 30.0), cell(1, 0.125, 2.75, 31.0), cell(16, 0.125, 3.0), cell(16, 1.0, 3.25),
         cell(16, 1.0, 3.5, seed=1), cell(64, 1.0, None, status="running"),
@@ -107,5 +107,5 @@ def test_means_over_seeds_and_the_best_of_each_column():
     ]  # fmt: skip
 
 
-def test_nothing_finished_is_no_table():
+def test_summary_without_finished_cells_is_empty():
     assert summary(make_table([cell(1, 1.0, None, status="missing")]), ["valid/causal/loss"]) == ""
