@@ -43,12 +43,12 @@ def main(_: Sequence[str]) -> None:
         raise UserError(f"--unique_tokens={unique} and --budget={budget} must be finite")
     if _OUTPUT.value:
         check_output(Path(_OUTPUT.value), "--output")
-    question = round_repetitions(unique, budget)
-    answers = advise(question.repetitions, _SWEEP.value, _METRIC.value)
-    print(describe(question, answers, _SWEEP.value))
+    token_budget = round_repetitions(unique, budget)
+    answers = advise(token_budget.repetitions, _SWEEP.value, _METRIC.value)
+    print(describe(token_budget, answers, _SWEEP.value))
     if _OUTPUT.value:
         first, *others = map(dataclasses.asdict, answers)
-        answer = dataclasses.asdict(question) | first | {"others": others, "sweep": _SWEEP.value or None}
+        answer = dataclasses.asdict(token_budget) | first | {"others": others, "sweep": _SWEEP.value or None}
         write_output(Path(_OUTPUT.value), json.dumps(answer, indent=1) + "\n", "--output")
 
 

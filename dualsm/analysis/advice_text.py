@@ -12,9 +12,9 @@ from dualsm.analysis.stopping import Side, Stopping, setting_text
 from dualsm.analysis.surface import CREDIBLE, Estimate
 
 
-def describe(question: TokenBudget, answers: Sequence[Advice], sweep: str) -> str:
+def describe(token_budget: TokenBudget, answers: Sequence[Advice], sweep: str) -> str:
     """Returns the answers of all sources as text."""
-    lines = [_numbers(question), *_rounding(question)]
+    lines = [_numbers(token_budget), *_rounding(token_budget)]
     for advice in answers:
         lines += _by_surface(advice, sweep) if advice.surface else _by_rules(advice)
     if not any(advice.surface for advice in answers):
@@ -29,26 +29,26 @@ def describe(question: TokenBudget, answers: Sequence[Advice], sweep: str) -> st
     return "\n".join(lines)
 
 
-def _numbers(question: TokenBudget) -> str:
-    passes = question.budget_tokens / question.unique_tokens
+def _numbers(token_budget: TokenBudget) -> str:
+    passes = token_budget.budget_tokens / token_budget.unique_tokens
     seen = f"{passes:.4g} passes" if passes > 1 else "nothing repeats"
-    budget, unique = question.budget_tokens, question.unique_tokens
+    budget, unique = token_budget.budget_tokens, token_budget.unique_tokens
     return f"{budget:,.0f} training tokens from {unique:,.0f} unique tokens: {seen}"
 
 
-def _rounding(question: TokenBudget) -> list[str]:
+def _rounding(token_budget: TokenBudget) -> list[str]:
     """Describes the run with a whole number of repetitions if it differs from the requested one."""
-    repetitions, unique = question.repetitions, question.unique_tokens
-    if question.seen_tokens < question.budget_tokens * (1 - 1e-6):
-        fewer = 1 - question.seen_tokens / question.budget_tokens
+    repetitions, unique = token_budget.repetitions, token_budget.unique_tokens
+    if token_budget.seen_tokens < token_budget.budget_tokens * (1 - 1e-6):
+        fewer = 1 - token_budget.seen_tokens / token_budget.budget_tokens
         return [
-            f"R must be a whole number: with R = {repetitions}, train on {question.seen_tokens:,.0f} "
+            f"R must be a whole number: with R = {repetitions}, train on {token_budget.seen_tokens:,.0f} "
             f"tokens, {fewer:.2%} fewer"
         ]
-    if question.budget_tokens > unique and question.seen_unique_tokens < unique * (1 - 1e-6):
+    if token_budget.budget_tokens > unique and token_budget.seen_unique_tokens < unique * (1 - 1e-6):
         return [
             f"R must be a whole number: with R = {repetitions}, the run sees the first "
-            f"{question.seen_unique_tokens:,.0f} unique tokens; to see all of them {repetitions} times, "
+            f"{token_budget.seen_unique_tokens:,.0f} unique tokens; to see all of them {repetitions} times, "
             f"train on {repetitions * unique:,.0f} tokens"
         ]
     return []

@@ -29,9 +29,8 @@ _FIXED = (
 _NUMERIC = _FIXED[3:]
 _RANGES = {"repetitions": (1, math.inf), "alpha": (0, 1), "budget_tokens": (1, math.inf)}
 _PLACE = ["repetitions", "alpha", "budget_tokens"]
-_TOLERANCE = (
-    0.02  # relative difference at which unique tokens count as equal: runs round them to whole batches
-)
+# Relative difference of unique tokens that count as equal: runs round them to whole batches.
+_TOLERANCE = 0.02
 
 
 def load(source: str | Path) -> DataFrame:

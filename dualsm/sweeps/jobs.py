@@ -18,12 +18,8 @@ from dualsm.sweeps.cells import CELL
 from dualsm.sweeps.grid import Cell
 from dualsm.sweeps.sweep_folder import Sweep
 
-_STOP_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-)  # these stop a sweep and its cells
+# These signals stop a sweep and its cells.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class _Job:
@@ -134,9 +130,8 @@ def _record_signals() -> Iterator[list[int]]:
     An exception raised at an arbitrary point could lose track of a process that was just started.
     """
     noted: list[int] = []
-    handled = [
-        number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
-    ]  # as nohup does
+    # nohup ignores signals.
+    handled = [number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in handled}
     try:
         yield noted
