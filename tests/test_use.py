@@ -289,7 +289,10 @@ def test_the_benchmarks_run(workdir, tmp_path):
         "--rounds=1", "--seconds=0.01", f"--output={tmp_path / 'accelerator.json'}",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert list(json.loads((tmp_path / "accelerator.json").read_text())) == ["xla, causal", "xla, mixture"]
+    assert list(json.loads((tmp_path / "accelerator.json").read_text())) == [
+        "xla, matmuls, causal",
+        "xla, matmuls, mixture",
+    ]
     process = run_command("benchmarks.decoding", f"--workdir={workdir}", "--positions=8,16", "--repeats=2")
     assert process.returncode == 0, process.stderr
     assert "16 over 8" in process.stdout
