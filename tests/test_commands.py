@@ -67,7 +67,7 @@ BAD_CONFIGS = {
         ["--config.optimizer.schedule.name=infinite"],
         ["final_fraction=0.0", "constant_fraction=0.5"],
     ),
-    "zero steps": (["--config.steps=0"], ["config.steps=0", "at least 1"]),
+    "zero steps": (["--config.steps=0"], ["config.steps=0", "from 1 to 10000000"]),
     "mesh": (["--config.mesh.data=3"], ["data=3", "devices"]),
     "valid objective": (["--config.valid.objectives=causal,nothing"], ["config.valid.objectives", "nothing"]),
     "wandb": (["--config.log.wandb=project"], ["wandb", "pip install"]),
