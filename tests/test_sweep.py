@@ -150,7 +150,7 @@ def test_each_cell_has_a_tpu_slice(recipe, tmp_path):
         (("--grid=alpha=0,l/8",), "cell alpha=l%2F8: grid value alpha='l/8' is not a number"),
         (("--grid=repetitions=1,4,",), "is not of the form"),
         (("--tasks=blimp",), "needs --task_data"),
-        (("--tasks=valid", "--modes="), "--modes= must name"),
+        (("--tasks=valid", "--modes="), "--modes= is empty"),
         (("--config.data.path=nowhere",), "no corpus at 'nowhere'"),
         (("--cell=data.path=nowhere",), "no corpus at 'nowhere'"),
     ],
