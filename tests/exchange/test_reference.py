@@ -289,7 +289,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(bare, corpus_path):
 
 def test_a_tokenizer_of_more_text_than_the_weights_is_refused():
     params = reference_format.to_params(weights())
-    with pytest.raises(UserError, match="321 ids but the weights are for 320"):
+    with pytest.raises(UserError, match="321 ids but the weights have 320"):
         to_internal(params, np.arange(321))
 
 
