@@ -55,14 +55,13 @@ def main(_: Sequence[str]) -> None:
         files = describe_files(task_files(name, spec.task_data))
         say(f"{name}: {len(questions):,} questions from {files}")
     run = open_run(_WORKDIR.value, _CHECKPOINT.value)
-    evaluation = evaluate_run(run, spec, tasks)
     default = results_file(run.workdir, run.step)
     path = Path(_OUTPUT.value) if _OUTPUT.value else default
     check_output(path, "--output")
     if not _OUTPUT.value:
         read_results(default)  # fails early if the file is damaged
 
-    for results in evaluation:
+    for results in evaluate_run(run, spec, tasks):
         content = results if _OUTPUT.value else merge(read_results(default), results)
         write_output(path, json.dumps(content, indent=1, allow_nan=False) + "\n", "--output")
     say(results_table(results, spec.modes))
