@@ -36,7 +36,7 @@ def test_a_corpus_of_more_shards_than_open_files_is_read(corpus_path, file_limit
 def test_a_hard_limit_of_open_files_is_named(corpus_path, monkeypatch):
     """Pretended: a process may not raise its own hard limit again."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
-    with pytest.raises(UserError, match="has 8 shards, but a process may open only 16 files .*ulimit -Hn 72"):
+    with pytest.raises(UserError, match="8 shards, but a process may open at most 16 files; .*ulimit -Hn 72"):
         Corpus(str(corpus_path)).documents("train")
 
 
@@ -68,7 +68,7 @@ def test_workers_are_as_many_as_the_cores_that_may_be_used():
     os.sched_setaffinity(0, {min(own)})
     try:
         done = run_command("dualsm.prepare", "--helpshort")
-        assert "--workers: processes (default: '1'" in " ".join(done.stdout.split()).replace("\n", " ")
+        assert "--workers: number of processes (default: '1'" in " ".join(done.stdout.split())
     finally:
         os.sched_setaffinity(0, own)
 
