@@ -94,7 +94,7 @@ def test_a_corpus_of_one_huge_document_raises(tmp_path):
 
 def test_a_huge_line_in_a_task_file_raises(tmp_path):
     sparse(tmp_path / "blimp.jsonl", b'{"sentence_good": "It is.", "sentence_bad": "It are."}\n')
-    with pytest.raises(UserError, match="line 2 is longer than 16 MiB"):
+    with pytest.raises(UserError, match="line 2: longer than 16 MiB"):
         load_task("blimp", tmp_path)
 
 
