@@ -260,7 +260,7 @@ def test_what_a_process_tells_of_its_end(error, told, status):
     [
         (["--processes=2"], "belong together"),
         (["--coordinator=here", "--processes=2", "--process_id=0"], "HOST:PORT"),
-        (["--coordinator=here:1", "--processes=2", "--process_id=2"], "below --processes=2"),
+        (["--coordinator=here:1", "--processes=2", "--process_id=2"], "must be less than --processes=2"),
     ],
 )
 def test_impossible_jobs_are_refused(recipe, tmp_path, arguments, message):

@@ -7,14 +7,14 @@ from dualsm.training.schedules import learning_rate
 
 
 def schedule(steps=100, **values):
-    config = default_config().optimizer
+    config = default_config().lock().optimizer
     config.learning_rate = 1.0
     config.schedule.update(values)
     return learning_rate(config, steps)
 
 
 def test_wsd_rises_holds_and_falls():
-    rate = schedule(name="wsd", warmup=10, decay=0.25, final=0.1)
+    rate = schedule(name="wsd", warmup_steps=10, decay_fraction=0.25, final_fraction=0.1)
     assert float(rate(0)) == 0.0
     assert float(rate(5)) == pytest.approx(0.5)
     assert {float(rate(step)) for step in range(10, 76)} == {1.0}
@@ -24,11 +24,11 @@ def test_wsd_rises_holds_and_falls():
 
 
 def test_wsd_without_warmup_starts_at_the_peak():
-    assert float(schedule(name="wsd", warmup=0)(0)) == 1.0
+    assert float(schedule(name="wsd", warmup_steps=0)(0)) == 1.0
 
 
 def test_cosine_ends_at_its_final_value():
-    rate = schedule(name="cosine", warmup=10, final=0.2)
+    rate = schedule(name="cosine", warmup_steps=10, final_fraction=0.2)
     assert float(rate(10)) == pytest.approx(1.0)
     assert float(rate(55)) == pytest.approx(0.6, abs=1e-3)
     assert float(rate(100)) == pytest.approx(0.2)
@@ -36,7 +36,7 @@ def test_cosine_ends_at_its_final_value():
 
 def test_infinite_follows_its_formula():
     """Linear to the peak over N_w, cosine to const over N_c, hold, const * (min/const)^((n - N_d)/t_a)."""
-    rate = schedule(name="infinite", warmup=10, cooldown=20, constant=0.4, decay=0.5, final=0.1)
+    rate = schedule(name="infinite", warmup_steps=10, cooldown_steps=20, constant_fraction=0.4, decay_fraction=0.5, final_fraction=0.1)
     assert float(rate(5)) == pytest.approx(0.5)
     assert float(rate(10)) == pytest.approx(1.0)
     assert float(rate(20)) == pytest.approx(0.7)  # half-way down the cosine
