@@ -47,6 +47,13 @@ def _positive(value) -> int:
     return value
 
 
+def _text(value) -> str:
+    """Returns `value` if it is a string, and raises `TypeError` otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a string")
+    return value
+
+
 class Corpus:
     """A corpus written by `python -m dualsm.prepare`.
 
@@ -87,17 +94,20 @@ class Corpus:
                 f"reads format {FORMAT}; prepare the corpus again"
             )
         self.vocab_size: int = _positive(self.manifest["vocabulary"])
-        self.identity: str = self.manifest["identity"]
+        self.identity: str = _text(self.manifest["identity"])
+        _text(self.manifest["tokenizer_sha256"])
+        _positive(self.manifest["splits"]["valid"]["gzip_bytes"])
         for split in (self.manifest["splits"][name] for name in SPLITS):
             _positive(split["tokens"]), _positive(split["bytes"])
-            if not all(isinstance(split[f"{key}_sha256"], str) for key in _array_keys(split)):
-                raise TypeError("hash is not a string")
+            for key in _array_keys(split):
+                _text(split[f"{key}_sha256"])
             for name in [split[key] for key in _array_keys(split)] + [s["file"] for s in split["shards"]]:
                 if not re.fullmatch(r"\w[\w.-]*", name):
                     raise UserError(
                         f"{self.folder / MANIFEST} refers to {name!r}, which is outside the corpus folder"
                     )
             for shard in split["shards"]:
+                _text(shard["sha256"])
                 path = self.folder / shard["file"]
                 if not path.exists() or path.stat().length != shard["size"]:
                     raise UserError(f"corpus shard {path} is missing or truncated; prepare the corpus again")

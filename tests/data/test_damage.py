@@ -1,6 +1,8 @@
 """Damaged and modified corpora raise errors."""
 
+import functools
 import json
+import operator
 import os
 import shutil
 import signal
@@ -68,6 +70,31 @@ def test_a_replaced_shard_is_detected(small, copy, tmp_path):
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="is damaged .its hash has changed"):
         Corpus(str(copy)).verify("train")
+
+
+@pytest.mark.parametrize("value", [None, 7, "missing"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("identity",), ("tokenizer_sha256",), ("vocabulary",), ("splits", "valid", "gzip_bytes"),
+        ("splits", "train", "tokens"), ("splits", "train", "bytes"), ("splits", "train", "lengths"),
+        ("splits", "train", "lengths_sha256"), ("splits", "train", "shards", 0, "file"),
+        ("splits", "train", "shards", 0, "size"), ("splits", "train", "shards", 0, "sha256"),
+    ],
+)  # fmt: skip
+def test_missing_and_wrong_keys_of_a_manifest_are_rejected(copy, keys, value):
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    owner = functools.reduce(operator.getitem, keys[:-1], manifest)
+    if value == "missing":
+        del owner[keys[-1]]
+    else:
+        owner[keys[-1]] = "7" if value == 7 and isinstance(owner[keys[-1]], int) else value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError):
+        corpus = Corpus(str(copy))
+        corpus.verify("train")
+        corpus.documents("train")
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", ".", "", "a/b", "x\0", ".hidden"])
