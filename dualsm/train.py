@@ -1,10 +1,11 @@
-"""Trains a model, or resumes the run in a folder.
+"""Trains a model, or resumes the run in --workdir.
 
 python -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny
 python -m dualsm.train --config=configs/tiny.py --workdir=runs/other --config.mixture.causal=0.75 ...
 
-On TPU slices and under SLURM the same command, started once a process, makes one job; elsewhere say
---coordinator=HOST:PORT --processes=N --process_id=I. See launch/ and docs/scaling.md.
+For a multi-process job, start the same command once per process. On TPU slices and under SLURM the processes
+find each other; elsewhere add --coordinator=HOST:PORT --processes=N --process_id=I. See launch/ and
+docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -27,20 +28,22 @@ from dualsm.training.cpu_devices import cpu_devices
 from dualsm.training.loop import train
 from dualsm.training.profile import parse_window
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, see configs/")
-_WORKDIR = cli.DEFINE_path("workdir", None, "folder of the run; one that holds this run is resumed")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where it is not recognised")
-_PROCESSES = flags.DEFINE_integer("processes", None, "of this job; 1 is this process alone", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file; see configs/")
+_WORKDIR = cli.DEFINE_path("workdir", None, "run directory; if it contains this run, the run is resumed")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if it is not detected")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "number of processes of the job; 1: no other processes", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "index of this process, from 0", lower_bound=0)
 _STOPPED_STATUS = flags.DEFINE_integer(
-    "stopped_status", 0, "exit status of a run that a signal stopped before its end; for launchers that ask"
+    "stopped_status", 0, "exit status if a signal stopped the run before its end; launchers requeue on it"
 )
 _PROFILE = flags.DEFINE_string(
-    "profile", None, "FIRST:LAST; writes a trace of these steps to profile/ in the workdir, for TensorBoard"
+    "profile", None, "FIRST:LAST; writes a trace of these steps to profile/ in --workdir, for TensorBoard"
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
-SAME_SIGNAL_SECONDS = 1.0  # within which a repeated signal is still the first
+SAME_SIGNAL_SECONDS = 1.0  # a signal repeated within this time is treated as one signal
 
 
 def main(_: Sequence[str]) -> None:
@@ -57,7 +60,7 @@ def main(_: Sequence[str]) -> None:
 
 
 def _on_signals() -> Callable[[int], bool]:
-    """Returns a function that is true once SIGTERM, SIGHUP or Ctrl-C has asked this process to stop."""
+    """Returns a function that returns True once the process has received SIGTERM, SIGHUP or Ctrl-C."""
     times = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _stop(number, times))
@@ -66,17 +69,17 @@ def _on_signals() -> Callable[[int], bool]:
 
 
 def _stop(number: int, times: list[float]) -> None:
-    """Asks the run to save and stop; a second signal ends it at once.
+    """Requests that the run saves and stops; a second signal kills the process.
 
-    SLURM sends SIGTERM twice at a preemption without GraceTime, by its daemon and by `srun`.
+    At a preemption without GraceTime, both SLURM's daemon and `srun` send SIGTERM.
     """
     if times:
         if time.monotonic() - times[0] > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
         return
     times.append(time.monotonic())
-    text = f"\n{signal.Signals(number).name}: finishing the step and saving (again: quit at once)"
-    with contextlib.suppress(OSError):  # of a terminal that is gone
+    text = f"\n{signal.Signals(number).name}: finishing the step and saving (send it again to quit)"
+    with contextlib.suppress(OSError):  # the terminal may be closed
         print(text, file=sys.stderr, flush=True)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from dualsm.config import load_config, save_config
 from dualsm.model.transformer import init_params
-from dualsm.rundir.checkpoint import FOLDER, Checkpoints, restore_params
+from dualsm.rundir.checkpoint import CHECKPOINTS, Checkpoints, restore_params
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.workdir import CONFIG
 from dualsm.training.loop import train
@@ -171,7 +171,7 @@ def _check(process, workdir: Path) -> None:
 
 def _checkpoints(workdir: Path) -> tuple[int, bool]:
     """Steps of the newest whole checkpoint, 0 without one, and whether there is a half-written one."""
-    folder = workdir / FOLDER
+    folder = workdir / CHECKPOINTS
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     whole = [int(name) for name in names if name.isdigit()]
     return max(whole, default=0), len(whole) < len(names)

@@ -110,7 +110,7 @@ def evaluate_held_out(
     needed = -(-len(rows[0]) * samples // num_devices) * num_devices  # a multiple of the number of devices
     validation = Validation(
         run.config, objectives, special, rows, run.mesh, samples,
-        at_once=min(scoring_batch_size(run.mesh, seq_len), needed),
+        batch_size=min(scoring_batch_size(run.mesh, seq_len), needed),
     )  # fmt: skip
     for name in objectives:
         start = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dualsm.process.progress import table
-from dualsm.training.validation import BYTES_OF_TOKENS
+from dualsm.training.validation import INEXACT_BYTES
 
 
 def results_table(results: Mapping, modes: Sequence[str]) -> str:
@@ -62,5 +62,5 @@ def results_warnings(results: Mapping) -> list[str]:
                 f"{name}: {count} questions were skipped because an answer is empty or longer than {limit}"
             )
     if any(r["bytes_of"] == "tokens" for r in results.get("held_out", {}).values()):
-        warnings.append(BYTES_OF_TOKENS)
+        warnings.append(INEXACT_BYTES)
     return warnings

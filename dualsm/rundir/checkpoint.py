@@ -17,7 +17,7 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import warn
 from dualsm.rundir import checksums
 
-FOLDER = "checkpoints"
+CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
 LATEST = "latest_checkpoint"  # file with the step of the last whole checkpoint; tells a lost one from none
 
@@ -216,7 +216,7 @@ def _reason(error: Exception) -> str:
 
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
-    folder = epath.Path(workdir) / FOLDER
+    folder = epath.Path(workdir) / CHECKPOINTS
     return folder if "://" in str(folder) else folder.absolute()
 
 

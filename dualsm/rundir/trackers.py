@@ -20,6 +20,7 @@ from dualsm.process.progress import warn
 # Shows metrics (name -> value) at a step; a step of None means that no more will come.
 Show = Callable[[int | None, dict[str, float]], None]
 
+TENSORBOARD = "tensorboard"  # folder
 WANDB_ID = "wandb_id"
 CLOSE_SECONDS = 60  # for the last upload
 _UPLOAD_SECONDS = 10  # between uploads of events to a bucket, where a file is written whole
@@ -92,7 +93,7 @@ def _tensorboard(workdir, config, resumed_at) -> Show:
     from tensorboardX.record_writer import directory_check
     from tensorboardX.summary import hparams
 
-    folder, first = str(epath.Path(workdir) / "tensorboard"), 0 if resumed_at is None else resumed_at + 1
+    folder, first = str(epath.Path(workdir) / TENSORBOARD), 0 if resumed_at is None else resumed_at + 1
     directory_check(folder)
     writer = EventsWriter(f"{folder}/events", filename_suffix=f".{first}")
     wait, flushed = _UPLOAD_SECONDS if "://" in folder else 0, float("-inf")

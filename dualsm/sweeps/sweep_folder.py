@@ -15,7 +15,7 @@ from dualsm.data.corpus import Corpus
 from dualsm.evaluation.spec import EvalSpec
 from dualsm.process.errors import UserError
 from dualsm.process.progress import warn
-from dualsm.rundir.checkpoint import FOLDER
+from dualsm.rundir.checkpoint import CHECKPOINTS
 from dualsm.rundir.metrics import METRICS, read_metrics
 from dualsm.rundir.results import read_results, results_file
 from dualsm.rundir.workdir import read_config
@@ -167,7 +167,7 @@ class Sweep:
         """Returns True if a cell's last log line and last checkpoint exist."""
         records, steps = self.records(cell), self.configs[cell.name].steps
         logged = bool(records) and records[-1]["step"] >= steps
-        return logged and (self.path(cell) / FOLDER / str(steps)).is_dir()
+        return logged and (self.path(cell) / CHECKPOINTS / str(steps)).is_dir()
 
     def _evaluated(self, cell: Cell) -> bool:
         """Returns True if the results of a cell's last checkpoint cover `eval_spec`."""

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """The time since the last log line.
+    """The time between two log lines.
 
     Attributes:
-      steps: training steps in it.
-      seconds: wall-clock time, validation excluded.
-      waiting: seconds in which the devices were idle, waiting for the next batch.
-      saving: seconds in which a checkpoint blocked the loop.
+      steps: number of training steps.
+      seconds: wall-clock time without validation.
+      waiting: seconds in which the devices were idle because the next batch was not ready.
+      saving: seconds in which saving a checkpoint blocked the loop.
     """
 
     steps: int
@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 
 
 class Clock:
-    """Divides the time of a run into contiguous intervals; writing a log line counts too."""
+    """Divides the time of a run into contiguous intervals, which include the time to write log lines."""
 
     def __init__(self):
         self._start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""The one training loop: batch -> step -> maybe log, validate, save.
+"""The training loop: for each step, read a batch, update the state, and log, validate or save if due.
 
-A run is a function of its config. What the loop keeps between steps is the `TrainState` alone; batches are
-addressed by step, so a run that is resumed goes on exactly as if it had never stopped.
+A run is a function of its config. Only the `TrainState` is carried from step to step, and batches are
+addressed by step, so that a resumed run is identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from dualsm.process.progress import bar, say, warn
 from dualsm.rundir.checkpoint import Checkpoints, check_not_lost
 from dualsm.rundir.metrics import MetricsWriter, NoMetrics, read_metrics
 from dualsm.rundir.workdir import CONFIG, check_config_of_run, check_same, lock, write_config
-from dualsm.training.branch import branched_state, start_step
 from dualsm.training.clock import Clock
+from dualsm.training.fork import forked_state, start_step
 from dualsm.training.metrics_log import MetricsLog
 from dualsm.training.profile import Profiler, Window, profiled
 from dualsm.training.program import attended_share, compile_train_step
@@ -39,7 +39,7 @@ from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, TrainState
 from dualsm.training.step_metrics import StepMetrics
 from dualsm.training.summary import summarise
-from dualsm.training.validation import BYTES_OF_TOKENS, Validation, valid_rows
+from dualsm.training.validation import INEXACT_BYTES, Validation, valid_rows
 
 
 def train(
@@ -52,17 +52,18 @@ def train(
 
     Args:
       config: a complete config.
-      workdir: folder of the run; made when it does not exist.
-      stop: called after every step and before every batch of a validation, with the number of finished
-        steps; once it returns True the run saves and returns. In a job of many processes the same call must
-        return True in all of them.
-      profile: steps to profile.
+      workdir: the run directory; created if it does not exist.
+      stop: called with the number of finished steps, after every step and before every validation batch. When
+        it returns True, the run saves a checkpoint and returns. In a multi-process job, the same call must
+        return True in all processes.
+      profile: steps to profile; None: no profile.
 
     Returns:
       True if the run is complete, False if it was stopped.
 
     Raises:
-      UserError: for configs, corpora and folders that do not fit together, before anything is compiled.
+      UserError: if config, corpus and run directory do not fit together (before compilation), or if training
+        diverges.
     """
     workdir = epath.Path(workdir).expanduser()
     with distributed.together():
@@ -71,7 +72,7 @@ def train(
         corpus = Corpus(config.data.path)
         config = complete(config, corpus)
         config.start.step = start_step(config, workdir, corpus)
-    # The newest checkpoint of another run may change between the starts of the processes.
+    # Processes start at different times, and the run to fork may have saved a newer checkpoint in between.
     config.start.step = int(distributed.from_main(str(config.start.step)))
     with distributed.together():
         mesh = sharding.make_mesh(config.mesh, jax.devices())
@@ -86,7 +87,7 @@ def train(
             if distributed.is_main_process():
                 check_config_of_run(workdir, config, corpus)
                 stack.enter_context(lock(workdir))
-                check_config_of_run(workdir, config, corpus)  # another run may have come first
+                check_config_of_run(workdir, config, corpus)  # another run may have started before the lock
                 check_not_lost(workdir)
             if config.data.verify and leads_host:
                 corpus.verify("train")
@@ -97,7 +98,7 @@ def train(
         with distributed.together():
             if not (workdir / CONFIG).exists():
                 raise UserError(
-                    f"{workdir} must lie where all processes see it, in a bucket or on a shared disk"
+                    f"--workdir={workdir} is not visible to all processes; use a bucket or a shared disk"
                 )
         with jax.set_mesh(mesh), profiled(profile, workdir) as profiler:
             finished = run.go(stop, profiler)
@@ -107,22 +108,29 @@ def train(
 
 
 def complete(config: ConfigDict, corpus: Corpus) -> ConfigDict:
-    """The config with what follows from the corpus filled in: `model.vocab_size` and `data.identity`."""
+    """Returns the config with `model.vocab_size` and `data.identity` set from the corpus.
+
+    Raises:
+      UserError: if the config has another value for either of them.
+    """
     config = config.copy_and_resolve_references()
     if config.model.vocab_size not in (0, corpus.vocab_size):
         raise UserError(
-            f"config.model.vocab_size={config.model.vocab_size} but the corpus {corpus.folder} was made "
-            f"with a tokenizer of {corpus.vocab_size} ids"
+            f"config.model.vocab_size={config.model.vocab_size} differs from the vocabulary of the corpus "
+            f"{corpus.folder}, {corpus.vocab_size} ids; leave it at 0"
         )
     if config.data.identity not in ("", corpus.identity):
-        raise UserError(f"the corpus {corpus.folder} is not the one named by config.data.identity")
+        raise UserError(
+            f"config.data.identity={config.data.identity} is not the identity of the corpus {corpus.folder}, "
+            f"{corpus.identity}; leave it empty"
+        )
     config.model.vocab_size = corpus.vocab_size
     config.data.identity = corpus.identity
     return config
 
 
 class _Run:
-    """One process's part in one run."""
+    """A run, as seen by one of its processes."""
 
     def __init__(self, config: ConfigDict, workdir: epath.Path, corpus: Corpus, mesh: jax.sharding.Mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
@@ -158,25 +166,25 @@ class _Run:
                 held_out, config.seq_len, config.valid.num_sequences, special, tokenizer.token_bytes()
             )
             if not rows.exact and distributed.is_main_process():
-                warn(BYTES_OF_TOKENS)
-            # Only then are the scores those of the documents that gzip had to do.
+                warn(INEXACT_BYTES)
+            # The gzip baseline of the summary is comparable only if all held-out documents are scored.
             self.scores_all = rows.documents_VxL1.shape[0] * config.seq_len >= held_out.tokens
             self.validation = Validation(config, scored, special, rows, mesh)
 
     def go(self, stop: Callable[[int], bool], profiler: Profiler) -> bool:
-        """Runs from the newest checkpoint to the end, or until `stop`; returns whether it is the end."""
+        """Trains from the newest checkpoint until the end or until `stop`; returns True at the end."""
         with contextlib.closing(Checkpoints(self.workdir, self.config.checkpoint)) as checkpoints:
             state = checkpoints.restore(self.abstract_state)
             resumed = state is not None
             if not resumed and self.config.start.run:
-                state = branched_state(self.config, self.workdir, self.abstract_state, self.init)
+                state = forked_state(self.config, self.workdir, self.abstract_state, self.init)
             first = 0 if state is None else int(state.step)
             self._greet(first)
             unscored = resumed and self._is_unscored(first)
             if first == self.config.steps and not unscored:
                 return True
             writer = NoMetrics()
-            with distributed.together():  # a tracker may take minutes to start
+            with distributed.together():  # starting a tracker may take minutes
                 if distributed.is_main_process():
                     writer = MetricsWriter(self.workdir, self.config, resumed_at=first or None)
             with contextlib.closing(writer):
@@ -199,7 +207,7 @@ class _Run:
                 )
 
     def _is_unscored(self, first: int) -> bool:
-        """Returns True when the validation of step `first` was cut short by a stop."""
+        """Returns True if a validation is due at step `first` and has not been logged, because of a stop."""
         config = self.config
         if not self.validation or (first % config.valid.every and first != config.steps):
             return False
@@ -225,12 +233,12 @@ class _Run:
         batches = read_batches(
             self.batch_source, first, config.data.num_threads, config.data.prefetch_steps, self._batch
         )
-        log.clock = clock = Clock()  # the first validation does not count
+        log.clock = clock = Clock()  # excludes the first validation
         metrics, quiet = None, not distributed.is_main_process()
         done, save, unscored = first, False, False
         with bar(total=config.steps, initial=first, desc="training", unit="step", disable=quiet) as progress:
             for done in range(first + 1, config.steps + 1):
-                # Waiting here makes the time that `next(batches)` takes the time that the devices are idle.
+                # Wait here, so that the duration of `next(batches)` is the time in which devices are idle.
                 jax.block_until_ready(metrics)
                 self._check_step(metrics, done - 1, checkpoints)
                 with clock.time("waiting"):
@@ -259,10 +267,10 @@ class _Run:
                 # If validation was cut short, the resumed run repeats it and writes this line.
                 if (log_due or validate) and not unscored:
                     log.write(done, metrics if log_due else None, scores, progress)
-                # While updates are skipped the weights may be the cause: keep the older checkpoints.
+                # While updates are skipped, the weights may be the cause: keep the older checkpoints.
                 if save and (last or stopped or not metrics.consecutive_skips):
                     with clock.time("saving"):
-                        # No checkpoint may be ahead of its lines.
+                        # A checkpoint must not be newer than the metrics file.
                         checkpoints.save(done, state, before=log.sync, last=last or stopped)
                     save = False
                 if stopped:
@@ -272,7 +280,7 @@ class _Run:
         return done == config.steps and not unscored
 
     def _validate(self, state, metrics, done: int, clock, stop) -> dict[str, float] | None:
-        """Returns the validation metrics after step `done`; None if the run was stopped meanwhile."""
+        """Returns the validation metrics after step `done`; None if the run was stopped during validation."""
         jax.block_until_ready(metrics)
         with clock.time("validating"):
             return self.validation(state.params, stop=functools.partial(stop, done))
@@ -300,7 +308,7 @@ class _Run:
             )
 
     def _batch(self, element: dict[str, np.ndarray]) -> Batch:
-        """A step's rows and their objectives, on the devices; runs in the threads that read ahead."""
+        """Returns the batch of a step on the devices; runs in the prefetch threads."""
         objective_B, stratum_B, strata_B = mixture.assign(self.counts_SxJ[element["step"]])
         mine = self.batch_source.local_rows
         batch = Batch(
@@ -309,10 +317,10 @@ class _Run:
         return jax.tree.map(lambda rows: sharding.shard_batch(self.mesh, rows, self.config.batch_size), batch)
 
     def _validate_first(self, state, first: int, log: MetricsLog, untrained: bool, stop) -> bool:
-        """Validates before step `first + 1`; returns False if the run was stopped meanwhile."""
+        """Validates before step `first + 1`; returns False if the run was stopped during validation."""
         kind = f"model of step {first}" if first else f"{'untrained' if untrained else 'imported'} model"
         say(f"compiling and validating the {kind} ...")
-        # The loss of an untrained model hardly depends on the rows: a sample makes the start faster.
+        # All rows have nearly the same loss under an untrained model: an eighth of them is enough.
         scores = self.validation(state.params, every=8 if untrained else 1, stop=lambda: stop(first))
         if scores is None:
             return False
@@ -341,4 +349,4 @@ class _Run:
                 model.d_model // model.num_heads,
             )  # fmt: skip
             if reason := why_not_kernel(shape, shape):
-                warn(f"config.model.attention=auto takes plain attention: {reason}")
+                warn(f"config.model.attention=auto uses XLA attention, not a kernel: {reason}")

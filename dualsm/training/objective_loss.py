@@ -1,4 +1,4 @@
-"""The one loss behind every objective."""
+"""The loss, which is the same function for all objectives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from dualsm.objectives.mixture import OBJECTIVES, row_keys
 
 
 class RowSums(NamedTuple):
-    """Per row: `nll_B`, the weighted sum of nats, and `loss_denominator_B`, its denominator."""
+    """Sums over the positions of each row.
+
+    Attributes:
+      nll_B: float32; sum of the weighted negative log-likelihoods, in nats.
+      loss_denominator_B: float32; sum of the loss denominators.
+    """
 
     nll_B: jax.Array
     loss_denominator_B: jax.Array
@@ -29,29 +34,31 @@ def example_loss(
     z_loss: float = 0.0,
     row_weights_B: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array, RowSums]:
-    """Loss of a batch of examples, undivided, so that parts of a batch can be added up exactly.
+    """Returns the summed loss of a batch of examples and the loss denominator.
+
+    The sum is not divided by the denominator, so that sums over parts of a batch can be added exactly.
 
     Args:
       model: the model.
-      example: with fields of shape [B, L].
-      chunk: positions a row whose logits are held at once.
-      z_loss: weight of the squared log normaliser at every position that carries loss.
-      row_weights_B: factor on each row's loss, not on its denominator.
+      example: examples; the fields have the shape [B, L].
+      chunk: positions per row whose logits are in memory together.
+      z_loss: weight of the squared log normalizer at every position with a loss.
+      row_weights_B: factor on the loss of each row, but not on its denominator.
 
     Returns:
-      weighted_sum: float32 []; what is differentiated.
-      weight_sum: float32 []; what the sum over all rows is divided by, once.
-      stats: sums of each row, without factors and z-loss.
+      weighted_sum: float32 []; sum of the weighted losses, to be differentiated.
+      weight_sum: float32 []; loss denominator of the batch.
+      stats: sums per row, without `row_weights_B` and z-loss.
     """
     row_weights_Bx1 = jnp.broadcast_to(row_weights_B, example.weights_L.shape[:1])[:, None]
-    carries = (example.weights_L > 0).astype(jnp.float32)
+    has_loss = (example.weights_L > 0).astype(jnp.float32)
     weighted_sum, nll_BxL = cross_entropy(
         model.features(example.inputs_L, example.key_start_L, example.key_end_L),
         model.head.output.kernel[...],
         model.head.output.bias[...],
         example.targets_L,
         example.weights_L * row_weights_Bx1,
-        z_loss * carries,
+        z_loss * has_loss,
         chunk,
     )
     stats = RowSums((example.weights_L * nll_BxL).sum(1), example.loss_denominator_L.sum(1))
@@ -65,23 +72,23 @@ def objective_loss(
     options: Mapping = {},  # noqa: B006 (never written to)
     chunk: int = 1024,
 ) -> Callable[[dict, Row, jax.Array], tuple[jax.Array, jax.Array, RowSums]]:
-    """An objective on its own, as a pure function `(params, rows, key)` to jit and differentiate.
+    """Returns the loss of a single objective as a pure function, which can be jitted and differentiated.
 
     Args:
-      name: of the objective.
+      name: name of the objective.
       config: `config.model`.
       special: the tokenizer's special ids.
       options: keyword arguments of the objective.
-      chunk: positions a row whose logits are held at once.
+      chunk: positions per row whose logits are in memory together.
 
     Returns:
-      A function from parameters, a batch of rows and a key to (weighted_sum, weight_sum, stats); the loss
-      in nats per token is weighted_sum / weight_sum.
+      A function (params, rows, key) -> (weighted_sum, weight_sum, stats). The loss in nats per token is
+      weighted_sum / weight_sum.
     """
 
     def loss(params: dict, rows: Row, key: jax.Array):
         keys_B = row_keys(key, rows.tokens_L1.shape[0])
-        rewrite = jax.vmap(lambda row, row_key: OBJECTIVES[name](row, row_key, special, **options))
-        return example_loss(transformer.bind(config, params), rewrite(rows, keys_B), chunk)
+        make_examples = jax.vmap(lambda row, row_key: OBJECTIVES[name](row, row_key, special, **options))
+        return example_loss(transformer.bind(config, params), make_examples(rows, keys_B), chunk)
 
     return loss

@@ -37,9 +37,7 @@ def parse_window(text: str) -> Window:
 
 @contextlib.contextmanager
 def profiled(window: Window | None, workdir: epath.PathLike) -> Iterator[Profiler]:
-    """Yields the profiler of a run, and ends its trace when the context ends.
-
-    Only process 0 profiles.
+    """Yields the profiler of a run; writes its trace at the end of the context. Only process 0 profiles.
 
     Args:
       window: steps to profile; None profiles nothing.
@@ -62,8 +60,12 @@ def profiled(window: Window | None, workdir: epath.PathLike) -> Iterator[Profile
 class Profiler:
     """Traces the steps of a window.
 
-    The trace starts after the step before the window was dispatched, and ends after the step behind it was:
-    the devices run behind the host, so that the steps of the window are traced completely.
+    The trace starts after the dispatch of the step before the window and ends after the dispatch of the step
+    after the window. Because devices run behind the host, the trace contains every step of the window.
+
+    Attributes:
+      window: steps to trace; None: none.
+      traced: True once the trace has started.
     """
 
     def __init__(self, window: Window | None, folder: epath.Path):
@@ -72,7 +74,7 @@ class Profiler:
         self.traced = False
 
     def after_step(self, step: int) -> None:
-        """Starts or ends the trace; to be called after each step was dispatched."""
+        """Starts or ends the trace; call it after the dispatch of each step."""
         if self.window is None:
             return
         if self._running and step > self.window.last:

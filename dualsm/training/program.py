@@ -1,6 +1,6 @@
-"""What a run compiles: the state's layout on a mesh, its initialisation and the step.
+"""The compiled functions of a run: initialisation of the train state and the train step.
 
-Kept apart from the loop so that `python -m dualsm.compile` compiles the very same for absent devices.
+The training loop and `python -m dualsm.compile`, which compiles for absent devices, share these functions.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from dualsm.training.optimizer import make_optimizer
 from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, TrainState, init_state, make_train_step
 
-# By platform. Left alone, the TPU's compiler sends parts of a weight round a ring while it multiplies with
-# them, and adds up thin products in main memory: nearly twice the traffic, see docs/scaling.md.
+# By platform. By default the TPU compiler overlaps the all-gather of a sharded weight with the matmul
+# ("windowed einsum") and accumulates narrow products in HBM, which nearly doubles the traffic; see
+# docs/scaling.md.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
 
 
 class CompiledTrainStep(NamedTuple):
-    """What a run compiles.
+    """The functions of a run, jitted.
 
     Attributes:
-      abstract_state: a `TrainState` of shapes, types and layouts.
-      init: () -> the state before the first step.
-      step: (state, batch) -> (state, sums); takes the old state's memory for the new.
+      abstract_state: a `TrainState` of shapes, dtypes and shardings.
+      init: function () -> state before the first step.
+      step: function (state, batch) -> (state, step metrics); donates the state.
     """
 
     abstract_state: TrainState
@@ -48,10 +49,10 @@ class CompiledTrainStep(NamedTuple):
 def compile_train_step(
     config: ml_collections.ConfigDict, special: SpecialIds, mesh: Mesh
 ) -> CompiledTrainStep:
-    """The program of a run on the devices of `mesh`.
+    """Returns the jitted functions of a run on the devices of `mesh`.
 
     Args:
-      config: the run's config, vocabulary filled in.
+      config: the run's config, with `model.vocab_size` filled in.
       special: the tokenizer's special ids.
       mesh: from `sharding.make_mesh`.
     """
@@ -75,7 +76,7 @@ def compile_train_step(
 
 
 def batch_shapes(config: ml_collections.ConfigDict, mesh: Mesh) -> Batch:
-    """Shapes, types and layouts of a step's batch."""
+    """Returns the shapes, dtypes and shardings of a batch."""
     layout = jax.sharding.NamedSharding(mesh, sharding.spec("batch"))
     rows, length = config.batch_size, config.seq_len + 1
     shapes = Batch((rows, length), (rows, length), (rows,), (rows,), (rows,))
@@ -83,13 +84,18 @@ def batch_shapes(config: ml_collections.ConfigDict, mesh: Mesh) -> Batch:
 
 
 def attended_share(config: ml_collections.ConfigDict, special: SpecialIds, block: int = 1) -> float:
-    """Share of the attention scores that a row of one document needs on average, by its key ranges.
+    """Returns the mean fraction of the L x L attention scores that the key ranges of a row require.
 
-    With `block` above 1: that a kernel computes which works in blocks of so many queries and keys.
+    The mean is over 16 corruptions of a row with a single document, weighted with the mixture.
+
+    Args:
+      config: the run's config.
+      special: the tokenizer's special ids.
+      block: block size of the attention kernel in queries and keys: a kernel computes whole blocks.
     """
     names = trained_objectives(config)
 
-    @jax.jit  # op by op it would be a hundred small programs to compile at each start
+    @jax.jit  # unjitted, about a hundred small programs would be compiled
     def seen_J(keys: jax.Array) -> jax.Array:
         row = single_row(jnp.full(config.seq_len + 1, RESERVED_IDS), jnp.zeros(config.seq_len + 1))
         seen = []
@@ -104,14 +110,15 @@ def attended_share(config: ml_collections.ConfigDict, special: SpecialIds, block
 
 
 def activation_bytes(config: ml_collections.ConfigDict, special: SpecialIds, rows: int) -> int:
-    """Bytes that the forward pass of some rows keeps for the backward pass, by shape and before any layout.
+    """Returns the bytes that the forward pass of `rows` rows stores for the backward pass.
 
-    What does not grow with the rows (the weights themselves) is not counted.
+    The estimate is computed from shapes, without padding. Arrays whose size does not depend on the number of
+    rows, such as the weights, are excluded.
     """
     params = jax.eval_shape(lambda: transformer.init_params(config.model, jax.random.key(0)))
     objectives = mixture.bind(trained_objectives(config)[:1], config.objectives, special)
 
-    def kept(params, tokens_BxL1):
+    def residuals(params, tokens_BxL1):
         size = len(tokens_BxL1)
         zeros_B = jnp.zeros(size, jnp.int32)
         row = Row(tokens_BxL1, jnp.zeros_like(tokens_BxL1), zeros_B, zeros_B + 1, jnp.zeros(size))
@@ -125,6 +132,7 @@ def activation_bytes(config: ml_collections.ConfigDict, special: SpecialIds, row
 
     def size(rows: int) -> int:
         tokens = jax.ShapeDtypeStruct((rows, config.seq_len + 1), jnp.int32)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(kept, params, tokens)))
+        arrays = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
+        return sum(x.size * x.dtype.itemsize for x in arrays)
 
     return size(2 * rows) - size(rows)

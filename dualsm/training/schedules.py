@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ SCHEDULES = ("wsd", "cosine", "infinite")
 
 
 def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-    """The learning rate at each step, counted from 0.
+    """Returns the learning rate as a function of the step, counted from 0.
 
-    Every schedule rises linearly to the peak over `warmup` steps. Then
+    Every schedule starts with `warmup_steps` of linear warmup to the peak. The next phases are:
 
-    - wsd: is constant, and falls linearly to `final` times the peak over the last `decay` of the run
-      (arXiv 2405.18392);
-    - cosine: falls as a cosine to `final` times the peak;
-    - infinite: falls as a cosine to c = `constant` times the peak over `cooldown` steps, is constant, and
-      over the last `decay` of the run, t_a steps from step N_d on, falls exponentially to m = `final` times
-      the peak, c * (m / c)^((n - N_d) / t_a) (arXiv 2503.02844).
+    - wsd (warmup-stable-decay): constant, then linear decay to `final_fraction` of the peak over the last
+      `decay_fraction` of the steps (arXiv 2405.18392).
+    - cosine: cosine decay to `final_fraction` of the peak.
+    - infinite: cosine decay to c = `constant_fraction` of the peak over `cooldown_steps`, then constant, then
+      exponential decay to m = `final_fraction` of the peak over the last `decay_fraction` of the steps. At
+      step n of this last phase, which has t_a steps from step N_d on, the learning rate is
+      c * (m / c)^((n - N_d) / t_a) (arXiv 2503.02844).
 
     Args:
       config: `config.optimizer`, with `learning_rate` (the peak) and `schedule`.
-      steps: length of the run.
+      steps: number of steps of the run.
     """
     schedule, peak = config.schedule, config.learning_rate
     warmup, decay = schedule.warmup_steps, round(schedule.decay_fraction * steps)
@@ -33,7 +34,7 @@ def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
     if schedule.name == "wsd":
         fall = optax.linear_schedule(peak, peak * schedule.final_fraction, max(1, decay))
         return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, steps - decay])
-    # The cosine stays at its end value, which is the constant phase.
+    # After its decay the cosine schedule keeps its last value, which makes the constant phase.
     cool = optax.cosine_decay_schedule(
         peak, max(1, schedule.cooldown_steps), alpha=schedule.constant_fraction
     )

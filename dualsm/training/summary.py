@@ -1,4 +1,4 @@
-"""What came of a run, as a short table."""
+"""Summary of a finished run, for the terminal."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from pathlib import Path
 
 from dualsm.data.corpus import Corpus
 from dualsm.process.progress import table
-from dualsm.rundir.metrics import read_metrics
+from dualsm.rundir.checkpoint import CHECKPOINTS
+from dualsm.rundir.metrics import METRICS, read_metrics
+from dualsm.rundir.trackers import TENSORBOARD
+from dualsm.rundir.workdir import CONFIG
 
 
 def summarise(workdir: str | Path, corpus: Corpus | None = None) -> str:
-    """Held-out bits per byte of each objective before and after, speed, and where things are.
+    """Returns the held-out bits per byte before and after training, the speed, and the paths of the outputs.
 
-    Before training they are of a sample of the rows (see `dualsm.training.loop`). What the log lines do not
-    tell is left out.
+    The values before training are those of a sample of the rows (see `dualsm.training.loop`). Values that
+    are missing from the metrics file are omitted.
 
     Args:
-      workdir: of the run.
-      corpus: whose held-out documents were all scored at the end; adds what `gzip -9` needs for the same.
+      workdir: the run directory.
+      corpus: adds the bits per byte of `gzip -9` on the held-out split of this corpus. None unless the run
+        scored the whole split, because the values are not comparable otherwise.
     """
     records, lines = read_metrics(workdir), []
     validated = [r for r in records if any(name.startswith("valid/") for name in r)]
@@ -26,13 +30,13 @@ def summarise(workdir: str | Path, corpus: Corpus | None = None) -> str:
         lines.append(_scores(validated[0], validated[-1], corpus))
     speeds = [r["perf/tokens_per_second"] for r in records if "perf/tokens_per_second" in r]
     if speeds:
-        lines.append(f"{records[-1]['tokens']:,} tokens at {statistics.median(speeds):,.0f} a second")
-    lines.append(f"{workdir}: config.json, metrics.jsonl, tensorboard/, checkpoints/")
+        lines.append(f"{records[-1]['tokens']:,} tokens, {statistics.median(speeds):,.0f} tokens per second")
+    lines.append(f"{workdir}: {CONFIG}, {METRICS}, {TENSORBOARD}/, {CHECKPOINTS}/")
     return "\n".join(lines)
 
 
 def _scores(before: dict, after: dict, corpus: Corpus | None) -> str:
-    """The table of two log lines' held-out bits per byte."""
+    """Returns a table of the held-out bits per byte in two log lines."""
     names = [name for name in after if name.endswith("/bits_per_byte")]
     rows = [
         [name.split("/")[1], f"{before.get(name, float('nan')):.3f}", f"{after[name]:.3f}"] for name in names

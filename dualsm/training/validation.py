@@ -1,4 +1,4 @@
-"""Held-out loss of every objective, on the same rows with the same corruption in every run."""
+"""Validation: the held-out loss of each objective, with the same rows and corruption in every run."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from dualsm.objectives.example import Row, SpecialIds
 from dualsm.objectives.registry import valid_options
 from dualsm.training.objective_loss import example_loss
 
-_SEED = 20251214  # of the corruption; never the run's seed, so that runs are compared on the same task
-# Batches on their way at once: enough to keep devices busy. With over 32 XLA's CPU devices can stand still
-# and end the process: the threads that start programs wait for a place, and what would make one gets none.
-_AHEAD = 4
-BYTES_OF_TOKENS = (
-    "the corpus does not hold the bytes of its documents; bits per byte divide by bytes summed over tokens; "
-    "prepare the corpus anew"
+_SEED = 20251214  # of the corruption; independent of the run's seed, so that runs are comparable
+# Maximum number of dispatched batches: enough to keep devices busy. Above 32, XLA's CPU client can deadlock,
+# because the threads that launch programs wait for a slot that only a blocked program would free.
+_MAX_IN_FLIGHT = 4
+INEXACT_BYTES = (
+    "the corpus does not store the sizes of its documents, so bits per byte use the bytes of the tokens; "
+    "prepare the corpus again for exact values"
 )
-_DOCUMENTS_AT_ONCE = 1024  # read to count their bytes
+_DOCUMENTS_PER_READ = 1024
 
 
 class ValidRows(NamedTuple):
-    """Held-out documents packed into rows, with what their bits per byte need.
+    """Held-out documents packed into rows, and their sizes in bytes.
 
     Attributes:
       tokens_VxL1: int32; token ids.
-      documents_VxL1: int32; number of the document within the row, `PAD_DOCUMENT` after the end.
-      scale_VxL1: float32; factor on `token_bytes_V` that makes the tokens of each document add up to the
-        bytes of its text. Of a document that a row cuts, each part gets its share.
-      token_bytes_V: float32; bytes of text that each token stands for.
-      exact: False when the bytes of the documents are unknown and the sum over tokens takes their place.
+      documents_VxL1: int32; index of each token's document within the row, `PAD_DOCUMENT` for padding.
+      scale_VxL1: float32; factor on `token_bytes_V`. With this factor the bytes of a document's tokens sum to
+        the bytes of its text. A document that is split between two rows has the same factor in both.
+      token_bytes_V: float32; bytes of text per token.
+      exact: False if the corpus does not store the sizes of its documents; all factors are then 1.
     """
 
     tokens_VxL1: np.ndarray
@@ -54,13 +54,13 @@ class ValidRows(NamedTuple):
 def valid_rows(
     documents: Documents, seq_len: int, rows: int, special: SpecialIds, token_bytes_V: np.ndarray
 ) -> ValidRows:
-    """Packs the held-out documents into rows, in their order.
+    """Packs the held-out documents into rows, in corpus order.
 
     Args:
       documents: the held-out split.
       seq_len: L.
-      rows: at most this many rows; 0 takes all.
-      special: its `pad` fills the last row.
+      rows: maximum number of rows; 0: all.
+      special: special ids; `pad` fills the last row.
       token_bytes_V: from `Tokenizer.token_bytes`.
     """
     order = SequenceOrder(documents.lengths_N, documents.tokens, seq_len)
@@ -69,8 +69,8 @@ def valid_rows(
     scale_VxL1 = np.ones(tokens_VxL1.shape, np.float32)
     if documents.bytes_N is not None:
         segments = order.segments(row_V)
-        read = int(segments.document_S.max()) + 1  # documents are in the order of the corpus
-        token_bytes_V, scale_N = _fit_to_documents(documents, read, special.unk, token_bytes_V)
+        count = int(segments.document_S.max()) + 1  # documents are in corpus order
+        token_bytes_V, scale_N = _fit_to_documents(documents, count, special.unk, token_bytes_V)
         scale_S = scale_N[segments.document_S]
         scale_VxL1[documents_VxL1 != PAD_DOCUMENT] = np.repeat(scale_S, segments.stop_S - segments.start_S)
     return ValidRows(
@@ -85,20 +85,21 @@ def valid_rows(
 def _fit_to_documents(
     documents: Documents, count: int, unk: int, token_bytes_V: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fits the bytes of tokens to the bytes of the first `count` documents.
+    """Fits the bytes per token to the sizes of the first `count` documents.
 
-    Whole documents are read, also the one that the last row cuts. `<unk>` gets the mean of the bytes that the
-    other tokens leave, so that objectives that never score it do not gain its bytes.
+    Documents are read completely, including the one that the last row cuts off. The bytes that the other
+    tokens do not account for are divided equally among the `<unk>` tokens, so that objectives that never
+    score `<unk>` are not credited with its bytes.
 
     Returns:
-      token_bytes_V with `<unk>`, and scale_N, by which they are multiplied in each document.
+      `token_bytes_V` with a value for `<unk>`, and the factor `scale_N` of each document.
     """
     known_N, unknown_N = np.zeros(count), np.zeros(count)
-    for first in range(0, count, _DOCUMENTS_AT_ONCE):
-        numbers = range(first, min(first + _DOCUMENTS_AT_ONCE, count))
-        for number, tokens in zip(numbers, documents.read(numbers), strict=True):
-            known_N[number] = token_bytes_V[tokens].sum()
-            unknown_N[number] = (tokens == unk).sum()
+    for first in range(0, count, _DOCUMENTS_PER_READ):
+        indices = range(first, min(first + _DOCUMENTS_PER_READ, count))
+        for index, tokens in zip(indices, documents.read(indices), strict=True):
+            known_N[index] = token_bytes_V[tokens].sum()
+            unknown_N[index] = (tokens == unk).sum()
     bytes_N = documents.bytes_N[:count]
     left = (bytes_N - known_N)[unknown_N > 0].sum()
     token_bytes_V = token_bytes_V.astype(np.float64)
@@ -108,7 +109,7 @@ def _fit_to_documents(
 
 
 class Validation:
-    """Scores parameters on fixed held-out rows under several objectives, all by one compiled function."""
+    """Computes the held-out loss of several objectives with one compiled function."""
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class Validation:
         rows: ValidRows,
         mesh: jax.sharding.Mesh,
         samples: int = 1,
-        at_once: int | None = None,
+        batch_size: int | None = None,
     ):
         """
         Args:
@@ -126,36 +127,36 @@ class Validation:
           names: objectives to score.
           special: the tokenizer's special ids.
           rows: from `valid_rows`.
-          mesh: whose devices share the rows.
-          samples: how often each row is scored, with other corruption each time.
-          at_once: rows scored at once, over all devices; None: as many as in a microbatch of training.
+          mesh: device mesh; each batch is sharded over its devices.
+          samples: number of times that each row is scored, each time with a new corruption.
+          batch_size: rows per batch, over all devices; None: the rows of a gradient accumulation step.
         """
         self._names = list(names)
         arrays = tuple(np.tile(a, (samples, 1)) for a in rows[:3])
-        at_once = at_once or config.batch_size // config.gradient_accumulation_steps
+        batch_size = batch_size or config.batch_size // config.gradient_accumulation_steps
         self._batches = [
             tuple(shard_batch(mesh, part) for part in batch)
-            for batch in _batches(arrays, at_once, special.pad)
+            for batch in _batches(arrays, batch_size, special.pad)
         ]
         self._strata = len(arrays[0])
         objectives = mixture.bind(names, valid_options(config.objectives), special)
         token_bytes_V = jnp.asarray(rows.token_bytes_V)
 
         def score(params: dict, tokens_BxL1, documents_BxL1, scale_BxL1, stratum_B, objective: jax.Array):
-            """Sums over a batch: nats, counted positions, and bytes of the counted targets."""
+            """Returns sums over a batch: loss in nats, loss denominator, bytes of the scored targets."""
             size = tokens_BxL1.shape[0]
             keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(_SEED), i))(stratum_B)
             strata_B = jnp.full(size, self._strata)
             row = Row(tokens_BxL1, documents_BxL1, stratum_B, strata_B, jnp.zeros(size))
             example = mixture.make_examples(objectives, row, jnp.full(size, objective), keys_B)
             example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
-            _, counted, stats = example_loss(
+            _, denominator, stats = example_loss(
                 transformer.bind(config.model, params), example, config.loss.chunk_size
             )
-            # Position i and its target are in one document, whatever the objective.
+            # Under every objective, position i and its target are in the same document.
             bytes_BxL = scale_BxL1[:, :-1] * token_bytes_V[example.targets_L]
             bytes_ = (example.loss_denominator_L * bytes_BxL).sum()
-            return stats.nll_B.sum(), counted, bytes_
+            return stats.nll_B.sum(), denominator, bytes_
 
         self._score = jax.jit(score, out_shardings=replicated(mesh))
 
@@ -166,13 +167,17 @@ class Validation:
         every: int = 1,
         stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float] | None:
-        """Metrics `valid/<objective>/loss` (nats a token) and `valid/<objective>/bits_per_byte`.
+        """Scores the held-out rows.
 
         Args:
           params: parameters.
-          names: of the objectives to score; None: all this was made for.
-          every: only every so manieth batch is scored. The rows of each come from all over the text.
-          stop: asked before every batch; once it returns True scoring ends, and None is returned.
+          names: objectives to score; None: all.
+          every: scores only every n-th batch. Each batch is a sample of the whole split.
+          stop: called before each batch; True ends the scoring.
+
+        Returns:
+          Metrics `valid/<objective>/loss` (nats per token) and `valid/<objective>/bits_per_byte`; None if
+          `stop` returned True.
         """
         metrics = {}
         for name in self._names if names is None else names:
@@ -182,22 +187,24 @@ class Validation:
                 if stop():
                     return None
                 parts.append(self._score(params, *batch, jnp.int32(index)))
-                jax.block_until_ready(parts[-_AHEAD:][0])
-            nats, counted, bytes_ = np.array(jax.device_get(parts), np.float64).sum(0)
-            metrics[f"valid/{name}/loss"] = float(nats / max(counted, 1))
+                jax.block_until_ready(parts[-_MAX_IN_FLIGHT:][0])
+            nats, denominator, bytes_ = np.array(jax.device_get(parts), np.float64).sum(0)
+            metrics[f"valid/{name}/loss"] = float(nats / max(denominator, 1))
             metrics[f"valid/{name}/bits_per_byte"] = float(nats / math.log(2) / max(bytes_, 1))
         return metrics
 
 
 def _batches(rows: tuple[np.ndarray, np.ndarray, np.ndarray], size: int, pad: int):
-    """Batches of `size` rows and the rows' numbers. Of n batches each takes every n-th row, so that each is a
-    sample of the whole; the end is filled up with empty rows."""
+    """Yields batches of `size` rows with the indices of the rows; pads the last batch with empty rows.
+
+    Each of n batches takes every n-th row, so that it is a sample of the whole split.
+    """
     missing = -len(rows[0]) % size
     fill = (pad, PAD_DOCUMENT, 1)
     arrays = [
         np.pad(a, [(0, missing), (0, 0)], constant_values=value) for a, value in zip(rows, fill, strict=True)
     ]
-    numbers_V, batches = np.arange(len(arrays[0]), dtype=np.int32), len(arrays[0]) // size
+    index_V, batches = np.arange(len(arrays[0]), dtype=np.int32), len(arrays[0]) // size
     for first in range(batches):
         part = slice(first, None, batches)
-        yield *(a[part] for a in arrays), numbers_V[part]
+        yield *(a[part] for a in arrays), index_V[part]

@@ -108,4 +108,4 @@ def test_a_run_on_an_accelerator_is_told_of_plain_attention(micro, tmp_path, mon
     assert "plain attention" not in capsys.readouterr().err
     monkeypatch.setattr("dualsm.devices.sharding.platform", lambda: "gpu")
     train(micro, tmp_path / "gpu", stop=lambda step: True)
-    assert "config.model.attention=auto takes plain attention: " in capsys.readouterr().err
+    assert "config.model.attention=auto uses XLA attention, not a kernel: " in capsys.readouterr().err

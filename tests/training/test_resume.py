@@ -199,7 +199,7 @@ def test_a_torn_last_line_is_not_read(tmp_path):
 def test_a_second_signal_ends_the_run_at_once(recipe, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     process = interrupted(recipe, workdir, 4)
-    while "again: quit at once" not in process.stdout.readline():
+    while "send it again to quit" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)

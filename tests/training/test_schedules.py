@@ -36,7 +36,14 @@ def test_cosine_ends_at_its_final_value():
 
 def test_infinite_follows_its_formula():
     """Linear to the peak over N_w, cosine to const over N_c, hold, const * (min/const)^((n - N_d)/t_a)."""
-    rate = schedule(name="infinite", warmup_steps=10, cooldown_steps=20, constant_fraction=0.4, decay_fraction=0.5, final_fraction=0.1)
+    rate = schedule(
+        name="infinite",
+        warmup_steps=10,
+        cooldown_steps=20,
+        constant_fraction=0.4,
+        decay_fraction=0.5,
+        final_fraction=0.1,
+    )
     assert float(rate(5)) == pytest.approx(0.5)
     assert float(rate(10)) == pytest.approx(1.0)
     assert float(rate(20)) == pytest.approx(0.7)  # half-way down the cosine

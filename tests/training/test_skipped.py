@@ -91,11 +91,11 @@ def test_a_run_that_diverges_ends_and_names_the_checkpoint_before_it(micro, tmp_
     micro.mesh.data = -1
     micro.max_consecutive_skips = 3
     assert train(micro, tmp_path / "good") is True
-    branch = micro.copy_and_resolve_references()
-    branch.start.run, branch.start.step = str(tmp_path / "good"), 8
-    branch.steps, branch.optimizer.learning_rate = 16, 1e30
+    fork = micro.copy_and_resolve_references()
+    fork.start.run, fork.start.step = str(tmp_path / "good"), 8
+    fork.steps, fork.optimizer.learning_rate = 16, 1e30
     with pytest.raises(UserError, match="diverged: the updates of steps 10 to 12") as error:
-        train(branch, tmp_path / "bad")
+        train(fork, tmp_path / "bad")
     assert "\n" not in str(error.value)
     assert "step 10: the loss or its gradient is not finite" in capsys.readouterr().err
     assert all(np.isfinite(list(record.values())).all() for record in read_metrics(tmp_path / "bad"))

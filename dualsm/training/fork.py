@@ -17,14 +17,19 @@ from dualsm.training.step import TrainState
 
 
 def start_step(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> int:
-    """Returns the step of the checkpoint that a run is forked from, -1 if it is not forked.
+    """Returns the step of the checkpoint that a run is forked from, or -1 if it is not forked.
 
-    Which one is the newest is decided at the run's first start, for the other run may go on. Later starts
-    take what the workdir's config says.
+    The newest checkpoint is looked up only at the run's first start, because the other run may continue to
+    train. Later starts read the step from the config in the run directory.
+
+    Args:
+      config: the run's config.
+      workdir: the run directory.
+      corpus: the run's corpus.
 
     Raises:
-      UserError: at the first start, when there is no such checkpoint, it does not lie before the end of this
-        run, or the other run's tokenizer is not the corpus's.
+      UserError: at the first start, if the checkpoint does not exist or is not before the end of this run, or
+        if the other run has another tokenizer than the corpus.
     """
     start = config.start
     if not start.run:
@@ -36,31 +41,31 @@ def start_step(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> int:
     tokenizer = epath.Path(start.run) / TOKENIZER
     if load_tokenizer(str(tokenizer)).sha256() != corpus.manifest["tokenizer_sha256"]:
         raise UserError(
-            f"the corpus {corpus.folder} was made with another tokenizer than config.start.run={start.run}; "
-            f"prepare it with --tokenizer={tokenizer}"
+            f"the corpus {corpus.folder} has another tokenizer than config.start.run={start.run}; "
+            f"prepare the corpus with --tokenizer={tokenizer}"
         )
     return step
 
 
-def branched_state(
+def forked_state(
     config: ConfigDict, workdir: epath.Path, abstract_state: TrainState, init: Callable[[], TrainState]
 ) -> TrainState:
-    """Returns the state of another run's checkpoint, as if this run had trained up to that step.
+    """Returns the train state of another run's checkpoint, as if this run had trained up to that step.
 
     Args:
-      config: of the run.
-      workdir: of the run, which holds its config.
-      abstract_state: what to restore into.
-      init: makes the state before the first step.
+      config: the run's config.
+      workdir: the run directory, which already contains the config.
+      abstract_state: shapes, dtypes and shardings of the state.
+      init: returns the state before the first step.
 
     Raises:
-      UserError: when there is no such checkpoint, it is damaged, or of another model or optimizer.
+      UserError: if the checkpoint does not exist, is damaged, or is of another model or optimizer.
     """
-    start = read_config(workdir).start  # there all processes read the same step
+    start = read_config(workdir).start  # the same step in all processes
     parts = {name: getattr(abstract_state, name) for name in ("step", "params", "opt_state")}
     step, parts = restore_parts(start.run, parts, start.step if start.step >= 0 else None)
-    _check_end(step, config)  # an older config may have -1 there
-    # The rest alone: with weights and an optimizer of its own the state would be held twice.
+    _check_end(step, config)  # the config of an older version may contain -1
+    # Initialise the other fields only: a complete second state would double the peak memory.
     rest = [name for name in abstract_state._fields if name not in parts]
     shardings = [jax.tree.map(lambda leaf: leaf.sharding, getattr(abstract_state, name)) for name in rest]
     make = jax.jit(lambda: [getattr(init(), name) for name in rest], out_shardings=shardings)
@@ -68,9 +73,9 @@ def branched_state(
 
 
 def _check_end(step: int, config: ConfigDict) -> None:
-    """Raises `UserError` unless a checkpoint leaves steps to train."""
+    """Raises `UserError` if no steps are left to train after the checkpoint."""
     if step >= config.steps:
         raise UserError(
-            f"config.start: the checkpoint of step {step} in {config.start.run} does not lie before the end "
-            f"of this run, config.steps={config.steps}"
+            f"config.start: step {step} of {config.start.run} is not before the end of this run "
+            f"(config.steps={config.steps}); train for more steps or fork an earlier checkpoint"
         )
