@@ -1,4 +1,4 @@
-"""Orbax checkpoints of the whole training state."""
+"""Orbax checkpoints of the train state."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ from dualsm.rundir import checksums
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
-LATEST = "latest_checkpoint"  # file with the step of the last whole checkpoint; tells a lost one from none
+LATEST = "latest_checkpoint"  # file with the step of the newest intact checkpoint; reveals lost checkpoints
 
 
 class Checkpoints:
-    """The checkpoints of a run: written in the background, whole or not there at all."""
+    """Saves and restores the checkpoints of a run; saves are atomic and run in the background."""
 
     def __init__(self, workdir: epath.PathLike, config: ml_collections.ConfigDict):
-        """`config` is `config.checkpoint`."""
+        """
+        Args:
+          workdir: the run directory.
+          config: `config.checkpoint`.
+        """
         self._config = config
         self._folder, self._latest = _folder(workdir), epath.Path(workdir) / LATEST
-        self._damaged: set[int] = set()  # on disk, passed over by `restore`
+        self._damaged: set[int] = set()  # on disk, skipped by `restore`
         self._writing: int | None = None
-        self._failed: list[int] = []  # steps of the saves that failed since the last good one
-        self._lost = False  # whether the folder is gone
+        self._failed: list[int] = []  # steps of consecutive failed saves
+        self._lost = False  # True while the folder does not exist
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -45,101 +49,109 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 save_decision_policy=policies.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
-                lightweight_initialize=True,  # damaged metadata is met at restore, where it is passed over
+                lightweight_initialize=True,  # reads metadata at restore, which skips damaged checkpoints
             ),
         )
 
     def save(self, step: int, state, before: Callable[[], None] = lambda: None, last: bool = False) -> None:
-        """Starts writing `state`; returns when the device's memory may change again.
+        """Starts to write `state`; returns when the arrays may be donated again.
 
-        Damaged checkpoints that `restore` passed over, for a whole one, are deleted before.
+        Deletes the damaged checkpoints that `restore` skipped.
 
         Args:
-          step: of the state.
-          state: a tree of arrays.
-          before: what must be on disk before the checkpoint is. An OSError of it is a failed save.
-          last: the run ends with this one; `finish` tries it again when it failed.
+          step: step of the state.
+          state: tree of arrays.
+          before: called before the checkpoint is written, to write files that must not be older than the
+            checkpoint. If it raises OSError, the save has failed.
+          last: True if the run ends with this checkpoint; `finish` repeats a failed last save.
 
         Raises:
-          UserError: after more than `max_failed_saves` consecutive failures; earlier ones are reported.
+          UserError: after more than `max_failed_saves` consecutive failures. Earlier failures are warnings.
         """
-        self._settle(last)
-        with self._reporting(step, last):
-            sums = checksums.started(state)  # while the disk is waited for
+        self._wait(last)
+        with self._report_failure(step, last):
+            sums = checksums.start_checksums(state)  # computed while the disk is probed
             with distributed.together():
                 before()
                 self._probe()
             if self._lost:
                 self._reopen()
-            # Orbax saves no step before its latest, and counts damaged ones among those to keep.
+            # Orbax does not save steps before its latest one, and counts damaged ones towards max_to_keep.
             for damaged in sorted(self._damaged.intersection(self._manager.all_steps())):
                 self._manager.delete(damaged)
             self._damaged.clear()
             save, metadata = ocp.args.StandardSave(state), {CHECKSUMS: sums()}
-            # Not `together`: where this fails in one process, Orbax holds the others in a collective.
+            # Not inside `together`: if one process fails here, the others wait in a collective of Orbax.
             if not self._manager.save(step, args=save, custom_metadata=metadata):
-                raise FileExistsError(f"there is one of step {self._manager.latest_step()} already")
+                raise FileExistsError(f"a checkpoint of step {self._manager.latest_step()} already exists")
             self._writing = step
 
     def _probe(self) -> None:
-        """Raises OSError where nothing can be written; Orbax would leave threads that wait for minutes."""
+        """Raises OSError if the folder is not writable; Orbax's threads would wait for minutes instead."""
         if distributed.is_main_process():
             probe = self._folder / ".probe"
             probe.write_bytes(b"x" * 4096)
             probe.unlink(missing_ok=True)
 
     def finish(self, again: Callable[[], None] = lambda: None) -> None:
-        """Waits for the last save, and calls `again` to repeat it while it fails.
+        """Waits for the last save and repeats a failed one after 1, 2, 4, ... seconds.
+
+        Args:
+          again: repeats the save.
 
         Raises:
-          UserError: when it failed `final_retries` times more, in minutes.
+          UserError: after `final_retries` failed retries.
         """
-        self._settle(last=True)
+        self._wait(last=True)
         for attempt in range(self._config.final_retries):
             if not self._failed:
                 return
             time.sleep(2**attempt)
             again()
-            self._settle(last=True)
+            self._wait(last=True)
         if self._failed:
             raise UserError(
-                f"the checkpoint of step {self._failed[-1]} could not be saved; {self._what_is_there()}"
+                f"the checkpoint of step {self._failed[-1]} could not be saved; {self._how_to_resume()}"
             )
 
-    def _settle(self, last: bool = False) -> None:
-        """Waits for what is being written in the background."""
+    def _wait(self, last: bool = False) -> None:
+        """Waits for the save in the background."""
         step, self._writing = self._writing, None
         if step is not None:
-            with self._reporting(step, last):
+            with self._report_failure(step, last):
                 with distributed.together():
                     self._manager.wait_until_finished()
                 self._failed = []
-                self._note_whole(step)
+                self._write_latest(step)
 
-    def _note_whole(self, step: int) -> None:
-        """Writes the step of a whole checkpoint beside the folder of checkpoints."""
+    def _write_latest(self, step: int) -> None:
+        """Writes the file `LATEST`."""
         if distributed.is_main_process():
-            with contextlib.suppress(OSError):  # a failure of this file alone is no reason to stop
+            with contextlib.suppress(OSError):  # the run can continue without this file
                 self._latest.write_text(f"{step}\n")
 
     @contextlib.contextmanager
-    def _reporting(self, step: int, last: bool) -> Iterator[None]:
-        """Reports what goes wrong inside as a failed save of `step`, and gives up after too many."""
+    def _report_failure(self, step: int, last: bool) -> Iterator[None]:
+        """Turns any exception inside the context into a warning that the save of `step` has failed.
+
+        Raises:
+          UserError: after too many consecutive failures.
+        """
         try:
             yield
-        except Exception as error:  # whatever a full disk or a lost mount makes the writers raise
+        except Exception as error:  # a full disk or a lost mount raises various errors
             self._failed.append(step)
             count, allowed = len(self._failed), self._config.max_failed_saves
-            # One process alone cannot go on: the others may wait for it in the same save.
+            # If only this process failed, the others may wait for it in the same save.
             alone = jax.process_count() > 1 and not getattr(error, "agreed", False)
             if alone or (count > allowed and not last):
                 raise UserError(
-                    f"the checkpoint of step {step} could not be saved ({_reason(error)}), the {count}. in a "
-                    f"row; {self._what_is_there()}"
+                    f"the checkpoint of step {step} could not be saved ({_reason(error)}), {count} "
+                    f"consecutive failures; {self._how_to_resume()}"
                 ) from error
-            next_ = "trying again" if last else f"{allowed - count} more in a row may fail"
+            next_ = "retrying" if last else f"training continues; {allowed - count} more may fail"
             warn(
-                f"the checkpoint of step {step} could not be saved ({_reason(error)}); going on, {next_} "
+                f"the checkpoint of step {step} could not be saved ({_reason(error)}); {next_} "
                 f"(config.checkpoint.{'final_retries' if last else 'max_failed_saves'})"
             )
             with contextlib.suppress(Exception):
@@ -147,28 +159,33 @@ class Checkpoints:
             self._reopen()
 
     def _reopen(self) -> None:
-        """A new manager, which removes what was half written. Where a mount is gone, and the folder with it,
-        there is none until it is back: nothing must land in the place where the mount has been."""
-        local = "://" not in str(self._folder)  # a bucket has no folders that could be lost
+        """Opens a new manager, which removes partially written checkpoints.
+
+        If the folder does not exist, because its disk was unmounted, no manager is opened until the folder is
+        back: a new manager would create the folder on the disk below the mount point.
+        """
+        local = "://" not in str(self._folder)  # buckets have no folders
         self._lost = local and not self._folder.is_dir()
         if not self._lost:
             with contextlib.suppress(OSError):
                 self._manager = self._open()
 
-    def _what_is_there(self) -> str:
+    def _how_to_resume(self) -> str:
         newest = self.newest()
-        return f"make room or mend {self._folder} and run the same command again: it goes on " + (
-            f"from step {newest}, which is whole" if newest else "from the start"
+        return f"free disk space or repair {self._folder}, then run the same command to resume " + (
+            f"from step {newest}" if newest else "from the start"
         )
 
     def restore(self, abstract_state):
-        """The newest whole checkpoint, laid out as `abstract_state`, or None when there is none.
+        """Returns the state of the newest intact checkpoint, or None if the run has no checkpoints.
 
-        A checkpoint that cannot be read, or whose checksums are not those it was saved with, is named and
-        passed over.
+        Checkpoints that cannot be read, or whose checksums have changed, are skipped with a warning.
+
+        Args:
+          abstract_state: tree of shapes, dtypes and shardings.
 
         Raises:
-          UserError: when there are checkpoints but none can be read.
+          UserError: if the run has checkpoints but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -177,41 +194,42 @@ class Checkpoints:
                 restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
                 _verify(self._manager, step, restored)
                 state = restored
-            except Exception as error:  # whatever a damaged file makes the readers raise
+            except Exception as error:  # damaged files raise various errors
                 reason = _reason(error)
             if distributed.all_agree(state is not None):
-                self._note_whole(step)
+                self._write_latest(step)
                 return state
             self._damaged.add(step)
-            warn(f"checkpoint {self._folder / str(step)} is damaged and passed over: {reason}")
+            warn(f"skipped the damaged checkpoint {self._folder / str(step)}: {reason}")
         if steps:
             raise UserError(
-                f"none of the checkpoints in {self._folder} can be read; move them away to start anew"
+                f"none of the checkpoints in {self._folder} can be read; restore a backup or choose another "
+                "--workdir"
             )
         return None
 
     def newest(self) -> int:
-        """The step of the newest checkpoint that is not known to be damaged, 0 when there is none."""
+        """Returns the step of the newest checkpoint that is not known to be damaged, or 0."""
         return max(set(self._manager.all_steps()) - set(self._failed) - self._damaged, default=0)
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        with contextlib.suppress(Exception):  # a failed save was or is being reported
+        """Waits for the save in the background."""
+        with contextlib.suppress(Exception):  # failed saves are reported elsewhere
             self._manager.close()
 
 
 def _verify(manager: ocp.CheckpointManager, step: int, restored) -> None:
-    """Raises `UserError` unless restored arrays have the checksums they were saved with."""
+    """Raises `UserError` unless the restored arrays have the checksums in the checkpoint's metadata."""
     expected = (manager.metadata(step).custom_metadata or {}).get(CHECKSUMS)
     if not isinstance(expected, dict):
         raise UserError("its checksums are missing")
     wrong = checksums.changed(restored, expected)
     if wrong:
-        raise UserError(f"{len(wrong)} of its arrays have changed since they were saved ({wrong[0]}, ...)")
+        raise UserError(f"{len(wrong)} of its arrays have wrong checksums ({wrong[0]}, ...)")
 
 
 def _reason(error: Exception) -> str:
-    """What an error of the readers or writers says, without the settings that they append."""
+    """Returns the first line of an error message, without the settings that tensorstore appends."""
     return (str(error).splitlines() or [type(error).__name__])[0].partition(" [tensorstore_spec")[0]
 
 
@@ -221,23 +239,23 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def check_not_lost(workdir: epath.PathLike) -> None:
-    """Raises `UserError` when a run had a checkpoint and has none any more.
+    """Raises `UserError` if a run has no checkpoints although one has been saved.
 
-    Looks at the folder alone: Orbax would wait for the other processes of the job.
+    Lists the folder without Orbax, which would wait for the other processes of the job.
     """
     latest, folder = epath.Path(workdir) / LATEST, _folder(workdir)
     if latest.exists() and not (folder.exists() and any(p.name.isdigit() for p in folder.iterdir())):
         raise UserError(
-            f"the checkpoints of {workdir} are gone, the last was of step {latest.read_text().strip()}; move "
-            f"them back to {folder} to go on, or choose another --workdir to start anew"
+            f"the checkpoints of {workdir} are missing, the last was of step {latest.read_text().strip()}; "
+            f"move them back to {folder} to resume, or choose another --workdir"
         )
 
 
 def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
-    """The step of a run's newest checkpoint; or `step`, where there is one of it.
+    """Returns the step of a run's newest checkpoint, or `step` if the run has a checkpoint of that step.
 
     Raises:
-      UserError: when there is no such checkpoint.
+      UserError: if the run does not have this checkpoint.
     """
     folder = _folder(workdir)
     try:
@@ -261,21 +279,24 @@ def _reader(folder: epath.Path) -> ocp.CheckpointManager:
 def restore_params(
     workdir: epath.PathLike, abstract_params: dict, step: int | None = None
 ) -> tuple[int, dict]:
-    """Only the parameters of a run's newest checkpoint (or that of `step`), and its step."""
+    """Restores the parameters from a run's checkpoint; see `restore_parts`."""
     step, parts = restore_parts(workdir, {"params": abstract_params}, step)
     return step, parts["params"]
 
 
 def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | None = None) -> tuple[int, dict]:
-    """Some fields of the training state in a run's newest checkpoint (or that of `step`), and its step.
+    """Restores some fields of the train state from a run's checkpoint.
 
     Args:
-      workdir: of the run.
-      abstract_parts: field name -> what to restore into.
-      step: of the checkpoint.
+      workdir: the run directory.
+      abstract_parts: field name -> tree of shapes, dtypes and shardings.
+      step: step of the checkpoint; None: the newest.
+
+    Returns:
+      The step of the checkpoint, and field name -> tree of arrays.
 
     Raises:
-      UserError: when there is no such checkpoint, or it is of another model or optimizer.
+      UserError: if the checkpoint does not exist, is damaged, or is of another model or optimizer.
     """
     step, folder = find_step(workdir, step), _folder(workdir)
     with _reader(folder) as manager:
@@ -287,7 +308,7 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
         try:
             parts = manager.restore(step, args=restore)
             _verify(manager, step, parts)
-        except Exception as error:  # whatever a damaged file makes the readers raise
+        except Exception as error:  # damaged files raise various errors
             raise UserError(
                 f"checkpoint {folder / str(step)} is damaged or of another model or optimizer: "
                 f"{_reason(error)}"
@@ -296,5 +317,5 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
 
 
 def abstract(tree, shardings):
-    """Shapes, types and layouts of a tree, to restore into."""
+    """Returns the shapes, dtypes and shardings of a tree, as the restore functions take them."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

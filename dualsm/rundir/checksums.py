@@ -12,17 +12,21 @@ import jax.numpy as jnp
 def checksums(tree) -> dict[str, int]:
     """Returns the checksum of each array by its path ("params/embedding/embedding").
 
-    A checksum is the sum, modulo 2^32, of a hash of each word and its place (MurmurHash3's finaliser). The
-    hash is one to one, so that any one changed word changes the sum; other damage goes unseen once in 2^32
-    times. Integer sums do not depend on order, hence neither on the devices that the array lies on.
+    A checksum is the sum, modulo 2^32, of hashes of each word and its position (finalizer of MurmurHash3).
+    The hash is a bijection, so that a change of any one word changes the sum; other damage remains undetected
+    with a probability of 2^-32. Integer sums do not depend on the order, and so not on the sharding.
     """
-    return started(tree)()
+    return start_checksums(tree)()
 
 
-def started(tree) -> Callable[[], dict[str, int]]:
-    """Starts on the checksums of `tree`, whose arrays may then be given away; returns what waits for them."""
-    whole = all(x.is_fully_replicated for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
-    paths, sums_N = [_name(path) for path, _ in jax.tree.leaves_with_path(tree)], _sums(tree, whole)
+def start_checksums(tree) -> Callable[[], dict[str, int]]:
+    """Dispatches the computation of the checksums; afterwards the arrays of `tree` may be donated.
+
+    Returns:
+      A function that waits for the checksums and returns them.
+    """
+    replicated = all(x.is_fully_replicated for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    paths, sums_N = [_name(path) for path, _ in jax.tree.leaves_with_path(tree)], _sums(tree, replicated)
     return lambda: dict(zip(paths, jax.device_get(sums_N).tolist(), strict=True))
 
 
@@ -35,22 +39,22 @@ def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-@functools.partial(jax.jit, static_argnames="whole")
-def _sums(tree, whole: bool) -> jax.Array:
-    return jnp.stack([_sum(leaf, whole) for leaf in jax.tree.leaves(tree)])
+@functools.partial(jax.jit, static_argnames="replicated")
+def _sums(tree, replicated: bool) -> jax.Array:
+    return jnp.stack([_sum(leaf, replicated) for leaf in jax.tree.leaves(tree)])
 
 
-def _sum(array: jax.Array, whole: bool) -> jax.Array:
+def _sum(array: jax.Array, replicated: bool) -> jax.Array:
     word = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
     words = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
-    place, stride = jnp.zeros_like(words), 1
-    for axis in reversed(range(array.ndim)):  # not by a reshape, which would gather a sharded array
-        place += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(stride % 2**32)
+    position, stride = jnp.zeros_like(words), 1
+    for axis in reversed(range(array.ndim)):  # without a reshape, which would gather a sharded array
+        position += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= array.shape[axis]
-    hashes = _mix(words ^ _mix(place + 1))
-    # XLA's CPU compiler adds up an array one word after the other, but arrays to one another in vectors: so
-    # layers come first, or eighths of a matrix, where devices hold it whole.
-    if whole and array.ndim == 2 and len(array) % 8 == 0:
+    hashes = _mix(words ^ _mix(position + 1))
+    # XLA's CPU compiler vectorizes additions of arrays but not reductions of one array. Therefore add the
+    # layers, or the eighths of a replicated matrix, before the final reduction.
+    if replicated and array.ndim == 2 and len(array) % 8 == 0:
         hashes = hashes.reshape(8, -1, array.shape[1])
     if hashes.ndim > 2:
         hashes = functools.reduce(jnp.add, hashes)

@@ -1,4 +1,4 @@
-"""Where the numbers go: `metrics.jsonl`, TensorBoard, Weights & Biases."""
+"""Metrics of a run: `metrics.jsonl`, and the experiment trackers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from etils import epath
 from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
 from dualsm.process.progress import warn
-from dualsm.rundir import trackers as boards
+from dualsm.rundir import trackers
 
 METRICS = "metrics.jsonl"
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict]:
-    """The log lines of a run, in order; [] when there are none. A torn last line is left out.
+    """Reads the log lines of a run, without an incomplete last line; returns [] if there are none.
 
     Raises:
-      UserError: for a line before it that is damaged.
+      UserError: if another line is damaged.
     """
     path = epath.Path(workdir) / METRICS
     if not path.exists():
@@ -33,53 +33,53 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}, is damaged: {error}") from error
         if not isinstance(records[-1], dict) or type(records[-1].get("step")) is not int:
-            raise UserError(f"{path}, line {number}, is damaged: it is no object with a step")
+            raise UserError(f"{path}, line {number}, is damaged: it is not an object with a step")
     return records
 
 
 class MetricsWriter:
-    """Writes one object a log line, each step once, however often the run was killed."""
+    """Writes log lines to `metrics.jsonl` and the trackers; each step has one line, also after a kill."""
 
     def __init__(self, workdir: epath.PathLike, config: ml_collections.ConfigDict, resumed_at: int | None):
         """
         Args:
-          workdir: of the run.
+          workdir: the run directory.
           config: the run's config.
-          resumed_at: the step whose checkpoint the run goes on from; lines after it are taken back. None
-            takes back all.
+          resumed_at: step of the checkpoint that the run resumes from; later lines are deleted. None deletes
+            all lines.
         """
         path = epath.Path(workdir) / METRICS
         kept = [r for r in read_metrics(workdir) if resumed_at is not None and r["step"] <= resumed_at]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(path, text)
         self._lines = _ObjectFile(path, text) if "://" in str(path) else _File(path)
-        self._boards = []
+        self._trackers = []
         if config.log.tensorboard:
-            self._boards.append(boards.tensorboard(workdir, config, resumed_at))
+            self._trackers.append(trackers.tensorboard(workdir, config, resumed_at))
         if config.log.wandb:
-            self._boards.append(boards.wandb(workdir, config))
+            self._trackers.append(trackers.wandb(workdir, config))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends the line of `step`. A line that cannot be written now is kept and tried again."""
+        """Appends the line of a step. If this fails, the line is written with a later one."""
         try:
             self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
         except OSError as error:
-            warn(f"step {step}: metrics cannot be written ({error}) and are kept until they can")
-        for board in self._boards:
-            board(step, metrics)
+            warn(f"step {step}: cannot write the metrics ({error}); they are kept in memory and retried")
+        for tracker in self._trackers:
+            tracker(step, metrics)
 
     def sync(self) -> None:
-        """Returns when all lines are on disk, or in their bucket. Raises OSError when they cannot be."""
+        """Returns when all lines are on disk or in the bucket; raises OSError if they cannot be written."""
         self._lines.sync()
 
     def close(self) -> None:
         self._lines.close()
-        for board in self._boards:
-            board(None, {})
+        for tracker in self._trackers:
+            tracker(None, {})
 
 
 class NoMetrics:
-    """Stands for a `MetricsWriter` in processes that write nothing."""
+    """Replaces `MetricsWriter` in processes other than the main process; writes nothing."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         pass
@@ -92,7 +92,7 @@ class NoMetrics:
 
 
 class _File:
-    """A file of whole lines, also on a disk that is full for a while."""
+    """A local file to which only complete lines are appended, also if the disk is full for a while."""
 
     def __init__(self, path: epath.Path):
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
@@ -114,7 +114,7 @@ class _File:
             self._file.close()
 
     def _push(self) -> None:
-        """Writes what is unwritten, all of it or nothing."""
+        """Writes all unwritten lines, or none if the disk is full."""
         size = self._size + len(self._unwritten)
         try:
             while self._unwritten and self._file.tell() < size:
@@ -127,9 +127,9 @@ class _File:
 
 
 class _ObjectFile:
-    """A text file in object storage, where nothing can be appended: written whole, now and then."""
+    """A text file in an object store; uploaded as a whole, because objects cannot be appended to."""
 
-    SECONDS = 10  # between writes, unless asked to
+    SECONDS = 10  # minimum time between uploads, except by `sync`
 
     def __init__(self, path: epath.Path, text: str):
         self._path, self._text, self._uploaded = path, text, time.monotonic()

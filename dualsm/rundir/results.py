@@ -1,4 +1,4 @@
-"""The file with the evaluation results of a checkpoint."""
+"""Evaluation results of a checkpoint, a JSON file in the run directory."""
 
 from __future__ import annotations
 
@@ -10,33 +10,36 @@ from dualsm.process.errors import UserError
 
 
 def results_file(workdir: Path, step: int) -> Path:
-    """Where a run keeps the results of a checkpoint."""
+    """Returns the path of the results of a checkpoint."""
     return workdir / "eval" / f"step_{step}.json"
 
 
 def read_results(path: Path) -> dict:
-    """The results in a file of `dualsm.evaluate`; {} when there is none.
+    """Reads a results file of `dualsm.evaluate`; returns {} if it does not exist.
 
     Raises:
-      UserError: when it is damaged or something else.
+      UserError: if the file is not a results file.
     """
     try:
         results = json.loads(path.read_text())
         measured = [*results.get("tasks", {}).values(), results.get("held_out", {})]
         if not all(isinstance(result, dict) for part in measured for result in part.values()):
-            raise ValueError("a result is no object")
+            raise ValueError("a result is not an object")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} is no file of dualsm.evaluate ({error}); move it away, or choose another --output"
+            f"{path} is not a results file of dualsm.evaluate ({error}); move it or choose another --output"
         ) from error
     return results
 
 
 def merge(old: Mapping, new: Mapping) -> dict:
-    """Results of one checkpoint with newer ones, which take the place of the same task and mode, and of the
-    same objective on held-out text. Each says by its own settings how it was measured."""
+    """Merges new results of a checkpoint into old ones.
+
+    A new result replaces the old result of the same task and mode, or of the same objective on held-out text.
+    Each result contains its own settings.
+    """
     tasks = {name: dict(modes) for name, modes in old.get("tasks", {}).items()}
     for name, modes in new["tasks"].items():
         tasks[name] = tasks.get(name, {}) | modes

@@ -1,6 +1,6 @@
-"""Boards on which a run can be watched: TensorBoard and Weights & Biases.
+"""Experiment trackers: TensorBoard and Weights & Biases.
 
-Training can do without them: a board that fails (a full disk, a lost connection) is dropped with one warning.
+A tracker that fails (full disk, lost connection) is disabled with one warning; training continues.
 """
 
 from __future__ import annotations
@@ -17,76 +17,84 @@ from flax.traverse_util import flatten_dict
 
 from dualsm.process.progress import warn
 
-# Shows metrics (name -> value) at a step; a step of None means that no more will come.
-Show = Callable[[int | None, dict[str, float]], None]
+# Logs metrics (name -> value) of a step; a step of None closes the tracker.
+Log = Callable[[int | None, dict[str, float]], None]
 
 TENSORBOARD = "tensorboard"  # folder
 WANDB_ID = "wandb_id"
-CLOSE_SECONDS = 60  # for the last upload
-_UPLOAD_SECONDS = 10  # between uploads of events to a bucket, where a file is written whole
+CLOSE_SECONDS = 60  # timeout of the last upload
+_UPLOAD_SECONDS = 10  # minimum time between uploads of the event file to a bucket
 
 
-class Board:
-    """A `Show` that is dropped, with one warning, when it fails; never raises."""
+class Tracker:
+    """A `Log` function that never raises: the first failure disables it with a warning."""
 
-    def __init__(self, name: str, start: Callable[[], Show]):
-        self._name, self._show = name, None
-        with self._dropped_on_failure():
-            self._show = start()
+    def __init__(self, name: str, start: Callable[[], Log]):
+        """
+        Args:
+          name: name of the tracker, for warnings.
+          start: starts the tracker and returns its `Log` function.
+        """
+        self._name, self._log = name, None
+        with self._disabled_on_failure():
+            self._log = start()
 
     def __call__(self, step: int | None, metrics: dict[str, float]) -> None:
-        if self._show and step is None:
-            self._close(self._show)
-        elif self._show:
-            with self._dropped_on_failure():
-                self._show(step, metrics)
+        if self._log and step is None:
+            self._close(self._log)
+        elif self._log:
+            with self._disabled_on_failure():
+                self._log(step, metrics)
 
-    def _close(self, show: Show) -> None:
-        """Closes within `CLOSE_SECONDS`: a preempted job has little time, and its processes wait here."""
+    def _close(self, log: Log) -> None:
+        """Closes the tracker, for at most `CLOSE_SECONDS`, because a preempted job has little time."""
 
         def close() -> None:
-            with self._dropped_on_failure():
-                show(None, {})
+            with self._disabled_on_failure():
+                log(None, {})
 
         thread = threading.Thread(target=close, daemon=True)
         thread.start()
         thread.join(CLOSE_SECONDS)
         if thread.is_alive():
-            warn(f"{self._name} has not closed within {CLOSE_SECONDS} s; data not uploaded stays on disk")
+            warn(f"{self._name} did not close within {CLOSE_SECONDS} s; the rest of its data is only on disk")
 
     @contextlib.contextmanager
-    def _dropped_on_failure(self) -> Iterator[None]:
+    def _disabled_on_failure(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever it is, it is no reason to stop training
-            self._show = None
+        except Exception as error:  # no failure of a tracker may stop training
+            self._log = None
             text = " ".join(str(error).split())
-            warn(f"{self._name} fails and is shown no more of this run: {type(error).__name__}: {text}")
+            warn(f"{self._name} failed and is disabled for this run: {type(error).__name__}: {text}")
 
 
-def tensorboard(workdir: epath.PathLike, config: ml_collections.ConfigDict, resumed_at: int | None) -> Board:
-    """Event files in `workdir/tensorboard`: the metrics, and all config values as hyperparameters.
+def tensorboard(
+    workdir: epath.PathLike, config: ml_collections.ConfigDict, resumed_at: int | None
+) -> Tracker:
+    """Starts TensorBoard event files in `workdir/tensorboard`, with all config values as hyperparameters.
 
     Args:
-      workdir: of the run.
+      workdir: the run directory.
       config: the run's config.
-      resumed_at: the step that the run goes on from; what was shown of later ones is taken back. None: all.
+      resumed_at: step that the run resumes from; TensorBoard hides later events of earlier processes. None
+        hides all of them.
     """
-    return Board("TensorBoard", lambda: _tensorboard(workdir, config, resumed_at))
+    return Tracker("TensorBoard", lambda: _tensorboard(workdir, config, resumed_at))
 
 
-def wandb(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Board:
-    """A run of the W&B project `config.log.wandb`, with the config; it is named like the workdir.
+def wandb(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Tracker:
+    """Starts or resumes a run in the Weights & Biases project `config.log.wandb`.
 
-    What W&B reads from the environment holds (WANDB_MODE, WANDB_RUN_GROUP, ...). The run's id lies in the
-    workdir, so that a resumed run is gone on with and two of the same name are not mixed up.
+    The W&B run has the name of the run directory and the values of the config. Its id is stored in the run
+    directory. The environment variables of W&B, such as WANDB_MODE and WANDB_RUN_GROUP, apply.
     """
-    return Board("Weights & Biases", lambda: _wandb(workdir, config))
+    return Tracker("Weights & Biases", lambda: _wandb(workdir, config))
 
 
-def _tensorboard(workdir, config, resumed_at) -> Show:
-    # Not by tensorboardX's SummaryWriter: it writes from a thread behind a queue of ten events, and when
-    # that thread dies of a full disk the next calls wait for ever. Its parts write at once or raise.
+def _tensorboard(workdir, config, resumed_at) -> Log:
+    # tensorboardX's SummaryWriter writes from a thread with a queue of ten events. When a full disk ends that
+    # thread, the next calls block forever. The classes used here write immediately or raise.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
@@ -98,29 +106,29 @@ def _tensorboard(workdir, config, resumed_at) -> Show:
     writer = EventsWriter(f"{folder}/events", filename_suffix=f".{first}")
     wait, flushed = _UPLOAD_SECONDS if "://" in folder else 0, float("-inf")
 
-    def add(step: int, **what) -> None:
+    def add(step: int, **fields) -> None:
         nonlocal flushed
-        writer.write_event(Event(wall_time=time.time(), step=step, **what))
+        writer.write_event(Event(wall_time=time.time(), step=step, **fields))
         if time.monotonic() - flushed >= wait:
             writer.flush()
             flushed = time.monotonic()
 
-    def show(step: int | None, metrics: dict[str, float]) -> None:
+    def log(step: int | None, metrics: dict[str, float]) -> None:
         if step is None:
             writer.close()
         else:
             values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
             add(step, summary=Summary(value=values))
 
-    # The start of a session hides what earlier ones wrote from its step on.
+    # TensorBoard hides events of earlier sessions from the first step of a new session on.
     add(first, session_log=SessionLog(status=SessionLog.START))
-    # Without the summary of an experiment TensorBoard compares all runs it finds by all their values.
+    # Without an experiment summary TensorBoard compares all hyperparameters of all runs.
     _, session, _ = hparams(flatten_dict(config.to_dict(), sep="."), {})
     add(first, summary=session)
-    return show
+    return log
 
 
-def _wandb(workdir, config) -> Show:
+def _wandb(workdir, config) -> Log:
     import wandb as client
 
     workdir = epath.Path(workdir)
@@ -133,20 +141,20 @@ def _wandb(workdir, config) -> Show:
         config=config.to_dict(),
     )
 
-    def show(step: int | None, metrics: dict[str, float]) -> None:
+    def log(step: int | None, metrics: dict[str, float]) -> None:
         if step is None:
             run.finish()
         else:
             run.log(metrics, step=step)
 
-    return show
+    return log
 
 
 def _wandb_id(workdir: epath.Path) -> str:
-    """The id of the workdir's run, chosen when there is none."""
+    """Returns the W&B id of the run, which is created at the first start."""
     path = workdir / WANDB_ID
-    known = path.read_text().strip() if path.exists() else ""
-    if not known:
-        known = uuid.uuid4().hex[:8]
-        path.write_text(known + "\n")
-    return known
+    run_id = path.read_text().strip() if path.exists() else ""
+    if not run_id:
+        run_id = uuid.uuid4().hex[:8]
+        path.write_text(run_id + "\n")
+    return run_id

@@ -1,4 +1,4 @@
-"""A run directory, opened for use: its config, tokenizer and newest parameters."""
+"""A trained run: config, tokenizer and parameters, for evaluation, sampling and export."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from dualsm.rundir.workdir import read_config
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """What a trained run consists of.
+    """A run directory that has been opened.
 
     Attributes:
-      workdir: its folder.
-      config: its config; how attention is computed is left to the device it is used on.
-      tokenizer: its tokenizer.
-      step: the checkpoint's.
-      params: laid out on `mesh`.
-      mesh: over all devices.
+      workdir: the run directory.
+      config: the run's config, with `model.attention` reset to "auto".
+      tokenizer: the run's tokenizer.
+      step: step of the checkpoint.
+      params: parameters, sharded over `mesh`.
+      mesh: data-parallel mesh of all devices.
     """
 
     workdir: Path
@@ -39,7 +39,7 @@ class TrainedRun:
     mesh: jax.sharding.Mesh
 
     def model(self, params: dict | None = None) -> Transformer:
-        """The model with the run's parameters, or with `params` (tracers inside a jitted function)."""
+        """Returns the model with the run's parameters, or with `params` (tracers in a jitted function)."""
         return bind(self.config.model, self.params if params is None else params)
 
 
@@ -47,16 +47,16 @@ def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
     """Opens a run directory.
 
     Args:
-      workdir: made by `python -m dualsm.train`.
-      step: of the checkpoint; None takes the newest.
+      workdir: run directory, written by `python -m dualsm.train`.
+      step: step of the checkpoint; None: the newest.
 
     Raises:
-      UserError: when there is no such run or checkpoint.
+      UserError: if the run or the checkpoint does not exist or is damaged.
     """
     workdir = Path(workdir).expanduser()
     config = read_config(workdir)
-    config.model.attention = "auto"  # kernels of the machine it was trained on bind nobody here
-    mesh_config = configs.default_config().mesh  # use is data-parallel, however the run was trained
+    config.model.attention = "auto"  # this machine may lack the kernels of the training machine
+    mesh_config = configs.default_config().mesh
     mesh = sharding.make_mesh(mesh_config, jax.devices())
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     layout = sharding.tree_shardings(mesh, shapes)

@@ -21,17 +21,17 @@ from dualsm.process.errors import UserError
 CONFIG = "config.json"
 SOURCE = "source.json"  # origin of imported weights
 LOCK = ".lock"
-_ASIDE = "config.partial"
+_PARTIAL = "config.partial"
 
-# Keys that may differ between the processes of one job; any other key decides what they compute together.
+# Keys that may differ between the processes of a job, because they do not change the computation.
 PROCESS_KEYS = ("data.prefetch_steps", "data.path", "data.num_threads", "data.verify")
 
-_ALWAYS = {"steps", "model", "data", "mixture"}  # keys that every version has had
+_REQUIRED = {"steps", "model", "data", "mixture"}  # keys that all versions write
 _DAMAGE = (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError, UserError)
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:
-    """Reads the config of a run; keys that an older version did not write get their defaults.
+    """Reads the config of a run; keys that an older version did not write have their defaults.
 
     Raises:
       UserError: if the config is missing or damaged.
@@ -40,8 +40,8 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     config = configs.default_config()
     try:
         saved = configs.load_config(path.read_text())
-        if not _ALWAYS.issubset(saved):
-            raise UserError("it is no config of a run")
+        if not _REQUIRED.issubset(saved):
+            raise UserError("it is not the config of a run")
         config.update(saved)
         configs.check_config(config)
     except OSError as error:
@@ -64,12 +64,11 @@ def check_config_of_run(workdir: epath.Path, config: ConfigDict, corpus: Corpus)
             )
         if changes:
             raise UserError(
-                f"{workdir} holds a run of another config ({'; '.join(changes)}); choose another --workdir"
+                f"{workdir} contains a run with another config ({'; '.join(changes)}); choose another "
+                "--workdir"
             )
-    elif workdir.exists() and any(entry.name not in (LOCK, _ASIDE) for entry in workdir.iterdir()):
-        raise UserError(
-            f"{workdir} is not empty and holds no run ({CONFIG} is missing); choose another --workdir"
-        )
+    elif workdir.exists() and any(entry.name not in (LOCK, _PARTIAL) for entry in workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty but has no {CONFIG}; choose another --workdir")
 
 
 def check_same(config: ConfigDict, main: str) -> None:
@@ -84,7 +83,9 @@ def check_same(config: ConfigDict, main: str) -> None:
     """
     changes = configs.difference(configs.load_config(main), config, free=PROCESS_KEYS)
     if any(change.startswith("data.identity") for change in changes):
-        raise UserError(f"the corpus {config.data.path} is not that of process 0; copy it to this host anew")
+        raise UserError(
+            f"the corpus {config.data.path} differs from that of process 0; copy it to this host again"
+        )
     if changes:
         raise UserError(
             f"this process has another config than process 0 ({'; '.join(changes)}); start all processes of "
@@ -95,15 +96,15 @@ def check_same(config: ConfigDict, main: str) -> None:
 def write_config(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
     """Writes the config and the tokenizer into the run directory.
 
-    The config is written first and atomically, so that `check_config_of_run` accepts the directory of a run
-    that is killed at any moment.
+    The config is written first and atomically, so that `check_config_of_run` accepts the directory even if
+    the process is killed in this function.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     files = {CONFIG: configs.save_config(config).encode()}
     files[TOKENIZER] = (corpus.folder / TOKENIZER).read_bytes()
     for name, content in files.items():
-        (workdir / _ASIDE).write_bytes(content)
-        (workdir / _ASIDE).replace(workdir / name)
+        (workdir / _PARTIAL).write_bytes(content)
+        (workdir / _PARTIAL).replace(workdir / name)
 
 
 @contextlib.contextmanager

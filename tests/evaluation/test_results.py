@@ -43,7 +43,7 @@ def test_the_first_results_are_merged_into_nothing(tmp_path):
 def test_damaged_results_are_told_in_one_line(tmp_path, content):
     path = tmp_path / "step_12.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=r"step_12.json is no file of dualsm.evaluate"):
+    with pytest.raises(UserError, match=r"step_12.json is not a results file of dualsm.evaluate"):
         read_results(path)
 
 

@@ -111,7 +111,7 @@ def test_weights_that_are_not_the_saved_ones_are_refused(saved, monkeypatch):
     wrong = checksums(tree()) | {"params/kernel": 1}
     checkpoints = Checkpoints(workdir, config)
     with monkeypatch.context() as patch:
-        patch.setattr("dualsm.rundir.checksums.started", lambda state: lambda: wrong)
+        patch.setattr("dualsm.rundir.checksums.start_checksums", lambda state: lambda: wrong)
         checkpoints.save(2, tree())
     checkpoints.finish()
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(shapes), tree())  # step 1
@@ -144,7 +144,7 @@ def test_a_missing_or_shortened_file_is_damage(saved, capsys):
                 checkpoints.close()
                 path.write_bytes(whole)
     assert {"_METADATA", "_CHECKPOINT_METADATA"} <= refused
-    reasons = [line.partition("passed over: ")[2] for line in capsys.readouterr().err.splitlines()]
+    reasons = [line.partition("damaged checkpoint ")[2] for line in capsys.readouterr().err.splitlines()]
     assert max(map(len, reasons)) < 300 + 4 * len(str(workdir))  # no settings of the readers
 
 
@@ -160,8 +160,8 @@ def steps_in(workdir) -> list[int]:
 
 
 @pytest.fixture
-def passed_over(saved):
-    """Opened checkpoints of steps 1, whole, and 8, damaged and passed over."""
+def skipped(saved):
+    """Opened checkpoints of steps 1 (intact) and 8 (damaged, skipped)."""
     workdir, config, shapes = saved
     checkpoints = Checkpoints(workdir, config)
     checkpoints.save(8, tree())
@@ -174,9 +174,9 @@ def passed_over(saved):
 
 
 @pytest.mark.parametrize("step", [6, 8, 12])
-def test_a_damaged_checkpoint_keeps_no_step_from_being_saved(passed_over, step):
+def test_a_damaged_checkpoint_keeps_no_step_from_being_saved(skipped, step):
     """Neither one before its own, nor does it count among those to keep."""
-    workdir, shapes, checkpoints = passed_over
+    workdir, shapes, checkpoints = skipped
     assert checkpoints.newest() == 1
     checkpoints.save(step, tree())
     checkpoints.finish()
@@ -185,8 +185,8 @@ def test_a_damaged_checkpoint_keeps_no_step_from_being_saved(passed_over, step):
     assert restore_parts(workdir, {"params": shapes["params"]})[0] == step
 
 
-def test_a_save_that_fails_leaves_the_whole_checkpoint(passed_over, monkeypatch, capsys):
-    workdir, shapes, checkpoints = passed_over
+def test_a_save_that_fails_leaves_the_whole_checkpoint(skipped, monkeypatch, capsys):
+    workdir, shapes, checkpoints = skipped
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints._manager, "save", lambda *args, **kwargs: False)
         checkpoints.save(6, tree())
@@ -199,6 +199,6 @@ def test_a_save_that_orbax_does_not_make_has_failed(saved):
     workdir, config, _ = saved
     config.max_failed_saves = 0
     checkpoints = Checkpoints(workdir, config)
-    with pytest.raises(UserError, match="step 0 could not be saved .there is one of step 1 already"):
+    with pytest.raises(UserError, match="step 0 could not be saved .a checkpoint of step 1 already exists"):
         checkpoints.save(0, tree())
     checkpoints.close()

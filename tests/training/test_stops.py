@@ -56,7 +56,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(small, tmp_path):
     assert (tmp_path / LATEST).read_text() == "4\n"
     shutil.move(tmp_path / "checkpoints", tmp_path / "elsewhere")
     for _ in range(2):
-        with pytest.raises(UserError, match=f"checkpoints of {tmp_path} are gone, the last was of step 4"):
+        with pytest.raises(UserError, match=f"checkpoints of {tmp_path} are missing, the last was of step 4"):
             train(small, tmp_path)
         (tmp_path / "checkpoints").mkdir(exist_ok=True)  # an empty one is no better
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines

@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases are given, and that training does not depend on them."""
+"""Data written by the experiment trackers, and their failures."""
 
 import json
 import resource
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dualsm.rundir import trackers as boards
+from dualsm.rundir import trackers
 from dualsm.sweeps.cluster import job_list
 from dualsm.sweeps.grid import Cell
 from dualsm.sweeps.jobs import _Job
@@ -19,7 +19,7 @@ LINES = [(0, {"valid/causal/loss": 6.0}), (2, {"train/loss": 5.5, "perf/mfu": 0.
 
 
 def read_events(workdir) -> list:
-    """All events in a run's TensorBoard folder, by the record format: length, checksum, data, checksum."""
+    """Returns all events in a run's TensorBoard folder; a record is length, checksum, data, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     events = []
@@ -38,17 +38,17 @@ def read_scalars(events) -> list:
     return [(step, values) for step, values in lines if values]
 
 
-def test_tensorboard_is_given_metrics_and_hyperparameters(tmp_path):
+def test_tensorboard_contains_metrics_and_hyperparameters(tmp_path):
     from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
     config = micro_config()
-    board = boards.tensorboard(tmp_path, config, None)
+    tracker = trackers.tensorboard(tmp_path, config, None)
     for step, metrics in LINES:
-        board(step, metrics)
-    # Without waiting for the end: a run may be killed at any time.
+        tracker(step, metrics)
+    # Before the tracker is closed, because a run may be killed at any time.
     events = read_events(tmp_path)
     assert read_scalars(events) == LINES
-    board(None, {})
+    tracker(None, {})
 
     (session,) = [v for e in events for v in e.summary.value if v.tag == "_hparams_/session_start_info"]
     assert session.metadata.plugin_data.plugin_name == "hparams"
@@ -59,20 +59,20 @@ def test_tensorboard_is_given_metrics_and_hyperparameters(tmp_path):
     assert values["objectives.masked_diffusion.shifted"].bool_value is True
 
 
-def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path):
+def test_tensorboard_hides_repeated_steps_of_a_resumed_run(tmp_path):
     for resumed_at, steps in ((None, (0, 2, 4)), (2, (4, 6))):
-        board = boards.tensorboard(tmp_path, micro_config(), resumed_at)
+        tracker = trackers.tensorboard(tmp_path, micro_config(), resumed_at)
         for step in steps:
-            board(step, {"train/loss": 1.0})
-        board(None, {})
+            tracker(step, {"train/loss": 1.0})
+        tracker(None, {})
     starts = [e.step for e in read_events(tmp_path) if e.HasField("session_log")]
-    assert starts == [0, 3]  # from step 3 on, the second session counts
+    assert starts == [0, 3]  # the second session hides the first from step 3 on
     assert [step for step, _ in read_scalars(read_events(tmp_path))] == [0, 2, 4, 4, 6]
 
 
 @pytest.fixture
 def full_disk():
-    """No file of this process can grow, until it is told so again."""
+    """Limits the size of all files of this process to 0; yields a function that removes the limit."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, old[1]))
 
@@ -83,30 +83,30 @@ def full_disk():
     free()
 
 
-def test_a_board_on_a_full_disk_is_dropped(tmp_path, capsys, request):
-    board = boards.tensorboard(tmp_path, micro_config(), None)
-    board(*LINES[0])
+def test_full_disk_disables_a_tracker(tmp_path, capsys, request):
+    tracker = trackers.tensorboard(tmp_path, micro_config(), None)
+    tracker(*LINES[0])
     free = request.getfixturevalue("full_disk")
-    for step in range(1, 50):  # more than any queue holds
-        board(step, {"train/loss": 1.0})
+    for step in range(1, 50):  # more than the size of any queue
+        tracker(step, {"train/loss": 1.0})
     free()
-    board(50, {"train/loss": 1.0})
-    board(None, {})
+    tracker(50, {"train/loss": 1.0})
+    tracker(None, {})
     warnings = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(warnings) == 1, warnings
-    assert warnings[0].startswith("warning: TensorBoard fails")
+    assert warnings[0].startswith("warning: TensorBoard failed")
     assert read_scalars(read_events(tmp_path))[0] == LINES[0]
 
 
-def test_a_board_that_cannot_start_is_dropped(tmp_path, capsys):
+def test_tracker_that_cannot_start_is_disabled(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
-    board = boards.tensorboard(tmp_path, micro_config(), None)
-    board(*LINES[0])
-    board(None, {})
-    assert capsys.readouterr().err.count("warning: TensorBoard fails") == 1
+    tracker = trackers.tensorboard(tmp_path, micro_config(), None)
+    tracker(*LINES[0])
+    tracker(None, {})
+    assert capsys.readouterr().err.count("warning: TensorBoard failed") == 1
 
 
-def test_a_board_fails_alone(capsys):
+def test_failure_disables_a_tracker(capsys):
     shown = []
 
     def show(step, metrics):
@@ -114,17 +114,16 @@ def test_a_board_fails_alone(capsys):
             raise ConnectionError("the network\nis down")
         shown.append(step)
 
-    board = boards.Board("The board", lambda: show)
+    tracker = trackers.Tracker("The tracker", lambda: show)
     for step in (1, 2, 3):
-        board(step, {})
+        tracker(step, {})
     assert shown == [1]
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.endswith("ConnectionError: the network is down")
 
 
-def test_a_board_that_does_not_close_is_left(monkeypatch, capsys):
-    """A preempted run has little time: what is not uploaded by then stays on disk."""
-    monkeypatch.setattr(boards, "CLOSE_SECONDS", 0.2)
+def test_closing_a_tracker_has_a_timeout(monkeypatch, capsys):
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.2)
     end, closed = threading.Event(), []
 
     def show(step, metrics):
@@ -133,14 +132,14 @@ def test_a_board_that_does_not_close_is_left(monkeypatch, capsys):
             closed.append(True)
 
     start = time.monotonic()
-    boards.Board("The board", lambda: show)(None, {})
+    trackers.Tracker("The tracker", lambda: show)(None, {})
     assert time.monotonic() - start < 10 and not closed
-    assert "The board has not closed within 0.2 s" in capsys.readouterr().err
+    assert "The tracker did not close within 0.2 s" in capsys.readouterr().err
     end.set()
 
 
 @pytest.mark.extras
-def test_wandb_offline_has_the_run_its_config_and_its_metrics(tmp_path, monkeypatch, capsys):
+def test_wandb_offline_run_contains_config_and_metrics(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb", reason="needs wandb: pip install 'dualsm[wandb]'")
     for name, value in {"MODE": "offline", "SILENT": "true", "RUN_GROUP": "sweep"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
@@ -148,17 +147,17 @@ def test_wandb_offline_has_the_run_its_config_and_its_metrics(tmp_path, monkeypa
     config.log.wandb = "project"
     workdir = tmp_path / "repetitions=4,alpha=0.5"
     workdir.mkdir()
-    board = boards.wandb(workdir, config)
+    tracker = trackers.wandb(workdir, config)
     for line in LINES:
-        board(*line)
-    board(None, {})
+        tracker(*line)
+    tracker(None, {})
     assert "warning" not in capsys.readouterr().err
 
     (path,) = workdir.glob("wandb/offline-run-*/*.wandb")
     records = read_wandb(path)
     run = next(record.run for record in records if record.HasField("run"))
     assert (run.project, run.run_group, run.display_name) == ("project", "sweep", workdir.name)
-    assert run.run_id == (workdir / boards.WANDB_ID).read_text().strip()
+    assert run.run_id == (workdir / trackers.WANDB_ID).read_text().strip()
     told = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert told["optimizer"]["learning_rate"] == config.optimizer.learning_rate
     lines = [record.history for record in records if record.HasField("history")]
@@ -169,7 +168,7 @@ def test_wandb_offline_has_the_run_its_config_and_its_metrics(tmp_path, monkeypa
 
 
 def read_wandb(path) -> list:
-    """The records of W&B's own file: a LevelDB log of blocks, behind a header of seven bytes."""
+    """Returns the records of a W&B file: a LevelDB log of blocks after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, record, records = path.read_bytes(), 7, b"", []
@@ -177,23 +176,23 @@ def read_wandb(path) -> list:
         size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
         record += data[at + 7 : at + 7 + size]
         at += 7 + size
-        at += -at % 32768 if -at % 32768 < 7 else 0  # no record begins in a block's last bytes
-        if kind in (1, 4):  # whole, or the last part
+        at += -at % 32768 if -at % 32768 < 7 else 0  # records do not start in the last bytes of a block
+        if kind in (1, 4):  # complete, or last part
             records.append(Record.FromString(record))
             record = b""
     return records
 
 
-def test_two_runs_of_the_same_name_are_two_runs(tmp_path):
+def test_runs_of_the_same_name_have_different_wandb_ids(tmp_path):
     from etils import epath
 
     first, second = (epath.Path(tmp_path / parent / "cell") for parent in ("a", "b"))
     first.mkdir(parents=True)
     second.mkdir(parents=True)
-    assert boards._wandb_id(first) == boards._wandb_id(first) != boards._wandb_id(second)
+    assert trackers._wandb_id(first) == trackers._wandb_id(first) != trackers._wandb_id(second)
 
 
-def test_the_cells_of_a_sweep_are_a_group(tmp_path, monkeypatch):
+def test_cells_of_a_sweep_share_a_wandb_group(tmp_path, monkeypatch):
     cell = Cell("repetitions=4", {"repetitions": 4})
     sweep = Sweep(tmp_path / "my sweep", "recipe.py", {}, micro_config(), [cell])
     assert "\nexport WANDB_RUN_GROUP='my sweep'\n" in job_list(sweep, "slurm")

@@ -121,6 +121,6 @@ def test_a_run_that_came_first_by_a_moment_is_kept(micro, corpus, tmp_path, monk
 
     monkeypatch.setattr(loop, "lock", late)
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
-    with pytest.raises(UserError, match="holds a run of another config .*seed: 7 -> 0"):
+    with pytest.raises(UserError, match="contains a run with another config .*seed: 7 -> 0"):
         loop.train(micro, tmp_path)
     assert read_config(tmp_path).seed == 7
