@@ -1,12 +1,12 @@
-"""Compiles a config's training step for absent devices, and reports memory, FLOPs and communication.
+"""Compiles a config's train step for absent devices, and reports memory, FLOPs and communication.
 
 python -m dualsm.compile --config=configs/dual_470m.py --topology=v5e:4x4
 python -m dualsm.compile --config=configs/dual_7b.py --topology=v5p:8x8x8 --output=report.json
 python -m dualsm.compile --config=configs/dual_470m.py --topology=h200:8 --config.model.attention=flash
 
 TPU slices need libtpu (pip install 'dualsm[tpu]'), and GPUs of one host need JAX's CUDA plugin (pip install
-'dualsm[cuda]'). The exit status is not zero if the step does not fit into the memory that JAX uses: all
-memory of a TPU, and the fraction XLA_CLIENT_MEM_FRACTION of a GPU's memory, 75% by default.
+'dualsm[cuda]'). The exit status is 2 if the step does not fit in the memory that JAX uses: all memory of a
+TPU, and the fraction XLA_CLIENT_MEM_FRACTION of a GPU's memory, by default 75%.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from ml_collections import config_flags
 from dualsm import config as configs
 from dualsm.aot.absent import absent_devices
 from dualsm.aot.hlo import analyse
-from dualsm.aot.report import MEMORY_SHARE, as_text, compile_step, gib, make_report, special_ids, walked_share
+from dualsm.aot.report import (
+    MEMORY_FRACTION,
+    as_text,
+    block_fraction,
+    compile_step,
+    gib,
+    make_report,
+    special_ids,
+)
 from dualsm.devices import sharding
 from dualsm.devices.chips import CHIPS
 from dualsm.process import cli
@@ -29,7 +37,7 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import say
 from dualsm.training.program import compile_train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file; see configs/")
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"for example v5e:4x4 or h200:8; chips: {', '.join(CHIPS)}")
 _OUTPUT = cli.DEFINE_path("output", None, "JSON file for the report")
 _HLO = cli.DEFINE_path("hlo", None, "text file for the compiled HLO")
@@ -40,27 +48,27 @@ def main(_: Sequence[str]) -> None:
     config = cli.config(_CONFIG)
     configs.check_config(config)
     if not config.model.vocab_size:
-        raise UserError("config.model.vocab_size=0; set --config.model.vocab_size, as no corpus is read")
+        raise UserError("config.model.vocab_size=0; set it, because this command does not read the corpus")
     devices = absent_devices(_TOPOLOGY.value)
     mesh = sharding.make_mesh(config.mesh, devices)
     config.gradient_accumulation_steps = sharding.accumulation_steps(config, mesh)
-    say(f"compiling for {len(devices)} x {devices[0].device_kind}, this takes minutes ...")
+    say(f"compiling for {len(devices)} x {devices[0].device_kind}; this takes minutes ...")
     program = compile_train_step(config, special_ids(config), mesh)
     compiled = compile_step(config, program, mesh)
     text = compiled.as_text()
     if _HLO.value:
         epath.Path(_HLO.value).write_text(text)
-    work = analyse(text, mesh.size, walked_share(config, devices[0].platform))
+    work = analyse(text, mesh.size, block_fraction(config, devices[0].platform))
     report = make_report(config, _TOPOLOGY.value, mesh, program, compiled.memory_analysis(), work)
     say(as_text(report))
     if _OUTPUT.value:
         epath.Path(_OUTPUT.value).write_text(json.dumps(report, indent=1) + "\n")
     memory = report["memory"]
     if memory["total"] > memory["usable"]:
-        hint = f"; set {MEMORY_SHARE[0]} to use more" if memory["usable"] < memory["chip"] else ""
+        hint = f", or set {MEMORY_FRACTION[0]}" if memory["usable"] < memory["chip"] else ""
         raise UserError(
-            f"does not fit: {gib(memory['total'])} GiB per chip of {gib(memory['usable'])} GiB that JAX uses"
-            f"{hint}"
+            f"does not fit: the step needs {gib(memory['total'])} GiB per chip and JAX uses at most "
+            f"{gib(memory['usable'])} GiB; lower config.per_device_batch_size{hint}"
         )
 
 

@@ -11,13 +11,13 @@ import pytest
 from dualsm.aot.absent import absent_devices
 from dualsm.aot.hlo import Work, analyse
 from dualsm.aot.report import (
-    MEMORY_SHARE,
+    MEMORY_FRACTION,
     as_text,
+    block_fraction,
     device_bytes,
     make_report,
     special_ids,
     usable_memory,
-    walked_share,
 )
 from dualsm.aot.roofline import estimate, interconnect_bandwidth
 from dualsm.devices import sharding
@@ -114,7 +114,7 @@ def test_a_report_divides_the_parameters_by_the_devices():
     at_two = compile_train_step(config, SpecialIds(), two).abstract_state
     for part, tree in (("parameters", at_two.params), ("optimizer", at_two.opt_state)):
         assert report["memory"][part] == pytest.approx(device_bytes(tree) / 4, rel=0.1)  # vectors are whole
-    assert report["sequences_at_once"] == 2
+    assert report["per_device_batch_size"] == 2
     assert report["flops"]["compiled"] * 8 > report["flops"]["model_all_devices"]
     assert "2 sequences per chip and accumulation step" in as_text(report)
 
@@ -123,7 +123,7 @@ def test_objectives_that_draw_random_tokens_can_be_reported():
     config, _ = config_on(1)
     config.mixture.update({"causal": 0.5, "prefix": 0.0, "masked_diffusion": 0.0, "masked": 0.5})
     assert special_ids(config).vocab_size == 128
-    assert walked_share(config, "tpu") == pytest.approx(33 / 128 + 0.5)
+    assert block_fraction(config, "tpu") == pytest.approx(33 / 128 + 0.5)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_objectives_that_draw_random_tokens_can_be_reported():
     ],
 )
 def test_of_a_gpu_s_memory_jax_uses_a_share(chip, settings, share, monkeypatch):
-    for key in (*MEMORY_SHARE, "XLA_PYTHON_CLIENT_ALLOCATOR"):
+    for key in (*MEMORY_FRACTION, "XLA_PYTHON_CLIENT_ALLOCATOR"):
         monkeypatch.delenv(key, raising=False)
     for key, value in settings.items():
         monkeypatch.setenv(key, value)

@@ -1,4 +1,4 @@
-"""Compilation of a training step for absent devices, and the report on the compiled step."""
+"""Compilation of a train step for absent devices, and the report on the compiled step."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import table
 from dualsm.training.program import CompiledTrainStep, activation_bytes, attended_share, batch_shapes
 
-MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new and old name in JAX
+MEMORY_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new and old name in JAX
 
 
 def compile_step(
     config: ConfigDict, program: CompiledTrainStep, mesh: jax.sharding.Mesh
 ) -> jax.stages.Compiled:
-    """Compiles the training step. Raises `UserError` if the compiler finds that it does not fit."""
+    """Compiles the train step; raises `UserError` if the compiler reports that it does not fit in memory."""
     with jax.set_mesh(mesh):
         lowered = program.step.lower(program.abstract_state, batch_shapes(config, mesh))
         try:
@@ -33,33 +33,35 @@ def compile_step(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise UserError(
-                f"does not fit ({str(error).splitlines()[0]}); lower config.per_device_batch_size, or raise "
-                "config.model.remat, config.mesh.fsdp or config.mesh.tensor"
+                f"does not fit ({str(error).splitlines()[0]}); lower config.per_device_batch_size, set "
+                "config.model.remat=full, or increase config.mesh.fsdp or config.mesh.tensor"
             ) from error
 
 
-def walked_share(config: ConfigDict, platform: str) -> float:
-    """Returns the fraction of score blocks that an attention kernel computes, for one document per row."""
+def block_fraction(config: ConfigDict, platform: str) -> float:
+    """Returns the fraction of score blocks that the attention kernel computes, for one document per row."""
     sizes = (flash.LENGTHS,) if platform == "gpu" else splash.BLOCKS
     size = next((size for size in sizes if config.seq_len % size == 0), 1)  # 1 if no kernel is used
     return attended_share(config, special_ids(config), size)
 
 
 def special_ids(config: ConfigDict) -> SpecialIds:
-    """Returns the special ids of a tokenizer with the config's vocabulary size, as no corpus is read."""
+    """Returns the special ids for the config's vocabulary size, without a corpus."""
     return SpecialIds(vocab_size=config.model.vocab_size)
 
 
 def usable_memory(chip: str) -> int:
-    """Returns the bytes of a chip's memory that JAX uses: all of a TPU's, 75% of a GPU's by default."""
+    """Returns the bytes of a chip's memory that JAX uses: all on TPUs, by default 75% on GPUs."""
     size = CHIPS[chip].hbm_bytes
     if not CHIPS[chip].gpu or os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
         return size
-    share = next((os.environ[key] for key in MEMORY_SHARE if os.environ.get(key)), "0.75")
+    fraction = next((os.environ[key] for key in MEMORY_FRACTION if os.environ.get(key)), "0.75")
     try:
-        return int(size * float(share))
+        return int(size * float(fraction))
     except ValueError as error:
-        raise UserError(f"{' or '.join(MEMORY_SHARE)}={share!r} must be a number such as 0.9") from error
+        raise UserError(
+            f"{' or '.join(MEMORY_FRACTION)}={fraction!r} must be a number such as 0.9"
+        ) from error
 
 
 def make_report(
@@ -71,8 +73,8 @@ def make_report(
       config: config of the run.
       topology: for example "v5e:4x4" or "h200:8".
       mesh: mesh over the devices of the topology.
-      program: the training step.
-      memory: XLA's memory analysis.
+      program: functions of the run.
+      memory: XLA's memory analysis of the compiled step.
       work: result of `analyse`.
     """
     special, chip = special_ids(config), topology.split(":")[0]
@@ -97,7 +99,7 @@ def make_report(
         "batch_size": config.batch_size,
         "seq_len": config.seq_len,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "sequences_at_once": rows,
+        "per_device_batch_size": rows,
         "remat": config.model.remat,
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
         "memory": {
@@ -130,7 +132,7 @@ def device_bytes(tree) -> int:
 
 
 def as_text(report: dict) -> str:
-    """Formats the report as text tables."""
+    """Formats a report as text tables."""
     memory, roofline, flops = report["memory"], report["roofline"], report["flops"]
 
     def seconds(resource: str) -> str:
@@ -144,7 +146,8 @@ def as_text(report: dict) -> str:
     parts = [
         f"{report['parameters']:,} parameters on {report['topology']}, {chips}; "
         f"batch size {report['batch_size']}, sequence length {report['seq_len']}, "
-        f"{report['sequences_at_once']} sequences per chip and accumulation step, remat {report['remat']}",
+        f"{report['per_device_batch_size']} sequences per chip and accumulation step, "
+        f"remat {report['remat']}",
         table(
             ["memory per chip", "GiB"],
             [[name, gib(memory[name])] for name in memory],

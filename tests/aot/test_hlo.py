@@ -164,7 +164,7 @@ def test_an_attention_kernel():
     """Scores, their gradient and that of the queries: a product each, for which 64 is as wide as 128."""
     whole = 3 * 2 * 2 * 128 * (8 * 4) * 512**2
     assert analyse(KERNEL, devices=1).flops == whole
-    half = analyse(KERNEL, devices=1, walked=0.5)
+    half = analyse(KERNEL, devices=1, block_fraction=0.5)
     assert half.flops == whole / 2
     assert half.hbm_bytes == 3 * 2 * 4096 * 64 * 2 + 2 * 8 * 4 * 4
 
@@ -178,7 +178,7 @@ ENTRY %main (q: bf16[2,256,4,64]) -> bf16[2,256,4,64] {
 
 
 def test_an_attention_kernel_of_gpus():
-    work = analyse(GPU_KERNEL, devices=1, walked=0.5)
+    work = analyse(GPU_KERNEL, devices=1, block_fraction=0.5)
     assert work.flops == 0.5 * 3 * 2 * (2 * 4) * 256**2 * 64
     assert work.hbm_bytes == 5 * 2 * 256 * 4 * 64 * 2
 

@@ -305,9 +305,9 @@ def test_what_the_exported_class_cannot_do_it_refuses(exported, theirs):
     if theirs.config.model_type == "llama":
         pytest.skip("the stock class is not ours")
     ids = torch.tensor([[5, 6, 7, 8]])
-    with pytest.raises(ValueError, match="inputs_embeds: not supported"):
+    with pytest.raises(ValueError, match="does not support inputs_embeds"):
         theirs(ids, inputs_embeds=torch.zeros(1, 4, theirs.config.hidden_size))
-    with pytest.raises(ValueError, match="packed rows"):
+    with pytest.raises(ValueError, match="packed sequences"):
         theirs(ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
     with pytest.raises(ValueError, match="must be \\[batch, length\\]"):
         theirs(ids, attention_mask=torch.ones(1, 1, 4, 4))

@@ -1,1 +1,1 @@
-"""The files that go with an exported model for `trust_remote_code`. They need torch; dualsm imports none."""
+"""Model code for `trust_remote_code`, which is copied into exports. dualsm does not import it."""

@@ -4,13 +4,13 @@ from transformers import PretrainedConfig
 
 
 class DualSMConfig(PretrainedConfig):
-    """Shape of the model.
+    """Configuration of a dualsm model.
 
     Attributes:
-      rotary_base: of the rotary position embedding.
-      rms_norm_eps: added to the mean square in RMSNorm.
-      mask_token_id: stands in place of the tokens that are to be predicted in the mode "masked".
-      max_position_embeddings: tokens of the rows it was trained on; longer inputs work, untested.
+      rotary_base: base of the rotary position embedding.
+      rms_norm_eps: epsilon of the RMS norms.
+      mask_token_id: id of the mask token; in the mode "masked" it replaces the tokens to predict.
+      max_position_embeddings: sequence length of the training; longer inputs work but are untested.
     """
 
     model_type = "dualsm"

@@ -1,7 +1,7 @@
-"""A dualsm model for transformers: one set of weights, used causally, with a prefix, or bidirectionally.
+"""A dualsm model for transformers: the same weights in the modes "causal", "prefix" and "masked".
 
-The logits at position i predict token i + 1 in every mode, masked tokens included: what belongs in the
-place of a mask is read off one position before it.
+In every mode the logits at position i predict token i + 1. The prediction for a masked token is therefore at
+the position before it.
 """
 
 import torch
@@ -18,12 +18,12 @@ MODES = ("causal", "prefix", "masked")
 def visible_keys(
     position: torch.Tensor, keys: int, prefix_ends, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Which keys each query sees, bool of shape [batch or 1, 1, queries, keys].
+    """Returns the attention mask, bool of shape [batch or 1, 1, queries, keys]; True for visible keys.
 
     Args:
-      position: [queries]; the position of each query.
-      keys: number of keys, the first at position 0; those after the last query may be unused.
-      prefix_ends: [batch, 1, 1] or a number; keys before it are seen by all queries.
+      position: [queries]; position of each query.
+      keys: number of keys; the first key is at position 0.
+      prefix_ends: [batch, 1, 1] or a number; keys at earlier positions are visible to all queries.
       attention_mask: [batch, length]; 0 marks padding.
     """
     key = torch.arange(keys, device=position.device)
@@ -35,12 +35,12 @@ def visible_keys(
 
 
 def first_token(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position of each row's first token that is not padding, [batch]."""
+    """Returns the position of the first token that is not padding, [batch]."""
     return (attention_mask != 0).int().argmax(1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding, rotate-half form; x is [batch, heads, length, head width]."""
+    """Applies rotary position embedding in the rotate-half form; x is [batch, heads, length, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -73,9 +73,9 @@ class Attention(nn.Module):
         q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            # Static caches of transformers before version 5 are told the positions.
+            # Static caches of transformers before version 5 need the positions.
             k, v = cache.update(k, v, self.layer, {"cache_position": position})
-        # Rows of padding see nothing; a finite bias keeps them from becoming NaN.
+        # Padding queries may have no visible key; a finite bias prevents NaN.
         bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
         bias = bias.masked_fill(~seen, torch.finfo(q.dtype).min)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -118,7 +118,7 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
     config_class = DualSMConfig
     base_model_prefix = "model"
     _no_split_modules = ["Layer"]
-    accepts_loss_kwargs = True  # Trainer passes `num_items_in_batch`, so that accumulation changes no loss
+    accepts_loss_kwargs = True  # Trainer passes `num_items_in_batch`: accumulation does not change the loss
 
     def __init__(self, config: DualSMConfig):
         super().__init__(config)
@@ -141,16 +141,16 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **_):
-        """Keeps the mask that `generate` would expand for static caches: `forward` makes its own from it."""
+        """Returns the 2D mask unchanged; `generate` would expand it for static caches."""
         return attention_mask
 
     def generate(self, inputs=None, *args, **kwargs):
-        """`GenerationMixin.generate`, also for the modes "causal" and "prefix" (see `forward`)."""
+        """Generates as `GenerationMixin.generate` does, in the mode "causal" or "prefix" (see `forward`)."""
         mode = kwargs.get("mode", "causal")
         if mode not in ("causal", "prefix"):
             raise ValueError(f"generate: mode {mode!r} is not supported; use 'causal' or 'prefix'")
         if mode == "prefix" and kwargs.get("prefix_lengths") is None:
-            # Fixed here: without a cache, each step's input holds generated tokens too.
+            # Set before the first step, because without a cache the inputs later contain generated tokens.
             ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
             if ids is None:
                 raise ValueError("generate: mode 'prefix' needs a prompt; pass input_ids")
@@ -161,7 +161,7 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
         return super().generate(inputs, *args, **kwargs)
 
     def _prefix_ends(self, mode, past, length, attention_mask, prefix_lengths, device):
-        """Where the part ends that every query sees, as a number or [batch, 1, 1]."""
+        """Returns the end of the positions that are visible to all queries, as a number or [batch, 1, 1]."""
         if mode == "causal":
             return 0
         if mode == "masked" or prefix_lengths is None:
@@ -172,8 +172,8 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
         prefill = length > 1 or (isinstance(past, int) and past == 0)
         if prefill and not ((ends <= past) | ((ends <= length) & (past == 0))).all():
             raise ValueError(
-                f"mode 'prefix': a prompt of {int(ends.max())} tokens was cut at {int(past) + length}; "
-                "pass it in one piece, without prefill_chunk_size"
+                f"mode 'prefix': the input ends at {int(past) + length} but the prompt has {int(ends.max())} "
+                "tokens; pass the whole prompt in one call, without prefill_chunk_size"
             )
         return ends.reshape(-1, 1, 1)
 
@@ -199,38 +199,40 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         **others,
     ) -> CausalLMOutputWithPast:
-        """Logits for the token after each position.
+        """Computes the logits of the next token at each position.
 
         Args:
-          input_ids: [batch, length], only what is not in the cache yet.
-          attention_mask: [batch, length with the cache]; 0 marks padding, on either side.
-          past_key_values: cache of keys and values, empty or not; those of the inputs are added to it.
-          labels: [batch, length]; the inputs without masks. Position i is scored on label i + 1 unless that
-            is -100.
-          use_cache: whether to return a cache; not in the mode "masked".
-          mode: "causal"; "prefix", where the prompt sees all of itself; "masked", where all sees all.
-          prefix_lengths: [batch], for the mode "prefix": length of each prompt. None: all of the input, or
-            in generation what came first.
-          logits_to_keep: compute only this many last logits; 0: all.
+          input_ids: [batch, length]; token ids that are not in the cache yet.
+          attention_mask: [batch, length including the cache]; 0 marks padding, which may be left or right.
+          past_key_values: cache of keys and values; the keys and values of the inputs are appended.
+          labels: [batch, length]; the unmasked inputs. The loss at position i is that of label i + 1, and
+            positions whose label is -100 have no loss.
+          use_cache: return a cache; ignored in the mode "masked".
+          mode: "causal"; "prefix", with bidirectional attention within the prompt; "masked", with
+            bidirectional attention.
+          prefix_lengths: [batch]; length of each prompt in the mode "prefix". None: the whole input, or in
+            generation the whole prompt.
+          logits_to_keep: compute logits for this number of last positions only; 0: all.
           return_dict: False returns a tuple.
-          cache: what newer transformers call past_key_values, in `generate` too.
-          num_items_in_batch: labels of all microbatches of an update, by which Trainer has the sum of the
-            losses divided. None: the mean over this input's labels.
-          position_ids: ignored where tokens follow one another; positions only matter by their distances.
+          cache: same as `past_key_values`; the name in newer versions of transformers.
+          num_items_in_batch: number of labels in all accumulation steps of an update; Trainer passes it as
+            the loss denominator. None: the loss is the mean over the labels of this input.
+          position_ids: must increase by 1 per token. The values themselves have no effect, because rotary
+            embeddings depend on distances only.
           others: must be None or False; `cache_position` is ignored.
 
         Raises:
-          ValueError: for arguments that are not supported.
+          ValueError: if an argument is not supported.
         """
         if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+            raise ValueError(f"mode {mode!r} must be one of {', '.join(MODES)}")
         if wrong := [
             k for k, v in others.items() if k != "cache_position" and v is not None and v is not False
         ]:
-            raise ValueError(f"{', '.join(wrong)}: not supported by {type(self).__name__}")
+            raise ValueError(f"{type(self).__name__} does not support {', '.join(wrong)}; leave it out")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: must be [batch, length]"
+                f"attention_mask of shape {tuple(attention_mask.shape)} must have the shape [batch, length]"
             )
         if position_ids is not None and input_ids.shape[1] > 1:
             steps = position_ids.diff(dim=-1)
@@ -238,14 +240,16 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
                 seen = attention_mask[:, -input_ids.shape[1] :] != 0
                 steps = steps * (seen[:, 1:] & seen[:, :-1])
             if (steps < 0).any():
-                raise ValueError("position_ids start anew within a row: packed rows are not supported")
+                raise ValueError(
+                    "position_ids decrease within a sequence; packed sequences are not supported"
+                )
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and mode != "masked"
         cache = past_key_values if cache is None else cache
         if mode == "masked":
             if cache is not None and cache.get_seq_length():
-                raise ValueError("the mode 'masked' sees all of its input at once and has no use for a cache")
+                raise ValueError("mode 'masked' does not support a cache; pass the whole input in one call")
             cache = None
-        elif cache is None and use_cache:  # an empty one is false, too
+        elif cache is None and use_cache:  # not `not cache`: an empty cache is falsy
             cache = DynamicCache()
         past = cache.get_seq_length() if cache is not None else 0
 
