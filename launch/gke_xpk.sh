@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster, through xpk (pip install xpk). A preempted slice is replaced and the
-# run resumes by itself; after `delete`, run the same command to resume.
+# Trains on TPU slices of a GKE cluster with xpk (pip install xpk). After a preemption the slice is replaced and
+# the run resumes automatically. After `delete`, run the same command to resume.
 #
 #   export PROJECT=my-project ZONE=us-west4-a BUCKET=my-bucket CLUSTER=tpus TYPE=v5litepod-16
 #   launch/gke_xpk.sh [--dry-run] cluster
@@ -10,17 +10,26 @@
 # train ARGUMENTS   start training as a workload
 # logs              follow the log
 # status            list the workloads
-# stop              end the workload; it saves first
-# delete            delete the cluster; what is in the bucket stays
+# stop              save and end the workload
+# delete            delete the cluster; the bucket is kept
 #
-# PROJECT  of Google Cloud                       TYPE      of a slice, such as v5litepod-16 or v5p-128
-# ZONE     that has such slices                  SLICES    how many (1); above 1 give --config.mesh.replica=SLICES
-# BUCKET   for runs and corpora, without gs://   SPOT      1: cheap and preemptible, 0: on demand (1)
-# CLUSTER  its name                              IMAGE     base of the container (python:3.12)
-# NAME     of workload and run (dualsm)          RESTARTS  after preemptions and failures (100)
-# CORPUS   below gs://BUCKET/ (corpora/NAME)     GRACE     seconds to save in when the workload is stopped (300)
-# The run is kept in gs://BUCKET/runs/NAME. A user error (status 2) ends the workload. GKE takes spot nodes after
-# some 30 seconds, whatever GRACE says, so let config.checkpoint.every be a few minutes' worth of steps.
+# Environment variables (default):
+# PROJECT   Google Cloud project
+# ZONE      zone with slices of the type
+# BUCKET    bucket for runs and corpora, without gs://
+# CLUSTER   name of the cluster
+# TYPE      type of a slice, such as v5litepod-16 or v5p-128
+# SLICES    number of slices (1); above 1 add --config.mesh.replica=SLICES
+# NAME      name of the workload and the run (dualsm)
+# CORPUS    path of the corpus in the bucket (corpora/NAME)
+# SPOT      1: spot capacity, cheap and preemptible; 0: on demand (1)
+# IMAGE     base image of the container (python:3.12)
+# RESTARTS  maximum number of restarts after preemptions and failures (100)
+# GRACE     seconds for the last save when the workload is stopped (300)
+#
+# The run directory is gs://BUCKET/runs/NAME. A user error (status 2) ends the workload. GKE takes spot nodes away
+# after about 30 seconds regardless of GRACE, so choose config.checkpoint.every so that a checkpoint is saved every
+# few minutes.
 set -euo pipefail
 
 die() { echo "error: launch/gke_xpk.sh: $*" >&2; exit 2; }
@@ -33,7 +42,7 @@ case ${1:-} in
   --dry-run) dry_run=1; shift ;;
 esac
 verb=${1:-}
-[[ $verb ]] || die "say what to do: cluster, train, logs, status, stop or delete (see --help)"
+[[ $verb ]] || die "no command; use cluster, train, logs, status, stop or delete (see --help)"
 shift
 NAME=${NAME:-dualsm} SPOT=${SPOT:-1} SLICES=${SLICES:-1} IMAGE=${IMAGE:-python:3.12} RESTARTS=${RESTARTS:-100}
 GRACE=${GRACE:-300}
@@ -50,7 +59,7 @@ run() {
   fi
 }
 
-# Copies a folder of a bucket; a missing one is a user error.
+# Copies a folder from a bucket; exits with status 2 if the folder does not exist.
 FETCH='import fsspec, sys
 files, folder = fsspec.core.url_to_fs(sys.argv[1])
 if not files.isdir(folder):
@@ -68,11 +77,11 @@ case $verb in
     run xpk cluster create "${where[@]}" "${options[@]}" ;;
   train)
     need TYPE BUCKET
-    [[ $# -gt 0 ]] || die "nothing to train: give --config=FILE (see --help)"
-    # xpk restarts a workload on statuses from 127 on by itself; 75 is a run that was stopped before its end, and
-    # 1 anything but a user error, such as a lost peer.
+    [[ $# -gt 0 ]] || die "no arguments for train; add --config=FILE (see --help)"
+    # xpk restarts workloads by itself on exit statuses from 127 on. Status 75 is a run that was stopped before its
+    # end; status 1 is any error except a user error, such as a lost peer.
     train=$(printf '%q ' python -m dualsm.train --stopped_status=75 "--workdir=gs://$BUCKET/runs/$NAME" \
-      "$@" --config.data.path=/tmp/corpus) # after --config, which names the file that the key is of
+      "$@" --config.data.path=/tmp/corpus) # overrides must come after --config
     command="pip install --quiet -e '.[tpu]' && python -c $(printf %q "$FETCH") $(printf %q "gs://$BUCKET/$CORPUS/") \
 /tmp/corpus/ && exec $train"
     run xpk workload create "${where[@]}" "--workload=$NAME" "--tpu-type=$TYPE" "--num-slices=$SLICES" \
@@ -82,5 +91,5 @@ case $verb in
   status) run xpk workload list "${where[@]}" ;;
   stop) run xpk workload delete "${where[@]}" "--workload=$NAME" ;;
   delete) run xpk cluster delete "${where[@]}" ;;
-  *) die "unknown verb $verb: it is cluster, train, logs, status, stop or delete" ;;
+  *) die "unknown command $verb; use cluster, train, logs, status, stop or delete" ;;
 esac

