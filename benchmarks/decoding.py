@@ -21,8 +21,8 @@ import numpy as np
 from absl import flags
 
 from dualsm.config import freeze
-from dualsm.generation.batches import prompt_keys
-from dualsm.generation.causal import DecodeState, decode, prefill
+from dualsm.generation.autoregressive import DecodeState, decode, prefill
+from dualsm.generation.prompt_batches import prompt_keys
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import bind
 from dualsm.process import cli

@@ -23,7 +23,7 @@ from dualsm.objectives.registry import OBJECTIVES, check_options, default_option
 from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
 from dualsm.objectives.shares import check_mixture
 from dualsm.process.errors import UserError
-from dualsm.process.rules import ANY, BELOW_ONE, FRACTION, POSITIVE, Rule, at_least, between, one_of
+from dualsm.process.value_rules import ANY, BELOW_ONE, FRACTION, POSITIVE, Rule, at_least, between, one_of
 
 
 class OldVersion(UserError):

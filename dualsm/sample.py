@@ -14,9 +14,9 @@ from pathlib import Path
 
 from absl import flags
 
-from dualsm.generation.batches import prompt_keys
 from dualsm.generation.diffusion import ORDERS, UnmaskingParams
 from dualsm.generation.generate import MODES, Throughput, generate
+from dualsm.generation.prompt_batches import prompt_keys
 from dualsm.generation.prompts import encode_prompt, read_prompts, show
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.process import cli

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualsm.analysis import rules
+from dualsm.analysis import paper_rules
 from dualsm.analysis.scales import doublings_outside
 from dualsm.analysis.stopping import Stopping, compare_lengths
 from dualsm.analysis.surface import Recommendation, Surface, fit_surface
@@ -107,11 +107,11 @@ def advise_by_rules(repetitions: float) -> Advice:
     """Returns the advice of the paper's rules."""
     return Advice(
         repetitions=repetitions,
-        alpha=rules.rule_alpha(repetitions),
+        alpha=paper_rules.rule_alpha(repetitions),
         source="rules",
-        doublings_outside=doublings_outside(repetitions, *rules.TRIED_REPETITIONS),
-        tried=rules.TRIED_REPETITIONS,
-        parameters=(rules.PARAMETERS, rules.PARAMETERS),
+        doublings_outside=doublings_outside(repetitions, *paper_rules.TRIED_REPETITIONS),
+        tried=paper_rules.TRIED_REPETITIONS,
+        parameters=(paper_rules.PARAMETERS, paper_rules.PARAMETERS),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dualsm.analysis import rules
+from dualsm.analysis import paper_rules
 from dualsm.analysis.advice import INSTALL, Advice, TokenBudget
 from dualsm.analysis.scales import fraction
 from dualsm.analysis.stopping import Side, Stopping, setting_text
@@ -64,9 +64,9 @@ def _flags(advice: Advice) -> list[str]:
 
 
 def _by_rules(advice: Advice) -> list[str]:
-    rows = "; ".join(f"{row.repetitions}: {fraction(row.alpha)}" for row in rules.PAPER_RESULTS)
+    rows = "; ".join(f"{row.repetitions}: {fraction(row.alpha)}" for row in paper_rules.PAPER_RESULTS)
     return [
-        f"by the rules of {rules.SOURCE}, for zero-shot scores of models {_scale(advice)}:",
+        f"by the rules of {paper_rules.SOURCE}, for zero-shot scores of models {_scale(advice)}:",
         *_flags(advice),
         f"    best alpha in the paper, by repetitions: {rows}",
         f"    {_range(advice)}",

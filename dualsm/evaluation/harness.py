@@ -26,7 +26,7 @@ from dualsm.evaluation.harness_arguments import (
 from dualsm.evaluation.harness_requests import GenerationRequest, batch_requests, read_request
 from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
-from dualsm.generation import batches, causal
+from dualsm.generation import autoregressive, prompt_batches
 from dualsm.generation.diffusion import UnmaskingParams
 from dualsm.generation.generate import check_mode, generate
 from dualsm.process.errors import UserError, explained
@@ -136,9 +136,9 @@ class HarnessModel:
         max_length, encode = self._scoring.max_length, self._run.tokenizer.encode
         prompts = encode([request.args[0] for request in requests])
         requests = [read_request(request.args[1], max_length) for request in requests]
-        key_B = batches.prompt_keys(self._scoring.seed, prompts)
+        key_B = prompt_batches.prompt_keys(self._scoring.seed, prompts)
         order = sorted(range(len(requests)), key=lambda i: (requests[i].new_tokens, len(prompts[i])))
-        batch_size = min(_BATCH_SIZE, batches.max_batch_size(max_length))
+        batch_size = min(_BATCH_SIZE, prompt_batches.max_batch_size(max_length))
         texts = [""] * len(requests)
         with bar(total=len(requests), desc="generate", unit="text", disable=disable_tqdm) as progress:
             for members in batch_requests(order, requests, batch_size):
@@ -158,7 +158,7 @@ class HarnessModel:
         self, prompts: list[list[int]], requests: list[GenerationRequest], key_B: jax.Array
     ) -> list[str]:
         """Generates continuations for requests that differ only in `until`."""
-        mode = self._scoring.mode if self._scoring.mode in causal.MODES else "diffusion"
+        mode = self._scoring.mode if self._scoring.mode in autoregressive.MODES else "diffusion"
         texts = [""] * len(prompts)
         states = generate(
             self._run, prompts, mode, requests[0].new_tokens, requests[0].sampling, self._unmasking, key_B

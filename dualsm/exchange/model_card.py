@@ -107,7 +107,7 @@ def _scores(run: TrainedRun) -> str:
     for task, modes in results.get("tasks", {}).items():
         for mode, result in modes.items():
             rows.append((task, mode, _score(result)))
-    for record in read_metrics(run.workdir) if (run.workdir / "metrics.jsonl").exists() else []:
+    for record in read_metrics(run.workdir):
         if record["step"] == run.step:
             for name, value in record.items():
                 if name.startswith("valid/") and name.endswith("/bits_per_byte"):

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
-from dualsm.generation import batches
+from dualsm.generation import prompt_batches
 from dualsm.generation.sampling_params import SamplingParams, mask_reserved_ids, sample
 from dualsm.model.transformer import bind
 from dualsm.process.errors import UserError
@@ -161,7 +161,7 @@ def infill(
       sampling: sampling parameters.
       unmasking: unmasking parameters.
       special: the tokenizer's special ids.
-      key_B: PRNG key of each text; None derives them from seed 0, see `batches.prompt_keys`.
+      key_B: PRNG key of each text; None derives them from seed 0, see `prompt_batches.prompt_keys`.
 
     Yields:
       Token ids of all texts. The last item holds the texts without masks.
@@ -173,10 +173,10 @@ def infill(
         raise UserError(
             "a text is empty or starts with <mask>; it must start with another token, such as <s>"
         )
-    key_B = batches.prompt_keys(0, texts) if key_B is None else key_B
+    key_B = prompt_batches.prompt_keys(0, texts) if key_B is None else key_B
     texts = [list(text) for text in texts]
-    for part in batches.batch_slices(len(texts), max(map(len, texts))):
-        tokens_BxL, length_B = batches.pad_batch(texts[part], special.pad)
+    for part in prompt_batches.batch_slices(len(texts), max(map(len, texts))):
+        tokens_BxL, length_B = prompt_batches.pad_batch(texts[part], special.pad)
         blocks = _divide_into_blocks(tokens_BxL == special.mask, unmasking)
         state = DiffusionState(tokens_BxL, length_B, *blocks, key_B[part], np.int32(0))
         state = _put_beside_params(params, state)

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from dualsm.config import freeze
-from dualsm.generation import causal, diffusion
+from dualsm.generation import autoregressive, diffusion
 from dualsm.generation.diffusion import UnmaskingParams
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.objectives.shares import trained_objectives
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
 
-MODES = (*causal.MODES, "diffusion")
+MODES = (*autoregressive.MODES, "diffusion")
 
 
 def check_mode(run: TrainedRun, mode: str) -> None:
@@ -29,10 +29,10 @@ def check_mode(run: TrainedRun, mode: str) -> None:
       UserError: if the mode fills in masks and the run was trained with unshifted masked diffusion.
     """
     trained = "masked_diffusion" in trained_objectives(run.config)
-    if mode not in causal.MODES and trained and not run.config.objectives.masked_diffusion.shifted:
+    if mode not in autoregressive.MODES and trained and not run.config.objectives.masked_diffusion.shifted:
         raise UserError(
             f"mode {mode} needs a shifted model, but {run.workdir} was trained with "
-            f"objectives.masked_diffusion.shifted=False; use mode {' or '.join(causal.MODES)}"
+            f"objectives.masked_diffusion.shifted=False; use mode {' or '.join(autoregressive.MODES)}"
         )
 
 
@@ -55,7 +55,7 @@ def generate(
       new_tokens: maximum number of tokens to add to each prompt that has no masks.
       sampling: sampling parameters.
       unmasking: unmasking parameters of the mode "diffusion"; None takes the defaults.
-      key_B: PRNG key of each prompt; None derives them from seed 0, see `batches.prompt_keys`.
+      key_B: PRNG key of each prompt; None derives them from seed 0, see `prompt_batches.prompt_keys`.
 
     Returns:
       An iterator over the token ids of all texts, prompts included, after every few steps. The last item
@@ -73,7 +73,7 @@ def generate(
         return diffusion.infill(config, run.params, masked, sampling, unmasking, special, key_B)
     if any(special.mask in prompt for prompt in prompts):
         raise UserError(f"a prompt contains <mask>, which --mode={mode} cannot fill in; use --mode=diffusion")
-    return causal.generate(config, run.params, prompts, new_tokens, sampling, special, mode, key_B)
+    return autoregressive.generate(config, run.params, prompts, new_tokens, sampling, special, mode, key_B)
 
 
 class Throughput:

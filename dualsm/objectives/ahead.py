@@ -19,7 +19,7 @@ from dualsm.objectives.example import (
     with_mode,
 )
 from dualsm.objectives.registry import Option, objective
-from dualsm.process.rules import between
+from dualsm.process.value_rules import between
 
 REST = 9
 AHEAD_2 = 10  # the mode tokens of larger distances have the ids that follow

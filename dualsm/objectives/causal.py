@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from dualsm.objectives.example import Example, Row, SpecialIds, causal_example, has_target, is_text
 from dualsm.objectives.masking import choose, low_above_high, portion
 from dualsm.objectives.registry import Option, objective
-from dualsm.process.rules import FRACTION
+from dualsm.process.value_rules import FRACTION
 
 
 @objective(order=0, view="causal", sees="x_0 .. x_i", predicts="x_{i+1}", averages_over="all targets")

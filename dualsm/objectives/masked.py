@@ -11,7 +11,7 @@ from dualsm.data.tokenizer import RESERVED_IDS
 from dualsm.objectives.example import Example, Row, SpecialIds, document_spans, has_target, is_text
 from dualsm.objectives.masking import choose, hide, low_above_high, lowest, portion
 from dualsm.objectives.registry import Option, objective
-from dualsm.process.rules import FRACTION, at_least
+from dualsm.process.value_rules import FRACTION, at_least
 
 
 def _replaced_too_often(options: Mapping) -> str:

@@ -14,7 +14,7 @@ from jax.scipy.special import ndtr, ndtri
 from dualsm.objectives.example import Example, Row, SpecialIds, document_spans, has_target, is_text
 from dualsm.objectives.masking import choose, hide
 from dualsm.objectives.registry import Option, objective
-from dualsm.process.rules import ANY, at_least, one_of
+from dualsm.process.value_rules import ANY, at_least, one_of
 
 # Smallest width of a bell with `importance`: float32 draws from a narrower bell miss its tails, which biases
 # the loss.

@@ -16,7 +16,7 @@ import jax
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES
 from dualsm.objectives.example import Example, Row, SpecialIds
 from dualsm.process.errors import UserError
-from dualsm.process.rules import ANY, Rule, at_least
+from dualsm.process.value_rules import ANY, Rule, at_least
 
 
 class Option(NamedTuple):

@@ -24,7 +24,7 @@ from dualsm.objectives.example import (
 from dualsm.objectives.masking import portion
 from dualsm.objectives.prefix import prefix
 from dualsm.objectives.registry import Option, objective
-from dualsm.process.rules import Rule
+from dualsm.process.value_rules import Rule
 
 HOLE = 5  # sentinel: replaces a missing span, and precedes the span itself
 REGULAR, SEQUENTIAL, EXTREME = 6, 7, 8  # mode tokens

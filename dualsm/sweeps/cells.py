@@ -11,8 +11,9 @@ from typing import Any
 
 from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import METRICS, read_metrics
+from dualsm.rundir.workdir import CONFIG
 
-SWEEP, CELLS, CELL, CONFIG = "sweep.json", "cells", "cell.json", "config.json"
+SWEEP, CELLS, CELL = "sweep.json", "cells", "cell.json"
 # The sweep records the first three in `cell.json`; the others follow from the state of the folder.
 STATUSES = ("done", "failed", "diverged", "running", "missing", "damaged")
 FINAL_SHARE = 1 / 20  # the final training loss is a mean over this last share of the run

@@ -16,7 +16,7 @@ from dualsm.evaluation.modes import MODES, ScoringParams
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
 from dualsm.evaluation.task_metrics import compute_metrics
 from dualsm.evaluation.tasks import load_task
-from dualsm.generation import causal, diffusion
+from dualsm.generation import autoregressive, diffusion
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import open_run
@@ -118,8 +118,8 @@ def continuation(run, mode, prompt, tokens):
     special = run.tokenizer.special
     start = [special.bos, *run.tokenizer.encode([prompt])[0][-(31 - tokens) :]]
     config, greedy = freeze(run.config.model), SamplingParams(temperature=0)
-    if mode in causal.MODES:
-        states = causal.generate(config, run.params, [start], tokens, greedy, special, mode)
+    if mode in autoregressive.MODES:
+        states = autoregressive.generate(config, run.params, [start], tokens, greedy, special, mode)
     else:
         text, unmasking = start + [special.mask] * tokens, diffusion.UnmaskingParams(block=32)
         states = diffusion.infill(config, run.params, [text], greedy, unmasking, special)

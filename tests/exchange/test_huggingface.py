@@ -15,7 +15,7 @@ from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.exchange.export_huggingface import export
 from dualsm.exchange.imported_run import write_run
 from dualsm.exchange.token_ids import to_external, to_internal
-from dualsm.generation.causal import generate
+from dualsm.generation.autoregressive import generate
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError

@@ -6,9 +6,9 @@ import pytest
 
 from dualsm.config import default_config, freeze
 from dualsm.devices import sharding
-from dualsm.generation import batches
-from dualsm.generation.batches import prompt_keys
+from dualsm.generation import prompt_batches
 from dualsm.generation.diffusion import ORDERS, DiffusionState, UnmaskingParams, infill, unmask
+from dualsm.generation.prompt_batches import prompt_keys
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import SpecialIds
@@ -119,7 +119,7 @@ def test_a_sampled_text_depends_on_no_other_text(memorised, order, monkeypatch):
     alone = [states(memorised, [text], hot, **options)[-1][0] for text in texts]
     assert states(memorised, texts, hot, **options)[-1] == alone
     assert states(memorised, texts[::-1], hot, **options)[-1] == alone[::-1]
-    monkeypatch.setattr(batches, "MAX_BATCH_TOKENS", 70)  # two texts of 33 tokens
+    monkeypatch.setattr(prompt_batches, "MAX_BATCH_TOKENS", 70)  # two texts of 33 tokens
     assert states(memorised, texts, hot, **options)[-1] == alone
     same = states(memorised, texts[:1] * 8, hot, **options)[-1]
     assert len({tuple(text) for text in same}) == 8
@@ -131,8 +131,8 @@ def test_memory_is_bounded_for_many_prompts_and_a_large_vocabulary():
     config.vocab_size = 8192
     config = freeze(config)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    part = next(batches.batch_slices(400, 160))
-    tokens_BxL, length_B = batches.pad_batch([[2] * 160] * len(range(400)[part]), SPECIAL.pad)
+    part = next(prompt_batches.batch_slices(400, 160))
+    tokens_BxL, length_B = prompt_batches.pad_batch([[2] * 160] * len(range(400)[part]), SPECIAL.pad)
     state = DiffusionState(
         tokens_BxL, length_B, tokens_BxL, tokens_BxL, prompt_keys(0, tokens_BxL), np.int32(0)
     )

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualsm.generation import batches
-from dualsm.generation.batches import prompt_keys
-from dualsm.generation.causal import forward_with_cache, generate, prefill
+from dualsm.generation import prompt_batches
+from dualsm.generation.autoregressive import forward_with_cache, generate, prefill
+from dualsm.generation.prompt_batches import prompt_keys
 from dualsm.generation.sampling_params import SamplingParams, sample
 from dualsm.model.transformer import bind
 from dualsm.objectives.example import SpecialIds
@@ -115,8 +115,8 @@ def test_a_sampled_text_depends_on_no_other_prompt(memorised, mode, monkeypatch)
     alone = [run(memorised, [prompt], 12, hot, mode=mode)[0] for prompt in prompts]
     assert run(memorised, prompts, 12, hot, mode=mode) == alone
     assert run(memorised, prompts[::-1], 12, hot, mode=mode) == alone[::-1]
-    monkeypatch.setattr(batches, "MAX_BATCH_TOKENS", 50)  # two texts of 9 + 12 tokens
-    assert batches.max_batch_size(21) == 2
+    monkeypatch.setattr(prompt_batches, "MAX_BATCH_TOKENS", 50)  # two texts of 9 + 12 tokens
+    assert prompt_batches.max_batch_size(21) == 2
     assert run(memorised, prompts, 12, hot, mode=mode) == alone
 
 
@@ -127,10 +127,10 @@ def test_equal_prompts_get_different_texts(memorised):
 
 
 def test_many_prompts_are_divided_into_batches_of_bounded_size():
-    parts = list(batches.batch_slices(400, 160))
+    parts = list(prompt_batches.batch_slices(400, 160))
     assert [i for part in parts for i in range(400)[part]] == list(range(400))
-    assert max(part.stop - part.start for part in parts) == batches.max_batch_size(160) == 102
-    assert batches.max_batch_size(10**6) == 1
+    assert max(part.stop - part.start for part in parts) == prompt_batches.max_batch_size(160) == 102
+    assert prompt_batches.max_batch_size(10**6) == 1
 
 
 def test_a_reader_can_watch(memorised):

@@ -13,7 +13,7 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
-from dualsm.generation import batches
+from dualsm.generation import prompt_batches
 from dualsm.generation.sampling_params import SamplingParams, mask_reserved_ids, sample
 from dualsm.model.attention import attend
 from dualsm.model.transformer import Block, Transformer, bind, rotary_angles
@@ -196,7 +196,7 @@ def generate(
       sampling: sampling parameters.
       special: the tokenizer's special ids.
       mode: "causal", or "prefix" for bidirectional attention within the prompt.
-      key_B: PRNG key of each prompt; None derives them from seed 0, see `batches.prompt_keys`.
+      key_B: PRNG key of each prompt; None derives them from seed 0, see `prompt_batches.prompt_keys`.
       yield_every: number of steps between two yields.
 
     Yields:
@@ -209,10 +209,10 @@ def generate(
         raise UserError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
     if not prompts or not all(map(len, prompts)):
         raise UserError("empty prompt: 0 tokens; start each prompt with <s>")
-    key_B = batches.prompt_keys(0, prompts) if key_B is None else key_B
+    key_B = prompt_batches.prompt_keys(0, prompts) if key_B is None else key_B
     texts = [list(prompt) for prompt in prompts]
-    for part in batches.batch_slices(len(texts), max(map(len, texts)) + new_tokens):
-        prompts_BxP, prompt_B = batches.pad_batch(texts[part], special.pad)
+    for part in prompt_batches.batch_slices(len(texts), max(map(len, texts)) + new_tokens):
+        prompts_BxP, prompt_B = prompt_batches.pad_batch(texts[part], special.pad)
         max_length_B = prompt_B + new_tokens
         state = prefill(
             config, params, prompts_BxP, prompt_B, key_B[part],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dualsm.analysis.rules import PAPER_RESULTS, rule_alpha
+from dualsm.analysis.paper_rules import PAPER_RESULTS, rule_alpha
 from dualsm.analysis.scales import alpha_scale
 from dualsm.analysis.surface import fit_surface
 
