@@ -1,4 +1,4 @@
-"""What is read from a compiled program's text, checked where it is known."""
+"""Work counted in the HLO text of programs whose work is known."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ def work_of(function, *arguments, devices: int = 1) -> Work:
     return analyse(jax.jit(function).lower(*arguments).compile().as_text(), devices)
 
 
-def test_products_in_nested_loops_count_as_often_as_they_run():
+def test_products_in_nested_loops_are_multiplied_by_the_trip_counts():
     def nested(x, w):
         def outer(x, _):
             return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=3)[0], None
@@ -28,7 +28,7 @@ def test_products_in_branches_count():
     of_two = work_of(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: x, x), x, w)
     of_more = work_of(lambda i, x, w: jax.lax.switch(i, [lambda x: x @ w, jnp.sin, jnp.cos], x), 1, x, w)
     assert of_two.flops == of_more.flops == 2 * 4 * 8 * 8
-    # The GPUs' compiler writes a branch of two by names of its own.
+    # The GPU compiler uses other attributes for a conditional with two branches.
     text = BRANCH.replace("BRANCHES", "true_computation=%yes, false_computation=%no")
     assert analyse(text, 1).flops == 2 * 4 * 8 * 8
     text = BRANCH.replace("BRANCHES", "branch_computations={%no, %yes}")
@@ -54,18 +54,18 @@ ENTRY %main (is: pred[], x: f32[4,8]) -> f32[4,8] {
 """
 
 
-def test_a_slice_of_a_stack_is_read_not_the_stack():
+def test_only_the_used_slice_of_a_stack_counts_as_traffic():
     stack = jnp.ones((64, 128, 128))
     work = work_of(
         lambda x, ws: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0], jnp.ones((8, 128)), stack
     )
-    assert stack.nbytes < work.hbm_bytes < 4 * stack.nbytes  # not 64 times
+    assert stack.nbytes < work.hbm_bytes < 4 * stack.nbytes  # not 64 times the stack
 
 
-# What the TPU's compiler makes of a product whose weights come round a ring: a loop whose counter goes up by
-# two, and a convolution where one of the 3 x 3 places along the first dimension meets data for each result.
-# Then a collective that overlaps with other work, so in several fusions, and two sums of shard_map's, which
-# share their channel.
+# A matrix product with a windowed einsum, as compiled for TPUs: a loop whose counter increases by two, with a
+# convolution in which one of the 3 x 3 index pairs along the first dimension reads an input element. Then an
+# overlapped collective, which appears in several fusions, and two all-reduces of shard_map with the same
+# channel.
 RING = """
 %body (p: (f32[1,8,4], f32[3,4,2], u32[])) -> (f32[1,8,4], f32[3,4,2], u32[]) {
   %two = u32[] constant(2)
@@ -108,7 +108,7 @@ ENTRY %main (a: (f32[1,8,4], f32[3,4,2], u32[])) -> f32[64] {
 """  # noqa: E501
 
 
-def test_a_tpu_program():
+def test_work_of_a_tpu_program():
     work = analyse(RING, devices=8)
     assert work.flops == 4 * (2 * 8 * 4 * 2 * 3)
     assert work.collective_count == {"collective-permute": 4, "all-gather": 1, "all-reduce": 2}
@@ -119,7 +119,7 @@ def test_a_tpu_program():
     }
 
 
-# Collectives as GPU programs have them: the type of what starts one lists its operands before its results.
+# Collectives of a GPU program: the type of a "-start" instruction lists the operands before the results.
 GPU_COLLECTIVES = """
 ENTRY %main (x: f32[128,2048]) -> f32[32,2048] {
   %x = f32[128,2048]{1,0} parameter(0)
@@ -136,7 +136,7 @@ ENTRY %main (x: f32[128,2048]) -> f32[32,2048] {
 
 
 def test_collectives_of_a_gpu_program():
-    """All parts of a combined one count, and its operands do not count beside its results."""
+    """Counts all results of combined collectives, but not their operands."""
     work = analyse(GPU_COLLECTIVES, devices=4)
     assert work.collective_count == {"all-gather": 2, "all-to-all": 1, "all-reduce": 1, "reduce-scatter": 1}
     assert work.collective_bytes == {
@@ -147,7 +147,7 @@ def test_collectives_of_a_gpu_program():
     }
 
 
-# 2 heads of width 64 on 8 blocks of 512 queries, each against 4 blocks of keys.
+# 2 heads of size 64; 8 blocks of 512 queries, each with 4 blocks of keys.
 KERNEL = """
 ENTRY %main (p: s32[1,8,4]) -> bf16[2,4096,64] {
   %next = s32[1,8,4]{2,1,0} parameter(0)
@@ -160,8 +160,8 @@ ENTRY %main (p: s32[1,8,4]) -> bf16[2,4096,64] {
 """  # noqa: E501
 
 
-def test_an_attention_kernel():
-    """Scores, their gradient and that of the queries: a product each, for which 64 is as wide as 128."""
+def test_work_of_a_splash_kernel():
+    """The dq kernel has three products: scores, their gradient, dq. Heads are padded to 128."""
     whole = 3 * 2 * 2 * 128 * (8 * 4) * 512**2
     assert analyse(KERNEL, devices=1).flops == whole
     half = analyse(KERNEL, devices=1, block_fraction=0.5)
@@ -177,7 +177,7 @@ ENTRY %main (q: bf16[2,256,4,64]) -> bf16[2,256,4,64] {
 """  # noqa: E501
 
 
-def test_an_attention_kernel_of_gpus():
+def test_work_of_a_flash_kernel():
     work = analyse(GPU_KERNEL, devices=1, block_fraction=0.5)
     assert work.flops == 0.5 * 3 * 2 * (2 * 4) * 256**2 * 64
     assert work.hbm_bytes == 5 * 2 * 256 * 4 * 64 * 2
@@ -193,7 +193,7 @@ def test_collectives_of_a_sharded_product():
 
 
 def gemm(target: str, x: str, dimensions: str) -> str:
-    """A program with one matrix product as XLA writes it for GPUs, with scratch memory of 1 MiB."""
+    """Returns a program with one cuBLAS call that has a workspace of 1 MiB."""
     return f"""
 ENTRY %main (x: {x}[32,64], w: {x}[16,64]) -> f32[32,16] {{
   %x = {x}[32,64]{{1,0}} parameter(0)
@@ -210,7 +210,7 @@ backend_config={{"operation_queue_id":"0","gemm_backend_config":{{"alpha_real":1
     ("target", "x", "size"),
     [("gemm", "f32", 4), ("lt$matmul", "bf16", 2), ("lt$matmul$f8", "f8e4m3fn", 1)],
 )
-def test_a_library_s_matrix_product_counts_as_one(target, x, size):
+def test_cublas_calls_count_as_matrix_products(target, x, size):
     contracted = (
         '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],'
         '"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]'

@@ -1,4 +1,4 @@
-"""Tokenizer files of another origin, and a run in the paper's format."""
+"""Fixtures for import and export: Hugging Face tokenizers, and weights in the paper's format."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", *(f"<special_{i}>" for i i
 
 
 def make_tokenizer_json(texts, special=SPECIAL, seed=None) -> str:
-    """A byte-level BPE as the paper's, of `VOCABULARY` ids; `seed` shuffles them, special ones included."""
+    """Returns a byte-level BPE like the paper's; `seed` shuffles all ids, including special ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -37,13 +37,13 @@ def make_tokenizer_json(texts, special=SPECIAL, seed=None) -> str:
 
 
 def with_normalizers(tokenizer_json: str, *normalizers: dict) -> str:
-    """The same `tokenizer.json` with a normaliser."""
+    """Returns the `tokenizer.json` with a normalizer."""
     return json.dumps(
         json.loads(tokenizer_json) | {"normalizer": {"type": "Sequence", "normalizers": list(normalizers)}}
     )
 
 
-ADDING = (  # normalisers that add characters
+ADDING = (  # normalizers that add characters
     {"type": "Prepend", "prepend": " "},
     {"type": "Replace", "pattern": {"String": "\n"}, "content": "\n "},
 )
@@ -51,13 +51,13 @@ ADDING = (  # normalisers that add characters
 
 @pytest.fixture(scope="session")
 def tokenizer_json(documents) -> str:
-    """A `tokenizer.json` whose special tokens lie anywhere among its ids."""
+    """Returns the path of a `tokenizer.json` whose special tokens have random ids."""
     return make_tokenizer_json(documents[:200], seed=0)
 
 
 @pytest.fixture(scope="session")
 def released(tokenizer_json, tmp_path_factory) -> Path:
-    """The fixture's weights and a tokenizer, in one folder as a release has them."""
+    """Returns a folder with the fixture's weights and a tokenizer, as in a release."""
     folder = tmp_path_factory.mktemp("released")
     (folder / "model.safetensors").write_bytes(FIXTURE.read_bytes())
     (folder / "tokenizer.json").write_text(tokenizer_json)

@@ -1,4 +1,4 @@
-"""An exported run in transformers: the same logits in every mode, the same tokens, the same tokenizer."""
+"""Exported models in transformers have the logits, generated tokens and tokenizer of the run."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def exported(request, corpus_path, tokenizer_json, tmp_path_factory):
-    """A run with weights large enough to matter, and the folder it was exported to."""
+    """Returns a run with large random weights, and the folder of its export."""
     kind, head = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     path = corpus_path / "tokenizer.model"
@@ -52,7 +52,7 @@ def exported(request, corpus_path, tokenizer_json, tmp_path_factory):
     config = micro_config()
     config.mesh.data = -1
     config.model.head, config.model.vocab_size = head, tokenizer.vocab_size
-    config.model.norm_eps = 1e-3  # so that a default in its place would show
+    config.model.norm_eps = 1e-3  # not the default, so that using the default fails
     params = init_params(config.model, jax.random.key(1))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
@@ -62,7 +62,7 @@ def exported(request, corpus_path, tokenizer_json, tmp_path_factory):
     if kind == "json":
         params = to_internal(
             to_external(params, tokenizer.external_ids_V), tokenizer.external_ids_V
-        )  # none for ids the file lacks
+        )  # ids that the file lacks have no logits
     write_run(config, params, tokenizer, folder / "run", {"format": "test", "weights": "w", "sha256": "0"})
     run = open_run(folder / "run")
     export(run, folder / "out")
@@ -84,7 +84,7 @@ def is_own(folder) -> bool:
 
 
 def ids_of_text(run, rows: int) -> np.ndarray:
-    """Random texts in our ids, `<s>` first, with a mask here and there."""
+    """Returns random token ids with some masks; each row starts with `<s>`."""
     rng = np.random.default_rng(0)
     known = np.flatnonzero(run.tokenizer.external_ids_V >= 0)
     tokens_BxL = rng.choice(known[known >= 16], (rows, LENGTH))
@@ -94,12 +94,12 @@ def ids_of_text(run, rows: int) -> np.ndarray:
 
 
 def own_ids_of_text(run, rows: int):
-    """The same in the numbering of the tokenizer's file."""
+    """Returns the ids of `ids_of_text` as external ids, those of the tokenizer's file."""
     return torch.tensor(run.tokenizer.external_ids_V[ids_of_text(run, rows)]).long()
 
 
 def our_logits(run, tokens_BxL, key_end_BxL) -> np.ndarray:
-    """Logits in the numbering of the tokenizer's file."""
+    """Returns dualsm's logits in the order of external ids."""
     shape = tokens_BxL.shape
     logits = run.model().logits(
         jnp.asarray(tokens_BxL, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.broadcast_to(key_end_BxL, shape)
@@ -111,7 +111,7 @@ def our_logits(run, tokens_BxL, key_end_BxL) -> np.ndarray:
 
 
 def modes(run, theirs):
-    """Arguments of their forward, and the end of the keys that each position sees in ours."""
+    """Yields the arguments of `forward` for each mode, and the ends of the key ranges in dualsm."""
     causal_L = jnp.arange(1, LENGTH + 1)
     yield {}, causal_L
     if theirs.config.model_type == "dualsm":
@@ -133,7 +133,7 @@ def test_logits_are_equal_in_every_mode(exported, theirs):
             found = theirs(input_ids=own_BxL, **arguments).logits.numpy()
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
         seen.append(found)
-    assert np.abs(seen[0]).max() > 1  # large enough for the comparison to mean something
+    assert np.abs(seen[0]).max() > 1  # large enough for a meaningful comparison
     assert all(np.abs(seen[0] - other).max() > 0.1 for other in seen[1:])
 
 
@@ -161,10 +161,10 @@ def test_greedy_generation_is_equal_token_for_token(exported, theirs, mode):
         wanted = external_ids_V[tokens].tolist()
         start = longest - len(prompt)
         assert row[start : start + len(wanted)] == wanted
-        assert len(set(wanted[len(prompt) :])) > 2  # more than one token over and over
+        assert len(set(wanted[len(prompt) :])) > 2  # not the same token repeatedly
 
 
-def test_the_cache_changes_nothing(exported, theirs):
+def test_cache_does_not_change_the_logits(exported, theirs):
     run, _ = exported
     own_BxL = own_ids_of_text(run, rows=2)
     with torch.no_grad():
@@ -175,8 +175,8 @@ def test_the_cache_changes_nothing(exported, theirs):
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
-def test_a_given_cache_is_filled_and_used(exported, theirs, name):
-    """Also while it is empty, and without `use_cache`, which decides only whether it is returned."""
+def test_passed_cache_is_filled_and_used(exported, theirs, name):
+    """Also if it is empty, and with `use_cache=False`, which only determines whether it is returned."""
     if name == "cache" and theirs.config.model_type == "llama":
         pytest.skip("the stock class knows the name that its version has")
     run, _ = exported
@@ -194,7 +194,7 @@ def test_a_given_cache_is_filled_and_used(exported, theirs, name):
 
 
 def difficult_lines(documents) -> list[str]:
-    """A thousand lines: the documents', and random ones of what tokenizers trip over."""
+    """Returns a thousand lines: those of the documents, and random lines of difficult characters."""
     rng = random.Random(0)
     parts = [" ", "  ", "\t", "\n", "\r\n", "\0", "\x1b", "\x7f", "\u2581", "\u00a0", "\u200d", "\ufeff", "é",
              "e\u0301", "中", "🙂", "👩‍👩‍👧", "<s>", "</s>", "<mask>", "<unk>", "<0x41>", "<reserved_5>",
@@ -237,7 +237,7 @@ def test_labels_are_shifted_once(exported, theirs):
 
 @pytest.mark.parametrize("batches", [2, 4])
 def test_trainer_accumulates_the_gradient_of_one_large_batch(exported, theirs, batches, tmp_path):
-    """Rows have different numbers of labels, so that a mean of means would be another loss."""
+    """Rows have different numbers of labels, so that the mean of means differs from the mean."""
     pytest.importorskip("accelerate", reason="Trainer needs accelerate (extra test-hf)")
     run, _ = exported
     ids_BxL = own_ids_of_text(run, rows=4)
@@ -269,7 +269,7 @@ def test_trainer_accumulates_the_gradient_of_one_large_batch(exported, theirs, b
 
 
 def padded_prompts(run, theirs):
-    """Prompts of 5, 9 and 12 tokens, padded on the left, as arguments of `generate`."""
+    """Returns arguments of `generate`: prompts of 5, 9 and 12 tokens, padded on the left."""
     ids_BxP = own_ids_of_text(run, rows=3)[:, :12]
     mask_BxP = torch.ones_like(ids_BxP)
     for row, padding in enumerate([7, 3, 0]):
@@ -284,7 +284,7 @@ def padded_prompts(run, theirs):
     [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}, {"prefill_chunk_size": 5}],
     ids=lambda options: next(iter(options)),
 )
-def test_how_generation_is_computed_changes_no_token(exported, theirs, mode, options):
+def test_generation_options_do_not_change_the_tokens(exported, theirs, mode, options):
     if theirs.config.model_type == "llama":
         pytest.skip("the stock class is not ours")
     run, _ = exported
@@ -293,7 +293,7 @@ def test_how_generation_is_computed_changes_no_token(exported, theirs, mode, opt
         with pytest.raises(ValueError, match="in one piece, without prefill_chunk_size"):
             theirs.generate(**prompts, mode=mode, **options)
         return
-    if "num_beams" in options:  # changes the text; so the beams are compared with those without a cache
+    if "num_beams" in options:  # beams change the text: compare them with beams without a cache
         expected = theirs.generate(**prompts, mode=mode, use_cache=False, **options)
     else:
         expected = theirs.generate(**prompts, mode=mode)
@@ -301,7 +301,7 @@ def test_how_generation_is_computed_changes_no_token(exported, theirs, mode, opt
     assert len(set(expected[0, 12:].tolist())) > 2
 
 
-def test_what_the_exported_class_cannot_do_it_refuses(exported, theirs):
+def test_unsupported_arguments_are_rejected(exported, theirs):
     if theirs.config.model_type == "llama":
         pytest.skip("the stock class is not ours")
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -315,7 +315,7 @@ def test_what_the_exported_class_cannot_do_it_refuses(exported, theirs):
         theirs.generate(ids, mode="masked", max_new_tokens=1)
 
 
-def test_the_masked_mode_refuses_a_cache(exported, theirs):
+def test_masked_mode_rejects_a_cache(exported, theirs):
     if theirs.config.model_type == "llama":
         pytest.skip("the stock class has no modes")
     ids = torch.tensor([[5, 6]])
@@ -329,7 +329,7 @@ def test_the_masked_mode_refuses_a_cache(exported, theirs):
         theirs(input_ids=ids, mode="telepathy")
 
 
-def test_the_folder_holds_what_it_should_and_nothing_half(exported):
+def test_export_is_complete_or_absent(exported):
     run, folder = exported
     card = (folder / "README.md").read_text()
     assert "| causal | 0.5 |" in card

@@ -1,4 +1,4 @@
-"""What the card of an exported run says of its scores and its config."""
+"""The model card of an export: scores and config."""
 
 import json
 
@@ -7,14 +7,14 @@ from dualsm.exchange.model_card import model_card
 from dualsm.rundir.trained_run import TrainedRun
 
 
-def test_scores_come_with_the_questions_asked(micro, tmp_path):
+def test_scores_have_their_number_of_questions(micro, tmp_path):
     trained = micro.copy_and_resolve_references()
-    trained.model.attention = "flash"  # of which an opened run knows nothing
+    trained.model.attention = "flash"  # an opened run resets this key
     (tmp_path / "config.json").write_text(save_config(trained))
     (tmp_path / "eval").mkdir()
     modes = {
         "causal": {"score": 0.75, "stderr": 0.031, "n": 2000},
-        "masked": {"score": 1.0, "stderr": None, "n": 1},  # as of --limit=1
+        "masked": {"score": 1.0, "stderr": None, "n": 1},  # as from --limit=1
     }
     (tmp_path / "eval" / "step_12.json").write_text(json.dumps({"tasks": {"blimp": modes}}))
     card = model_card(TrainedRun(tmp_path, micro, None, 12, {}, None), plain=False)

@@ -1,4 +1,4 @@
-"""The paper's released weights become a run and come back, unchanged, whatever the ids of their tokenizer."""
+"""Import and export of the paper's released weights, with any order of token ids."""
 
 import json
 import pickle
@@ -36,8 +36,7 @@ def weights() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def bare(released, tmp_path_factory):
-    """The released folder without the fixture's inputs and logits, which no release has, and without its
-    names' prefix."""
+    """Returns a folder as in a release: without inputs, logits and name prefix of the fixture."""
     folder = tmp_path_factory.mktemp("bare")
     shutil.copy(released / "tokenizer.json", folder)
     tensors = {name.removeprefix("param."): tensor for name, tensor in weights().items()}
@@ -64,7 +63,7 @@ def corpus_of_its_own(jsonl, bare, tmp_path_factory):
     return path
 
 
-def test_names_and_shapes_survive_the_way_there_and_back():
+def test_names_and_shapes_round_trip():
     tensors = {name.removeprefix("param."): tensor for name, tensor in weights().items()}
     back = reference_format.from_params(reference_format.to_params(weights()))
     assert back.keys() == tensors.keys()
@@ -85,7 +84,7 @@ def test_the_run_has_the_references_logits(imported, view):
         end_BxL = jnp.broadcast_to(jnp.arange(1, tokens_BxL.shape[1] + 1), tokens_BxL.shape)
     logits_BxLxV = np.asarray(run.model().logits(tokens_BxL, start_BxL, end_BxL))
     np.testing.assert_allclose(logits_BxLxV[..., ours], tensors[f"logits_{view}"], atol=1e-4, rtol=0)
-    # Ids that the weights know nothing of are as good as impossible.
+    # Ids that the weights do not have get negligible probability.
     assert logits_BxLxV[..., external_ids_V < 0].max() < logits_BxLxV[..., external_ids_V >= 0].min() - 10
 
 
@@ -96,7 +95,7 @@ def test_the_run_samples(imported):
 
 
 def recipe_for(corpus_path):
-    """A recipe in the fixture's shape that hardly learns, so that what it started from can be seen."""
+    """Returns a config with the fixture's shape and a tiny learning rate."""
     config = micro_config(corpus_path)
     for key, value in SHAPE.items():
         config.model[key] = value
@@ -107,7 +106,7 @@ def recipe_for(corpus_path):
     return config
 
 
-def test_the_run_trains_on_with_the_recipe_it_was_imported_for(bare, corpus_of_its_own, tmp_path):
+def test_imported_run_trains_with_its_config(bare, corpus_of_its_own, tmp_path):
     config, workdir = recipe_for(corpus_of_its_own), tmp_path / "run"
     load(bare / "model.safetensors", "", config, workdir)
     before = open_run(workdir)
@@ -126,8 +125,8 @@ def test_the_run_trains_on_with_the_recipe_it_was_imported_for(bare, corpus_of_i
     assert scores["causal"]["bytes_of"] == "documents"
 
 
-def test_bytes_that_are_summed_over_tokens_are_named(bare, corpus_of_its_own, tmp_path, capsys):
-    """As for corpora that earlier versions prepared."""
+def test_bytes_summed_over_tokens_are_reported(bare, corpus_of_its_own, tmp_path, capsys):
+    """As with corpora of earlier versions."""
     older, workdir = tmp_path / "corpus", tmp_path / "run"
     shutil.copytree(corpus_of_its_own, older)
     manifest = json.loads((older / "manifest.json").read_text())
@@ -161,7 +160,7 @@ def test_export_gives_back_what_was_imported(imported, bare, tmp_path):
 
 
 class Hostile:
-    """Leaves a file behind when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

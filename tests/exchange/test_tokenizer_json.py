@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer.json in place of a SentencePiece model."""
+"""Hugging Face `tokenizer.json` files as tokenizers."""
 
 import json
 
@@ -22,19 +22,19 @@ def tokenizer(tokenizer_json):
     return JsonTokenizer(tokenizer_json.encode())
 
 
-def test_ids_are_the_files_own_renumbered(tokenizer, tokenizer_json):
+def test_ids_are_renumbered_external_ids(tokenizer, tokenizer_json):
     from tokenizers import Tokenizer as Theirs
 
     theirs = Theirs.from_str(tokenizer_json)
     assert min(theirs.token_to_id(piece) for piece in SPECIAL) < RESERVED_IDS < VOCABULARY
-    assert max(theirs.token_to_id(piece) for piece in SPECIAL) >= RESERVED_IDS  # so that there is work to do
+    assert max(theirs.token_to_id(piece) for piece in SPECIAL) >= RESERVED_IDS
     for text in DIFFICULT:
-        if "<s>" not in text:  # there the library would read special tokens out of the text
+        if "<s>" not in text:  # the library encodes special tokens in a text as such
             expected = theirs.encode(text, add_special_tokens=False).ids
             assert tokenizer.external_ids_V[tokenizer.encode([text])[0]].tolist() == expected
 
 
-def test_special_tokens_have_their_reserved_ids_and_text_never_does(tokenizer):
+def test_special_tokens_have_reserved_ids_and_text_does_not(tokenizer):
     for name, piece in SPECIAL_PIECES.items():
         assert tokenizer.piece(getattr(tokenizer.special, name)) == piece
     others = {tokenizer.piece(i) for i in range(len(SPECIAL_PIECES), RESERVED_IDS)}
@@ -43,7 +43,7 @@ def test_special_tokens_have_their_reserved_ids_and_text_never_does(tokenizer):
         assert min(tokens) >= RESERVED_IDS
 
 
-def test_text_comes_back_and_its_bytes_add_up(tokenizer):
+def test_text_round_trips_and_token_bytes_sum_to_its_size(tokenizer):
     sizes_V = tokenizer.token_bytes()
     assert not sizes_V[:RESERVED_IDS].any()
     for text, tokens in zip(DIFFICULT, tokenizer.encode(DIFFICULT), strict=True):
@@ -53,14 +53,14 @@ def test_text_comes_back_and_its_bytes_add_up(tokenizer):
     assert tokenizer.encode([""]) == [[]]
 
 
-def test_every_id_of_the_file_has_one_of_ours(tokenizer):
+def test_every_external_id_has_an_internal_id(tokenizer):
     assert sorted(tokenizer.external_ids_V[tokenizer.external_ids_V >= 0]) == list(range(VOCABULARY))
-    assert tokenizer.vocab_size == 384  # filled up to a multiple of 128
+    assert tokenizer.vocab_size == 384  # padded to a multiple of 128
     assert tokenizer.special == SpecialIds(vocab_size=384)
 
 
 @pytest.mark.parametrize("missing", ["<mask>", "<s>"])
-def test_a_tokenizer_without_mask_or_start_is_refused(documents, missing, tmp_path):
+def test_tokenizer_without_mask_or_bos_is_rejected(documents, missing, tmp_path):
     special = [piece for piece in SPECIAL if piece != missing]
     path = tmp_path / "tokenizer.json"
     path.write_text(make_tokenizer_json(documents[:50], special))
@@ -68,7 +68,7 @@ def test_a_tokenizer_without_mask_or_start_is_refused(documents, missing, tmp_pa
         load_tokenizer(str(path))
 
 
-def test_other_special_tokens_that_are_missing_are_added_at_the_end(documents):
+def test_other_missing_special_tokens_are_added(documents):
     tokenizer = JsonTokenizer(make_tokenizer_json(documents[:50], ["<mask>", "<s>"]).encode())
     assert sorted(tokenizer.external_ids_V[[0, 1, 3]]) == [VOCABULARY, VOCABULARY + 1, VOCABULARY + 2]
     assert (tokenizer.external_ids_V[5:RESERVED_IDS] == -1).all()
@@ -76,7 +76,7 @@ def test_other_special_tokens_that_are_missing_are_added_at_the_end(documents):
     assert "</s>" in json.loads(tokenizer.file())["added_tokens"][-1]["content"]
 
 
-def test_more_special_tokens_than_there_is_room_for():
+def test_more_special_tokens_than_reserved_ids():
     external_ids_V = external_ids(
         {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 50}, [0, 1, 2, 3, *range(20, 51)], range(60)
     )
@@ -91,7 +91,7 @@ def test_a_damaged_file_is_refused_in_one_line(content, tmp_path):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
-def test_ours_as_json_is_the_same_tokenizer(corpus):
+def test_sentencepiece_model_exported_as_json_encodes_identically(corpus):
     ours = corpus.tokenizer()
     theirs = JsonTokenizer(to_json(ours).encode())
     assert theirs.vocab_size == ours.vocab_size
@@ -104,7 +104,7 @@ def test_ours_as_json_is_the_same_tokenizer(corpus):
 @pytest.mark.parametrize(
     "options", [{}, PLAIN, PLAIN | {"model_type": "bpe", "byte_fallback": False, "vocab_size": 60}]
 )
-def test_a_sentencepiece_model_that_would_encode_otherwise_as_json_is_refused(options):
+def test_sentencepiece_model_that_json_cannot_represent_is_rejected(options):
     with pytest.raises(UserError, match="cannot be converted to an equivalent tokenizer.json"):
         to_json(custom_model(random_lines("abcdef "), **options))
 
@@ -113,7 +113,7 @@ NFC, STRIP = {"type": "NFC"}, {"type": "Strip", "strip_left": True, "strip_right
 
 
 @pytest.mark.parametrize("normalizers", [(NFC,), (STRIP,), ADDING])
-def test_only_files_without_a_normaliser_are_lossless(tokenizer, tokenizer_json, normalizers):
+def test_only_files_without_a_normalizer_are_lossless(tokenizer, tokenizer_json, normalizers):
     assert tokenizer.lossless
     assert not JsonTokenizer(with_normalizers(tokenizer_json, *normalizers).encode()).lossless
 
@@ -142,7 +142,7 @@ def test_a_file_that_cannot_spell_unknown_characters_is_not_lossless():
 
 
 def prefixing(tokenizer_json: str, how: str) -> JsonTokenizer:
-    """The tokenizer with one of the parts that put a space in front of a text."""
+    """Returns the tokenizer with a part that prepends a space to a text."""
     content = json.loads(tokenizer_json)
     if how == "normalizer":
         content = json.loads(with_normalizers(tokenizer_json, ADDING[0], STRIP, ADDING[0]))
@@ -157,7 +157,7 @@ def prefixing(tokenizer_json: str, how: str) -> JsonTokenizer:
 
 
 @pytest.mark.parametrize("how", ["normalizer", "pre-tokenizer", "always", "first"])
-def test_text_inside_other_text_gets_no_space_in_front(tokenizer, tokenizer_json, how):
+def test_no_space_is_prepended_inside_a_text(tokenizer, tokenizer_json, how):
     other = prefixing(tokenizer_json, how)
     assert other.encode(["def"]) == tokenizer.encode([" def"])
     for text in ("def", "  def ", "\n"):
@@ -165,15 +165,15 @@ def test_text_inside_other_text_gets_no_space_in_front(tokenizer, tokenizer_json
 
 
 @pytest.mark.parametrize("how", ["normalizer", "pre-tokenizer", "always", "first"])
-def test_a_prompt_gets_no_space_after_its_masks(tokenizer, tokenizer_json, how):
+def test_no_space_is_added_after_masks_of_a_prompt(tokenizer, tokenizer_json, how):
     tokens = encode_prompt(prefixing(tokenizer_json, how), "def<mask:2>(self)<mask> return")
     a, b, c = tokenizer.encode([" def", "(self)", " return"])
     assert tokens == [2, *a, 4, 4, *b, 4, *c]
 
 
 @pytest.mark.parametrize("metaspace", [None, "first", "always"])
-def test_spaces_between_masks_are_shown(metaspace):
-    """With tokenizers like Llama's, which decode a text without the space that they put in front of it."""
+def test_spaces_between_masks_are_decoded(metaspace):
+    """With tokenizers like Llama's, whose decoder removes the space that their encoder prepends."""
     letters = [*"abc", "\u2581", *(f"<0x{byte:02X}>" for byte in range(256))]
     space, byte = (
         {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},

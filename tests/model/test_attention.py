@@ -1,4 +1,4 @@
-"""Attention honours the key ranges, against a loop over queries."""
+"""Attention with key ranges, compared with a loop over queries."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ def qkv():
 
 @pytest.fixture(scope="module")
 def ranges():
-    """Random non-empty ranges; nothing makes them causal or whole."""
+    """Returns random non-empty key ranges."""
     rng = np.random.default_rng(0)
     start = rng.integers(0, L, (B, L))
     return jnp.asarray(start), jnp.asarray(start + 1 + rng.integers(0, L - start))
 
 
 @pytest.mark.parametrize("backend", ["auto", "xla"])
-def test_each_query_attends_to_its_range_alone(qkv, ranges, backend):
+def test_each_query_attends_only_to_its_range(qkv, ranges, backend):
     q, k, v = qkv
     start, end = ranges
     ours = attend(q, k, v, start, end, backend)
@@ -53,7 +53,7 @@ def test_keys_outside_the_range_have_no_influence(qkv, ranges):
             assert not influence[b, :, 1 - b].any()
 
 
-def test_long_rows_hold_no_array_of_all_scores(monkeypatch):
+def test_long_rows_have_no_array_of_all_scores(monkeypatch):
     length = 6 * attention.QUERIES
     q, k, v = jax.random.normal(jax.random.key(1), (3, 1, length, 1, K))
     start = np.random.default_rng(1).integers(0, length, (1, length))
@@ -75,13 +75,13 @@ def test_long_rows_hold_no_array_of_all_scores(monkeypatch):
     assert whole.memory_analysis().temp_size_in_bytes > 4 * length**2
 
 
-def test_bfloat16_in_bfloat16_out(qkv, ranges):
+def test_bfloat16_inputs_give_bfloat16_outputs(qkv, ranges):
     out = attend(*qkv.astype(jnp.bfloat16), *ranges)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), attend(*qkv, *ranges), atol=0.05)
 
 
-def test_an_unknown_backend_is_refused(qkv, ranges):
+def test_unknown_backend_is_rejected(qkv, ranges):
     with pytest.raises(ValueError, match="telepathy"):
         attend(*qkv, *ranges, backend="telepathy")
 
@@ -96,13 +96,13 @@ def test_an_unknown_backend_is_refused(qkv, ranges):
         ("cpu", 256, "no kernel for cpu"),
     ],
 )
-def test_auto_returns_why_it_selects_plain_attention(monkeypatch, platform, length, because):
+def test_auto_returns_why_it_selects_xla_attention(monkeypatch, platform, length, because):
     monkeypatch.setattr("dualsm.devices.sharding.platform", lambda: platform)
     reason = attention.why_not_kernel((2, length, 4, 64), (2, length, 4, 64))
     assert reason is None if because is None else because in reason
 
 
-def test_a_run_on_an_accelerator_is_told_of_plain_attention(micro, tmp_path, monkeypatch, capsys):
+def test_run_on_an_accelerator_warns_of_xla_attention(micro, tmp_path, monkeypatch, capsys):
     micro.mesh.data = -1
     train(micro, tmp_path / "cpu", stop=lambda step: True)
     assert "plain attention" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The plain head is RMSNorm and a matrix, and trains as the other does."""
+"""The plain output head: parameters, logits, loss and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_the_plain_head_has_one_scale_and_one_matrix():
     assert jax.tree.map(jnp.shape, params) == {"norm": {"scale": (32,)}, "output": {"kernel": (32, 128)}}
 
 
-def test_its_logits_are_the_normalised_stream_times_the_matrix():
+def test_logits_are_the_normalized_features_times_the_matrix():
     config = config_with("plain")
     model = bind(config, init_params(config, jax.random.key(0)))
     x_TxD = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
@@ -39,7 +39,7 @@ def test_its_logits_are_the_normalised_stream_times_the_matrix():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_loss_is_that_of_the_logits(head, rows):
+def test_loss_equals_that_of_the_logits(head, rows):
     config = config_with(head)
     params = init_params(config, jax.random.key(0))
     special = SpecialIds(vocab_size=128)

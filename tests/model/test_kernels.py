@@ -1,4 +1,4 @@
-"""The kernels of TPUs and GPUs, run without either, against plain attention."""
+"""Attention kernels for TPUs and GPUs in interpret mode, compared with XLA attention."""
 
 import functools
 
@@ -17,7 +17,7 @@ from dualsm.training.objective_loss import example_loss
 from tests.objectives.conftest import batch, far_from_initial, packed, rewritten, tiny_model
 
 L, H, K = 384, 2, 16  # three blocks of 128
-LAYOUTS = ([900], [128, 256, 9], [40, 200, 60, 200], [150, 100])  # the last is filled up
+LAYOUTS = ([900], [128, 256, 9], [40, 200, 60, 200], [150, 100])  # the last one is padded
 
 INTERPRETED = {
     "splash": functools.partial(splash.attend_splash, interpret=True),
@@ -29,7 +29,7 @@ each_kernel = pytest.mark.parametrize("kernel", INTERPRETED)
 
 @pytest.fixture(scope="module")
 def ranges() -> tuple[np.ndarray, np.ndarray]:
-    """A row of every objective, documents of all sorts."""
+    """Returns the key ranges of a row of every objective, with several layouts of documents."""
     examples = [
         rewritten(name, batch([packed(LAYOUTS[i % len(LAYOUTS)], L)]), seed=i)
         for i, name in enumerate(OBJECTIVES)
@@ -39,7 +39,7 @@ def ranges() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def any_ranges() -> tuple[np.ndarray, np.ndarray]:
-    """Every query sees what it likes, which no objective asks for."""
+    """Returns random key ranges, which no objective needs."""
     random = np.random.default_rng(0)
     start_BxL = random.integers(0, L, (3, L)).astype(np.int32)
     return start_BxL, start_BxL + 1 + random.integers(0, L - start_BxL).astype(np.int32)
@@ -47,7 +47,7 @@ def any_ranges() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def on_its_platform(monkeypatch):
-    """A function after which `attend` takes this machine for that of a kernel."""
+    """Returns a function that makes `attend` select a kernel on this machine."""
 
     def pretend(kernel: str) -> None:
         monkeypatch.setattr(sharding, "platform", lambda: PLATFORMS[kernel])
@@ -58,12 +58,12 @@ def on_its_platform(monkeypatch):
 
 
 def mesh(**sizes: int) -> jax.sharding.Mesh:
-    """Over four of the fake devices."""
+    """Returns a mesh of four simulated devices."""
     return sharding.make_mesh({"replica": 1, "fsdp": 1} | sizes, jax.devices()[:4])
 
 
 def results(backend, q, k, v, ranges) -> list[np.ndarray]:
-    """The attended values, and the gradients of a weighting of them."""
+    """Returns the attended values, and the gradients of a weighted sum of them."""
 
     @jax.jit
     def run(q, k, v):
@@ -82,7 +82,7 @@ def equal_to_plain_attention(kernel: str, ranges, dtype=jnp.float32, tolerance: 
 
 
 @each_kernel
-def test_a_batch_of_all_objectives(kernel, ranges):
+def test_kernels_equal_xla_attention_for_all_objectives(kernel, ranges):
     equal_to_plain_attention(kernel, ranges)
 
 
@@ -95,7 +95,7 @@ def test_flash_in_half_precision(ranges):
 
 
 @each_kernel
-def test_blocks_that_are_skipped_hold_nothing(kernel, ranges):
+def test_skipped_blocks_contain_no_visible_keys(kernel, ranges):
     needed_BxLxL = np.asarray(range_mask(*ranges, L))
 
     def check(seen_BxIxJ, queries: int, keys: int) -> None:
@@ -124,7 +124,7 @@ def test_blocks_that_are_skipped_hold_nothing(kernel, ranges):
     )
 
 
-def test_flash_leaves_out_the_mask_of_full_blocks_only(ranges, any_ranges):
+def test_flash_omits_the_mask_only_in_fully_visible_blocks(ranges, any_ranges):
     blocks = flash.FORWARD
     i_Ix1, j_J = np.arange(L // blocks.queries)[:, None], np.arange(L // blocks.keys)
     for starts, ends in (ranges, any_ranges):
@@ -140,7 +140,7 @@ def test_flash_leaves_out_the_mask_of_full_blocks_only(ranges, any_ranges):
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_what_splash_fetches_next(axis):
+def test_prefetch_indices_of_splash(axis):
     seen = np.random.default_rng(0).random((4, 5, 5)) < 0.4
     seen[0] = False
     fetched = np.moveaxis(np.asarray(splash.next_seen(jnp.asarray(seen), axis)), axis, -1).reshape(-1, 5)
@@ -152,8 +152,8 @@ def test_what_splash_fetches_next(axis):
 
 
 @pytest.mark.parametrize("backend", [*INTERPRETED, "xla"])
-def test_a_model_trains_the_same(backend, on_its_platform, monkeypatch):
-    """Under the scan over layers, remat, and a mesh that divides rows and heads."""
+def test_gradients_of_a_model_equal_those_of_xla_attention(backend, on_its_platform, monkeypatch):
+    """With the scan over layers, remat, and a mesh that shards rows and heads."""
     config = tiny_model()
     config.d_model = config.num_heads * K
     config.remat = "full"
@@ -185,8 +185,8 @@ def test_a_model_trains_the_same(backend, on_its_platform, monkeypatch):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_its_results_are_kept_like_those_of_matmuls(monkeypatch):
-    """The forward kernel is not run again for the backward pass."""
+def test_remat_matmuls_saves_the_outputs_of_the_kernel(monkeypatch):
+    """The backward pass does not run the forward kernel again."""
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     config = tiny_model()
     config.attention = "splash"
@@ -203,7 +203,7 @@ def test_its_results_are_kept_like_those_of_matmuls(monkeypatch):
 
 
 @each_kernel
-def test_auto_uses_the_kernel_where_it_can(kernel, on_its_platform, monkeypatch):
+def test_auto_selects_the_kernel_for_supported_shapes(kernel, on_its_platform, monkeypatch):
     on_its_platform(kernel)
     taken = []
     module = {"splash": splash, "flash": flash}[kernel]
@@ -215,7 +215,7 @@ def test_auto_uses_the_kernel_where_it_can(kernel, on_its_platform, monkeypatch)
 
 
 @each_kernel
-def test_unsupported_shapes_are_an_error(kernel, on_its_platform):
+def test_unsupported_shapes_are_rejected(kernel, on_its_platform):
     def call(length, heads=H, head_dim=K):
         start = jnp.zeros((4, length), jnp.int32)
         q = jnp.ones((4, length, heads, head_dim))
@@ -237,7 +237,7 @@ def test_unsupported_shapes_are_an_error(kernel, on_its_platform):
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="lowering for GPUs takes CUDA's plugin")
-def test_flash_becomes_a_program_for_gpus():
+def test_flash_can_be_lowered_for_gpus():
     q, range_ = (
         jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16),
         jax.ShapeDtypeStruct((2, 1024), jnp.int32),

@@ -1,4 +1,4 @@
-"""The sliced cross-entropy equals the plain one, in value and gradient, and never holds all logits."""
+"""The chunked cross-entropy has the value and gradient of the textbook loss, and uses less memory."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def plain(features, kernel, bias, targets, weights, z_weights):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 10, 64])  # 4 does not divide the row, 64 is longer than it
-def test_value_and_gradient_equal_the_plain_loss(inputs, chunk):
+def test_value_and_gradient_equal_the_textbook_loss(inputs, chunk):
     rest = (inputs["targets"], inputs["weights"], 0.1 * inputs["weights"])
     arguments = (inputs["features"], inputs["kernel"], inputs["bias"])
 
@@ -52,7 +52,7 @@ def test_value_and_gradient_equal_the_plain_loss(inputs, chunk):
     np.testing.assert_allclose(sliced(*arguments)[0], total, rtol=1e-6)  # without differentiation
 
 
-def test_bfloat16_features_keep_float32_sums(inputs):
+def test_sums_of_bfloat16_features_are_float32(inputs):
     arguments = [inputs[name].astype(jnp.bfloat16) for name in ("features", "kernel", "bias")]
     total, nll = cross_entropy(*arguments, inputs["targets"], inputs["weights"], inputs["weights"] * 0, 5)
     assert total.dtype == nll.dtype == jnp.float32
@@ -63,7 +63,7 @@ def test_bfloat16_features_keep_float32_sums(inputs):
     assert [g.dtype for g in grads] == [jnp.bfloat16] * 3
 
 
-def test_memory_stays_far_below_that_of_all_logits():
+def test_memory_is_far_below_that_of_all_logits():
     batch, length, vocab_size = 4, 256, 4096
     logits_bytes = batch * length * vocab_size * 4
     shapes = [(batch, length, D), (D, vocab_size), (vocab_size,)]

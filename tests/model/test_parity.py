@@ -18,7 +18,7 @@ FIXTURE = Path(__file__).parents[1] / "data" / "model_parity.safetensors"
 
 @pytest.fixture(scope="module")
 def reference():
-    """Config, parameters in our layout, and the other tensors of the fixture."""
+    """Returns the config, the parameters in dualsm's layout, and the other tensors of the fixture."""
     tensors, metadata = read_weights(FIXTURE)
     others = {name: tensors.pop(name) for name in [n for n in tensors if not n.startswith("param.")]}
     params = to_params(tensors)
@@ -29,7 +29,7 @@ def reference():
     return config, params, others
 
 
-def test_our_parameters_have_the_shapes_of_the_reference(reference):
+def test_parameters_have_the_shapes_of_the_reference(reference):
     config, params, _ = reference
     ours = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     assert jax.tree.map(lambda p: p.shape, ours) == jax.tree.map(lambda p: p.shape, params)
@@ -46,6 +46,6 @@ def test_logits_equal_the_reference(reference, view):
     np.testing.assert_allclose(logits_BxLxV, tensors[f"logits_{view}"], atol=1e-4, rtol=0)
 
 
-def test_the_two_views_differ(reference):
+def test_causal_and_bidirectional_logits_differ(reference):
     _, _, tensors = reference
     assert np.abs(tensors["logits_causal"] - tensors["logits_bidirectional"]).max() > 0.1

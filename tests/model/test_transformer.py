@@ -1,4 +1,4 @@
-"""The transformer's switches: remat, computation type, FLOPs by formula."""
+"""The transformer: remat policies, dtypes, padding, and the FLOPs formula."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def config():
 
 
 def loss_of(config):
-    """A scalar of all features, with the arrays it takes besides the parameters."""
+    """Returns a scalar function of all features, and its arguments besides the parameters."""
     tokens_BxL = jax.random.randint(jax.random.key(1), (2, 16), 0, 128)
     start_BxL = jnp.zeros((2, 16), jnp.int32)
     end_BxL = jnp.broadcast_to(jnp.arange(1, 17), (2, 16))
@@ -41,8 +41,8 @@ def test_remat_does_not_change_gradients(config, remat):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_remat_computes_anew_what_it_does_not_keep(config):
-    """Matrix products in the compiled backward pass: each policy that keeps less computes more."""
+def test_remat_recomputes_unsaved_results(config):
+    """Counts matrix products in the compiled backward pass: policies that save less compute more."""
     params = init_params(config, jax.random.key(0))
 
     def products(remat):
@@ -53,7 +53,7 @@ def test_remat_computes_anew_what_it_does_not_keep(config):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gpus_compute_the_same_with_padded_matrices_and_unrolled_layers(config, dtype, monkeypatch):
+def test_padded_matrices_and_unrolled_layers_do_not_change_the_result(config, dtype, monkeypatch):
     config = config.copy_and_resolve_references()
     config.d_ff, config.dtype = 50, dtype
     params = init_params(config, jax.random.key(0))
@@ -81,8 +81,8 @@ def test_bfloat16_computes_in_bfloat16_over_float32_weights(config):
     assert {g.dtype for g in jax.tree.leaves(jax.grad(loss_of(config))(params))} == {jnp.dtype("float32")}
 
 
-def test_the_formula_for_flops_agrees_with_xla_on_one_layer(config):
-    """XLA counts the body of a scan once, so one layer it is; it also counts the softmax, a few percent."""
+def test_flops_formula_agrees_with_xla_for_one_layer(config):
+    """One layer, because XLA counts the body of a scan once. XLA also counts the softmax, a few percent."""
     config = config.copy_and_resolve_references()
     config.num_layers, config.d_model, config.d_ff, config.remat = 1, 64, 192, "none"
     params = init_params(config, jax.random.key(0))

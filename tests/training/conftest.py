@@ -1,4 +1,4 @@
-"""A micro training step and its batches."""
+"""The train step of the micro config, and its batches."""
 
 import jax
 import numpy as np
@@ -13,9 +13,9 @@ from tests.micro import micro_config
 
 
 class Micro:
-    """The training step of a micro config, with random batches of uneven weight.
+    """The train step of a micro config, with random batches whose rows have different loss denominators.
 
-    The learning rate is constant where no schedule is given.
+    The learning rate is constant unless a schedule is given.
     """
 
     def __init__(self, schedule=None, **changes):
@@ -39,13 +39,13 @@ class Micro:
         rng = np.random.default_rng(step)
         tokens = rng.integers(16, 128, (rows, length)).astype(np.int32)
         documents = np.cumsum(rng.random((rows, length)) < 0.1, axis=1).astype(np.int32)
-        documents[0, length // 4 :] = -1  # rows of very different weight
+        documents[0, length // 4 :] = -1  # very different loss denominators
         documents[1, length // 2 :] = -1
         shares = np.tile([self.config.mixture[name] for name in self.names], (step + 1, 1))
         return Batch(tokens, documents, *assign(sequence_counts(shares, rows)[step]))
 
     def run(self, steps: int = 1):
-        """State after some steps, unsharded."""
+        """Returns the state after some steps, unsharded."""
         state, step = jax.jit(self.init)(), jax.jit(self.step)
         for s in range(steps):
             state, _ = step(state, self.batch(s))

@@ -1,4 +1,4 @@
-"""Checkpoints whose bits have changed on disk are noticed."""
+"""Checksums detect checkpoints that have changed on disk."""
 
 import random
 
@@ -24,7 +24,7 @@ def tree() -> dict:
 
 
 @pytest.mark.parametrize("shape", [(64,), (4, 16), (16, 4), (2, 4, 8)])
-def test_each_bit_and_each_place_counts(shape):
+def test_checksum_depends_on_every_bit_and_every_position(shape):
     words = np.arange(64, dtype=np.uint32).reshape(shape) * 2654435761
     seen = {checksums({"a": words})["a"]}
     for place in range(64):
@@ -37,8 +37,8 @@ def test_each_bit_and_each_place_counts(shape):
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (24, 3), (5, 6), (3, 4, 5)])
-def test_a_checksum_is_the_sum_of_hashes_of_words_and_places(shape):
-    """The definition, word by word; with another one, checkpoints of before would seem damaged."""
+def test_checksum_equals_its_definition(shape):
+    """A change of the definition would make existing checkpoints appear damaged."""
 
     def mix(x: int) -> int:
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
@@ -51,7 +51,7 @@ def test_a_checksum_is_the_sum_of_hashes_of_words_and_places(shape):
     assert checksums({"a": array}) == {"a": expected}
 
 
-def test_the_layout_on_devices_does_not_matter():
+def test_checksum_does_not_depend_on_the_sharding():
     mesh = jax.make_mesh((4, 2), ("a", "b"))
     whole = tree()["params"]["kernel"]
     for spec in (("a", "b"), ("b", None), (None, "a"), (("a", "b"), None)):
@@ -59,7 +59,7 @@ def test_the_layout_on_devices_does_not_matter():
         assert checksums([laid_out]) == checksums([whole])
 
 
-def test_what_changed_is_named():
+def test_changed_arrays_are_named():
     saved = checksums(tree())
     later = tree()
     later["params"]["bias"] = later["params"]["bias"].at[3].set(-0.0)  # one bit
@@ -70,7 +70,7 @@ def test_what_changed_is_named():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A checkpoint of step 1, and what it was restored into."""
+    """Returns a run directory with a checkpoint of step 1, the config, and the abstract state."""
     config = default_config().checkpoint
     state = tree()
     checkpoints = Checkpoints(tmp_path, config)
@@ -81,8 +81,8 @@ def saved(tmp_path):
     return tmp_path, config, abstract(state, place)
 
 
-def test_flipped_bits_are_never_trained_on(saved, capsys):
-    """Bits flipped at random over all files: the checkpoint is refused, or they made no difference."""
+def test_checkpoints_with_flipped_bits_are_rejected(saved, capsys):
+    """Flips random bits of all files: the checkpoint is rejected or its arrays are unchanged."""
     workdir, config, shapes = saved
     expected = tree()
     files = sorted(p for p in (workdir / "checkpoints" / "1").rglob("*") if p.is_file() and p.stat().st_size)
@@ -105,8 +105,8 @@ def test_flipped_bits_are_never_trained_on(saved, capsys):
     assert refused > 5
 
 
-def test_weights_that_are_not_the_saved_ones_are_refused(saved, monkeypatch):
-    """Even where the file formats notice nothing."""
+def test_weights_with_wrong_checksums_are_rejected(saved, monkeypatch):
+    """Even if the file formats do not detect the change."""
     workdir, config, shapes = saved
     wrong = checksums(tree()) | {"params/kernel": 1}
     checkpoints = Checkpoints(workdir, config)
@@ -122,8 +122,8 @@ def test_weights_that_are_not_the_saved_ones_are_refused(saved, monkeypatch):
     assert restore_parts(workdir, {"params": shapes["params"]}, step=1)[0] == 1
 
 
-def test_a_missing_or_shortened_file_is_damage(saved, capsys):
-    """Each file of a checkpoint, gone or cut in half: refused, or it made no difference."""
+def test_checkpoints_with_missing_or_truncated_files_are_rejected(saved, capsys):
+    """Removes or truncates each file: the checkpoint is rejected or its arrays are unchanged."""
     workdir, config, shapes = saved
     refused = set()
     for path in [p for p in (workdir / "checkpoints" / "1").rglob("*") if p.is_file() and p.stat().st_size]:
@@ -135,7 +135,7 @@ def test_a_missing_or_shortened_file_is_damage(saved, capsys):
             checkpoints = Checkpoints(workdir, config)
             try:
                 restored = checkpoints.restore(shapes)
-                if restored is not None:  # without its mark of completion it is no checkpoint
+                if restored is not None:  # None: without its commit marker it is not a checkpoint
                     jax.tree.map(np.testing.assert_array_equal, restored, tree())
             except UserError as error:
                 assert "can be read" in str(error)
@@ -145,11 +145,11 @@ def test_a_missing_or_shortened_file_is_damage(saved, capsys):
                 path.write_bytes(whole)
     assert {"_METADATA", "_CHECKPOINT_METADATA"} <= refused
     reasons = [line.partition("damaged checkpoint ")[2] for line in capsys.readouterr().err.splitlines()]
-    assert max(map(len, reasons)) < 300 + 4 * len(str(workdir))  # no settings of the readers
+    assert max(map(len, reasons)) < 300 + 4 * len(str(workdir))  # without settings
 
 
 def damage(checkpoint) -> None:
-    """Cuts the arrays of a checkpoint in half."""
+    """Truncates the arrays of a checkpoint to half of their size."""
     for path in checkpoint.rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -174,8 +174,8 @@ def skipped(saved):
 
 
 @pytest.mark.parametrize("step", [6, 8, 12])
-def test_a_damaged_checkpoint_keeps_no_step_from_being_saved(skipped, step):
-    """Neither one before its own, nor does it count among those to keep."""
+def test_damaged_checkpoints_do_not_prevent_saving(skipped, step):
+    """Earlier and later steps can be saved, and the damaged one does not count towards `max_to_keep`."""
     workdir, shapes, checkpoints = skipped
     assert checkpoints.newest() == 1
     checkpoints.save(step, tree())
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_keeps_no_step_from_being_saved(skipped, step):
     assert restore_parts(workdir, {"params": shapes["params"]})[0] == step
 
 
-def test_a_save_that_fails_leaves_the_whole_checkpoint(skipped, monkeypatch, capsys):
+def test_failed_save_keeps_the_intact_checkpoint(skipped, monkeypatch, capsys):
     workdir, shapes, checkpoints = skipped
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints._manager, "save", lambda *args, **kwargs: False)
@@ -195,7 +195,7 @@ def test_a_save_that_fails_leaves_the_whole_checkpoint(skipped, monkeypatch, cap
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(shapes), tree())
 
 
-def test_a_save_that_orbax_does_not_make_has_failed(saved):
+def test_save_that_orbax_skips_is_a_failure(saved):
     workdir, config, _ = saved
     config.max_failed_saves = 0
     checkpoints = Checkpoints(workdir, config)

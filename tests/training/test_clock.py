@@ -1,4 +1,4 @@
-"""Throughput counts all of a run's time, and only idle devices count as waiting for data."""
+"""Throughput includes all time of a run; waiting for data includes only time in which devices are idle."""
 
 import time
 from types import SimpleNamespace
@@ -16,11 +16,10 @@ DELAY = 0.1
 
 @pytest.fixture(scope="module")
 def run(corpus_path, tmp_path_factory):
-    """A run with a line per step, whose batches and lines are delayed as by a slow disk.
+    """Trains with a log line per step; batches and log lines are delayed as on a slow disk.
 
     Returns:
-      lines: of its metrics; written: the time of each line; idle: for each batch, whether the step before had
-      finished when the loop asked for it.
+      The metrics of each line; the time of each line; for each batch, True if the devices were idle.
     """
     config = micro_config(corpus_path)
     config.mesh.data, config.steps, config.log.every = -1, 6, 1
@@ -67,7 +66,7 @@ def test_throughput_includes_the_time_of_writing_log_lines(run):
     assert sum(run.seconds[1:]) == pytest.approx(run.written[-1] - run.written[0], abs=DELAY)
 
 
-def test_waiting_for_data_counts(run):
+def test_waiting_for_data_is_measured(run):
     for line, seconds in zip(run.lines[1:-1], run.seconds[1:-1], strict=True):
         assert DELAY <= line["perf/data_wait_fraction"] * seconds <= seconds - DELAY  # the rest is writing
 

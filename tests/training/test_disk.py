@@ -1,4 +1,4 @@
-"""A disk that is full for a while, full for good, read-only or gone: a small file system, really filled."""
+"""Full, read-only and unmounted disks, on a real file system of 6 MB."""
 
 import json
 import shutil
@@ -11,13 +11,13 @@ import pytest
 from dualsm.rundir.metrics import read_metrics
 from tests.conftest import ROOT, command_env
 
-SAVED = "while ls run/checkpoints/*tmp >/dev/null 2>&1; do sleep 0.05; done; "  # what was begun is whole
+SAVED = "while ls run/checkpoints/*tmp >/dev/null 2>&1; do sleep 0.05; done; "  # waits for a save
 FILL = SAVED + "cat /dev/zero > fill 2>/dev/null; true"
 FREE = "rm fill"
 READ_ONLY = SAVED + "mount --bind run run && mount -o remount,bind,ro run"
-VANISH = SAVED + 'umount --lazy "$PWD"'  # a network's disk that is gone: its place is an empty folder
+VANISH = SAVED + 'umount --lazy "$PWD"'  # like a lost network disk; the mount point is an empty folder
 
-# Trains the micro config in ./run, saving after every second step, and runs a shell command after some steps.
+# Trains the micro config in ./run, saves every second step, and runs a shell command after some steps.
 DRIVER = """
 import json, os, subprocess, sys
 from dualsm.process import cli
@@ -54,7 +54,7 @@ pytestmark = pytest.mark.skipif(not tmpfs_works(), reason="no tmpfs can be mount
 
 
 def train_on_small_disk(corpus_path: Path, folder: Path, actions: dict[int, str]):
-    """Trains on a file system of 6 MB; returns the process, and what was on the disk in `folder`/run."""
+    """Trains on a file system of 6 MB; returns the process, and copies the run directory to `folder`/run."""
     folder.mkdir()
     (folder / "driver.py").write_text(DRIVER)
     before = "cp -a ../../kept/run ." if (folder.parent / "kept").exists() else "true"
@@ -90,7 +90,7 @@ def undisturbed(corpus_path, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def test_training_goes_on_while_the_disk_is_full(corpus_path, undisturbed, tmp_path):
+def test_training_continues_while_the_disk_is_full(corpus_path, undisturbed, tmp_path):
     process = train_on_small_disk(corpus_path, tmp_path / "run", {3: FILL, 8: FREE})
     assert process.returncode == 0, process.stderr
     assert "step 4 could not be saved" in process.stderr
@@ -101,7 +101,7 @@ def test_training_goes_on_while_the_disk_is_full(corpus_path, undisturbed, tmp_p
 
 
 @pytest.mark.parametrize("trouble", [FILL, READ_ONLY, VANISH], ids=["full", "read-only", "vanished"])
-def test_a_run_gives_up_on_a_disk_that_stays_bad_and_resumes(corpus_path, undisturbed, tmp_path, trouble):
+def test_run_fails_if_the_disk_stays_full_and_resumes(corpus_path, undisturbed, tmp_path, trouble):
     process = train_on_small_disk(corpus_path, tmp_path / "run", {5: trouble})
     assert process.returncode == 2, process.stderr
     last = process.stderr.strip().splitlines()[-1]
@@ -110,7 +110,7 @@ def test_a_run_gives_up_on_a_disk_that_stays_bad_and_resumes(corpus_path, undist
     (tmp_path / "kept").mkdir()
     shutil.copytree(tmp_path / "run" / "run", tmp_path / "kept" / "run")
     assert saved(tmp_path / "kept" / "run") == [2, 4]
-    assert not list((tmp_path / "run" / "disk").iterdir())  # nothing lands where a mount has been
+    assert not list((tmp_path / "run" / "disk").iterdir())  # nothing is written to the mount point
 
     process = train_on_small_disk(corpus_path, tmp_path / "again", {})
     assert process.returncode == 0, process.stderr
@@ -118,10 +118,10 @@ def test_a_run_gives_up_on_a_disk_that_stays_bad_and_resumes(corpus_path, undist
     assert learned(tmp_path / "again" / "run") == learned(undisturbed)
 
 
-def test_a_full_disk_at_the_start_is_one_line(corpus_path, tmp_path):
+def test_full_disk_at_the_start_is_a_user_error(corpus_path, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    workdir = "/proc/run"  # a file system on which nobody makes folders
+    workdir = "/proc/run"  # a file system without mkdir
     process = subprocess.run(
         [sys.executable, "-m", "dualsm.train", "--config=dualsm:tiny", f"--workdir={workdir}"]
         + [f"--config.data.path={corpus_path}"],

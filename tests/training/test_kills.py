@@ -1,4 +1,4 @@
-"""SIGKILL at any moment of a run loses nothing; benchmarks/kills.py does it some hundred times."""
+"""SIGKILL at random moments of a run loses nothing; benchmarks/kills.py repeats this hundreds of times."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ import pytest
 
 from tests.killing import Kill, Killing, problems
 
-SECONDS = 20  # to kill for
+SECONDS = 20  # time limit of the kills
 MOST = 10
 
 
@@ -23,13 +23,13 @@ def killing(corpus_path) -> Killing:
 
 @pytest.fixture(scope="module")
 def reference(killing, tmp_path_factory):
-    """An undisturbed run, and the seconds it took."""
+    """Returns an uninterrupted run, and its duration in seconds."""
     folder = tmp_path_factory.mktemp("undisturbed")
     killing.finish(folder / "compiling")
     return folder / "run", killing.finish(folder / "run")
 
 
-def test_killed_runs_end_as_an_undisturbed_one(killing, reference, tmp_path):
+def test_killed_runs_equal_an_uninterrupted_run(killing, reference, tmp_path):
     rng, start, killed = random.Random(0), time.monotonic(), 0
     for run in itertools.count():
         workdir = tmp_path / f"run{run}"
@@ -40,8 +40,8 @@ def test_killed_runs_end_as_an_undisturbed_one(killing, reference, tmp_path):
             break
 
 
-def test_what_a_kill_may_not_do_is_seen(reference, tmp_path):
-    """The comparison is not blind: to other numbers, missing steps, or lost checkpoints."""
+def test_comparison_detects_differences(reference, tmp_path):
+    """It detects changed numbers, missing steps and lost checkpoints."""
     run = reference[0]
     good = Kill("training", done=10, whole=8, half=False, resumed=8)
     assert problems([good], run, run) == []

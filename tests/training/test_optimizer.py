@@ -1,4 +1,4 @@
-"""The optimizer reproduces the updates of the paper's released code."""
+"""Optimizers: updates equal those of the paper's released code; clipping, sharding, registration."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ FIXTURE = Path(__file__).parents[1] / "data" / "muon_parity.safetensors"
 
 
 def as_params(tensors: dict, prefix: str) -> dict:
-    """The fixture's tensors at the places where the model keeps such parameters."""
+    """Returns the fixture's tensors under paths of the model's parameters."""
     return {
         "blocks": {"a": {"kernel": jnp.asarray(tensors[prefix + "W"])}},
         "head": {
@@ -47,7 +47,7 @@ def test_five_updates_equal_the_reference():
         assert max(jax.tree.leaves(errors)) < 2e-3, errors
 
 
-def test_a_stack_of_matrices_is_updated_like_each_matrix_alone():
+def test_stacked_matrices_are_updated_independently():
     key = jax.random.key(0)
     stack_NxAxB = jax.random.normal(key, (3, 8, 12))
     grads_NxAxB = jax.random.normal(jax.random.fold_in(key, 1), stack_NxAxB.shape)
@@ -63,19 +63,19 @@ def test_a_stack_of_matrices_is_updated_like_each_matrix_alone():
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_clipping_bounds_the_gradient(name):
+def test_clipping_limits_the_gradient_norm(name):
     config = default_config().optimizer
     config.name, config.max_grad_norm, config.weight_decay = name, 1.0, 0.0
     params = {"embedding": {"embedding": jnp.ones((4, 4))}}
     optimizer = make_optimizer(config, lambda _: 1.0)
-    # Adam's first update does not depend on the scale of the gradient, its first moment does.
+    # Adam's first moment depends on the scale of the gradient; its first update does not.
     _, state = optimizer.update(jax.tree.map(lambda p: 100 * p, params), optimizer.init(params), params)
     first_moments = [m for m in jax.tree.leaves(state) if m.shape == (4, 4)]
     assert max(float(jnp.linalg.norm(m)) for m in first_moments) < 0.2
 
 
 def test_state_without_a_sharding_rule_is_an_error():
-    """An optimizer's matrix that matches no parameter is not replicated silently."""
+    """A matrix in the optimizer state that matches no parameter is not replicated silently."""
     config = default_config().mesh
     config.data = -1
     mesh = sharding.make_mesh(config, jax.devices())
@@ -87,7 +87,7 @@ def test_state_without_a_sharding_rule_is_an_error():
         sharding.tree_shardings(mesh, {"params": {"gain": vector}})
 
 
-def test_an_optimizer_is_one_row_of_the_table(monkeypatch):
+def test_new_optimizer_needs_one_row_in_the_table(monkeypatch):
     config = default_config().optimizer
     monkeypatch.setitem(OPTIMIZERS, "sgd", lambda config, schedule: optax.sgd(schedule))
     config.name, config.max_grad_norm = "sgd", 0.0

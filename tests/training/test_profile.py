@@ -1,4 +1,4 @@
-"""A profile holds the steps that were asked for, whole, and changes nothing else."""
+"""Profiles contain exactly the requested steps and do not change the run."""
 
 import jax
 import pytest
@@ -11,12 +11,12 @@ from dualsm.training.profile import Window, parse_window
 
 @pytest.fixture
 def config(micro):
-    micro.mesh.data = -1  # all of the tests' devices
+    micro.mesh.data = -1  # all devices of the tests
     return micro
 
 
 def traced(workdir) -> tuple[set[int], int]:
-    """The steps that a trace names, and how often the step's program began in it."""
+    """Returns the steps in a trace, and the number of executions of the train step."""
     (path,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")
     events = [
         event
@@ -29,12 +29,12 @@ def traced(workdir) -> tuple[set[int], int]:
 
 
 def run(config, workdir, window: Window | None, stop=lambda step: False) -> list[float]:
-    """The losses of a run that is profiled."""
+    """Returns the losses of a profiled run."""
     train(config, workdir, stop, window)
     return [line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line]
 
 
-def test_the_trace_names_its_steps_and_the_losses_stay(config, tmp_path, capsys):
+def test_trace_contains_the_steps_and_losses_are_unchanged(config, tmp_path, capsys):
     losses = run(config, tmp_path / "profiled", Window(4, 6))
     steps, programs = traced(tmp_path / "profiled")
     assert {4, 5, 6} <= steps <= {4, 5, 6, 7}, steps
@@ -44,19 +44,19 @@ def test_the_trace_names_its_steps_and_the_losses_stay(config, tmp_path, capsys)
     assert not (tmp_path / "plain" / "profile").exists()
 
 
-def test_a_window_is_closed_by_the_end_of_the_run_and_joined_on_resume(config, tmp_path):
+def test_window_ends_with_the_run_and_continues_on_resume(config, tmp_path):
     run(config, tmp_path, None, lambda step: step == 8)
     run(config, tmp_path, Window(5, 99))
     assert traced(tmp_path)[0] == {10, 11, 12}  # the first step after a start compiles
 
 
-def test_a_window_that_is_missed_is_told(config, tmp_path, capsys):
+def test_missed_window_is_a_warning(config, tmp_path, capsys):
     run(config, tmp_path, Window(50, 60))
     assert "did not train these steps" in capsys.readouterr().err
     assert not (tmp_path / "profile").exists()
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:4", "1:4", "a:b", "5:6:7", "-1:4", "2:9999999999"])
-def test_what_is_no_window(text):
+def test_invalid_windows_are_rejected(text):
     with pytest.raises(UserError, match="FIRST:LAST"):
         parse_window(text)

@@ -1,4 +1,4 @@
-"""A run is a function of its config: not of how often it was killed, nor of the devices it ran on."""
+"""Runs depend on their config only, not on interruptions or devices."""
 
 import json
 import os
@@ -24,7 +24,7 @@ LOGGED = [0, 2, 4, 6, 8, 10, 12]
 
 @pytest.fixture(scope="module")
 def recipe(corpus_path) -> str:
-    """A config file for the micro run."""
+    """Writes a config file of the micro run."""
     return f"tests/micro.py:{corpus_path}"
 
 
@@ -47,7 +47,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def params_of(workdir: Path) -> dict:
-    """Parameters of the newest checkpoint, on the host."""
+    """Returns the parameters of the newest checkpoint, on the host."""
     from dualsm.model.transformer import init_params
 
     config = load_config((workdir / "config.json").read_text())
@@ -60,12 +60,12 @@ def params_of(workdir: Path) -> dict:
 
 
 def learned(record: dict) -> dict:
-    """What of a log line must not depend on time."""
+    """Returns the metrics of a log line that do not depend on time."""
     return {name: value for name, value in record.items() if not name.startswith("perf/")}
 
 
 def assert_same_run(workdir: Path, reference: Path) -> None:
-    """Bit for bit, and each step logged once."""
+    """Asserts equality bit for bit, and that each step is logged once."""
     ours, expected = read_metrics(workdir), read_metrics(reference)
     assert [record["step"] for record in ours] == LOGGED
     assert [learned(record) for record in ours] == [learned(record) for record in expected]
@@ -80,7 +80,7 @@ def uninterrupted(recipe, tmp_path_factory) -> Path:
     return workdir
 
 
-def test_an_uninterrupted_run_leaves_what_it_should(uninterrupted):
+def test_uninterrupted_run_writes_all_its_files(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     assert names == {
         ".lock", "config.json", "metrics.jsonl", "checkpoints", "latest_checkpoint", "tokenizer.model",
@@ -99,8 +99,8 @@ def test_an_uninterrupted_run_leaves_what_it_should(uninterrupted):
     assert expected <= set(records[1])
 
 
-def test_cores_as_devices_train_the_same_run(recipe, uninterrupted, tmp_path, monkeypatch):
-    """The programs of many held-out batches are on their way at once; none takes the last thread."""
+def test_one_device_per_core_trains_the_same_run(recipe, uninterrupted, tmp_path, monkeypatch):
+    """Validates many batches, which must not block XLA's thread pool."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     flags = (
         "--config.mesh.data=2",
@@ -115,7 +115,7 @@ def test_cores_as_devices_train_the_same_run(recipe, uninterrupted, tmp_path, mo
 
 
 def interrupted(recipe, workdir, lines: int, *flags: str, **options) -> subprocess.Popen:
-    """A run that was sent SIGTERM after so many lines of metrics."""
+    """Runs the command and sends SIGTERM after a number of log lines."""
     process = start(recipe, workdir, *flags, **options)
     while not workdir.exists() or len(read_metrics(workdir)) < lines:
         time.sleep(0.002)
@@ -124,7 +124,7 @@ def interrupted(recipe, workdir, lines: int, *flags: str, **options) -> subproce
     return process
 
 
-def test_sigterm_saves_and_says_how_to_resume(recipe, uninterrupted, tmp_path):
+def test_sigterm_saves_and_prints_the_command_to_resume(recipe, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     process = interrupted(recipe, workdir, 2)
     output = finish(process)
@@ -136,14 +136,14 @@ def test_sigterm_saves_and_says_how_to_resume(recipe, uninterrupted, tmp_path):
     assert_same_run(workdir, uninterrupted)
 
 
-def test_a_finished_run_has_nothing_left_to_do(recipe, uninterrupted):
+def test_finished_run_is_not_changed(recipe, uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     output = finish(start(recipe, uninterrupted))
     assert "held-out bits per byte" in output
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(recipe, uninterrupted, tmp_path):
+def test_damaged_newest_checkpoint_is_skipped(recipe, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     finish(start(recipe, workdir))
     newest = workdir / "checkpoints" / "12"
@@ -158,7 +158,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(recipe, uninterrupted, tmp_p
 
 
 @pytest.mark.parametrize("overrides", [("data=8",), ("data=2", "fsdp=2", "tensor=2")], ids=str)
-def test_eight_devices_train_to_the_same_losses(recipe, uninterrupted, tmp_path, overrides):
+def test_losses_on_eight_devices_equal_those_on_one(recipe, uninterrupted, tmp_path, overrides):
     flags = [f"--config.mesh.{override}" for override in overrides]
     finish(start(recipe, tmp_path / "run", *flags, devices=8))
     ours, expected = read_metrics(tmp_path / "run"), read_metrics(uninterrupted)
@@ -169,7 +169,7 @@ def test_eight_devices_train_to_the_same_losses(recipe, uninterrupted, tmp_path,
 
 
 def test_resuming_on_another_mesh_and_accumulation(recipe, uninterrupted, tmp_path):
-    """Stop on 8 devices, go on with one and in two gradient_accumulation_steps."""
+    """Stops on eight devices and resumes on one with two gradient accumulation steps."""
     workdir = tmp_path / "run"
     process = interrupted(recipe, workdir, 3, "--config.mesh.data=2", "--config.mesh.fsdp=4", devices=8)
     finish(process)
@@ -190,26 +190,26 @@ def test_checkpoints_are_kept_as_configured(micro, tmp_path):
     assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [5, 10, 11, 12]
 
 
-def test_a_torn_last_line_is_not_read(tmp_path):
+def test_incomplete_last_line_is_ignored(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "tr')
     assert read_metrics(tmp_path) == [{"step": 1}]
     assert os.path.exists(tmp_path / "metrics.jsonl")
 
 
-def test_a_second_signal_ends_the_run_at_once(recipe, uninterrupted, tmp_path):
+def test_second_signal_kills_the_run(recipe, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     process = interrupted(recipe, workdir, 4)
     while "send it again to quit" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode in (128 + signal.SIGTERM, 0)  # 0: it had saved before the second came
+    assert process.returncode in (128 + signal.SIGTERM, 0)  # 0: the save finished before the second signal
     finish(start(recipe, workdir))
     assert_same_run(workdir, uninterrupted)
 
 
-def test_the_second_signal_does_not_wait():
-    """SLURM may send SIGTERM twice at once; that counts as one signal."""
+def test_repeated_signal_within_a_second_is_ignored():
+    """SLURM may send SIGTERM twice; a later signal ends the process."""
     code = "import time; from dualsm.train import _stop; asked = []; _stop(15, asked); _stop(15, asked); "
     code += "print('went on', flush=True); time.sleep(1.1); _stop(15, asked); print('too far')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Learning rates at their corners."""
+"""Learning-rate schedules at the boundaries of their phases."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def schedule(steps=100, **values):
     return learning_rate(config, steps)
 
 
-def test_wsd_rises_holds_and_falls():
+def test_phases_of_wsd():
     rate = schedule(name="wsd", warmup_steps=10, decay_fraction=0.25, final_fraction=0.1)
     assert float(rate(0)) == 0.0
     assert float(rate(5)) == pytest.approx(0.5)
@@ -27,14 +27,14 @@ def test_wsd_without_warmup_starts_at_the_peak():
     assert float(schedule(name="wsd", warmup_steps=0)(0)) == 1.0
 
 
-def test_cosine_ends_at_its_final_value():
+def test_cosine_ends_at_final_fraction():
     rate = schedule(name="cosine", warmup_steps=10, final_fraction=0.2)
     assert float(rate(10)) == pytest.approx(1.0)
     assert float(rate(55)) == pytest.approx(0.6, abs=1e-3)
     assert float(rate(100)) == pytest.approx(0.2)
 
 
-def test_infinite_follows_its_formula():
+def test_phases_of_infinite():
     """Linear to the peak over N_w, cosine to const over N_c, hold, const * (min/const)^((n - N_d)/t_a)."""
     rate = schedule(
         name="infinite",
@@ -46,7 +46,7 @@ def test_infinite_follows_its_formula():
     )
     assert float(rate(5)) == pytest.approx(0.5)
     assert float(rate(10)) == pytest.approx(1.0)
-    assert float(rate(20)) == pytest.approx(0.7)  # half-way down the cosine
+    assert float(rate(20)) == pytest.approx(0.7)  # halfway through the cosine decay
     assert {round(float(rate(step)), 6) for step in range(30, 51)} == {0.4}
     for step in (60, 75, 99):
         assert float(rate(step)) == pytest.approx(0.4 * (0.1 / 0.4) ** ((step - 50) / 50), rel=1e-5)

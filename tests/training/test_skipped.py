@@ -1,4 +1,4 @@
-"""Updates whose numbers are not finite are skipped, counted, and end the run when they do not stop."""
+"""Non-finite updates are skipped and counted, and end the run if they continue; loss spikes are reported."""
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,18 @@ from dualsm.training.step_metrics import LossStats, update_loss_stats
 
 from .conftest import Micro
 
-POISON = 100  # a token whose embedding is no number
+POISON = 100  # the token with the embedding NaN
 
 
 def poisoned(micro):
-    """The state before the first step, of a model that knows a token whose embedding is no number."""
+    """Returns the initial state of a model in which one token has the embedding NaN."""
     state = jax.jit(micro.init)()
     embedding = state.params["embedding"]["embedding"].at[POISON].set(jnp.nan)
     return state._replace(params=state.params | {"embedding": {"embedding": embedding}})
 
 
 def batch(micro, number: int, bad: bool):
-    """A batch of a step, with the poisonous token in it or without."""
+    """Returns a batch with or without the poisoned token."""
     batch = micro.batch(number)
     tokens = np.where(batch.tokens_BxL1 == POISON, POISON + 1, batch.tokens_BxL1)
     tokens[2:, 5] = POISON if bad else tokens[2:, 5]
@@ -35,7 +35,7 @@ def batch(micro, number: int, bad: bool):
 
 @pytest.fixture(scope="module")
 def steps(micro_step):
-    """State and sums after steps whose batches are good, bad, bad, good."""
+    """Returns state and metrics after steps with good, bad, bad and good batches."""
     state, step, after = poisoned(micro_step), jax.jit(micro_step.step), []
     for number, bad in enumerate([False, True, True, False]):
         state, sums = step(state, batch(micro_step, number, bad))
@@ -48,14 +48,14 @@ def same(a, b) -> bool:
     return all(np.array_equal(x, y, equal_nan=True) for x, y in pairs)
 
 
-def test_a_bad_batch_leaves_weights_and_optimizer_as_they_were(steps):
+def test_bad_batch_does_not_change_weights_or_optimizer_state(steps):
     (good, _), (bad, _), (worse, _), (again, _) = steps
     for state in (bad, worse):
         assert same((state.params, state.opt_state), (good.params, good.opt_state))
     assert not same(again.params, good.params)
 
 
-def test_steps_are_numbered_on_and_skipped_ones_counted(steps):
+def test_skipped_steps_are_counted_and_steps_continue(steps):
     assert [int(state.step) for state, _ in steps] == [1, 2, 3, 4]
     assert [int(sums.consecutive_skips) for _, sums in steps] == [0, 1, 2, 0]
     # The micro config logs every 2 steps.
@@ -63,15 +63,15 @@ def test_steps_are_numbered_on_and_skipped_ones_counted(steps):
     assert [int(sums.steps) for _, sums in steps] == [1, 1, 0, 1]
 
 
-def test_bad_batches_do_not_reach_the_log(steps):
+def test_bad_batches_do_not_enter_the_metrics(steps):
     assert all(np.isfinite(jax.tree.leaves(sums)[0]).all() for _, sums in steps)
     (_, first), (_, second), *_ = steps
     assert float(first.loss) == float(second.loss)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_learning_rate_after_skipped_updates_is_that_of_the_step(name):
-    """The one that is logged; so the decay ends with the run, however many updates were skipped."""
+def test_learning_rate_depends_on_the_step_not_on_updates(name):
+    """The decay ends with the run even if updates are skipped."""
     config = default_config().optimizer
     rate = learning_rate(config, steps=8)  # falls from step 6 on
     micro = Micro(rate, **{"optimizer.name": name})
@@ -87,7 +87,7 @@ def test_the_learning_rate_after_skipped_updates_is_that_of_the_step(name):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-8)
 
 
-def test_a_run_that_diverges_ends_and_names_the_checkpoint_before_it(micro, tmp_path, capsys):
+def test_diverged_run_fails_and_names_the_last_checkpoint(micro, tmp_path, capsys):
     micro.mesh.data = -1
     micro.max_consecutive_skips = 3
     assert train(micro, tmp_path / "good") is True
@@ -102,7 +102,7 @@ def test_a_run_that_diverges_ends_and_names_the_checkpoint_before_it(micro, tmp_
 
 
 def spikes_of(losses_SxJ, tokens_SxJ) -> list[int]:
-    """Steps that are reported as spikes; losses per token and tokens of each objective."""
+    """Returns the steps that are reported as spikes, given losses and tokens of each objective per step."""
     losses_SxJ, tokens_SxJ = (np.asarray(a, np.float32) for a in (losses_SxJ, tokens_SxJ))
     loss_stats, update, spikes = (
         LossStats(*jnp.zeros((4, tokens_SxJ.shape[1]))),
@@ -116,15 +116,15 @@ def spikes_of(losses_SxJ, tokens_SxJ) -> list[int]:
     return spikes
 
 
-def test_a_spike_is_told_from_what_is_usual():
-    """A loss that falls, with noise, has no spikes; one high step is, and does not hide the next."""
+def test_spikes_are_detected_in_a_noisy_falling_loss():
+    """Noise is not reported, a high loss is, and one spike does not hide the next."""
     rng, steps_S = np.random.default_rng(0), np.arange(400)
     loss_S = 3 + 5 * np.exp(-steps_S / 40) + 0.1 * rng.standard_normal(400)
     loss_S[[200, 203]] += 4
     assert spikes_of(loss_S[:, None], np.full((400, 1), 1000)) == [200, 203]
 
 
-def test_the_first_steps_are_no_spikes():
+def test_first_steps_are_not_spikes():
     assert spikes_of([[1.0]] * 10 + [[50.0]], np.full((11, 1), 1000)) == []
 
 
@@ -139,10 +139,10 @@ PLANS = {
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_planned_change_of_the_mixture_is_no_spike(plan):
-    """Two objectives with different losses, the second one with much noise; real spikes are still found.
+def test_change_of_the_mixture_is_not_a_spike(plan):
+    """Two objectives with different losses, one of them noisy; real spikes are still detected.
 
-    An objective that is trained again after a pause begins with a higher loss.
+    An objective that is trained again after a pause starts with a higher loss.
     """
     rng, shares_SxJ = np.random.default_rng(0), np.array(PLANS[plan])
     rows_SxJ = np.round(shares_SxJ * ROWS)
@@ -155,16 +155,16 @@ def test_a_planned_change_of_the_mixture_is_no_spike(plan):
     assert spikes_of(losses_SxJ, 256 * rows_SxJ) == [120, 280, 440]
 
 
-def test_the_sums_of_objectives_are_exact_where_products_are_not(micro_step):
-    """No matrix product makes them, because accelerators compute products in bfloat16 or TF32."""
+def test_sums_per_objective_do_not_use_matrix_products(micro_step):
+    """Accelerators compute matrix products in bfloat16 or TF32."""
     state = jax.eval_shape(micro_step.init)
     program = str(jax.make_jaxpr(micro_step.step)(state, micro_step.batch()))
     assert " = dot_general[" in program
     assert f":f32[{len(micro_step.names)}] = dot_general[" not in program
 
 
-def test_a_spike_is_reported_with_its_step(micro, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dualsm.training.step_metrics.SPIKE", -1000.0)  # all is a spike ...
+def test_spike_warning_names_the_step(micro, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dualsm.training.step_metrics.SPIKE", -1000.0)  # every loss is a spike ...
     monkeypatch.setattr("dualsm.training.step_metrics.SPIKE_AFTER", 9)  # ... from step 10 on
     micro.mesh.data = -1
     assert train(micro, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The step: accumulation, sharding, the sums for the log, and what must not recompile it."""
+"""The train step: gradient accumulation, sharding, metrics, recompilation."""
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +26,15 @@ def assert_trees_close(a, b, **tolerance):
 
 
 @pytest.mark.parametrize("gradient_accumulation_steps", [2, 4])
-def test_accumulation_equals_the_whole_batch_with_uneven_weights(micro_step, gradient_accumulation_steps):
-    """With plain gradient descent, where an error of the gradient shows undistorted."""
+def test_gradient_accumulation_equals_the_whole_batch(micro_step, gradient_accumulation_steps):
+    """Uses plain gradient descent, whose update is proportional to the gradient."""
     states = [
         Micro(gradient_accumulation_steps=m, **{"optimizer.name": "adamw"}).run(3)
         for m in (1, gradient_accumulation_steps)
     ]
     assert_trees_close(states[0].metrics, states[1].metrics, rtol=1e-5)
     assert_trees_close(states[0].params, states[1].params, atol=2e-5)
-    # The average of the gradient_accumulation_steps' own means would be another number.
+    # The mean of the means of the parts would be different.
     batch = micro_step.batch()
     valid = (batch.documents_BxL1[:, 1:] == batch.documents_BxL1[:, :-1]) & (batch.documents_BxL1[:, 1:] >= 0)
     assert valid.sum(1).max() > 2 * valid.sum(1).min()
@@ -65,7 +65,7 @@ def test_sharded_equals_unsharded(micro_step, layout):
     assert_trees_close(state.metrics, expected.metrics, rtol=1e-4)
     assert_trees_close(state.params, expected.params, atol=1e-4)
 
-    # Nothing that can be split is replicated: matrices and momenta take 1 / (fsdp * tensor) each.
+    # Matrices and momenta are sharded over fsdp and tensor, not replicated.
     parts = layout.get("fsdp", 1) * layout.get("tensor", 1)
     for name in ("query", "key", "value", "output"):
         kernel = state.params["blocks"]["attention"][name]["kernel"]
@@ -84,10 +84,8 @@ def test_sharded_equals_unsharded(micro_step, layout):
     ],
     ids=str,
 )
-def test_copies_of_the_parameters_add_up_their_gradients_once_a_step(
-    layout, gradient_accumulation_steps, once
-):
-    """Not once a layer or microbatch, as others do; the result is that of one device."""
+def test_replicas_sum_gradients_once_per_step(layout, gradient_accumulation_steps, once):
+    """Not once per layer or accumulation step; the result equals that of one device."""
     config = default_config().mesh
     config.update(layout)
     mesh = sharding.make_mesh(config, jax.devices()[:4])
@@ -109,8 +107,8 @@ def test_copies_of_the_parameters_add_up_their_gradients_once_a_step(
     assert (sent < 1.2 * ring) == once
 
 
-def test_the_sums_are_those_of_the_objectives_on_their_own(micro_step):
-    """What the step logs for an objective is what `objective_loss` gives for its rows."""
+def test_metrics_equal_the_losses_of_single_objectives(micro_step):
+    """The metrics of an objective equal `objective_loss` of its rows."""
     config, batch = micro_step.config, micro_step.batch()
     state = jax.jit(micro_step.init)()
     _, sums = jax.jit(micro_step.step)(state, batch)
@@ -124,7 +122,7 @@ def test_the_sums_are_those_of_the_objectives_on_their_own(micro_step):
     assert float(sums.weight) == pytest.approx(float(sums.loss_denominator_J.sum()))
 
 
-def test_sums_gather_since_the_last_log_line(micro_step):
+def test_metrics_are_summed_since_the_last_log_line(micro_step):
     step, state = jax.jit(micro_step.step), jax.jit(micro_step.init)()
     steps = []
     for s in range(5):  # a log line every 2 steps
@@ -133,7 +131,7 @@ def test_sums_gather_since_the_last_log_line(micro_step):
     assert steps == [1, 2, 1, 2, 1]
 
 
-def test_an_objectives_weight_scales_its_gradient_but_not_its_report():
+def test_objective_weight_scales_the_gradient_but_not_its_metric():
     plain, double = Micro(), Micro(**{"objectives.causal.weight": 2.0})
     a, b = plain.run().metrics, double.run().metrics
     assert_trees_close(a.nll_J, b.nll_J, rtol=1e-6)
@@ -143,7 +141,7 @@ def test_an_objectives_weight_scales_its_gradient_but_not_its_report():
     assert float(b.gradient_norm) > 1.2 * float(a.gradient_norm)
 
 
-def test_changing_shares_does_not_recompile(micro_step):
+def test_changed_shares_do_not_recompile(micro_step):
     step, state = jax.jit(micro_step.step), jax.jit(micro_step.init)()
     for objective_B in ([0] * 8, [2] * 8, [0, 1, 2, 0, 1, 2, 0, 1]):
         batch = micro_step.batch()._replace(objective_B=np.array(objective_B, np.int32))
@@ -152,14 +150,14 @@ def test_changing_shares_does_not_recompile(micro_step):
 
 
 def test_steps_draw_different_corruption():
-    """The same batch at another step is corrupted anew, and at the same step not."""
+    """The same batch is corrupted differently at another step, and identically at the same step."""
     micro = Micro(**{"mixture.causal": 0.0, "mixture.prefix": 0.0, "mixture.masked_diffusion": 1.0})
     state, step = jax.jit(micro.init)(), jax.jit(micro.step)
     losses = [float(step(state._replace(step=jnp.int32(s)), micro.batch())[1].loss) for s in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_mesh_that_does_not_fit_is_refused():
+def test_mesh_that_does_not_match_the_devices_is_rejected():
     config = default_config().mesh
     for sizes, message in (
         ({"data": 3}, "needs 3 devices, there are 8"),
@@ -171,7 +169,7 @@ def test_a_mesh_that_does_not_fit_is_refused():
             sharding.make_mesh(config, jax.devices())
 
 
-def test_an_axis_that_does_not_divide_a_parameter_is_refused(micro_step):
+def test_axis_that_does_not_divide_a_parameter_is_rejected(micro_step):
     config = default_config().mesh
     config.update({"data": 1, "tensor": 8})
     mesh = sharding.make_mesh(config, jax.devices())

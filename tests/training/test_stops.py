@@ -1,4 +1,4 @@
-"""A run that is stopped, loses its checkpoints or skips an update loses nothing else."""
+"""Stops during validation, lost checkpoints, delayed and repeated saves."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from dualsm.training.loop import train
 
 @pytest.fixture
 def small(micro, monkeypatch):
-    """A config that compiles fast, on one device; two batches are validated after steps 0, 6 and 12."""
+    """Returns a small config for one device, with validations of two batches after steps 0, 6 and 12."""
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     micro.optimizer.name = "adamw"
     micro.mixture.update({"causal": 1.0, "prefix": 0.0, "masked_diffusion": 0.0})
@@ -30,8 +30,8 @@ def saved(workdir) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
-def test_a_stop_during_validation_does_not_wait_for_its_end(small, tmp_path):
-    """The resumed run validates instead, and its log is that of a run without a stop."""
+def test_stop_cancels_a_validation(small, tmp_path):
+    """The resumed run repeats the validation, and its log equals that of an uninterrupted run."""
     assert train(small, tmp_path / "whole")
     workdir = tmp_path / "cut"
     for last in (6, 12):
@@ -49,7 +49,7 @@ def test_a_stop_during_validation_does_not_wait_for_its_end(small, tmp_path):
     assert learned(workdir) == learned(tmp_path / "whole")
 
 
-def test_a_run_whose_checkpoints_are_gone_is_refused(small, tmp_path):
+def test_run_with_lost_checkpoints_is_rejected(small, tmp_path):
     small.valid.objectives = ""
     assert not train(small, tmp_path, stop=lambda step: step == 4)
     lines = (tmp_path / "metrics.jsonl").read_bytes()
@@ -58,7 +58,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(small, tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match=f"checkpoints of {tmp_path} are missing, the last was of step 4"):
             train(small, tmp_path)
-        (tmp_path / "checkpoints").mkdir(exist_ok=True)  # an empty one is no better
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)  # an empty folder is rejected too
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
     (tmp_path / "checkpoints").rmdir()
     shutil.move(tmp_path / "elsewhere", tmp_path / "checkpoints")
@@ -66,8 +66,8 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(small, tmp_path):
     assert saved(tmp_path) == [4, 5]
 
 
-def test_a_save_that_a_skipped_update_held_up_follows_at_once(small, tmp_path, monkeypatch):
-    """Steps 4 and 5 are reported as skipped; the save that is due at step 4 comes after step 6."""
+def test_save_delayed_by_a_skipped_update_follows_the_next_update(small, tmp_path, monkeypatch):
+    """Steps 4 and 5 are reported as skipped; the save due at step 4 is made after step 6."""
     small.valid.objectives = ""
     compile_train_step = loop.compile_train_step
 
@@ -86,8 +86,8 @@ def test_a_save_that_a_skipped_update_held_up_follows_at_once(small, tmp_path, m
     assert saved(tmp_path) == [6, 8, 12]
 
 
-def test_the_last_save_is_tried_again(small, tmp_path, monkeypatch, capsys):
-    """The last save fails twice where nothing more may fail, by a check of the disk that is made to fail."""
+def test_last_save_is_retried(small, tmp_path, monkeypatch, capsys):
+    """The disk check is patched to fail twice during the last save, with `max_failed_saves` 0."""
     small.valid.objectives, small.checkpoint.max_failed_saves, small.checkpoint.final_retries = "", 0, 2
     failures, probe, pauses = [12, 12], Checkpoints._probe, []
 

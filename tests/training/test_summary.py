@@ -1,11 +1,11 @@
-"""What a run says at its end, also where there is little to say."""
+"""The summary at the end of a run."""
 
 from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
 from dualsm.training.summary import summarise
 
 
-def test_a_run_may_validate_nothing(micro, tmp_path, capsys):
+def test_run_without_validation(micro, tmp_path, capsys):
     micro.mesh.data, micro.valid.objectives = -1, ""
     assert train(micro, tmp_path)
     said = capsys.readouterr().out
@@ -15,10 +15,10 @@ def test_a_run_may_validate_nothing(micro, tmp_path, capsys):
     assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
     assert not any(name.startswith("valid/") for record in records for name in record)
 
-    assert train(micro, tmp_path)  # nothing is left to do
+    assert train(micro, tmp_path)  # the run is already complete
     assert capsys.readouterr().out.endswith(said.splitlines()[-1] + "\n")
 
 
-def test_a_finished_run_whose_metrics_are_gone_says_where_it_is(corpus, tmp_path):
+def test_summary_without_metrics_names_the_run_directory(corpus, tmp_path):
     said = summarise(tmp_path, corpus)
     assert said.startswith(f"{tmp_path}: config.json") and "\n" not in said

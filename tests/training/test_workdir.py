@@ -1,4 +1,4 @@
-"""One run at a time in a workdir, by a lock that dies with its process."""
+"""The lock of the run directory."""
 
 import contextlib
 import signal
@@ -22,7 +22,7 @@ with lock(sys.argv[1]):
 """
 
 
-def test_a_second_run_is_refused_and_told_of_the_first(tmp_path):
+def test_second_run_is_rejected_and_names_the_first(tmp_path):
     workdir = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(workdir)],
@@ -34,14 +34,14 @@ def test_a_second_run_is_refused_and_told_of_the_first(tmp_path):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with lock(workdir):  # a dead process has no lock
+        with lock(workdir):  # the lock was released when the process died
             pass
     finally:
         process.kill()
         process.stdout.close()
 
 
-def test_training_holds_its_workdir(micro, tmp_path):
+def test_training_locks_its_workdir(micro, tmp_path):
     from dualsm.training.loop import train
 
     micro.mesh.data = -1
@@ -90,8 +90,8 @@ for moment in range(100):
 """
 
 
-def test_a_workdir_stays_usable_whenever_its_first_run_is_killed(corpus, corpus_path, tmp_path):
-    """Killed before each of its accesses to the workdir in turn."""
+def test_workdir_stays_usable_if_its_first_run_is_killed(corpus, corpus_path, tmp_path):
+    """Kills the run before each of its accesses to the directory in turn."""
     from dualsm.rundir.workdir import epath
     from tests.micro import micro_config
 
@@ -101,15 +101,15 @@ def test_a_workdir_stays_usable_whenever_its_first_run_is_killed(corpus, corpus_
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     moments = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
-    assert len(moments) >= 5  # the folder is made, then two files are opened aside and renamed
+    assert len(moments) >= 5  # creates the folder, then writes and renames two files
     for path in moments:
         check_config_of_run(epath.Path(path), micro_config(), corpus)
         write_config(epath.Path(path), micro_config(), corpus)
         assert sorted(p.name for p in path.iterdir()) == [CONFIG, "tokenizer.model"]
 
 
-def test_a_run_that_came_first_by_a_moment_is_kept(micro, corpus, tmp_path, monkeypatch):
-    """Another run starts between the first look at the workdir and the lock, which is made to be late."""
+def test_run_that_starts_first_is_kept(micro, corpus, tmp_path, monkeypatch):
+    """Another run starts between the first check of the directory and the lock."""
     other = micro.copy_and_resolve_references()
     other.seed, other.data.identity = 7, corpus.identity
 
