@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dualsm.devices.sharding import shard_batch
-from dualsm.objectives import mixture
 from dualsm.objectives.example import SpecialIds
-from dualsm.objectives.shares import trained_objectives
+from dualsm.objectives.plan import MixturePlan
 from dualsm.training.program import compile_train_step
 from dualsm.training.step import Batch
 
@@ -39,10 +38,8 @@ class Steps:
           mesh: the devices.
         """
         self._mesh = mesh
-        names = trained_objectives(config)
         tokens_BxL1 = random_tokens(config)
-        counts_J = np.array([round(config.mixture[name] * config.batch_size) for name in names])
-        rows = (tokens_BxL1, np.zeros_like(tokens_BxL1), *mixture.assign(counts_J))
+        rows = (tokens_BxL1, np.zeros_like(tokens_BxL1), *MixturePlan(config).assign(0))
         with jax.set_mesh(mesh):
             program = compile_train_step(config, SpecialIds(vocab_size=config.model.vocab_size), mesh)
             self._batch = Batch(*(shard_batch(mesh, x) for x in rows))

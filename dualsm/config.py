@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from dualsm.model.attention import BACKENDS
 from dualsm.model.remat import POLICIES
 from dualsm.model.transformer import HEADS
+from dualsm.objectives.pairs import check_pairs, default_member_options, default_pairs
+from dualsm.objectives.plan import count_sequences
 from dualsm.objectives.registry import OBJECTIVES, check_options, default_options
 from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
 from dualsm.objectives.shares import check_mixture
@@ -131,9 +133,10 @@ KEYS = [
 
 
 def default_config() -> ConfigDict:
-    """Returns a config with the default of every key, including the shares and options of all objectives."""
+    """Returns a config with the default of every key, also of the objectives and pairs."""
     config = ConfigDict(unflatten_dict({key.name: key.default for key in KEYS}, sep="."))
-    config.mixture = ConfigDict(dict.fromkeys(OBJECTIVES, 0.0) | {"causal": 1.0})
+    config.pairs = ConfigDict(default_pairs())
+    config.mixture = ConfigDict(dict.fromkeys([*OBJECTIVES, *config.pairs], 0.0) | {"causal": 1.0})
     config.objectives = ConfigDict(default_options())
     return config
 
@@ -180,10 +183,24 @@ def set_alpha(config: ConfigDict, alpha: float) -> None:
     config.mixture.causal, config.mixture.masked_diffusion = alpha, 1 - alpha
 
 
+def add_pair(config: ConfigDict, name: str, share: float = 0.0, **members: Mapping[str, Any]) -> None:
+    """Adds a pair of objectives to `config.pairs`, and its share to the mixture.
+
+    Args:
+      config: modified in place.
+      name: name of the pair.
+      share: share of the rows; the shares of the mixture must sum to 1.
+      **members: objective -> its loss weight `weight`, and options that differ from `config.objectives`.
+    """
+    config.pairs[name] = ConfigDict({objective: dict(options) for objective, options in members.items()})
+    config.mixture[name] = share
+
+
 def check_config(config: ConfigDict) -> None:
     """Raises `UserError`, naming the key, for invalid values and for values that do not fit together."""
     _check_keys(config)
     check_options(config.objectives)
+    check_pairs(config)
     check_mixture(config)
     _check_batch(config)
     _check_heads(config.model)
@@ -203,6 +220,8 @@ def _check_keys(config: ConfigDict) -> None:
     """Checks that all keys exist, have the type of their default and a valid value."""
     defaults = flatten_dict(default_config().to_dict(), sep=".")
     values = flatten_dict(config.to_dict(), sep=".")
+    if isinstance(pairs := config.get("pairs"), ConfigDict):
+        defaults |= default_member_options(pairs.to_dict()) | {f"mixture.{name}": 0.0 for name in pairs}
     for key in values.keys() - defaults.keys():
         raise UserError(f"unknown config key config.{key}; see dualsm/config.py for all keys")
     for key, default in defaults.items():
@@ -228,11 +247,11 @@ def _same_type(default, value) -> bool:
 
 
 def _check_batch(config: ConfigDict) -> None:
-    rows = config.steps * config.batch_size
-    if config.repetitions > rows:
+    sequences = count_sequences(config)
+    if config.repetitions > sequences:
         raise UserError(
-            f"config.repetitions={config.repetitions} must not exceed the {rows} sequences of the run "
-            "(steps * batch_size)"
+            f"config.repetitions={config.repetitions} must not exceed the {sequences} sequences of the run "
+            "(steps * batch_size; the two rows of a pair count once)"
         )
     if config.batch_size * config.seq_len > 2**30:
         raise UserError(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Curve = tuple[Sequence[float], Sequence[float]]  # tokens seen, loss
+Curve = tuple[Sequence[float], Sequence[float]]  # tokens or FLOPs, loss
+COSTS = {"tokens": ("tokens seen, millions", 1e6), "flops": ("training compute, PFLOP", 1e15)}
 
 TICKS = (0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 63 / 64, 255 / 256, 1)
 _MAP = "viridis"  # brighter colours are better
@@ -112,19 +113,22 @@ def plot_curves(
     figure: Figure,
     curves: Mapping[str, Mapping[float, Mapping[float, Sequence[Curve]]]],
     *,
+    cost: str = "tokens",
     unit: str = "nats per token",
 ) -> None:
-    """Draws held-out losses over tokens: one row per objective, one column per R, one colour per alpha.
+    """Draws held-out losses over tokens or FLOPs: one row per objective, one column per R, alpha as colour.
 
     Args:
       figure: an empty figure.
       curves: objective -> R -> alpha -> one curve per seed.
+      cost: quantity on the x axis, a key of `COSTS`.
       unit: unit of the losses.
     """
     with analysis_extra():
         from matplotlib import colormaps
         from matplotlib.lines import Line2D
 
+    label, scale = COSTS[cost]
     columns = sorted({repetitions for panels in curves.values() for repetitions in panels})
     alphas = sorted({a for panels in curves.values() for lines in panels.values() for a in lines})
     colour = dict(zip(alphas, colormaps["viridis"](np.linspace(0, 0.92, len(alphas))), strict=True))
@@ -132,8 +136,8 @@ def plot_curves(
     for row, (objective, panels) in zip(grid, curves.items(), strict=True):
         for axes, repetitions in zip(row, columns, strict=True):
             for alpha, seeds in sorted(panels.get(repetitions, {}).items()):
-                for tokens, losses in seeds:
-                    axes.plot(np.asarray(tokens) / 1e6, losses, color=colour[alpha], linewidth=1.4)
+                for costs, losses in seeds:
+                    axes.plot(np.asarray(costs) / scale, losses, color=colour[alpha], linewidth=1.4)
             axes.grid(alpha=0.25)
         row[0].set_ylabel(f"{objective} loss\n{unit}")
         row[0].set_ylim(
@@ -142,7 +146,7 @@ def plot_curves(
     for axes, repetitions in zip(grid[0], columns, strict=True):
         axes.set_title(f"R = {repetitions:g}")
     for axes in grid[-1]:
-        axes.set_xlabel("tokens seen, millions")
+        axes.set_xlabel(label)
     handles = [Line2D([], [], color=colour[a], linewidth=2, label=fraction(a)) for a in alphas]
     figure.legend(handles=handles, title="alpha", loc="outside right center", frameon=False)
 

@@ -28,8 +28,12 @@ OBJECTIVES = ("causal", "masked_diffusion")  # alpha divides the rows between th
 PROBABILITY_ALPHAS = 37  # number of alphas in the plot of the best alpha, evenly spaced on the alpha scale
 
 
-def report(folder: str | Path) -> list[Path]:
+def report(folder: str | Path, cost: str = "tokens") -> list[Path]:
     """Writes `table.csv` and the plots of a sweep; prints a line for each plot that lacks cells.
+
+    Args:
+      folder: of the sweep.
+      cost: x axis of the loss curves, "tokens" or "flops".
 
     Returns:
       The paths of the files; the table is the first.
@@ -59,9 +63,13 @@ def report(folder: str | Path) -> list[Path]:
         name = metric.replace("/", "_")
         save(surface_figure(surface, cells, metric), f"surface_{name}")
         save(best_alpha_figure(surface, cells, metric), f"best_alpha_{name}")
-    for draw, name in ((curves_figure, "loss_curves"), (gap_figure, "gap")):
+    draws = {
+        "loss_curves": lambda: curves_figure(table, folder, cost),
+        "gap": lambda: gap_figure(table, folder),
+    }
+    for name, draw in draws.items():
         try:
-            save(draw(table, folder), name)
+            save(draw(), name)
         except TooFewCells as error:
             say(f"no {name}.png yet: {error}")
     return written
@@ -140,25 +148,25 @@ def best_alpha_figure(surface: Surface, cells: DataFrame, metric: str) -> Figure
     return figure
 
 
-def curves_figure(table: DataFrame, folder: Path) -> Figure:
-    """Draws held-out losses over tokens seen. Raises `TooFewCells` if no cell has been validated."""
+def curves_figure(table: DataFrame, folder: Path, cost: str) -> Figure:
+    """Draws held-out losses over tokens or FLOPs. Raises `TooFewCells` if no cell has been validated."""
     curves = {}
     for objective in OBJECTIVES:
         metric = f"valid/{objective}/loss"
         panels = defaultdict(lambda: defaultdict(list))
         cells = drawable(table, metric)[["name", "repetitions", "alpha"]]
         for name, repetitions, alpha in cells.itertuples(index=False):
-            tokens, losses = read_curve(folder / CELLS / name, metric)
-            if len(tokens) > 1:
+            costs, losses = read_curve(folder / CELLS / name, metric, cost)
+            if len(costs) > 1:
                 # The loss of the untrained model is the same for all cells and would compress the y axis.
-                panels[repetitions][alpha].append((tokens[1:], losses[1:]))
+                panels[repetitions][alpha].append((costs[1:], losses[1:]))
         if panels:
             curves[objective] = panels
     if not curves:
         raise TooFewCells("no cell has a held-out loss after its first step")
     columns = len({repetitions for panels in curves.values() for repetitions in panels})
     figure = plots.new_figure(2.6 * columns + 1.6, 2.7 * len(curves) + 0.7)
-    plots.plot_curves(figure, curves)
+    plots.plot_curves(figure, curves, cost=cost)
     figure.suptitle("held-out loss during training, by repetitions R")
     return figure
 

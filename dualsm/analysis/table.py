@@ -24,7 +24,7 @@ TABLE = "table.csv"
 # Columns that are neither swept keys nor measurements. The names of measurements contain a "/".
 _FIXED = (
     "name", "status", "reason", "repetitions", "alpha", "seed",
-    "budget_tokens", "unique_tokens", "parameters", "seconds", "step",
+    "budget_tokens", "unique_tokens", "parameters", "seconds", "step", "flops",
 )  # fmt: skip
 _NUMERIC = _FIXED[3:]
 _RANGES = {"repetitions": (1, math.inf), "alpha": (0, 1), "budget_tokens": (1, math.inf)}

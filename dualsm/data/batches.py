@@ -62,6 +62,9 @@ class BatchSource:
       seq_len: L.
       pad: id of `<pad>`, which fills the one position after the end of the run.
       local_rows: rows of the batch that this process reads, in [0, B).
+      steps: number of steps; 0: as many as whole batches of the sequences.
+      row_sequences: step -> index of the sequence in each row of the batch, int64 [B]; None: step s reads
+        the sequences s * B to s * B + B - 1.
     """
 
     documents: Documents
@@ -70,12 +73,17 @@ class BatchSource:
     seq_len: int
     pad: int
     local_rows: Sequence[int] | np.ndarray
+    steps: int = 0
+    row_sequences: Callable[[int], np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return self.order.num_sequences // self.batch_size
+        return self.steps or self.order.num_sequences // self.batch_size
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        index_B = step * self.batch_size + np.asarray(self.local_rows)
+        index_B = np.asarray(self.local_rows)
+        index_B = (
+            self.row_sequences(step)[index_B] if self.row_sequences else step * self.batch_size + index_B
+        )
         tokens_BxL1, documents_BxL1 = read_sequences(
             self.documents, self.order, index_B, self.seq_len, self.pad
         )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dualsm.config import save_config
 from dualsm.data.corpus import MANIFEST
+from dualsm.objectives.pairs import Entry, entry
+from dualsm.objectives.plan import count_sequences
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.results import results_file
 from dualsm.rundir.trained_run import TrainedRun
@@ -68,12 +70,12 @@ def _use(plain: bool) -> str:
 
 def _training(run: TrainedRun) -> list[tuple]:
     config = run.config
-    tokens = run.step * config.batch_size * config.seq_len
+    tokens = count_sequences(config, run.step) * config.seq_len
     rows = [
         ("steps", f"{run.step:,} of {config.steps:,}"),
         ("tokens seen", f"{tokens:,} (sequence length {config.seq_len:,}, batch size {config.batch_size:,})"),
         ("repetitions of the data", f"{config.repetitions:,}"),
-        ("unique tokens", f"{config.steps * config.batch_size * config.seq_len // config.repetitions:,}"),
+        ("unique tokens", f"{count_sequences(config) * config.seq_len // config.repetitions:,}"),
         ("vocabulary size", f"{config.model.vocab_size:,}"),
         ("seed", config.seed),
     ]
@@ -97,8 +99,19 @@ def _data(path: str, identity: str) -> list[tuple]:
 
 
 def _mixture(run: TrainedRun) -> str:
-    shares = [(name, f"{share:g}") for name, share in run.config.mixture.items() if share]
-    return "## Mixture\n\n" + _table(["objective", "share of sequences"], shares)
+    config = run.config
+    rows = [
+        (_entry_text(entry(name, config)), f"{share:g}") for name, share in config.mixture.items() if share
+    ]
+    return "## Mixture\n\n" + _table(["objective", "share of sequences"], rows)
+
+
+def _entry_text(entry: Entry) -> str:
+    """Returns the name of an entry, with the loss weights of a pair."""
+    if entry.rows == 1:
+        return entry.name
+    losses = " + ".join(f"{member.weight:g} {member.objective}" for member in entry.members)
+    return f"{entry.name}: {losses} on the same sequences"
 
 
 def _scores(run: TrainedRun) -> str:

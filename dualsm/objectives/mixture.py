@@ -18,11 +18,12 @@ from dualsm.objectives.registry import OBJECTIVES
 from dualsm.process.errors import UserError
 
 
-def check_shares(shares: Mapping[str, float]) -> None:
-    """Raises `UserError` unless the shares are a probability distribution over objectives."""
+def check_shares(shares: Mapping[str, float], pairs: Sequence[str] = ()) -> None:
+    """Raises `UserError` unless the shares are a probability distribution over objectives and `pairs`."""
     for name, share in shares.items():
-        if name not in OBJECTIVES:
-            raise UserError(f"config.mixture.{name}: unknown objective; choose from {', '.join(OBJECTIVES)}")
+        if name not in OBJECTIVES and name not in pairs:
+            known = ", ".join([*OBJECTIVES, *pairs])
+            raise UserError(f"config.mixture.{name}: unknown objective or pair; choose from {known}")
         if not 0 <= share <= 1:
             raise UserError(f"config.mixture.{name}={share:g} must be in [0, 1]")
     total = sum(shares.values())
@@ -33,52 +34,84 @@ def check_shares(shares: Mapping[str, float]) -> None:
         )
 
 
-def sequence_counts(shares_SxJ: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns the number of rows of each objective at each step, by error diffusion.
+def sequence_counts(
+    shares_SxE: np.ndarray, batch_size: int, rows_E: Sequence[int] | None = None
+) -> np.ndarray:
+    """Returns the number of sequences of each entry at each step, by error diffusion.
 
     Rounding errors carry over to the next step, and each step rounds by largest remainder. After any number
-    of steps, each objective is less than one row away from its exact share (at most half a row with two
-    objectives).
+    of steps, each entry is less than one row away from its exact share (at most half a row with two
+    entries), or less than two rows if there are pairs.
 
     Args:
-      shares_SxJ: share of each objective at each step; sums to 1 at each step.
-      batch_size: rows per step, B.
+      shares_SxE: share of each entry of the rows of each step; sums to 1 at each step.
+      batch_size: rows per step, B; even if there are pairs.
+      rows_E: rows per sequence of each entry, 1 or 2; None: 1.
 
     Returns:
-      int64 [S, J]; sums to B at each step.
+      int64 [S, E]; times `rows_E`, sums to B at each step.
     """
-    counts_SxJ = np.empty(shares_SxJ.shape, np.int64)
-    objectives = range(shares_SxJ.shape[1])
-    owed = [0.0 for _ in objectives]
-    for step, shares in enumerate(shares_SxJ.tolist()):
+    counts_SxE = np.empty(shares_SxE.shape, np.int64)
+    entries = range(shares_SxE.shape[1])
+    rows_E = [1] * len(entries) if rows_E is None else list(rows_E)
+    owed = [0.0 for _ in entries]
+    for step, shares in enumerate(shares_SxE.tolist()):
         due = [o + batch_size * share for o, share in zip(owed, shares, strict=True)]
-        paid = [max(int(d), 0) for d in due]
-        short = batch_size - sum(paid)
-        # Rounded, so that floating-point errors do not break exact ties.
-        rest = [round(d - p, 6) for d, p in zip(due, paid, strict=True)]
-        for j in sorted(objectives, key=lambda j: -rest[j])[: max(short, 0)]:
-            paid[j] += 1
-        for j in sorted((j for j in objectives if paid[j]), key=lambda j: rest[j])[: max(-short, 0)]:
-            paid[j] -= 1
-        owed = [d - p for d, p in zip(due, paid, strict=True)]
-        counts_SxJ[step] = paid
-    return counts_SxJ
+        paid = [max(int(d / rows), 0) for d, rows in zip(due, rows_E, strict=True)]
+        short = batch_size - sum(n * rows for n, rows in zip(paid, rows_E, strict=True))
+        # In sequences; rounded, so that floating-point errors do not break exact ties.
+        rest = [round(d / rows - n, 6) for d, n, rows in zip(due, paid, rows_E, strict=True)]
+        while short:
+            if short > 0:  # the sequence of a pair may be one row too many
+                e, sign = max(entries, key=lambda e: rest[e]), 1
+            else:
+                payable = [e for e in entries if paid[e] and rows_E[e] <= -short]
+                e, sign = min(payable, key=lambda e: rest[e]), -1
+            paid[e] += sign
+            rest[e] -= sign
+            short -= sign * rows_E[e]
+        owed = [d - n * rows for d, n, rows in zip(due, paid, rows_E, strict=True)]
+        counts_SxE[step] = paid
+    return counts_SxE
 
 
-def assign(counts_J: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Spreads the objectives of a step evenly over the batch, so that any slice has about the same mixture.
+def assign(
+    counts_E: np.ndarray, rows_E: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Spreads the entries of a step evenly over the batch, so that any slice has about the same mixture.
+
+    The two rows of a pair's sequence are next to each other.
 
     Args:
-      counts_J: number of rows of each objective; sums to B.
+      counts_E: number of sequences of each entry.
+      rows_E: rows per sequence of each entry, 1 or 2; None: 1.
 
     Returns:
-      objective_B, stratum_B, strata_B, int32: index of each row's objective; `Row.stratum`; `Row.strata`.
+      objective_B, stratum_B, strata_B, int32: index of each row's member among those of all entries;
+      `Row.stratum`; `Row.strata`.
     """
-    objective_B = np.repeat(np.arange(len(counts_J)), counts_J)
-    stratum_B = np.concatenate([np.arange(count) for count in counts_J])
-    strata_B = counts_J[objective_B]
-    order_B = np.argsort((stratum_B + 0.5) / strata_B, kind="stable")
-    return tuple(a[order_B].astype(np.int32) for a in (objective_B, stratum_B, strata_B))
+    entry_U, stratum_U = _sequences(counts_E)
+    rows_E = np.ones(len(counts_E), np.int64) if rows_E is None else np.asarray(rows_E)
+    sequence_B = np.repeat(np.arange(len(entry_U)), rows_E[entry_U])
+    entry_B = entry_U[sequence_B]
+    first_E = np.cumsum(rows_E) - rows_E
+    which_B = np.arange(len(sequence_B)) - np.searchsorted(sequence_B, sequence_B)
+    rows = (first_E[entry_B] + which_B, stratum_U[sequence_B], counts_E[entry_B])
+    return tuple(a.astype(np.int32) for a in rows)
+
+
+def row_sequences(counts_E: np.ndarray, rows_E: Sequence[int]) -> np.ndarray:
+    """Returns the index of each row's sequence among the sequences of its step, int64 [B]; see `assign`."""
+    entry_U, _ = _sequences(counts_E)
+    return np.repeat(np.arange(len(entry_U)), np.asarray(rows_E)[entry_U])
+
+
+def _sequences(counts_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the entry of each of the U sequences of a step, and its index among those of the entry."""
+    entry_U = np.repeat(np.arange(len(counts_E)), counts_E)
+    stratum_U = np.concatenate([np.arange(count) for count in counts_E])
+    order_U = np.argsort((stratum_U + 0.5) / counts_E[entry_U], kind="stable")
+    return entry_U[order_U], stratum_U[order_U]
 
 
 def make_examples(

@@ -1,4 +1,4 @@
-"""Shares of the objectives over the run.
+"""Shares of the entries of the mixture (objectives and pairs) over the run.
 
 The host computes them before the first step and sends only the objective of each row to the device, so that a
 change of the shares never recompiles the training step.
@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dualsm.objectives.mixture import check_shares
+from dualsm.objectives.pairs import Entry, entry, members_of
 from dualsm.objectives.registry import OBJECTIVES, check_mode_tokens
 from dualsm.process.errors import UserError
 
@@ -31,9 +32,9 @@ def points(config: ConfigDict) -> list[Point]:
 
     Raises:
       UserError: if `config.mixture` or a point of `config.mixture_schedule.path` is not a distribution over
-        objectives, or if the points are not in order.
+        objectives and pairs, or if the points are not in order.
     """
-    check_shares(config.mixture)
+    check_shares(config.mixture, [*config.pairs])
     path = [Point(0.0, dict(config.mixture))]
     if config.mixture_schedule.name == "constant":
         if config.mixture_schedule.path:
@@ -43,7 +44,7 @@ def points(config: ConfigDict) -> list[Point]:
             )
         return path
     for text in filter(str.strip, config.mixture_schedule.path.split(";")):
-        point = _point(text.strip())
+        point = _point(text.strip(), [*config.pairs])
         if not path[-1].progress < point.progress <= 1:
             raise UserError(
                 f"config.mixture_schedule.path: progress {point.progress:g} must be above "
@@ -58,17 +59,17 @@ def points(config: ConfigDict) -> list[Point]:
     return path
 
 
-def _point(text: str) -> Point:
+def _point(text: str, pairs: Sequence[str]) -> Point:
     progress, *shares = text.split()
     try:
-        pairs = [share.split("=") for share in shares]
-        point = Point(float(progress), {name: float(value) for name, value in pairs})
+        parts = [share.split("=") for share in shares]
+        point = Point(float(progress), {name: float(value) for name, value in parts})
     except ValueError as error:
         raise UserError(
             f"config.mixture_schedule.path: cannot parse {text!r}; write 'PROGRESS OBJECTIVE=SHARE ...'"
         ) from error
     try:
-        check_shares(point.shares)
+        check_shares(point.shares, pairs)
     except UserError as error:
         raise UserError(f"config.mixture_schedule.path at {progress}: {error}") from error
     return point
@@ -77,16 +78,31 @@ def _point(text: str) -> Point:
 def check_mixture(config: ConfigDict) -> None:
     """Raises `UserError` for an invalid mixture or schedule, and for objectives that cannot be mixed."""
     check_mode_tokens(trained_objectives(config))
+    if config.batch_size % 2 and (pairs := [e.name for e in trained_entries(config) if e.rows > 1]):
+        raise UserError(
+            f"config.batch_size={config.batch_size} must be even, because the pair {pairs[0]} takes two rows "
+            "per sequence"
+        )
+
+
+def trained_entries(config: ConfigDict) -> list[Entry]:
+    """Returns the entries that have a share at some step: objectives in the table's order, then pairs."""
+    path = points(config)
+    return [
+        entry(name, config)
+        for name in [*OBJECTIVES, *sorted(config.pairs)]
+        if any(point.shares.get(name, 0) > 0 for point in path)
+    ]
 
 
 def trained_objectives(config: ConfigDict) -> list[str]:
-    """Returns the objectives that have a share at some step, in the order of `OBJECTIVES`."""
-    path = points(config)
-    return [name for name in OBJECTIVES if any(point.shares.get(name, 0) > 0 for point in path)]
+    """Returns the objectives that are trained at some step, also in pairs, in the order of `OBJECTIVES`."""
+    trained = {member.objective for member in members_of(trained_entries(config))}
+    return [name for name in OBJECTIVES if name in trained]
 
 
 def step_shares(config: ConfigDict, names: Sequence[str]) -> np.ndarray:
-    """Returns the share of each named objective at each step, float64 [S, J]; sums to 1 at each step.
+    """Returns the share of each named entry at each step, float64 [S, E]; sums to 1 at each step.
 
     The schedule is evaluated at the middle of each step, so that the mean share of a linear run is the mean
     of its end points. "linear" interpolates between the points and is constant after the last one; "steps"
@@ -95,10 +111,10 @@ def step_shares(config: ConfigDict, names: Sequence[str]) -> np.ndarray:
     path = points(config)
     progress_S = (np.arange(config.steps) + 0.5) / config.steps
     known_K = [point.progress for point in path]
-    shares_KxJ = np.array([[point.shares.get(name, 0.0) for name in names] for point in path])
+    shares_KxE = np.array([[point.shares.get(name, 0.0) for name in names] for point in path])
     if config.mixture_schedule.name == "linear":
-        return np.stack([np.interp(progress_S, known_K, shares_K) for shares_K in shares_KxJ.T], axis=1)
-    return shares_KxJ[np.searchsorted(known_K, progress_S, side="right") - 1]
+        return np.stack([np.interp(progress_S, known_K, shares_K) for shares_K in shares_KxE.T], axis=1)
+    return shares_KxE[np.searchsorted(known_K, progress_S, side="right") - 1]
 
 
 def set_phases(config: ConfigDict, phases: Sequence[tuple[float, Mapping[str, float]]]) -> None:

@@ -28,7 +28,7 @@ def collect(folder: str | Path) -> list[Record]:
 
     The keys are `name`, `status`, `reason`, `repetitions`, `alpha`, `seed`, each config key that any
     cell sets (with the value of the cell's own config, which may be the default), `budget_tokens`,
-    `unique_tokens`, `parameters`, `seconds`, `step` (of the last log line), and
+    `unique_tokens`, `parameters`, `seconds`, `step` and `flops` (of the last log line), and
 
     - `valid/<objective>/loss`: last held-out loss, in nats per token;
     - `best/<objective>/loss`, `best/<objective>/step`: lowest held-out loss of the run, and its step;
@@ -90,11 +90,22 @@ def cell_record(workdir: Path, name: str, values: dict) -> Record:
     return record
 
 
-def read_curve(workdir: str | Path, metric: str) -> tuple[list[float], list[float]]:
-    """Returns tokens seen and the values of a metric during a run; ([], []) if there are none."""
+def read_curve(workdir: str | Path, metric: str, cost: str = "tokens") -> tuple[list[float], list[float]]:
+    """Returns the values of a metric during a run, with the cost so far; ([], []) if there are none.
+
+    Args:
+      workdir: run directory.
+      metric: name of the metric.
+      cost: "tokens" for the tokens seen, or "flops".
+
+    Returns:
+      The costs and the values.
+    """
     try:
-        records = [r for r in read_metrics(workdir) if _number(r.get(metric)) is not None]
-        return [float(r["tokens"]) for r in records], [float(r[metric]) for r in records]
+        records = [
+            r for r in read_metrics(workdir) if None not in (_number(r.get(metric)), _number(r.get(cost)))
+        ]
+        return [float(r[cost]) for r in records], [float(r[metric]) for r in records]
     except _DAMAGE:
         return [], []
 
@@ -135,8 +146,7 @@ def _config_columns(workdir: Path, record: Record, keys: Iterable[str]) -> Recor
             raise ValueError(f"{CONFIG} is missing")
         return {}
     config = _read_object(path)
-    repetitions, *sizes = (_count(config, key) for key in ("repetitions", "steps", "batch_size", "seq_len"))
-    budget = math.prod(sizes)
+    repetitions, budget = _count(config, "repetitions"), _budget_tokens(config)
     return {key: _config_value(config, key, record[key]) for key in keys} | {
         "repetitions": repetitions,
         "alpha": causal_share(config),
@@ -145,6 +155,20 @@ def _config_columns(workdir: Path, record: Record, keys: Iterable[str]) -> Recor
         "unique_tokens": -(-budget // repetitions),
         "parameters": _parameters(json.dumps(config["model"])),
     }
+
+
+def _budget_tokens(config: dict) -> int:
+    """Returns the training tokens of a run; the two rows of a pair's sequence count once."""
+    steps, batch_size, seq_len = (_count(config, key) for key in ("steps", "batch_size", "seq_len"))
+    path = config.get("mixture_schedule", {}).get("path", "")
+    if not any(config["mixture"].get(name) or name in path for name in config.get("pairs", {})):
+        return steps * batch_size * seq_len
+    from dualsm.config import default_config  # reading a table without pairs does not need JAX
+    from dualsm.objectives.plan import count_sequences
+
+    complete = default_config()
+    complete.update(config)
+    return count_sequences(complete) * seq_len
 
 
 def _config_value(config: dict, key: str, default: Any) -> Any:
@@ -183,7 +207,7 @@ def _parameters(model: str) -> int:
 
 def _loss_columns(workdir: Path, record: Record) -> Record:
     records = read_metrics(workdir)
-    columns = {"step": records[-1]["step"]} if records else {}
+    columns = {"step": records[-1]["step"], "flops": _number(records[-1].get("flops"))} if records else {}
     names = dict.fromkeys(name for record in records for name in record)
     for name in names:
         kind, _, rest = name.partition("/")

@@ -13,9 +13,10 @@ from dualsm.devices.sharding import platform, summed_over_devices
 from dualsm.model import transformer
 from dualsm.objectives.example import Example
 from dualsm.training.objective_loss import RowSums, example_loss
+from dualsm.training.row_weights import RowWeights
 
-# (params, (examples, weight of each row's objective)) -> (gradients, loss sums of each row)
-GradientFunction = Callable[[dict, tuple[Example, jax.Array]], tuple[dict, RowSums]]
+# (params, (examples, weights of the rows)) -> (gradients, loss sums of each row)
+GradientFunction = Callable[[dict, tuple[Example, RowWeights]], tuple[dict, RowSums]]
 
 
 def make_gradient_function(config: ml_collections.ConfigDict) -> GradientFunction:
@@ -28,7 +29,7 @@ def make_gradient_function(config: ml_collections.ConfigDict) -> GradientFunctio
     if config.gradient_accumulation_steps > 1:
         function = functools.partial(_accumulate, function, config.gradient_accumulation_steps)
 
-    def gradients(params: dict, rows: tuple[Example, jax.Array]) -> tuple[dict, RowSums]:
+    def gradients(params: dict, rows: tuple[Example, RowWeights]) -> tuple[dict, RowSums]:
         # Without accumulation, accelerators overlap a layer's all-reduce with the next layer's computation.
         if config.gradient_accumulation_steps == 1 and platform() != "cpu":
             return function(params, rows)
@@ -38,20 +39,22 @@ def make_gradient_function(config: ml_collections.ConfigDict) -> GradientFunctio
 
 
 def _summed_loss(
-    config: ml_collections.ConfigDict, params: dict, rows: tuple[Example, jax.Array]
+    config: ml_collections.ConfigDict, params: dict, rows: tuple[Example, RowWeights]
 ) -> tuple[jax.Array, RowSums]:
-    example, weight_B = rows
+    example, weights = rows
     model = transformer.bind(config.model, params)
-    loss, _, stats = example_loss(model, example, config.loss.chunk_size, config.loss.z_loss, weight_B)
+    loss, _, stats = example_loss(
+        model, example, config.loss.chunk_size, config.loss.z_loss, weights.nll_B, weights.z_loss_B
+    )
     return loss, stats
 
 
 def _accumulate(
-    differentiate: GradientFunction, steps: int, params: dict, rows: tuple[Example, jax.Array]
+    differentiate: GradientFunction, steps: int, params: dict, rows: tuple[Example, RowWeights]
 ) -> tuple[dict, RowSums]:
     """Sums gradients over `steps` parts of the rows, one after the other."""
 
-    def add(total: dict, part: tuple[Example, jax.Array]):
+    def add(total: dict, part: tuple[Example, RowWeights]):
         grads, stats = differentiate(params, part)
         return jax.tree.map(jnp.add, total, grads), stats
 

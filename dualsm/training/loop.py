@@ -23,7 +23,7 @@ from dualsm.devices import sharding
 from dualsm.devices.chips import Peak
 from dualsm.model.attention import why_not_kernel
 from dualsm.model.flops import train_flops
-from dualsm.objectives import mixture, shares
+from dualsm.objectives.plan import MixturePlan
 from dualsm.process import distributed
 from dualsm.process.errors import UserError
 from dualsm.process.progress import bar, say, warn
@@ -34,7 +34,7 @@ from dualsm.training.clock import Clock
 from dualsm.training.fork import forked_state, start_step
 from dualsm.training.metrics_log import MetricsLog
 from dualsm.training.profile import Profiler, Window, profiled
-from dualsm.training.program import attended_share, compile_train_step
+from dualsm.training.program import attended_shares, compile_train_step
 from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, TrainState
 from dualsm.training.step_metrics import StepMetrics
@@ -134,12 +134,12 @@ class _Run:
 
     def __init__(self, config: ConfigDict, workdir: epath.Path, corpus: Corpus, mesh: jax.sharding.Mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.names = shares.trained_objectives(config)
+        self.plan = MixturePlan(config)
         tokenizer = corpus.tokenizer()
         special = tokenizer.special
 
         documents = corpus.documents("train")
-        budget = config.steps * config.batch_size * config.seq_len
+        budget = self.plan.num_sequences * config.seq_len
         self.order = SequenceOrder(
             documents.lengths_N, budget, config.seq_len, config.repetitions, config.seed
         )
@@ -150,14 +150,15 @@ class _Run:
             seq_len=config.seq_len,
             pad=special.pad,
             local_rows=sharding.process_rows(mesh, config.batch_size),
+            steps=config.steps,
+            row_sequences=self.plan.row_sequences,
         )
-        self.shares_SxJ = shares.step_shares(config, self.names)
-        self.counts_SxJ = mixture.sequence_counts(self.shares_SxJ, config.batch_size)
 
         self.schedule = learning_rate(config.optimizer, config.steps)
         self.abstract_state, self.init, self.step = compile_train_step(config, special, mesh)
 
-        self.row_flops = train_flops(config.model, config.seq_len, attended_share(config, special))
+        attended_J = attended_shares(config, special)
+        self.flops_J = np.array([train_flops(config.model, config.seq_len, a) for a in attended_J.tolist()])
         self.peak = Peak(mesh.local_devices[0], mesh.size)
         self.validation, self.scores_all = None, False
         if scored := configs.valid_objectives(config):
@@ -190,11 +191,11 @@ class _Run:
             with contextlib.closing(writer):
                 log = MetricsLog(
                     self.config,
-                    self.names,
+                    self.plan,
                     self.schedule,
                     self.order.unique,
                     self.peak,
-                    self.row_flops,
+                    self.flops_J,
                     writer,
                 )
                 untrained = state is None
@@ -309,7 +310,7 @@ class _Run:
 
     def _batch(self, element: dict[str, np.ndarray]) -> Batch:
         """Returns the batch of a step on the devices; runs in the prefetch threads."""
-        objective_B, stratum_B, strata_B = mixture.assign(self.counts_SxJ[element["step"]])
+        objective_B, stratum_B, strata_B = self.plan.assign(element["step"])
         mine = self.batch_source.local_rows
         batch = Batch(
             element["tokens"], element["documents"], objective_B[mine], stratum_B[mine], strata_B[mine]
@@ -332,7 +333,12 @@ class _Run:
         parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
         listed = ", ".join(
             f"{name} {first:g}" if first == last else f"{name} {first:g} to {last:g}"
-            for name, first, last in zip(self.names, self.shares_SxJ[0], self.shares_SxJ[-1], strict=True)
+            for name, first, last in zip(
+                [entry.name for entry in self.plan.entries],
+                self.plan.shares_SxE[0],
+                self.plan.shares_SxE[-1],
+                strict=True,
+            )
         )
         say(
             f"model: {parameters:,} parameters on {self.mesh.size} x {device.device_kind}\n"

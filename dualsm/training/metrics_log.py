@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from dualsm.devices.chips import Peak
+from dualsm.objectives.plan import MixturePlan
 from dualsm.process.progress import say
 from dualsm.rundir.metrics import MetricsWriter, NoMetrics
 from dualsm.training.clock import Clock
@@ -25,25 +27,26 @@ class MetricsLog:
     def __init__(
         self,
         config: ConfigDict,
-        names: list[str],
+        plan: MixturePlan,
         schedule: optax.Schedule,
         unique_tokens: int,
         peak: Peak,
-        row_flops: float,
+        flops_J: np.ndarray,
         writer: MetricsWriter | NoMetrics,
     ):
         """
         Args:
           config: the run's config.
-          names: the trained objectives.
+          plan: objectives and sequences of the run.
           schedule: learning rate by step.
           unique_tokens: tokens of one epoch.
           peak: peak performance of all devices.
-          row_flops: floating-point operations of a training step per row.
+          flops_J: floating-point operations of a training step per row of each member of the mixture.
           writer: destination of the metrics.
         """
-        self._config, self._names, self._schedule = config, names, schedule
-        self._unique_tokens, self._peak, self._row_flops = unique_tokens, peak, row_flops
+        self._config, self._plan, self._schedule = config, plan, schedule
+        self._names = [member.name for member in plan.members]
+        self._unique_tokens, self._peak, self._flops_J = unique_tokens, peak, flops_J
         self._writer, self._deferred = writer, None
         self.clock = Clock()
 
@@ -68,7 +71,7 @@ class MetricsLog:
         """
         record = self._position(step)
         if metrics is not None:
-            record |= self._train_metrics(jax.device_get(metrics), step) | self._perf_metrics()
+            record |= self._train_metrics(jax.device_get(metrics), step) | self._perf_metrics(step)
             say(_train_line(step, self._config.steps, record, self._names))
             progress.set_postfix_str(f"loss {record.get('train/loss', math.nan):.3f}", refresh=False)
         if scores:
@@ -88,8 +91,12 @@ class MetricsLog:
         self._writer.sync()
 
     def _position(self, step: int) -> dict[str, float]:
-        tokens = step * self._config.batch_size * self._config.seq_len
-        return {"tokens": tokens, "epoch": tokens / self._unique_tokens}
+        tokens = self._plan.sequences(step) * self._config.seq_len
+        return {"tokens": tokens, "epoch": tokens / self._unique_tokens, "flops": self._flops(step)}
+
+    def _flops(self, step: int) -> float:
+        """Returns the floating-point operations of the first `step` steps."""
+        return float(self._plan.member_rows(step) @ self._flops_J)
 
     def _train_metrics(self, metrics: StepMetrics, step: int) -> dict[str, float]:
         record = {"train/skipped": float(metrics.skipped)} if metrics.skipped else {}
@@ -103,12 +110,13 @@ class MetricsLog:
         record["train/learning_rate"] = float(self._schedule(step - 1))
         return record
 
-    def _perf_metrics(self) -> dict[str, float]:
+    def _perf_metrics(self, step: int) -> dict[str, float]:
         interval = self.clock.interval()
-        rows_per_second = interval.steps * self._config.batch_size / interval.seconds
+        first = step - interval.steps
+        sequences = self._plan.sequences(step) - self._plan.sequences(first)
         return {
-            "perf/tokens_per_second": rows_per_second * self._config.seq_len,
-            "perf/mfu": self._peak.utilisation(rows_per_second * self._row_flops),
+            "perf/tokens_per_second": sequences * self._config.seq_len / interval.seconds,
+            "perf/mfu": self._peak.utilisation((self._flops(step) - self._flops(first)) / interval.seconds),
             "perf/data_wait_fraction": interval.waiting / interval.seconds,
             "perf/checkpoint_seconds": interval.saving,
         }

@@ -33,6 +33,7 @@ def example_loss(
     chunk: int,
     z_loss: float = 0.0,
     row_weights_B: jax.Array | float = 1.0,
+    z_loss_weights_B: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, RowSums]:
     """Returns the summed loss of a batch of examples and the loss denominator.
 
@@ -43,7 +44,8 @@ def example_loss(
       example: examples; the fields have the shape [B, L].
       chunk: positions per row whose logits are in memory together.
       z_loss: weight of the squared log normalizer at every position with a loss.
-      row_weights_B: factor on the loss of each row, but not on its denominator.
+      row_weights_B: factor on the loss of each row, but not on its denominator or z-loss.
+      z_loss_weights_B: factor on the z-loss of each row; None: 1.
 
     Returns:
       weighted_sum: float32 []; sum of the weighted losses, to be differentiated.
@@ -52,6 +54,8 @@ def example_loss(
     """
     row_weights_Bx1 = jnp.broadcast_to(row_weights_B, example.weights_L.shape[:1])[:, None]
     has_loss = (example.weights_L > 0).astype(jnp.float32)
+    if z_loss_weights_B is not None:
+        has_loss = has_loss * z_loss_weights_B[:, None]
     weighted_sum, nll_BxL = cross_entropy(
         model.features(example.inputs_L, example.key_start_L, example.key_end_L),
         model.head.output.kernel[...],

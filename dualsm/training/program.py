@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from dualsm.data.tokenizer import RESERVED_IDS
@@ -19,7 +20,8 @@ from dualsm.model import transformer
 from dualsm.model.splash import block_ranges
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds, single_row
-from dualsm.objectives.shares import step_shares, trained_objectives
+from dualsm.objectives.pairs import bind_members, members_of
+from dualsm.objectives.shares import step_shares, trained_entries
 from dualsm.rundir.checkpoint import abstract
 from dualsm.training.objective_loss import example_loss
 from dualsm.training.optimizer import make_optimizer
@@ -56,12 +58,12 @@ def compile_train_step(
       special: the tokenizer's special ids.
       mesh: from `sharding.make_mesh`.
     """
-    names = trained_objectives(config)
+    entries = trained_entries(config)
     optimizer = make_optimizer(config.optimizer, learning_rate(config.optimizer, config.steps))
-    init = functools.partial(init_state, config, optimizer, len(names))
+    init = functools.partial(init_state, config, optimizer, len(members_of(entries)))
     shapes = jax.eval_shape(init)
     layout = sharding.tree_shardings(mesh, shapes)
-    step = make_train_step(config, names, special, optimizer)
+    step = make_train_step(config, entries, special, optimizer)
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
     return CompiledTrainStep(
         abstract_state=abstract(shapes, layout),
@@ -83,30 +85,40 @@ def batch_shapes(config: ml_collections.ConfigDict, mesh: Mesh) -> Batch:
     return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout) for shape in shapes))
 
 
-def attended_share(config: ml_collections.ConfigDict, special: SpecialIds, block: int = 1) -> float:
-    """Returns the mean fraction of the L x L attention scores that the key ranges of a row require.
+def attended_shares(config: ml_collections.ConfigDict, special: SpecialIds, block: int = 1) -> np.ndarray:
+    """Returns the fraction of the L x L attention scores that the key ranges of a row require.
 
-    The mean is over 16 corruptions of a row with a single document, weighted with the mixture.
+    The mean is over 16 corruptions of a row with a single document.
 
     Args:
       config: the run's config.
       special: the tokenizer's special ids.
       block: block size of the attention kernel in queries and keys: a kernel computes whole blocks.
+
+    Returns:
+      One fraction per member of the mixture, [J].
     """
-    names = trained_objectives(config)
+    members = members_of(trained_entries(config))
 
     @jax.jit  # unjitted, about a hundred small programs would be compiled
     def seen_J(keys: jax.Array) -> jax.Array:
         row = single_row(jnp.full(config.seq_len + 1, RESERVED_IDS), jnp.zeros(config.seq_len + 1))
         seen = []
-        for objective in mixture.bind(names, config.objectives, special):
+        for objective in bind_members(members, special):
             example = jax.vmap(objective, in_axes=(None, 0))(row, keys)
             first, last = block_ranges(example.key_start_L, example.key_end_L, block)
             seen.append((last + 1 - first).mean() * block / config.seq_len)
         return jnp.stack(seen)
 
-    keys = jax.random.split(jax.random.key(0), 16)
-    return float(step_shares(config, names).mean(0) @ jax.device_get(seen_J(keys)))
+    return jax.device_get(seen_J(jax.random.split(jax.random.key(0), 16)))
+
+
+def attended_share(config: ml_collections.ConfigDict, special: SpecialIds, block: int = 1) -> float:
+    """Returns the mean of `attended_shares`, weighted with the mixture."""
+    entries = trained_entries(config)
+    rows_E = [entry.rows for entry in entries]
+    share_E = step_shares(config, [entry.name for entry in entries]).mean(0)
+    return float(np.repeat(share_E / rows_E, rows_E) @ attended_shares(config, special, block))
 
 
 def activation_bytes(config: ml_collections.ConfigDict, special: SpecialIds, rows: int) -> int:
@@ -116,7 +128,7 @@ def activation_bytes(config: ml_collections.ConfigDict, special: SpecialIds, row
     rows, such as the weights, are excluded.
     """
     params = jax.eval_shape(lambda: transformer.init_params(config.model, jax.random.key(0)))
-    objectives = mixture.bind(trained_objectives(config)[:1], config.objectives, special)
+    objectives = bind_members(members_of(trained_entries(config))[:1], special)
 
     def residuals(params, tokens_BxL1):
         size = len(tokens_BxL1)

@@ -18,8 +18,10 @@ from dualsm.devices.sharding import constrain
 from dualsm.model import transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
+from dualsm.objectives.pairs import Entry, bind_members, members_of
 from dualsm.training.gradients import make_gradient_function
 from dualsm.training.optimizer import at_step
+from dualsm.training.row_weights import make_row_weights
 from dualsm.training.step_metrics import (
     LossStats,
     StepMetrics,
@@ -35,7 +37,7 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens_BxL1, documents_BxL1: int32; see `Row`.
-      objective_B: int32; index of each row's objective among the run's objectives.
+      objective_B: int32; index of each row's objective among the members of the run's entries.
       stratum_B, strata_B: int32; see `Row`.
     """
 
@@ -80,7 +82,7 @@ def init_state(
 
 def make_train_step(
     config: ml_collections.ConfigDict,
-    names: Sequence[str],
+    entries: Sequence[Entry],
     special: SpecialIds,
     optimizer: optax.GradientTransformation,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -88,7 +90,7 @@ def make_train_step(
 
     Args:
       config: the run's config, with `model.vocab_size` filled in.
-      names: objectives that `Batch.objective_B` refers to.
+      entries: entries of the mixture, whose members `Batch.objective_B` refers to.
       special: the tokenizer's special ids.
       optimizer: from `make_optimizer`.
 
@@ -96,8 +98,9 @@ def make_train_step(
       A function (state, batch) -> (state, metrics). The metrics are also in the state; the copy can be read
       while the next step donates the state.
     """
-    objectives = mixture.bind(names, config.objectives, special)
-    weight_J = jnp.array([config.objectives[name].weight for name in names], jnp.float32)
+    members = members_of(entries)
+    objectives = bind_members(members, special)
+    row_weights = make_row_weights(entries)
     gradients = make_gradient_function(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -108,15 +111,18 @@ def make_train_step(
         example = mixture.make_examples(objectives, row, batch.objective_B, mixture.row_keys(key, rows))
         example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
 
-        weight_B = weight_J[batch.objective_B]
-        grads, stats = gradients(state.params, (example, weight_B))
-        denominator = jnp.maximum(stats.loss_denominator_B.sum(), 1.0)
-        grads = jax.tree.map(lambda g: g / denominator, grads)
+        weights = row_weights(batch.objective_B, example.loss_denominator_L)
+        grads, stats = gradients(state.params, (example, weights))
+        denominator_B = stats.loss_denominator_B
+        if weights.denominator_B is not None:
+            denominator_B = denominator_B * weights.denominator_B
+        denominator = denominator_B.sum()
+        grads = jax.tree.map(lambda g: g / jnp.maximum(denominator, 1.0), grads)
         gradient_norm = optax.global_norm(grads)
         finite = jnp.isfinite(gradient_norm) & jnp.isfinite(stats.nll_B.sum())
 
         params, opt_state = _update_if_finite(optimizer, state, grads, finite)
-        new = step_metrics(stats, batch.objective_B, weight_B, gradient_norm, len(names))
+        new = step_metrics(stats, batch.objective_B, weights.nll_B, denominator, gradient_norm, len(members))
         restart = state.step % config.log.every == 0
         metrics, loss_stats = accumulate_metrics(state.metrics, state.loss_stats, new, finite, restart)
         return TrainState(state.step + 1, params, opt_state, metrics, loss_stats), metrics

@@ -76,21 +76,27 @@ def init_loss_stats(num_objectives: int) -> LossStats:
 
 
 def step_metrics(
-    stats: RowSums, objective_B: jax.Array, weight_B: jax.Array, gradient_norm: jax.Array, num_objectives: int
+    stats: RowSums,
+    objective_B: jax.Array,
+    weight_B: jax.Array,
+    denominator: jax.Array,
+    gradient_norm: jax.Array,
+    num_objectives: int,
 ) -> StepMetrics:
     """Returns the metrics of one step, assuming that its numbers are finite.
 
     Args:
       stats: loss sums of the B rows.
       objective_B: int32; index of each row's objective.
-      weight_B: weight of each row's objective.
+      weight_B: factor on each row's nats in the loss.
+      denominator: loss denominator of the batch.
       gradient_norm: global norm of the gradient.
       num_objectives: J.
     """
     objective_BxJ = jax.nn.one_hot(objective_B, num_objectives)
     return StepMetrics(
         loss=(weight_B * stats.nll_B).sum(),
-        weight=stats.loss_denominator_B.sum(),
+        weight=denominator,
         # Not matrix products, which accelerators compute in reduced precision.
         nll_J=(stats.nll_B[:, None] * objective_BxJ).sum(0),
         loss_denominator_J=(stats.loss_denominator_B[:, None] * objective_BxJ).sum(0),

@@ -9,7 +9,7 @@ import pytest
 from dualsm.config import freeze
 from dualsm.objectives.example import SpecialIds
 from dualsm.objectives.mixture import assign, sequence_counts
-from dualsm.objectives.shares import trained_objectives
+from dualsm.objectives.shares import trained_entries
 from dualsm.training.optimizer import make_optimizer
 from dualsm.training.step import Batch, init_state, make_train_step
 from tests.micro import micro_config
@@ -27,11 +27,13 @@ class Memorised:
         rng = np.random.default_rng(0)
         text = [2, *rng.integers(16, VOCABULARY, 31).tolist(), 3]
         config.seq_len = len(text) - 1
-        names = trained_objectives(config)
+        entries = trained_entries(config)
         optimizer = make_optimizer(config.optimizer, lambda _: 7e-3)
-        step = jax.jit(make_train_step(config, names, SpecialIds(), optimizer), donate_argnums=0)
-        state = jax.jit(functools.partial(init_state, config, optimizer, len(names)))()
-        counts = sequence_counts(np.tile([config.mixture[n] for n in names], (1, 1)), config.batch_size)[0]
+        step = jax.jit(make_train_step(config, entries, SpecialIds(), optimizer), donate_argnums=0)
+        state = jax.jit(functools.partial(init_state, config, optimizer, len(entries)))()
+        counts = sequence_counts(
+            np.tile([config.mixture[entry.name] for entry in entries], (1, 1)), config.batch_size
+        )[0]
         tokens = np.tile(np.array(text, np.int32), (config.batch_size, 1))
         batch = Batch(tokens, np.zeros_like(tokens), *assign(counts))
         for _ in range(steps):

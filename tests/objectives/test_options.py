@@ -91,7 +91,7 @@ def test_the_order_never_changes():
 
 def test_the_default_mixture_is_causal():
     mixture = default_config().mixture
-    assert set(mixture) == set(OBJECTIVES)
+    assert set(mixture) == {*OBJECTIVES, "mir", "nemotron"}
     assert {name for name, share in mixture.items() if share} == {"causal"}
 
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from dualsm.objectives.example import SpecialIds
-from dualsm.objectives.mixture import assign, sequence_counts
-from dualsm.objectives.shares import trained_objectives
+from dualsm.objectives.pairs import members_of
+from dualsm.objectives.plan import MixturePlan
+from dualsm.objectives.shares import trained_entries
 from dualsm.training.optimizer import make_optimizer
 from dualsm.training.step import Batch, init_state, make_train_step
 from tests.micro import micro_config
@@ -28,10 +29,11 @@ class Micro:
                 place = place[folder]
             place[name] = value
         self.config = config
-        self.names = trained_objectives(config)
+        self.entries = trained_entries(config)
+        self.names = [member.name for member in members_of(self.entries)]
         schedule = schedule or (lambda _: config.optimizer.learning_rate)
         self.optimizer = make_optimizer(config.optimizer, schedule)
-        self.step = make_train_step(config, self.names, SpecialIds(), self.optimizer)
+        self.step = make_train_step(config, self.entries, SpecialIds(), self.optimizer)
         self.init = lambda: init_state(config, self.optimizer, len(self.names))
 
     def batch(self, step: int = 0) -> Batch:
@@ -41,8 +43,9 @@ class Micro:
         documents = np.cumsum(rng.random((rows, length)) < 0.1, axis=1).astype(np.int32)
         documents[0, length // 4 :] = -1  # very different loss denominators
         documents[1, length // 2 :] = -1
-        shares = np.tile([self.config.mixture[name] for name in self.names], (step + 1, 1))
-        return Batch(tokens, documents, *assign(sequence_counts(shares, rows)[step]))
+        plan = MixturePlan(self.config)
+        sequence_B = plan.row_sequences(step) - plan.sequences(step)
+        return Batch(tokens[sequence_B], documents[sequence_B], *plan.assign(step))
 
     def run(self, steps: int = 1):
         """Returns the state after some steps, unsharded."""
