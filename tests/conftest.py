@@ -1,4 +1,4 @@
-"""Shared parts of the tests: eight fake devices, a small real corpus, a micro config."""
+"""Shared fixtures: eight simulated devices, a small corpus of real text, a micro config."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-# Unoptimised code: most of the tests' time went into compiling, and none of them asks for speed.
+# Disable optimizations: most of the time of the tests is compilation, and no test measures speed.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
 os.environ["XLA_FLAGS"] = XLA_FLAGS + "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,7 +27,7 @@ TRAINED_ON = ("email/*.py", "json/*.py", "logging/*.py")  # of the standard libr
 
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
-    """Real text: some files of the standard library, cut into documents at blank lines."""
+    """Returns real text: files of the standard library, split into documents at blank lines."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = []
     for pattern in TRAINED_ON:
@@ -39,7 +39,7 @@ def documents() -> list[str]:
 
 @pytest.fixture(scope="session")
 def jsonl(documents, tmp_path_factory) -> Path:
-    """The documents as JSON lines."""
+    """Returns a file of the documents as JSON lines."""
     path = tmp_path_factory.mktemp("text") / "documents.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return path
@@ -47,7 +47,7 @@ def jsonl(documents, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus_path(jsonl, tmp_path_factory) -> Path:
-    """A corpus of 512 ids prepared from real text."""
+    """Returns the path of a corpus of real text with 512 ids."""
     path = tmp_path_factory.mktemp("corpus") / "corpus"
     build(Recipe(input=str(jsonl), vocab_size=512, valid_fraction=0.05), str(path), workers=1, quiet=True)
     return path
@@ -60,7 +60,7 @@ def corpus(corpus_path) -> Corpus:
 
 @pytest.fixture
 def micro(corpus_path):
-    """`micro_config` on the session's corpus."""
+    """Returns `micro_config` with the session's corpus."""
     return micro_config(corpus_path)
 
 
@@ -71,7 +71,7 @@ def _no_leaked_mesh():
 
 
 def run_command(*arguments: str, devices: int = 1, timeout: float = 300, env: dict | None = None, **options):
-    """Runs `python -m dualsm.NAME ...` or a script, as a user does, with `env` in its environment.
+    """Runs `python -m dualsm.NAME ...` or a script, with the environment variables `env`.
 
     Returns:
       The finished process.
@@ -89,7 +89,7 @@ def run_command(*arguments: str, devices: int = 1, timeout: float = 300, env: di
 
 
 def command_env(devices: int = 1) -> dict[str, str]:
-    """The environment of a command with a number of fake devices."""
+    """Returns the environment of a command with a number of simulated devices."""
     return os.environ | {
         "XLA_FLAGS": f"{XLA_FLAGS}{devices}",
         "PYTHONPATH": str(ROOT),

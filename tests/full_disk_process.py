@@ -1,4 +1,4 @@
-"""One process of a job whose main process cannot write while step 4 is to be saved."""
+"""A process of a job whose main process cannot write files when step 4 is saved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 
 
 def _limit_files(step: int) -> None:
-    """Lets no file grow after step 4, once the checkpoint of step 2 is whole, until step 5 is done."""
+    """Limits file sizes from step 4 (after the checkpoint of step 2 is complete) until step 5."""
     while step == 4 and not (Path(_WORKDIR.value) / "checkpoints" / "2").exists():
         time.sleep(0.1)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""Run by a test in several processes: each reads its rows, and all together must make the whole batch."""
+"""Reads batches in several processes: together, their rows must be the whole batch. Run by a test."""
 
 import sys
 

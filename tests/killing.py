@@ -1,7 +1,7 @@
-"""Kills training at random moments until it is through, and sees what is left and what it cost.
+"""Kills training at random moments until it finishes, and compares the result with an uninterrupted run.
 
-Processes are forked from a server that has imported everything but started no JAX backend, so that one is
-training within a second or two of its start.
+Processes are forked from a server that has imported all modules but has not started a JAX backend, so that
+training starts within one or two seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dualsm.training.validation import Validation
 from tests.micro import micro_config
 
 STAGES = ("starting", "training", "validating", "saving")
-_STAGE, _FIRST, _DONE = range(3)  # places on the board that a run reports on
+_STAGE, _FIRST, _DONE = range(3)  # indices in the array that a run reports to
 _POLL = 0.001  # seconds
 
 
@@ -38,11 +38,11 @@ class Kill:
     """One SIGKILL.
 
     Attributes:
-      stage: what the run was doing, one of `STAGES`.
-      done: steps it had begun.
-      whole: steps of its newest checkpoint that was whole on disk.
-      half: whether another was being written.
-      resumed: steps that the next process went on from.
+      stage: stage of the run, one of `STAGES`.
+      done: number of started steps.
+      whole: step of the newest complete checkpoint.
+      half: True if another checkpoint was being written.
+      resumed: step from which the next process resumed.
     """
 
     stage: str
@@ -73,9 +73,9 @@ class Killing:
         self._context.set_forkserver_preload([__name__])
 
     def finish(self, workdir: Path) -> tuple[float, float]:
-        """Trains without interruption; returns the seconds it took, and those from its first step on."""
-        process, board, start = *self._start(workdir), time.perf_counter()
-        while process.is_alive() and not board[_DONE]:
+        """Trains without interruption; returns the seconds of the run, and those from its first step on."""
+        process, shared, start = *self._start(workdir), time.perf_counter()
+        while process.is_alive() and not shared[_DONE]:
             time.sleep(_POLL)
         began = time.perf_counter()
         process.join()
@@ -86,7 +86,7 @@ class Killing:
     def kill_until_done(
         self, workdir: Path, rng: random.Random, seconds: tuple[float, float], most: int
     ) -> list[Kill]:
-        """Trains and kills in turn, until a run comes to its end before its time or `most` were killed.
+        """Trains and kills repeatedly, until a run finishes before it is killed or after `most` kills.
 
         Args:
           workdir: new.
@@ -96,10 +96,10 @@ class Killing:
         """
         kills: list[Kill] = []
         while True:
-            process, board = self._start(workdir)
+            process, shared = self._start(workdir)
             if len(kills) < most:
                 anywhere = rng.random() < 0.5
-                while not anywhere and process.is_alive() and not board[_DONE]:
+                while not anywhere and process.is_alive() and not shared[_DONE]:
                     time.sleep(_POLL)
                 process.join(rng.uniform(0, seconds[0] if anywhere else seconds[1]))
             else:
@@ -108,43 +108,43 @@ class Killing:
             if not ended:
                 process.kill()
                 process.join()
-            if kills and board[_FIRST] >= 0:
-                # Those that were killed before they had read a checkpoint changed nothing.
+            if kills and shared[_FIRST] >= 0:
+                # Processes that were killed before they restored a checkpoint changed nothing.
                 kills = [
-                    k if k.resumed >= 0 else dataclasses.replace(k, resumed=board[_FIRST]) for k in kills
+                    k if k.resumed >= 0 else dataclasses.replace(k, resumed=shared[_FIRST]) for k in kills
                 ]
             if ended:
                 _check(process, workdir)
                 return kills
-            kills.append(Kill(STAGES[board[_STAGE]], board[_DONE], *_checkpoints(workdir)))
+            kills.append(Kill(STAGES[shared[_STAGE]], shared[_DONE], *_checkpoints(workdir)))
 
     def _start(self, workdir: Path):
-        board = self._context.RawArray("i", 3)
-        board[_FIRST] = -1
-        arguments = save_config(self.config), str(workdir), board, self._cache
+        shared = self._context.RawArray("i", 3)
+        shared[_FIRST] = -1
+        arguments = save_config(self.config), str(workdir), shared, self._cache
         process = self._context.Process(target=_train, args=arguments)
         process.start()
-        return process, board
+        return process, shared
 
 
-def _train(config: str, workdir: str, board, cache: str) -> None:
-    """The process that is killed: an ordinary run that reports on the board where it is."""
+def _train(config: str, workdir: str, shared, cache: str) -> None:
+    """Trains in the process that is killed, and writes its progress to `shared`."""
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
     def stop(step: int) -> bool:
-        if board[_FIRST] < 0:
-            board[_FIRST] = step - 1
-        if board[_DONE] != step:  # not asked within a validation
-            board[_STAGE], board[_DONE] = STAGES.index("training"), step
+        if shared[_FIRST] < 0:
+            shared[_FIRST] = step - 1
+        if shared[_DONE] != step:  # not during a validation
+            shared[_STAGE], shared[_DONE] = STAGES.index("training"), step
         return False
 
     def staged(stage: str, function):
         def call(*args, **kwargs):
-            before, board[_STAGE] = board[_STAGE], STAGES.index(stage)
+            before, shared[_STAGE] = shared[_STAGE], STAGES.index(stage)
             result = function(*args, **kwargs)
-            board[_STAGE] = before
+            shared[_STAGE] = before
             return result
 
         return call
@@ -157,8 +157,8 @@ def _train(config: str, workdir: str, board, cache: str) -> None:
         mock.patch.object(Validation, "__call__", staged("validating", Validation.__call__)),
     ):
         done = train(load_config(config), workdir, stop)
-    if board[_FIRST] < 0:  # nothing was left to do
-        board[_FIRST] = load_config(config).steps
+    if shared[_FIRST] < 0:  # the run is already complete
+        shared[_FIRST] = load_config(config).steps
     sys.exit(0 if done else 1)
 
 
@@ -170,7 +170,7 @@ def _check(process, workdir: Path) -> None:
 
 
 def _checkpoints(workdir: Path) -> tuple[int, bool]:
-    """Steps of the newest whole checkpoint, 0 without one, and whether there is a half-written one."""
+    """Returns the step of the newest complete checkpoint, or 0, and True if another one is incomplete."""
     folder = workdir / CHECKPOINTS
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     whole = [int(name) for name in names if name.isdigit()]
@@ -178,7 +178,7 @@ def _checkpoints(workdir: Path) -> tuple[int, bool]:
 
 
 def problems(kills: list[Kill], workdir: Path, reference: Path) -> list[str]:
-    """What is wrong with a run that was killed, beside the same run that was not; [] when nothing is."""
+    """Returns the differences of a killed run from an uninterrupted run; [] if they are equal."""
     found = []
     every = load_config((reference / CONFIG).read_text()).checkpoint.every
     for number, kill in enumerate(kills):
@@ -200,12 +200,12 @@ def problems(kills: list[Kill], workdir: Path, reference: Path) -> list[str]:
 
 
 def _learned(record: dict) -> dict:
-    """What of a log line must not depend on time."""
+    """Returns the metrics of a log line that do not depend on time."""
     return {name: value for name, value in record.items() if not name.startswith("perf/")}
 
 
 def _params(workdir: Path) -> dict:
-    """Parameters of the last checkpoint, on the host."""
+    """Returns the parameters of the last checkpoint, on the host."""
     config = load_config((workdir / CONFIG).read_text())
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))

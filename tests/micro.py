@@ -1,4 +1,4 @@
-"""A config so small that it compiles in seconds; also as a recipe, `--config=tests/micro.py:CORPUS`."""
+"""A config that compiles in seconds; also a config file, `--config=tests/micro.py:CORPUS`."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from dualsm.config import default_config
 
 
 def micro_config(path: Path | str = ""):
-    """A config that compiles in seconds; all three objectives are on."""
+    """Returns a config that compiles in seconds, with three objectives."""
     config = default_config()
     config.data.path = str(path)
     config.steps, config.batch_size, config.seq_len = 12, 8, 32

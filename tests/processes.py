@@ -1,4 +1,4 @@
-"""Several training processes on this machine, as tests start them."""
+"""Multi-process training jobs on this machine."""
 
 import socket
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.conftest import ROOT, command_env
 
 STOPPED = 75
-# Gloo gives up when processes first meet more than 30 seconds apart, as they may on a machine that is busy
-# with other things (they compile first). Started again, they find what they compiled.
+# Gloo fails if processes first connect more than 30 seconds apart. On a busy machine this happens, because
+# processes compile first. On a second start, the compilation cache is filled.
 MET_TOO_LATE = "Gloo context initialization failed: DEADLINE_EXCEEDED"
 
 
@@ -20,7 +20,7 @@ def free_port() -> int:
 
 
 def write_recipe(path: Path, corpus: Path, **changes) -> Path:
-    """A config file for the micro config with changed top-level keys; the mesh takes all devices."""
+    """Writes a config file with the micro config, changed keys, and a mesh of all devices."""
     lines = [
         "from tests.micro import micro_config\n\n",
         "def get_config():",
@@ -37,7 +37,7 @@ def write_recipe(path: Path, corpus: Path, **changes) -> Path:
 def start(
     count: int, devices: int, *arguments: str, module: str = "dualsm.train", last: tuple[str, ...] = ()
 ) -> list[subprocess.Popen]:
-    """Starts `count` processes of one job, with fake devices each; `last` goes to the last one only."""
+    """Starts `count` processes of one job, with simulated devices each; only the last one gets `last`."""
     job = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}"]
     return [
         subprocess.Popen(
@@ -61,9 +61,9 @@ def start(
 
 
 def launch(count: int, devices: int, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs `launch/local.sh` to its end."""
+    """Runs `launch/local.sh` to completion."""
     env = command_env(devices)
-    del env["XLA_FLAGS"]  # which the script sets itself
+    del env["XLA_FLAGS"]  # the script sets it
     for _ in range(3):
         done = subprocess.run(
             ["bash", str(ROOT / "launch" / "local.sh"), *arguments],
@@ -79,6 +79,6 @@ def launch(count: int, devices: int, *arguments: str) -> subprocess.CompletedPro
 
 
 def end(process: subprocess.Popen) -> str:
-    """Makes sure that a process has ended; returns what it wrote to stderr."""
+    """Ends a process if it is running; returns its stderr."""
     process.kill()
     return process.communicate()[1]

@@ -1,4 +1,4 @@
-"""One process of a job whose main process is slow at the start and at the end."""
+"""A process of a job whose main process is slow at the start and at the end."""
 
 from __future__ import annotations
 

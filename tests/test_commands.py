@@ -1,4 +1,4 @@
-"""Commands as a user runs them: a mistake ends in one clear line and a non-zero exit."""
+"""Commands as a user runs them: flags, user errors, exit statuses."""
 
 import os
 import re
@@ -75,14 +75,14 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_bad_configs_end_in_one_line(case, recipe, tmp_path):
+def test_invalid_configs_are_user_errors(case, recipe, tmp_path):
     overrides, expected = BAD_CONFIGS[case]
     process = run_command("dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", *overrides)
     assert_one_line(process, *expected)
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_that_devices_cannot_share(recipe, tmp_path):
+def test_batch_sizes_that_devices_do_not_divide(recipe, tmp_path):
     process = run_command(
         "dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=8",
         "--config.batch_size=12", devices=8,
@@ -103,7 +103,7 @@ def test_rows_that_devices_cannot_share(recipe, tmp_path):
         (["--config=setup.cfg", "--workdir=x"], "setup.cfg"),
     ],
 )
-def test_bad_command_lines_end_in_one_line(arguments, expected, recipe):
+def test_invalid_command_lines_are_user_errors(arguments, expected, recipe):
     arguments = [argument.format(recipe=recipe) for argument in arguments]
     assert_one_line(run_command("dualsm.train", *arguments), expected)
 
@@ -119,7 +119,7 @@ def test_config_arguments_and_overrides_reach_the_run(recipe, tmp_path):
     assert config.steps == 2
 
 
-def test_a_workdir_of_another_config_is_refused(recipe, tmp_path):
+def test_workdir_of_another_config_is_rejected(recipe, tmp_path):
     arguments = ["dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.steps=2"]
     assert run_command(*arguments).returncode == 0
     process = run_command(*arguments, "--config.optimizer.learning_rate=0.5")
@@ -130,7 +130,7 @@ def test_a_workdir_of_another_config_is_refused(recipe, tmp_path):
     assert_one_line(process, "is not empty")
 
 
-def test_a_corpus_of_another_tokenizer_is_refused(recipe, corpus_path, jsonl, tmp_path):
+def test_corpus_of_another_tokenizer_is_rejected(recipe, corpus_path, jsonl, tmp_path):
     arguments = ["dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.steps=2"]
     assert run_command(*arguments).returncode == 0
     process = run_command(
@@ -140,7 +140,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(recipe, corpus_path, jsonl, tm
     assert process.returncode == 0, process.stderr
     process = run_command(*arguments, f"--config.data.path={tmp_path / 'corpus'}")
     assert_one_line(process, "another corpus", str(tmp_path / "corpus"))
-    # A tokenizer that does not belong to its corpus is noticed too.
+    # A tokenizer that does not belong to the corpus is detected too.
     shutil.copytree(corpus_path, tmp_path / "mixed")
     shutil.copy(tmp_path / "corpus" / "tokenizer.model", tmp_path / "mixed")
     process = run_command("dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'new'}",
@@ -149,7 +149,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(recipe, corpus_path, jsonl, tm
 
 
 @pytest.mark.parametrize("arguments", [[], ["--input=nowhere.jsonl", "--output=x", "--vocab_size=512"]])
-def test_prepare_ends_in_one_line(arguments):
+def test_errors_of_prepare_are_one_line(arguments):
     assert_one_line(run_command("dualsm.prepare", *arguments))
 
 
@@ -167,7 +167,7 @@ def parsed(path, monkeypatch, *arguments: str) -> None:
     fresh = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "recipe", flag_values=fresh)
     monkeypatch.setattr(flags, "FLAGS", fresh)
-    monkeypatch.setattr("sys.argv", given)  # where ml_collections looks for overrides
+    monkeypatch.setattr("sys.argv", given)  # ml_collections reads overrides from here
     cli._parse_flags(given)
 
 
@@ -180,7 +180,7 @@ def parsed(path, monkeypatch, *arguments: str) -> None:
         ("config.steps = 'many'", "TypeError: Could not override field 'steps'"),
     ],
 )
-def test_what_a_config_file_raises_is_told_as_its_own(line, expected, tmp_path, monkeypatch, capsys):
+def test_errors_in_a_config_file_name_the_file(line, expected, tmp_path, monkeypatch, capsys):
     path = tmp_path / "recipe.py"
     path.write_text(
         "from dualsm.config import default_config\n\n\n"
@@ -203,7 +203,7 @@ def test_a_config_file_that_exits_keeps_its_status(tmp_path, monkeypatch):
     assert ended.value.code == 1
 
 
-def test_memory_that_does_not_suffice_ends_in_one_line(tmp_path):
+def test_out_of_memory_is_one_line(tmp_path):
     script = tmp_path / "huge.py"
     script.write_text(
         "import jax.numpy as jnp\nfrom dualsm.process import cli\n\n"
@@ -219,7 +219,7 @@ def test_memory_that_does_not_suffice_ends_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_a_command_whose_output_nobody_reads_ends_quietly(arguments, unbuffered, tmp_path):
+def test_broken_pipe_on_stdout_ends_silently(arguments, unbuffered, tmp_path):
     script = tmp_path / "talk.py"
     script.write_text("from dualsm.process import cli\n\ncli.run(lambda argv: print('of much'))\n")
     reader, writer = os.pipe()
@@ -247,18 +247,18 @@ def test_any_text_is_printed_in_any_encoding(encoding, tmp_path):
     assert process.stderr.splitlines() == [b"warning: " + expected]
 
 
-def test_a_broken_pipe_that_is_not_stdout_is_no_end_of_reading():
+def test_other_broken_pipes_are_errors():
     assert not unread(BrokenPipeError())
 
 
-def test_a_platform_that_is_not_there(recipe, tmp_path, monkeypatch):
+def test_missing_platform_is_a_user_error(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     process = run_command("dualsm.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}")
     assert_one_line(process, "tpu", "JAX_PLATFORMS")
     assert not (tmp_path / "run").exists()
 
 
-def test_importing_starts_no_backend():
+def test_imports_do_not_start_a_backend():
     code = (
         "import sys, dualsm.train, dualsm.prepare, jax\n"
         "from jax._src import xla_bridge\n"
@@ -267,13 +267,13 @@ def test_importing_starts_no_backend():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=command_env()).returncode == 0
 
 
-def test_a_config_survives_its_json():
+def test_config_round_trips_through_json():
     config = default_config()
     assert load_config(save_config(config)).to_dict() == config.to_dict()
 
 
-def test_only_what_orbax_leaves_behind_is_dropped():
-    """Errors that nobody can catch are shown, but for those of Orbax beside one that was told of."""
+def test_only_leftover_errors_of_orbax_are_hidden():
+    """Unraisable errors are printed, except those of Orbax next to an error that was reported."""
     shown = []
     hook = cli._ignore_leftovers(shown.append)
 

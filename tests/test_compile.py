@@ -1,4 +1,4 @@
-"""Reports of programs for absent devices: what is counted, checked where the counts are known."""
+"""Compile reports for absent devices: FLOPs, memory, collectives, roofline."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ from tests.micro import micro_config
 
 
 def config_on(devices: int, **mesh):
-    """The micro config and a mesh over some of the fake devices."""
+    """Returns the micro config and a mesh of some of the simulated devices."""
     config = micro_config()
     config.model.vocab_size = 128
     config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1} | mesh)
@@ -45,8 +45,8 @@ def compiled_step(config, mesh):
         return program, program.step.lower(program.abstract_state, batch_shapes(config, mesh)).compile()
 
 
-def test_the_formula_counts_the_operations_of_the_compiled_step():
-    """Without remat and with AdamW, which has no products; the plain backend computes all scores."""
+def test_flops_formula_equals_the_flops_of_the_compiled_step():
+    """Without remat, and with AdamW, which has no matrix products. XLA attention computes all scores."""
     config, mesh = config_on(1)
     config.model.remat, config.optimizer.name = "none", "adamw"
     _, compiled = compiled_step(config, mesh)
@@ -60,11 +60,11 @@ def test_attended_share():
     assert attended_share(config, SpecialIds()) == pytest.approx(33 / 64)
     config.mixture.update({"causal": 0.5, "masked_diffusion": 0.5})
     assert attended_share(config, SpecialIds()) == pytest.approx(33 / 128 + 0.5)
-    # In blocks of a quarter of the row: 1, 2, 3 and 4 of 4 for causal rows.
+    # With blocks of a quarter of the row, causal rows compute 1, 2, 3 and 4 of 4 blocks.
     assert attended_share(config, SpecialIds(), config.seq_len // 4) == pytest.approx(10 / 32 + 0.5)
 
 
-def test_full_remat_keeps_one_input_a_layer():
+def test_full_remat_saves_one_array_per_layer():
     config, _ = config_on(1)
     sizes = {}
     for remat in ("full", "none"):
@@ -77,7 +77,7 @@ def test_full_remat_keeps_one_input_a_layer():
 
 
 def newton_schulz(devices: int, layers: int, **mesh) -> tuple[Work, dict]:
-    """Muon's part of a step on a stack of matrices: its work on one device, and the updates."""
+    """Returns the work per device of Muon's update of a stack of matrices, and the updates."""
     config, mesh = config_on(devices, **mesh)
     optimizer = make_optimizer(config.optimizer, lambda _: 1e-2)
     shape = (layers, 32, 64)
@@ -94,8 +94,8 @@ def newton_schulz(devices: int, layers: int, **mesh) -> tuple[Work, dict]:
 @pytest.mark.parametrize(
     ("layers", "mesh"), [(8, {"fsdp": 8, "data": 1}), (6, {"fsdp": 4, "tensor": 2, "data": 1})]
 )
-def test_muon_divides_the_layers_among_devices(layers, mesh):
-    """No device works on more than its share of the layers, none gathers them all, and nothing changes."""
+def test_muon_shards_the_layers(layers, mesh):
+    """Each device updates its share of the layers without gathering all of them; the result is unchanged."""
     whole, expected = newton_schulz(1, layers)
     part, updates = newton_schulz(8, layers, **mesh)
     assert part.flops == math.ceil(layers / mesh["fsdp"]) / layers * whole.flops > 0
@@ -105,7 +105,7 @@ def test_muon_divides_the_layers_among_devices(layers, mesh):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_a_report_divides_the_parameters_by_the_devices():
+def test_report_divides_the_parameters_by_the_devices():
     (_, two), (config, eight) = (config_on(n, data=1, fsdp=n) for n in (2, 8))
     config.batch_size, config.optimizer.name = 16, "adamw"
     program, compiled = compiled_step(config, eight)
@@ -113,7 +113,7 @@ def test_a_report_divides_the_parameters_by_the_devices():
     report = make_report(config, "v5e:2x4", eight, program, compiled.memory_analysis(), work)
     at_two = compile_train_step(config, SpecialIds(), two).abstract_state
     for part, tree in (("parameters", at_two.params), ("optimizer", at_two.opt_state)):
-        assert report["memory"][part] == pytest.approx(device_bytes(tree) / 4, rel=0.1)  # vectors are whole
+        assert report["memory"][part] == pytest.approx(device_bytes(tree) / 4, rel=0.1)  # except vectors
     assert report["per_device_batch_size"] == 2
     assert report["flops"]["compiled"] * 8 > report["flops"]["model_all_devices"]
     assert "2 sequences per chip and accumulation step" in as_text(report)
@@ -137,7 +137,7 @@ def test_objectives_that_draw_random_tokens_can_be_reported():
         ("v5e", {"XLA_CLIENT_MEM_FRACTION": "0.9"}, 1),
     ],
 )
-def test_of_a_gpu_s_memory_jax_uses_a_share(chip, settings, share, monkeypatch):
+def test_jax_uses_a_fraction_of_gpu_memory(chip, settings, share, monkeypatch):
     for key in (*MEMORY_FRACTION, "XLA_PYTHON_CLIENT_ALLOCATOR"):
         monkeypatch.delenv(key, raising=False)
     for key, value in settings.items():
@@ -145,7 +145,7 @@ def test_of_a_gpu_s_memory_jax_uses_a_share(chip, settings, share, monkeypatch):
     assert usable_memory(chip) == pytest.approx(share * CHIPS[chip].hbm_bytes)
 
 
-def test_a_share_of_memory_that_is_no_number_is_refused(monkeypatch):
+def test_invalid_memory_fraction_is_rejected(monkeypatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
     with pytest.raises(UserError, match="XLA_CLIENT_MEM_FRACTION.*'most' must be a number"):
         usable_memory("a100")
@@ -155,7 +155,7 @@ def test_a_share_of_memory_that_is_no_number_is_refused(monkeypatch):
     ("rows", "per_device_batch_size", "gradient_accumulation_steps", "expected"),
     [(64, 0, 4, 4), (64, 4, 1, 2), (64, 3, 1, 4), (64, 100, 1, 1), (24, 2, 1, 3)],
 )
-def test_gradient_accumulation_steps_keep_to_the_rows_a_device_may_hold(
+def test_per_device_batch_size_determines_accumulation_steps(
     rows, per_device_batch_size, gradient_accumulation_steps, expected
 ):
     config, mesh = config_on(8) if rows == 64 else config_on(4)
@@ -167,7 +167,7 @@ def test_gradient_accumulation_steps_keep_to_the_rows_a_device_may_hold(
     assert sharding.accumulation_steps(config, mesh) == expected
 
 
-def test_rows_that_cannot_be_shared():
+def test_batch_sizes_that_cannot_be_divided():
     config, mesh = config_on(8)
     for rows, gradient_accumulation_steps in ((12, 1), (16, 4)):
         config.batch_size, config.gradient_accumulation_steps = rows, gradient_accumulation_steps
@@ -175,8 +175,8 @@ def test_rows_that_cannot_be_shared():
             sharding.accumulation_steps(config, mesh)
 
 
-def test_the_roofline():
-    """A step of one second at peak in each respect."""
+def test_roofline():
+    """Work that takes one second of each resource at peak."""
     assert interconnect_bandwidth("v5e:16x16") == 4 * 45e9
     assert interconnect_bandwidth("v5e:4x4") == 2 * 45e9
     assert interconnect_bandwidth("v5p:4x4x1") == 4 * 90e9
@@ -208,7 +208,7 @@ MICRO = ("--config=tests/micro.py", "--config.model.vocab_size=128", "--config.m
 @pytest.mark.extras
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])  # a v4 chip has two cores, which are one device
-def test_the_command_compiles_for_an_absent_slice(topology, tmp_path):
+def test_command_compiles_for_absent_tpus(topology, tmp_path):
     output = tmp_path / "report.json"
     done = run_command("dualsm.compile", *MICRO, f"--topology={topology}", f"--output={output}")
     assert done.returncode == 0, done.stderr
@@ -238,8 +238,8 @@ def test_attention_scores_stay_out_of_main_memory(tmp_path):
 
 
 @needs_cuda
-def test_the_command_compiles_for_absent_gpus(tmp_path):
-    """The kernel's program is compiled too; no row's scores are in main memory."""
+def test_command_compiles_for_absent_gpus(tmp_path):
+    """The program contains the attention kernel and no array of scores."""
     output, program = tmp_path / "report.json", tmp_path / "program"
     done = run_command(
         "dualsm.compile", *MICRO, "--topology=h200:4", "--config.seq_len=256",
@@ -250,13 +250,13 @@ def test_the_command_compiles_for_absent_gpus(tmp_path):
     assert report["devices"] == 4
     assert report["flops"]["compiled"] * 4 > report["flops"]["model_all_devices"]
     for kernel in ("flash_forward", "flash_backward_queries", "flash_backward_keys"):
-        assert text.count(f'name = "{kernel}"') == 1  # the forward one is not run again for the backward pass
+        assert text.count(f'name = "{kernel}"') == 1  # no recomputation
     assert "256,256]" not in text
 
 
 @pytest.mark.extras
 @needs_libtpu
-def test_a_slice_that_does_not_exist_is_refused():
+def test_invalid_topologies_are_rejected():
     done = run_command("dualsm.compile", *MICRO, "--topology=v5p:3x1x1")
     assert done.returncode == 2
     assert "error: --topology=v5p:3x1x1: " in done.stderr
@@ -265,7 +265,7 @@ def test_a_slice_that_does_not_exist_is_refused():
 
 @pytest.mark.extras
 @needs_libtpu
-def test_a_step_that_does_not_fit_is_refused():
+def test_step_that_does_not_fit_is_an_error():
     done = run_command(
         "dualsm.compile", *MICRO, "--topology=v5e:2x2", "--config.model.d_model=16384",
         "--config.model.d_ff=65536", "--config.model.num_heads=128",
@@ -275,7 +275,7 @@ def test_a_step_that_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:4x4", "4x4", "h200", "h200:2x4", "h200:0"])
-def test_unknown_devices_are_refused(topology):
+def test_unknown_chips_are_rejected(topology):
     with pytest.raises(UserError, match=f"--topology={topology} must have the form CHIP:AxB"):
         absent_devices(topology)
 
@@ -285,7 +285,7 @@ def test_unknown_devices_are_refused(topology):
     reason="a compiler for absent devices is installed",
 )
 @pytest.mark.parametrize(("topology", "missing"), [("v5e:4x4", "tpu"), ("h200:1", "cuda")])
-def test_what_to_install_is_said(topology, missing):
+def test_missing_compiler_error_says_what_to_install(topology, missing):
     done = run_command("dualsm.compile", *MICRO, f"--topology={topology}")
     assert done.returncode == 2
     assert f"pip install 'dualsm[{missing}]'" in done.stderr

@@ -43,7 +43,7 @@ def test_the_config_of_the_paper():
     params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     total = sum(p.size for p in jax.tree.leaves(params))
     assert 465e6 < total < 475e6
-    assert 360e6 < total - 2 * 51_200 * 1024 < 365e6  # without embedding and output matrix
+    assert 360e6 < total - 2 * 51_200 * 1024 < 365e6  # without embeddings and output matrix
     assert config.steps * config.batch_size * config.seq_len == 2**35
     assert params["blocks"]["attention"]["query"]["kernel"].shape == (24, 1024, 1024)
     optimizer = config.optimizer

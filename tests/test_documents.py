@@ -1,4 +1,4 @@
-"""What documents name exists: files, headings, commands, their flags, config keys; and benchmarks import."""
+"""Files, headings, commands, flags and config keys that documents name exist; imports of benchmarks exist."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path
 
 
 def code(text: str) -> list[str]:
-    """What stands in a document as code: lines of blocks (continued ones joined), and spans."""
+    """Returns the code in a document: lines of blocks, with continuation lines joined, and spans."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -31,7 +31,7 @@ def code(text: str) -> list[str]:
 
 
 def defined_flags(path) -> set[str]:
-    """The flags that a module defines, read without running it."""
+    """Returns the flags that a module defines, without importing it."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     names = {
         call.args[0].value
@@ -51,7 +51,7 @@ def source(module: str):
 
 
 @documents
-def test_links_lead_somewhere(document):
+def test_link_targets_exist(document):
     for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
         if "://" in target:
             continue
@@ -97,7 +97,7 @@ def test_flags_exist(document):
 
 @documents
 def test_config_keys_exist(document):
-    """`config.a.b`, and `a.b` where `a` is one of the config's parts."""
+    """Checks `config.a.b`, and `a.b` if `a` is a section of the config."""
     default = default_config()
     for line in code(document.read_text()):
         for prefix, key in re.findall(r"(?<![\w./])(config\.)?([a-z_]+(?:\.[a-z_0-9]+)*)", line):
@@ -131,8 +131,8 @@ def test_github_workflow_runs_the_checks_on_supported_pythons():
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
-def test_what_a_benchmark_imports_is_there(script):
-    """Most of them take too long to run here."""
+def test_imports_of_benchmarks_exist(script):
+    """Most benchmarks take too long to run in a test."""
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("dualsm"):
             for name in node.names:

@@ -1,4 +1,4 @@
-"""Damaged input ends in success or in one line, whatever the damage; benchmarks/fuzz.py does it longer."""
+"""Damaged input is read or rejected in one line; benchmarks/fuzz.py runs more cases."""
 
 import pytest
 
@@ -35,17 +35,17 @@ def test_all_targets_are_fuzzed(targets):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_damaged_files_are_read_or_refused(targets, name):
+def test_damaged_files_are_read_or_rejected(targets, name):
     target = targets[name]
     fuzz(target, max(2, round(CASES * target.share)))
 
 
-@pytest.mark.parametrize("name", ["prepare", "recommend", "convert"])  # the benchmark takes all
-def test_commands_refuse_damaged_files_in_one_line(targets, scratch, name):
+@pytest.mark.parametrize("name", ["prepare", "recommend", "convert"])  # the benchmark runs all commands
+def test_commands_reject_damaged_files_in_one_line(targets, scratch, name):
     run_damaged(name, scratch, seed=0)
 
 
-def test_the_fuzz_sees_tracebacks_and_hangs(monkeypatch):
+def test_fuzzer_detects_tracebacks_and_hangs(monkeypatch):
     def careless(folder):
         if b"\0" in (folder / "a").read_bytes():
             raise ValueError("a traceback")

@@ -1,4 +1,4 @@
-"""The peak rates that model FLOPs utilisation is relative to."""
+"""Peak FLOP/s of devices, for the MFU."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ from dualsm.devices.chips import CHIPS, Peak, listed_flops, peak_flops
         ("TPU v5 lite", 197e12),
         ("TPU v5p", 459e12),
         ("TPU v6 lite", 918e12),
-        # Not the chips that their names begin with.
+        # Not the chip whose name is a prefix.
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA H20", None),
@@ -31,7 +31,7 @@ from dualsm.devices.chips import CHIPS, Peak, listed_flops, peak_flops
         ("cpu", None),
     ],
 )
-def test_variants_of_a_chip_have_their_own_peak(kind, flops):
+def test_chip_variants_have_their_own_peak(kind, flops):
     assert listed_flops(kind) == flops
 
 
@@ -41,7 +41,7 @@ def test_chips_to_compile_for_are_listed_by_the_name_that_they_report():
 
 
 def test_only_cpu_devices_share_a_measured_peak(monkeypatch):
-    """No GPU is here to be measured, so the measurement is replaced."""
+    """The measurement is replaced, because the test has no GPU."""
     monkeypatch.setattr(hardware, "measured_flops", lambda *_, **__: 1e12)
     monkeypatch.setattr(hardware, "usable_cores", lambda: 4)
     assert peak_flops(SimpleNamespace(device_kind="NVIDIA Unlisted", platform="gpu")) == 1e12
@@ -49,13 +49,13 @@ def test_only_cpu_devices_share_a_measured_peak(monkeypatch):
     assert peak_flops(jax.devices()[0]) == 4e12 / 8
 
 
-def test_utilisation_by_a_measured_peak_is_at_most_1():
+def test_mfu_with_a_measured_peak_is_at_most_1():
     peak = Peak(jax.devices()[0], jax.local_device_count())
     assert 0 < peak.utilisation(1e6) < 0.1
     assert peak.utilisation(1e18) == 1
     assert peak.utilisation(1e17) == pytest.approx(0.1)
 
 
-def test_a_listed_peak_stays():
+def test_listed_peaks_do_not_change():
     peak = Peak(SimpleNamespace(device_kind="NVIDIA H200", platform="gpu"), 2)
     assert peak.utilisation(4 * 989e12) == peak.utilisation(4 * 989e12) == 2

@@ -1,4 +1,4 @@
-"""A folder that is whole or not there, whoever died while writing it."""
+"""Output folders are complete or absent, even if processes die."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ def write_for_long(target) -> None:
 
 @pytest.fixture
 def writer(tmp_path):
-    """A process that is writing the folder "a b[1]"."""
+    """Starts a process that writes the folder "a b[1]"."""
     process = multiprocessing.get_context("spawn").Process(target=write_for_long, args=(tmp_path / "a b[1]",))
     process.start()
     while not list(tmp_path.glob(".a b*/part")):
@@ -39,10 +39,10 @@ def writer(tmp_path):
     process.join()
 
 
-def test_what_a_process_writes_stays_while_it_lives_and_no_longer(tmp_path, writer):
+def test_temporary_folders_of_dead_processes_are_removed(tmp_path, writer):
     target = tmp_path / "a b[1]"
     (aside,) = tmp_path.iterdir()
-    write(tmp_path / "a b1")  # another one, which the pattern of the first would match
+    write(tmp_path / "a b1")  # matches the glob "a b[1]"
     write(target)
     assert names(tmp_path) == sorted([aside.name, target.name, "a b1"])
     assert names(target) == ["part"]
@@ -55,15 +55,15 @@ def test_what_a_process_writes_stays_while_it_lives_and_no_longer(tmp_path, writ
     assert names(tmp_path) == sorted([target.name, "a b1"])
 
 
-def test_a_failure_leaves_nothing(tmp_path):
+def test_failure_leaves_no_files(tmp_path):
     with pytest.raises(RuntimeError), new_folder(tmp_path / "deep" / "a", "--output") as aside:
         (aside / "part").touch()
         raise RuntimeError
     assert names(tmp_path / "deep") == []
 
 
-def test_two_that_write_the_same_folder(tmp_path):
-    """The first that is done makes it; the other is told, and leaves nothing."""
+def test_two_processes_that_write_the_same_folder(tmp_path):
+    """The first to finish creates the folder; the other fails and leaves no files."""
     target = tmp_path / "a"
     with pytest.raises(UserError, match="already exists"), new_folder(target, "--output"):
         write(target, "first")
@@ -71,7 +71,7 @@ def test_two_that_write_the_same_folder(tmp_path):
     assert (target / "part").read_text() == "first"
 
 
-def test_a_folder_that_cannot_be(tmp_path):
+def test_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="^--output=.*file/a cannot be created"):
         write(tmp_path / "file" / "a")

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom in a smaller setting, and are committed with their plots."""
+"""Notebooks run from top to bottom with smaller settings, and are committed with their outputs."""
 
 import glob
 import json
@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def settings(jsonl, documents, tmp_path_factory) -> dict[str, str]:
-    """For each notebook, what its cell of settings is replaced with."""
+    """Returns notebook -> replacement of its settings cell."""
     folder = tmp_path_factory.mktemp("notebooks")
     text = folder / "text.jsonl"
     lines = jsonl.read_text().splitlines(keepends=True)
@@ -67,7 +67,7 @@ def first_cell(path: Path) -> str:
     return next(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
 
 
-def test_notebooks_begin_with_the_same_cell():
+def test_notebooks_start_with_the_same_cell():
     assert len({first_cell(path) for path in NOTEBOOKS}) == 1
 
 
@@ -87,7 +87,7 @@ def test_notebooks_begin_with_the_same_cell():
     ],
 )  # fmt: skip
 def test_first_cell_installs_the_extra_of_the_accelerator(driver, plugin, repository, installed, tmp_path):
-    """Runs in a Python without site-packages. pip, JAX and nvidia-smi are stand-ins, because a test cannot
+    """Runs in a Python without site-packages. pip, JAX and nvidia-smi are stubs, because a test cannot
     download packages or choose its GPU."""
     (tmp_path / "pip.py").write_text("import sys; open(__file__ + '.installed', 'w').write(sys.argv[-1])")
     (tmp_path / "jax.py").write_text("devices = lambda: ['the device']")

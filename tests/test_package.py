@@ -1,4 +1,4 @@
-"""What can be run without a clone: the list of commands, and configs inside the package."""
+"""The installed package: console script, list of commands, configs."""
 
 import shutil
 import subprocess
@@ -31,7 +31,7 @@ def test_the_console_script_is_the_main_function():
     assert EntryPoint(name, target, "console_scripts").load() is main
 
 
-def test_a_command_runs_by_its_name(jsonl, tmp_path):
+def test_commands_run_by_name(jsonl, tmp_path):
     """`prepare` starts worker processes, which import the main module again."""
     corpus = tmp_path / "corpus"
     process = run_command(
@@ -41,7 +41,7 @@ def test_a_command_runs_by_its_name(jsonl, tmp_path):
     assert (corpus / "tokenizer.model").exists()
 
 
-def test_an_unknown_command_is_refused():
+def test_unknown_command_is_rejected():
     process = run_command("dualsm", "trian", "--help")
     assert process.returncode == 2
     assert process.stdout == ""
@@ -64,13 +64,13 @@ def test_configs_are_found_in_the_package(arguments, expected):
 
 
 @pytest.mark.parametrize("name", ["nope", "", "../setup"])
-def test_a_config_that_is_not_there_is_refused(name):
+def test_missing_config_is_rejected(name):
     with pytest.raises(UserError, match="choose one of: dual_470m, .*tiny"):
         find_configs([f"--config=dualsm:{name}"])
 
 
-def test_an_installed_package_brings_its_configs(tmp_path):
-    """Built as pip builds it, and run from a place where there is no clone."""
+def test_installed_package_contains_the_configs(tmp_path):
+    """Builds the package with pip, and runs it outside the checkout."""
     source, built = tmp_path / "source", tmp_path / "built"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "dualsm", "configs"):
@@ -84,6 +84,6 @@ def test_an_installed_package_brings_its_configs(tmp_path):
         [sys.executable, "-m", "dualsm.train", "--config=dualsm:tiny", "--workdir=run"],
         cwd=tmp_path, capture_output=True, text=True, env=command_env() | {"PYTHONPATH": str(built)},
     )  # fmt: skip
-    # It found the config, and so came as far as missing the corpus.
+    # The command found the config: it fails later, because the corpus is missing.
     assert "no corpus at 'runs/corpus'" in process.stderr, process.stderr
     assert (built / "dualsm" / "exchange" / "remote" / "modeling_dualsm.py").exists()

@@ -1,4 +1,4 @@
-"""Many processes train as one does, save one checkpoint, and end together."""
+"""Multi-process jobs train like one process, save one checkpoint, and end together."""
 
 import errno
 import os
@@ -30,10 +30,10 @@ def recipe(corpus_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endless(corpus_path, tmp_path_factory):
-    """A recipe that will not come to its end by itself."""
+    """Writes a config of a run that does not end by itself."""
     path = tmp_path_factory.mktemp("recipe") / "endless.py"
     changes = {"steps": 20_000, "repetitions": 80, "log.every": 1, "valid.every": 20_000}
-    changes |= {"checkpoint.every": 20_000, "optimizer.name": "adamw"}  # which compiles faster
+    changes |= {"checkpoint.every": 20_000, "optimizer.name": "adamw"}  # compiles faster
     return write_recipe(path, corpus_path, **changes)
 
 
@@ -47,7 +47,7 @@ def train_here(config, workdir, devices: int, **mesh) -> None:
 
 @pytest.fixture(scope="module")
 def alone(recipe, corpus_path, tmp_path_factory):
-    """The run of one process on one device."""
+    """Returns the run of one process with one device."""
     namespace: dict = {}
     exec(recipe.read_text(), namespace)
     workdir = tmp_path_factory.mktemp("alone") / "run"
@@ -57,17 +57,17 @@ def alone(recipe, corpus_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(recipe, tmp_path_factory):
-    """The run of two processes with four devices each, started by launch/local.sh."""
+    """Returns the run of two processes with four devices each, started by launch/local.sh."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     done = launch(2, 4, f"--config={recipe}", f"--workdir={workdir}", *mesh)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held-out bits per byte") == 1  # process 0 alone talks
+    assert done.stdout.count("held-out bits per byte") == 1  # only process 0 prints
     return workdir
 
 
 def assert_same_losses(workdir, reference, after: int = -1) -> None:
-    """Every loss of every objective, training and held out, at every step."""
+    """Compares the training and held-out losses of all objectives at every step."""
     ours, expected = read_metrics(workdir), read_metrics(reference)
     assert [r["step"] for r in ours] == [r["step"] for r in expected] == list(range(21))
     compared = 0
@@ -94,7 +94,7 @@ def test_two_processes_train_as_one(alone, two):
 
 
 def test_four_processes_whose_tensor_axis_crosses_them(recipe, alone, tmp_path):
-    """Pairs of processes hold the same rows and different halves of every matrix."""
+    """Pairs of processes have the same rows and different halves of every matrix."""
     mesh = ["--config.mesh.data=2", "--config.mesh.tensor=4"]
     done = launch(4, 2, f"--config={recipe}", f"--workdir={tmp_path / 'run'}", *mesh)
     assert done.returncode == 0, done.stderr
@@ -102,7 +102,7 @@ def test_four_processes_whose_tensor_axis_crosses_them(recipe, alone, tmp_path):
 
 
 @pytest.mark.parametrize(("devices", "mesh"), [(8, {"data": 1, "fsdp": 8}), (1, {})], ids=["1x8", "1x1"])
-def test_resuming_what_two_processes_saved(two, alone, tmp_path, devices, mesh):
+def test_resuming_a_run_of_two_processes(two, alone, tmp_path, devices, mesh):
     workdir = tmp_path / "run"
     shutil.copytree(two, workdir)
     shutil.rmtree(workdir / "checkpoints" / "20")
@@ -111,8 +111,8 @@ def test_resuming_what_two_processes_saved(two, alone, tmp_path, devices, mesh):
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
-def test_processes_read_their_rows_and_no_others(corpus_path, tensor):
-    """With tensor=4 over 2 x 2 devices both processes need all rows, else half of them each."""
+def test_processes_read_only_their_rows(corpus_path, tensor):
+    """With tensor=4 over 2 x 2 devices both processes need all rows; otherwise each needs half of them."""
     processes = start(2, 2, f"--corpus={corpus_path}", f"--tensor={tensor}", module="tests.gathered_batches")
     for process in processes:
         _, errors = process.communicate(timeout=120)
@@ -121,7 +121,7 @@ def test_processes_read_their_rows_and_no_others(corpus_path, tensor):
 
 
 def started(recipe, workdir, tries: int = 3):
-    """Two processes that have come to their third step."""
+    """Starts two processes and waits for their third step."""
     processes = start(2, 1, f"--config={recipe}", f"--workdir={workdir}", f"--stopped_status={STOPPED}")
     while not workdir.exists() or len(read_metrics(workdir)) < 4:
         time.sleep(0.02)
@@ -142,11 +142,11 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(endless, tmp_path)
     (saved,) = (workdir / "checkpoints").iterdir()
     assert read_metrics(workdir)[-1]["step"] == int(saved.name)
     _, _, command = outputs[0][0].partition("run the same command to resume:")
-    assert shlex.split(command)[1:] == processes[0].args[1:]  # as a shell reads it
+    assert shlex.split(command)[1:] == processes[0].args[1:]  # as parsed by a shell
     assert "resume" not in outputs[1][0]
 
 
-def test_a_process_that_dies_takes_the_job_down(endless, tmp_path):
+def test_dead_process_ends_the_job(endless, tmp_path):
     processes = started(endless, tmp_path / "run")
     try:
         died = time.monotonic()
@@ -161,7 +161,7 @@ def test_a_process_that_dies_takes_the_job_down(endless, tmp_path):
             end(process)
 
 
-def test_a_mistake_is_told_by_every_process_and_ends_the_job(recipe, tmp_path):
+def test_every_process_reports_a_user_error(recipe, tmp_path):
     done = launch(2, 1, f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.batch_size=7")
     assert done.returncode == 2
     assert "error: process 0 of 2: 2 devices cannot share config.batch_size=7" in done.stderr
@@ -171,7 +171,7 @@ def test_a_mistake_is_told_by_every_process_and_ends_the_job(recipe, tmp_path):
 
 @pytest.fixture(scope="module")
 def stale_corpus(jsonl, tmp_path_factory):
-    """A corpus of as many ids, made from half of the text."""
+    """Returns a corpus with the same vocabulary size, made from half of the text."""
     folder = tmp_path_factory.mktemp("stale")
     lines = jsonl.read_text().splitlines(keepends=True)
     (folder / "half.jsonl").write_text("".join(lines[::2]))
@@ -203,15 +203,15 @@ def test_processes_that_disagree_end_before_anything_is_written(recipe, stale_co
     assert not (tmp_path / "run").exists()
 
 
-def test_a_slow_main_process_is_waited_for(tmp_path):
-    """Longer than a first collective waits for it at the start, and JAX at the end."""
+def test_processes_wait_for_a_slow_main_process(tmp_path):
+    """Slower than the timeouts of the first collective at the start and of JAX at the end."""
     processes = start(2, 1, module="tests.slow_process")
     outputs = [process.communicate(timeout=280) for process in processes]
     assert [process.returncode for process in processes] == [STOPPED] * 2, outputs
 
 
-def test_processes_agree_that_a_save_failed_and_go_on(corpus_path, tmp_path):
-    """Only the main process meets the full disk."""
+def test_processes_agree_on_a_failed_save_and_continue(corpus_path, tmp_path):
+    """Only the main process has a full disk."""
     flags = (f"--corpus={corpus_path}", f"--workdir={tmp_path / 'run'}")
     processes = start(2, 1, *flags, module="tests.full_disk_process")
     errors = [process.communicate(timeout=280)[1] for process in processes]
@@ -221,7 +221,7 @@ def test_processes_agree_that_a_save_failed_and_go_on(corpus_path, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "6"]
 
 
-def test_a_disk_that_fails_is_told_in_a_line_and_ends_the_job(recipe):
+def test_disk_failure_is_one_line_and_ends_the_job(recipe):
     done = launch(2, 1, f"--config={recipe}", "--workdir=/proc/nothing")
     assert done.returncode == 2, done.stderr
     assert "error: process 0 of 2: [Errno 2]" in done.stderr
@@ -249,8 +249,8 @@ def test_a_disk_that_fails_is_told_in_a_line_and_ends_the_job(recipe):
         (ValueError("too many values to unpack"), "^$", 1),
     ],
 )
-def test_what_a_process_tells_of_its_end(error, told, status):
-    """A defect tells nothing here: it shows its traceback."""
+def test_messages_of_a_process_that_ends(error, told, status):
+    """An unexpected exception has no message; its traceback is printed."""
     text, code = _exit_message(error)
     assert re.search(told, text) and code == status
 
@@ -263,7 +263,7 @@ def test_what_a_process_tells_of_its_end(error, told, status):
         (["--coordinator=here:1", "--processes=2", "--process_id=2"], "must be less than --processes=2"),
     ],
 )
-def test_impossible_jobs_are_refused(recipe, tmp_path, arguments, message):
+def test_invalid_jobs_are_rejected(recipe, tmp_path, arguments, message):
     values = {part.split("=")[0].strip("-"): part.split("=")[1] for part in arguments}
     coordinator = values.get("coordinator")
     numbers = [int(values[name]) if name in values else None for name in ("processes", "process_id")]

@@ -1,4 +1,4 @@
-"""Meshes over several machines and slices, of stand-ins for their devices."""
+"""Meshes over several machines and slices, with stubs of devices."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from dualsm.process.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """What a mesh is made by."""
+    """Attributes of a device that determine the mesh."""
 
     id: int
     platform: str
@@ -24,12 +24,12 @@ class Device:
 
 
 def gpus(nodes: int, each: int = 4) -> list[Device]:
-    """One process a GPU, process by process, as JAX lists them."""
+    """Returns GPUs with one process each, in the order of JAX."""
     return [Device(i, "gpu", "NVIDIA H100 80GB HBM3", i, i // each) for i in range(nodes * each)]
 
 
 def tpus(slices: int, kind: str = "TPU v4", shape: tuple[int, int, int] = (2, 2, 2)) -> list[Device]:
-    """Slices of the same shape, one process each."""
+    """Returns TPU slices of the same shape with one process each."""
     found = []
     for number in range(slices):
         for z, y, x in np.ndindex(*reversed(shape)):
@@ -42,22 +42,22 @@ def mesh(devices: list[Device], **sizes: int) -> jax.sharding.Mesh:
 
 
 def slices_along(devices_RxDxFxT: np.ndarray, axis: str) -> set[int]:
-    """Numbers of slices that the lines along an axis touch."""
+    """Returns the numbers of slices along the lines of an axis."""
     position = sharding.AXES.index(axis)
     lines = np.moveaxis(devices_RxDxFxT, position, -1).reshape(-1, devices_RxDxFxT.shape[position])
     return {len({device.slice_index for device in line}) for line in lines}
 
 
 @pytest.mark.parametrize("cyclic", [False, True], ids=["node by node", "round the nodes"])
-def test_the_last_axes_lie_within_a_node_of_gpus(cyclic):
+def test_last_axes_are_within_a_node_of_gpus(cyclic):
     devices = gpus(nodes=2)
-    if cyclic:  # SLURM may deal its processes out
+    if cyclic:  # SLURM may distribute processes cyclically
         devices = [replace(device, slice_index=device.id % 2) for device in devices]
     made = mesh(devices, data=2, fsdp=2, tensor=2)
     assert set(made.devices.flat) == set(devices)
     assert slices_along(made.devices, "tensor") == slices_along(made.devices, "fsdp") == {1}
     assert slices_along(made.devices, "data") == {2}
-    for node in (0, 1):  # in their order
+    for node in (0, 1):  # in order
         ids = [device.id for device in made.devices.flat if device.slice_index == node]
         assert ids == sorted(ids)
 
@@ -69,7 +69,7 @@ def test_an_axis_may_span_all_nodes_of_gpus():
 
 @pytest.mark.parametrize("replica", [2, 4, -1])
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite"])
-def test_replica_alone_lies_across_slices_of_tpus(kind, replica):
+def test_only_replica_spans_several_tpu_slices(kind, replica):
     devices = tpus(2, kind, (4, 2, 1) if kind == "TPU v5 lite" else (2, 2, 2))
     tensor = 8 // max(replica, 2)
     made = mesh(devices, replica=replica, fsdp=2, tensor=tensor)
@@ -82,16 +82,16 @@ def test_replica_alone_lies_across_slices_of_tpus(kind, replica):
 @pytest.mark.parametrize(
     ("slices", "sizes"), [(2, {"fsdp": 16}), (2, {"data": -1}), (3, {"replica": 2, "data": 12})]
 )
-def test_slices_that_replica_does_not_lie_across_are_refused(slices, sizes):
+def test_other_axes_across_slices_are_rejected(slices, sizes):
     with pytest.raises(UserError, match=f"{slices} slices, and replica must be {slices} or a multiple"):
         mesh(tpus(slices), **sizes)
 
 
-def test_one_slice_of_tpus_is_laid_out_by_jax():
+def test_single_tpu_slice_uses_the_mesh_of_jax():
     devices = tpus(1)
     expected = jax.make_mesh((1, 2, 4, 1), sharding.AXES, devices=devices)
     assert mesh(devices, data=2, fsdp=4).devices.tolist() == expected.devices.tolist()
 
 
-def test_devices_that_name_no_slice_stay_in_their_order():
+def test_devices_without_slice_index_keep_their_order():
     assert mesh(jax.devices(), data=2, tensor=4).devices.ravel().tolist() == jax.devices()

@@ -1,4 +1,4 @@
-"""The import graph: packages are stages in a fixed order, and no modules import each other in a cycle."""
+"""The import graph: packages are stages in a fixed order, and the graph has no cycles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dualsm
 
-# Each package, or module at the top level, imports only from itself and from those before it.
+# Each package or top-level module imports only from itself and from earlier stages.
 STAGES = [
     "process",
     "devices",

@@ -1,4 +1,4 @@
-"""What the operating system does to a command: limits, names, a terminal that goes away, few cores."""
+"""Limits and errors of the operating system: open files, names, closed terminals, cores."""
 
 import errno
 import os
@@ -18,13 +18,13 @@ from tests.conftest import ROOT, command_env, run_command
 
 @pytest.fixture
 def file_limit():
-    """Sets the soft limit of open files; it is set back at the end."""
+    """Sets the soft limit of open files, and restores it at the end."""
     old = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield lambda count: resource.setrlimit(resource.RLIMIT_NOFILE, (count, old[1]))
     resource.setrlimit(resource.RLIMIT_NOFILE, old)
 
 
-def test_a_corpus_of_more_shards_than_open_files_is_read(corpus_path, file_limit):
+def test_corpus_with_more_shards_than_open_files_is_read(corpus_path, file_limit):
     documents = Corpus(str(corpus_path)).documents("train")
     expected = documents.read(range(len(documents)))
     file_limit(len(os.listdir("/proc/self/fd")) + 3)  # the corpus has eight shards
@@ -33,8 +33,8 @@ def test_a_corpus_of_more_shards_than_open_files_is_read(corpus_path, file_limit
         np.testing.assert_array_equal(found, tokens)
 
 
-def test_a_hard_limit_of_open_files_is_named(corpus_path, monkeypatch):
-    """Pretended: a process may not raise its own hard limit again."""
+def test_hard_limit_of_open_files_is_reported(corpus_path, monkeypatch):
+    """The hard limit is simulated, because a process cannot raise its hard limit again."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
     with pytest.raises(UserError, match="8 shards, but a process may open at most 16 files; .*ulimit -Hn 72"):
         Corpus(str(corpus_path)).documents("train")
@@ -54,7 +54,7 @@ def test_errors_of_the_system_come_with_advice(number, advice):
     assert advice in explained(OSError(number, os.strerror(number), "file"))
 
 
-def test_a_name_too_long_is_one_line(corpus_path):
+def test_too_long_name_is_one_line(corpus_path):
     flags = [f"--config=tests/micro.py:{corpus_path}", f"--workdir=/tmp/{'x' * 300}"]
     done = run_command("dualsm.train", *flags)
     assert done.returncode == 2
@@ -63,7 +63,7 @@ def test_a_name_too_long_is_one_line(corpus_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no taskset on this system")
-def test_workers_are_as_many_as_the_cores_that_may_be_used():
+def test_number_of_workers_equals_the_usable_cores():
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(own)})
     try:
@@ -113,8 +113,8 @@ open(sys.argv[1], "w").write(f"saved {len(signals)}")
 
 
 @pytest.mark.parametrize(("kind", "signals"), [("hangup", 1), ("ignored", 0)])
-def test_a_terminal_that_goes_away_ends_nothing_at_once(tmp_path, kind, signals):
-    """On a real terminal. A hangup asks the run to stop, unless nohup has it ignored."""
+def test_closed_terminal_stops_the_run_after_saving(tmp_path, kind, signals):
+    """Uses a real terminal. SIGHUP stops the run, unless it is ignored as with nohup."""
     code, saved = tmp_path / "code.py", tmp_path / "saved"
     code.write_text(TERMINAL)
     pid, master = pty.fork()

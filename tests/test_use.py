@@ -1,4 +1,4 @@
-"""Evaluating and sampling a trained run, as a user does."""
+"""Evaluating and sampling a trained run from the command line."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_evaluate_writes_json_and_prints_a_table(workdir, task_data, tmp_path):
     assert results["held_out"]["masked_diffusion"]["samples"] == 4
     header = next(line for line in process.stdout.splitlines() if line.startswith("task"))
     assert header.split() == ["task", "metric", "n", "causal", "prefix", "masked", "monte_carlo"]
-    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]  # nothing is left aside
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]  # no temporary files
 
     again = run_command(
         "dualsm.evaluate", f"--workdir={workdir}", "--tasks=blimp,arc_easy", f"--task_data={task_data}",
@@ -64,14 +64,14 @@ def test_evaluate_writes_json_and_prints_a_table(workdir, task_data, tmp_path):
 
 
 def without_seconds(tree):
-    """All results but the times."""
+    """Returns all results except times."""
     if isinstance(tree, dict):
         return {key: without_seconds(value) for key, value in tree.items() if key != "seconds"}
     return tree
 
 
-def test_a_question_with_too_long_an_answer_is_skipped(workdir, tmp_path):
-    """Also where no question is left; and in an encoding without "±"."""
+def test_questions_with_too_long_answers_are_skipped(workdir, tmp_path):
+    """Also if no question is left, and in an encoding without "±"."""
     from tests.evaluation.test_tasks import FALL, ROWS, write
 
     (good,), long = ROWS["piqa"], "heat it " * 32
@@ -92,7 +92,7 @@ def test_a_question_with_too_long_an_answer_is_skipped(workdir, tmp_path):
     for mode in ("causal", "masked"):
         counts = {name: [tasks[name][mode][key] for key in ("n", "skipped")] for name in tasks}
         assert counts == {"piqa": [2, 1], "siqa": [0, 1], "blimp": [2, 0]}
-        assert tasks["piqa"][mode]["contexts_truncated"] == 1  # with two answers
+        assert tasks["piqa"][mode]["contexts_truncated"] == 1  # the question has two answers
         assert tasks["piqa"][mode]["score"] is not None
         assert tasks["siqa"][mode]["score"] is tasks["siqa"][mode]["normalised"] is None
 
@@ -103,7 +103,7 @@ def test_inputs_are_checked_before_the_first_score(workdir, task_data, tmp_path)
         "--data=nowhere", f"--output={tmp_path / 'a.json'}",
     )  # fmt: skip
     assert_one_line(process, "nowhere")
-    assert "blimp" not in process.stderr  # the progress bar's label
+    assert "blimp" not in process.stderr  # label of the progress bar
 
 
 def test_results_are_written_after_each_mode(workdir, task_data, tmp_path):
@@ -126,7 +126,7 @@ def test_results_are_written_after_each_mode(workdir, task_data, tmp_path):
     assert tasks["blimp"]["causal"]["n"] == 1
 
 
-def test_held_out_scores_are_those_of_training(workdir):
+def test_held_out_scores_equal_those_of_training(workdir):
     from dualsm.rundir.metrics import read_metrics
 
     process = run_command("dualsm.evaluate", f"--workdir={workdir}", "--tasks=valid", "--valid_samples=1")
@@ -138,7 +138,7 @@ def test_held_out_scores_are_those_of_training(workdir):
     )
 
 
-def test_a_run_keeps_what_is_not_measured_anew(workdir, task_data, tmp_path):
+def test_other_results_of_a_run_are_kept(workdir, task_data, tmp_path):
     run = shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
     path = run / "eval" / "step_12.json"
 
@@ -158,8 +158,8 @@ def test_a_run_keeps_what_is_not_measured_anew(workdir, task_data, tmp_path):
     assert_one_line(run_command("dualsm.evaluate", f"--workdir={run}"), "step_12.json", "move it away")
 
 
-def test_how_a_run_was_trained_does_not_bind_its_use(workdir, tmp_path):
-    """A kernel of GPUs; and rows at once that the devices here cannot share."""
+def test_training_settings_do_not_restrict_evaluation(workdir, tmp_path):
+    """A GPU kernel, and a batch size that the devices do not divide."""
     run = shutil.copytree(workdir, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     config["model"]["attention"], config["gradient_accumulation_steps"] = "flash", 8
@@ -196,7 +196,7 @@ def test_sample_generates_in_every_mode(workdir, tmp_path, mode):
     assert "forward passes per token" in process.stderr
 
 
-def test_sample_fills_in_masks_and_leaves_the_rest(workdir, tmp_path):
+def test_sample_fills_in_masks_and_keeps_the_rest(workdir, tmp_path):
     output = tmp_path / "texts.jsonl"
     process = run_command(
         "dualsm.sample", f"--workdir={workdir}", "--mode=diffusion", "--steps=2", f"--output={output}",
@@ -208,10 +208,10 @@ def test_sample_fills_in_masks_and_leaves_the_rest(workdir, tmp_path):
     assert "(self): return " in line["text"]
     assert line["text"].endswith("\n")
     assert 4 not in line["tokens"]
-    assert "░" in process.stdout  # the masks, on the way
+    assert "░" in process.stdout  # masks, while unmasking
 
 
-def test_prompts_from_a_file(workdir, tmp_path):
+def test_prompts_are_read_from_a_file(workdir, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     outputs = []
@@ -228,7 +228,7 @@ def test_prompts_from_a_file(workdir, tmp_path):
     assert outputs[0] == outputs[1]
 
 
-def test_texts_are_written_although_nobody_reads_stdout(workdir, tmp_path):
+def test_texts_are_written_despite_a_broken_pipe(workdir, tmp_path):
     path = tmp_path / "texts.jsonl"
     reader, writer = os.pipe()
     os.close(reader)
@@ -244,7 +244,7 @@ def test_texts_are_written_although_nobody_reads_stdout(workdir, tmp_path):
     assert json.loads(path.read_text())["text"].startswith("\u2581\xe9")
 
 
-def test_a_bad_prompt_is_named_with_its_line(workdir, tmp_path):
+def test_invalid_prompt_is_reported_with_its_line(workdir, tmp_path):
     path = tmp_path / "prompts.jsonl"
     for line, message in (
         ('{"prompt": 7}', "is not a string"),
@@ -255,7 +255,7 @@ def test_a_bad_prompt_is_named_with_its_line(workdir, tmp_path):
         assert_one_line(process, f"line 3: {message}" if "JSON" in message else message)
 
 
-def test_unshifted_models_are_not_asked_to_fill_in_masks(workdir, tmp_path):
+def test_unshifted_models_are_rejected_for_diffusion(workdir, tmp_path):
     from tests.evaluation.test_tasks import ROWS, write
 
     write(tmp_path, "blimp", ROWS["blimp"])
@@ -270,7 +270,7 @@ def test_unshifted_models_are_not_asked_to_fill_in_masks(workdir, tmp_path):
         assert_one_line(run_command(*command, f"--workdir={run}"), "shifted=False")
 
 
-def test_the_benchmarks_run(workdir, tmp_path):
+def test_benchmarks_run(workdir, tmp_path):
     from tests.evaluation.test_tasks import ROWS, write
 
     write(tmp_path, "blimp", ROWS["blimp"] * 3)
@@ -329,6 +329,6 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_mistakes_end_in_one_line(case, workdir):
+def test_user_errors_are_one_line(case, workdir):
     arguments, expected = BAD[case]
     assert_one_line(run_command(*(argument.format(workdir=workdir) for argument in arguments)), expected)

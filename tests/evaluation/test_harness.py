@@ -1,4 +1,4 @@
-"""The adapter for lm-evaluation-harness: its own logic without that package, and with it the same scores."""
+"""The adapter for lm-evaluation-harness: logic without that package, and equal scores with it."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def model(workdir):
 
 
 def requests(*args):
-    """What the harness hands over, as far as the adapter looks at it."""
+    """Returns requests with the attributes of the harness's requests that the adapter reads."""
     return [SimpleNamespace(args=a, task_name="task", doc_id=i) for i, a in enumerate(args)]
 
 
@@ -69,7 +69,7 @@ def scoring(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_loglikelihood_is_our_own_score_whatever_else_is_asked(model, run, mode):
+def test_loglikelihood_equals_our_score_for_any_batch(model, run, mode):
     answers = model(mode).loglikelihood(requests(*PAIRS[::-1]), disable_tqdm=True)[::-1]
     ours = own_scorer(run)([Item(*pair) for pair in PAIRS], scoring(mode), quiet=True)
     np.testing.assert_allclose([score for score, _ in answers], ours.log_likelihood_N, atol=1e-3)
@@ -78,12 +78,12 @@ def test_loglikelihood_is_our_own_score_whatever_else_is_asked(model, run, mode)
 
 
 @pytest.mark.parametrize("mode", ["causal", "masked"])
-def test_a_long_continuation_is_scored_piece_by_piece(model, run, mode, capsys):
+def test_long_continuations_are_scored_in_parts(model, run, mode, capsys):
     texts = [Item("def main", "(self):\n    return self\n" * n) for n in range(1, 31)]
     pairs = [encode_pair(run.tokenizer, text) for text in texts]
     number = next(n for n, (_, rest) in enumerate(pairs) if len(rest) > 31)
     start, rest = pairs[number]
-    assert len(rest) < 62  # so that there are two pieces
+    assert len(rest) < 62  # two parts
     answers = model(mode).loglikelihood(requests(texts[number], PAIRS[0]), disable_tqdm=True)
     pairs = [([], rest[:31]), (start + rest[:31], rest[31:])]
     ours = own_scorer(run).score_tokens(pairs, scoring(mode), quiet=True)
@@ -102,10 +102,10 @@ def test_ties_are_reported_because_the_harness_takes_the_first(model, capsys):
 
 
 @pytest.mark.parametrize("mode", ["causal", "masked"])
-def test_a_rolling_score_counts_every_token_once(model, run, mode):
+def test_rolling_score_counts_every_token_once(model, run, mode):
     text = "import os\nimport sys\n\n\ndef main(self):\n    return os.path.join(self.a, self.b)\n" * 2
     tokens = run.tokenizer.encode([text])[0]
-    assert 62 < len(tokens) < 93  # two full rows and a rest
+    assert 62 < len(tokens) < 93  # two full rows and a partial row
     (long, short) = model(mode).loglikelihood_rolling(requests((text,), ("import os",)), disable_tqdm=True)
     pairs = [([], tokens[:31]), ([], tokens[31:62]), (tokens[len(tokens) - 31 : 62], tokens[62:])]
     ours = own_scorer(run).score_tokens(pairs, scoring(mode), quiet=True).log_likelihood_N
@@ -114,7 +114,7 @@ def test_a_rolling_score_counts_every_token_once(model, run, mode):
 
 
 def continuation(run, mode, prompt, tokens):
-    """Of one text alone, without the adapter."""
+    """Returns the continuation of a single text, without the adapter."""
     special = run.tokenizer.special
     start = [special.bos, *run.tokenizer.encode([prompt])[0][-(31 - tokens) :]]
     config, greedy = freeze(run.config.model), SamplingParams(temperature=0)
@@ -127,7 +127,7 @@ def continuation(run, mode, prompt, tokens):
 
 
 @pytest.mark.parametrize("mode", ["causal", "prefix", "masked"])
-def test_texts_are_those_of_generation_up_to_the_string_that_ends_them(model, run, mode):
+def test_texts_equal_those_of_generate_up_to_the_stop_string(model, run, mode):
     prompts = ["def main", "import os\nimport ", "import sys\n" * 20]
     whole = model(mode).generate_until(requests(*((p, GREEDY | {"until": []}) for p in prompts)))
     assert whole == [continuation(run, mode, prompt, 6) for prompt in prompts]
@@ -148,12 +148,12 @@ def test_requests_with_different_options_keep_their_order(model):
 
 
 @pytest.mark.parametrize("mode", ["causal", "masked"])
-def test_sampled_texts_differ_and_depend_on_no_other_request(model, mode):
-    """More samples of one prompt than are generated together, as tasks with `repeats` ask for."""
+def test_sampled_texts_differ_and_do_not_depend_on_other_requests(model, mode):
+    """Requests more samples of one prompt than a batch contains, like tasks with `repeats`."""
     sampled = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 8}
     same, others = [("import os", sampled)] * 48, [("def main", sampled), ("a", sampled | {"top_k": 9})]
     texts = model(mode).generate_until(requests(*same), disable_tqdm=True)
-    assert len(set(texts)) > 40  # a few may be equal by chance, as after an early end
+    assert len(set(texts)) > 40  # a few may be equal by chance
     mixed = model(mode).generate_until(requests(*others, *same[:3], *others), disable_tqdm=True)
     assert mixed[2:5] == texts[:3]
     assert model(mode).generate_until(requests(*others), disable_tqdm=True) == mixed[:2]
@@ -181,7 +181,7 @@ def test_generation_kwargs_are_parsed():
             read_request(options, 64)
 
 
-def test_masks_as_a_command_line_gives_them():
+def test_masks_are_parsed_from_the_command_line():
     assert read_masks(4) == read_masks("4") == (4,)
     for masks in ("1+4", "[1,4]", [1, 4]):
         assert read_masks(masks) == (1, 4)
@@ -189,7 +189,7 @@ def test_masks_as_a_command_line_gives_them():
         read_masks("telepathy")
 
 
-def test_arguments_whose_values_hold_commas_and_equals_signs(tmp_path):
+def test_argument_values_can_contain_commas_and_equals_signs(tmp_path):
     cell = tmp_path / "alpha=0.5,seed=1"
     cell.mkdir()
     expected = {"workdir": str(cell), "mode": "masked", "masks": "[1,4]", "seed": "2"}
@@ -207,7 +207,7 @@ def test_arguments_whose_values_hold_commas_and_equals_signs(tmp_path):
     assert command_line_as_json(others) == others
 
 
-def test_bad_arguments_are_refused(workdir):
+def test_invalid_arguments_are_rejected(workdir):
     for arguments, message in (
         ({}, "no workdir"),
         ({"workdir": str(workdir), "speed": 3}, "unknown speed"),
@@ -220,7 +220,7 @@ def test_bad_arguments_are_refused(workdir):
             harness.HarnessModel(**arguments)
 
 
-def test_without_the_package_the_command_says_what_to_install():
+def test_missing_package_error_says_what_to_install():
     code = "import sys; sys.modules['lm_eval'] = None; from dualsm.evaluation import harness; harness.main()"
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=command_env()
@@ -252,7 +252,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """Task data as `dualsm.evaluate` reads it, and beside it the harness's own files for the same data."""
+    """Returns a folder with task data for `dualsm.evaluate`, and task files of the harness for it."""
     folder = tmp_path_factory.mktemp("tasks")
     for name, rows in (("blimp", BLIMP), ("arc_easy", ARC)):
         data = folder / f"{name}.jsonl"
@@ -270,13 +270,13 @@ def tasks(tmp_path_factory):
             "target_delimiter": delimiter,
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         }
-        (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+        (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is valid YAML
     return folder
 
 
 @pytest.mark.extras
 @pytest.mark.parametrize("mode", MODES)
-def test_the_harness_finds_our_scores_and_accuracies(workdir, run, tasks, mode):
+def test_harness_reports_our_scores_and_accuracies(workdir, run, tasks, mode):
     lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'dualsm[eval]'")
     from lm_eval.tasks import TaskManager
 
@@ -302,8 +302,8 @@ def test_the_harness_finds_our_scores_and_accuracies(workdir, run, tasks, mode):
 
 
 @pytest.mark.extras
-def test_the_command_runs_a_local_task(workdir, tasks, tmp_path):
-    """The run lies where a sweep would put it, in a folder whose name has commas and equals signs."""
+def test_command_runs_a_local_task(workdir, tasks, tmp_path):
+    """The run directory has commas and equals signs in its name, like the cells of a sweep."""
     pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'dualsm[eval]'")
     cell = tmp_path / "alpha=0.5,seed=1"
     cell.symlink_to(workdir)

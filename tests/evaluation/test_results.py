@@ -1,4 +1,4 @@
-"""The file of a checkpoint's results: what is measured anew takes its place there, all else stays."""
+"""The results file of a checkpoint: new results replace old ones of the same task and mode."""
 
 import json
 
@@ -13,7 +13,7 @@ def results(step=12, **parts) -> dict:
     return {"workdir": "run", "checkpoint": step, "tasks": {}} | parts
 
 
-def test_each_task_mode_and_objective_is_replaced_alone():
+def test_results_are_replaced_by_task_mode_and_objective():
     old = results(
         tasks={"blimp": {"causal": {"score": 1}, "masked": {"score": 2}}, "piqa": {"causal": {"score": 3}}},
         held_out={"causal": {"n": 4}, "prefix": {"n": 5}},
@@ -31,7 +31,7 @@ def test_each_task_mode_and_objective_is_replaced_alone():
     assert old["tasks"]["blimp"]["masked"] == {"score": 2}
 
 
-def test_the_first_results_are_merged_into_nothing(tmp_path):
+def test_first_results_are_unchanged(tmp_path):
     new = results(tasks={"blimp": {"causal": {"score": 1}}})
     assert json.dumps(merge(read_results(tmp_path / "none.json"), new)) == json.dumps(new)
 
@@ -40,7 +40,7 @@ def test_the_first_results_are_merged_into_nothing(tmp_path):
     "content",
     ["", "[]", "null", b"\xff", '{"tasks": 3}', '{"tasks": {"blimp": 3}}', '{"held_out": {"causal": 3}}'],
 )
-def test_damaged_results_are_told_in_one_line(tmp_path, content):
+def test_damaged_results_are_a_user_error(tmp_path, content):
     path = tmp_path / "step_12.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=r"step_12.json is not a results file of dualsm.evaluate"):
@@ -57,6 +57,6 @@ def test_damaged_results_are_told_in_one_line(tmp_path, content):
         (["blimp"], ["causal"], "--task_data"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(tasks, modes, text):
+def test_invalid_requests_are_rejected(tasks, modes, text):
     with pytest.raises(UserError, match=text):
         EvalSpec(tasks, modes).check()

@@ -1,4 +1,4 @@
-"""Scores against brute force on a tiny model."""
+"""Scores of a tiny model, compared with brute force."""
 
 import functools
 import itertools
@@ -41,7 +41,7 @@ def scorer(config, params, corpus):
 
 @pytest.fixture(scope="module")
 def log_p(config, params):
-    """log p(token at a place | tokens seen there), by a forward of its own without batching or padding."""
+    """Returns log p(token at a position | visible tokens), from a separate forward pass without padding."""
     model = bind(config, params)
 
     @functools.cache
@@ -67,7 +67,7 @@ def test_causal_is_the_product_of_next_token_probabilities(scorer, log_p):
     assert score(scorer, ScoringParams("causal"))[0] == pytest.approx(expected, abs=1e-3)
 
 
-def test_prefix_sees_the_context_from_both_sides(scorer, log_p):
+def test_prefix_attends_bidirectionally_to_the_context(scorer, log_p):
     text, start = [2, *CONTEXT, *COMPLETION], 1 + len(CONTEXT)
     expected = sum(log_p(text[:i], i, text[i], prefix_end=start) for i in range(start, len(text)))
     ours = score(scorer, ScoringParams("prefix"))[0]
@@ -81,7 +81,7 @@ def test_prefix_with_an_empty_context_is_causal(scorer):
 
 
 @pytest.mark.parametrize("masks", [(1,), (3,), (1, 4)])
-def test_masked_hides_n_tokens_from_each_place_on(scorer, log_p, masks):
+def test_masked_masks_n_tokens_from_each_position(scorer, log_p, masks):
     text, start = [2, *CONTEXT, *COMPLETION], 1 + len(CONTEXT)
     expected = 0.0
     for n in masks:
@@ -128,7 +128,7 @@ def test_batching_padding_and_order_do_not_matter(scorer):
         np.testing.assert_allclose(together, alone, atol=1e-3)
 
 
-def test_devices_share_the_rows(config, params, corpus, scorer):
+def test_rows_are_sharded_over_devices(config, params, corpus, scorer):
     mesh = sharding.make_mesh(default_config().mesh, jax.devices())
     many = Scorer(config, params, corpus.tokenizer(), mesh)
     pairs = [(CONTEXT, COMPLETION), ([], COMPLETION), (CONTEXT[:1], COMPLETION[:2])]
@@ -138,7 +138,7 @@ def test_devices_share_the_rows(config, params, corpus, scorer):
         )
 
 
-def test_greedy_is_true_for_what_the_model_says_itself(scorer, log_p):
+def test_greedy_is_true_for_the_most_likely_completion(scorer, log_p):
     text = [2, *CONTEXT]
     for _ in range(3):
         text.append(likeliest(log_p, text))
@@ -154,7 +154,7 @@ def likeliest(log_p, text) -> int:
     return max(range(512), key=lambda token: log_p(text, len(text), token))
 
 
-def test_long_contexts_are_cut_from_the_left_and_counted(scorer):
+def test_long_contexts_are_truncated_on_the_left_and_counted(scorer):
     long = list(range(100, 140))
     result = scorer.score_tokens(
         [(long, COMPLETION), (long[-10:], COMPLETION)], ScoringParams("causal", max_length=16), quiet=True
@@ -164,7 +164,7 @@ def test_long_contexts_are_cut_from_the_left_and_counted(scorer):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_completions_that_fit_no_row_are_not_scored(scorer, mode):
+def test_completions_longer_than_a_row_are_not_scored(scorer, mode):
     scoring = ScoringParams(mode, samples=2, max_length=16)
     fits, long = list(range(100, 115)), list(range(100, 116))
     pairs = [(CONTEXT, COMPLETION), (CONTEXT, long), (CONTEXT, []), (CONTEXT, fits)]
@@ -177,7 +177,7 @@ def test_completions_that_fit_no_row_are_not_scored(scorer, mode):
 
 
 def test_equal_items_have_equal_scores(scorer):
-    """To the last bit, in whatever batch they would be, and for the forwards of one of them."""
+    """Bit for bit in any batch, and with the forward passes of one of them."""
     rng = np.random.default_rng(1)
     pairs = [(rng.integers(16, 512, n).tolist(), COMPLETION) for n in range(1, 40)]
     result = scorer.score_tokens([*pairs, *pairs[::-1]], ScoringParams("causal"), quiet=True)
@@ -186,12 +186,12 @@ def test_equal_items_have_equal_scores(scorer):
     assert result.forwards == len(pairs)
 
 
-def test_empty_completions_are_refused(scorer):
+def test_empty_completions_are_rejected(scorer):
     with pytest.raises(UserError, match="is empty and cannot be scored"):
         scorer([Item("some context", "")], ScoringParams("causal"), quiet=True)
 
 
-def test_pairs_are_the_tokens_of_the_whole_text(corpus):
+def test_context_and_completion_are_encoded_together(corpus):
     tokenizer = corpus.tokenizer()
     for context, completion in [("def main", "(self):"), ("a b ", "c"), ("", "import"), ("x", " = 1")]:
         first, rest = encode_pair(tokenizer, Item(context, completion))
@@ -201,7 +201,7 @@ def test_pairs_are_the_tokens_of_the_whole_text(corpus):
 
 
 def prepending(documents):
-    """A tokenizer that prepends a space to every text."""
+    """Returns a tokenizer that prepends a space to every text."""
     pytest.importorskip("tokenizers", reason="needs tokenizers: pip install 'dualsm[exchange]'")
     from dualsm.data.tokenizer_json import JsonTokenizer
     from tests.exchange.conftest import make_tokenizer_json, with_normalizers
@@ -211,8 +211,8 @@ def prepending(documents):
 
 
 @pytest.mark.parametrize("prepended", ["", " "])
-def test_the_tokens_of_a_completion_decode_to_it(corpus, documents, prepended):
-    """Wherever a text is cut; most cuts inside a word are inside a token."""
+def test_tokens_of_a_completion_decode_to_it(corpus, documents, prepended):
+    """For every split of a text; most splits inside a word are inside a token."""
     tokenizer = prepending(documents) if prepended else corpus.tokenizer()
     rng = np.random.default_rng(0)
     for text in documents[:200]:
@@ -223,22 +223,22 @@ def test_the_tokens_of_a_completion_decode_to_it(corpus, documents, prepended):
         assert tokenizer.decode(rest) == text[cut:]
 
 
-def test_equal_forwards_are_made_once(scorer):
+def test_equal_forward_passes_are_computed_once(scorer):
     one = scorer.score_tokens(
         [(CONTEXT, COMPLETION[:1])], ScoringParams("monte_carlo", samples=64), quiet=True
     )
     assert one.forwards == 1
     masked = scorer.score_tokens([(CONTEXT, COMPLETION)], ScoringParams("masked", masks=(1, 4)), quiet=True)
-    assert masked.forwards == 2 * len(COMPLETION) - 1  # the last token is hidden alone by both
+    assert masked.forwards == 2 * len(COMPLETION) - 1  # both mask the last token alone
 
 
-def test_a_diverged_model_is_named(config, params, corpus):
+def test_diverged_models_are_reported(config, params, corpus):
     mesh = sharding.make_mesh(default_config().mesh, jax.devices()[:1])
     broken = Scorer(config, jax.tree.map(lambda p: p * jnp.nan, params), corpus.tokenizer(), mesh)
     with pytest.raises(UserError, match="diverged"):
         score(broken, ScoringParams("causal"))
 
 
-def test_unknown_modes_are_refused():
+def test_unknown_modes_are_rejected():
     with pytest.raises(UserError, match="telepathy"):
         ScoringParams("telepathy")

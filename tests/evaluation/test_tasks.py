@@ -1,4 +1,4 @@
-"""Task files in their published formats, judging, and faults with file and line."""
+"""Task files in their published formats, metrics, and errors with file and line."""
 
 import json
 import os
@@ -64,17 +64,17 @@ def write(folder, name, rows, file="val.jsonl"):
 
 
 def numbered(name, count):
-    """So many rows of a task, all of them different."""
+    """Returns different rows of a task."""
     texts = {"blimp": "sentence_good", "piqa": "goal", "siqa": "context", "openbookqa": "question_stem"}
     return [ROWS[name][0] | {texts[name]: f"It is {number}."} for number in range(count)]
 
 
-def test_every_task_has_rows_here():
+def test_every_task_is_covered():
     assert set(ROWS) == set(TASKS)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_all_forms_of_a_row_mean_the_same_question(tmp_path, name):
+def test_all_forms_of_a_row_are_the_same_question(tmp_path, name):
     write(tmp_path, name, ROWS[name])
     questions = load_task(name, tmp_path)
     assert len(questions) == len(ROWS[name])
@@ -85,13 +85,13 @@ def test_all_forms_of_a_row_mean_the_same_question(tmp_path, name):
         assert len({item.context for item in questions[0].items}) == 1
 
 
-def test_hellaswag_is_read_as_the_field_reads_it(tmp_path):
+def test_hellaswag_is_preprocessed_as_in_the_harness(tmp_path):
     write(tmp_path, "hellaswag", ROWS["hellaswag"])
     question = load_task("hellaswag", tmp_path)[0]
     assert question.items[0] == Item("Cooking: A man cooks. He", " eats it.")
 
 
-def test_labels_in_a_file_beside(tmp_path):
+def test_labels_in_a_separate_file(tmp_path):
     rows = [{k: v for k, v in ROWS["piqa"][0].items() if k != "label"}] * 2
     write(tmp_path, "piqa", rows)
     (tmp_path / "piqa" / "val-labels.lst").write_text("1\n0\n")
@@ -104,7 +104,7 @@ def test_labels_in_a_file_beside(tmp_path):
         load_task("piqa", tmp_path)
 
 
-def test_mmlu_as_csv(tmp_path):
+def test_mmlu_csv_is_read(tmp_path):
     (tmp_path / "mmlu").mkdir()
     (tmp_path / "mmlu" / "anatomy_test.csv").write_text('"What, exactly, lives?",a,b,c,d,C\n')
     (question,) = load_task("mmlu", tmp_path)
@@ -112,7 +112,7 @@ def test_mmlu_as_csv(tmp_path):
     assert question.items[0].context == "Question: What, exactly, lives?\nAnswer:"
 
 
-def test_a_limit_bounds_the_questions_and_spreads_them(tmp_path):
+def test_limit_selects_questions_spread_over_the_files(tmp_path):
     (tmp_path / "blimp").mkdir()
     for group in ("agreement", "binding"):
         rows = [{"sentence_good": f"{i}", "sentence_bad": "x", "UID": group} for i in range(10)]
@@ -138,7 +138,7 @@ def test_a_limit_bounds_the_questions_and_spreads_them(tmp_path):
         ("piqa", ["tests.jsonl", "valid.jsonl"], 1),
     ],
 )
-def test_of_published_splits_the_one_with_public_answers_is_read(tmp_path, name, files, read):
+def test_split_with_public_answers_is_read(tmp_path, name, files, read):
     for number, file in enumerate(files):
         path = tmp_path / name / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +147,8 @@ def test_of_published_splits_the_one_with_public_answers_is_read(tmp_path, name,
 
 
 @pytest.mark.parametrize(("name", "archive"), [("siqa", "socialiqa"), ("piqa", "physicaliqa")])
-def test_the_name_of_an_archive_is_not_that_of_a_split(tmp_path, name, archive):
-    """As AI2's archives unpack; `dev` in the name of the folder is not the split of `train.jsonl`."""
+def test_archive_names_are_not_split_names(tmp_path, name, archive):
+    """As in AI2's archives: `dev` in the folder name does not make `train.jsonl` the dev split."""
     for split, count in (("train", 9), ("dev", 3)):
         rows = [{k: v for k, v in row.items() if k != "label"} for row in numbered(name, count)]
         write(tmp_path, name, rows, f"{archive}-train-dev/{split}.jsonl")
@@ -156,7 +156,7 @@ def test_the_name_of_an_archive_is_not_that_of_a_split(tmp_path, name, archive):
     assert len(load_task(name, tmp_path)) == 3
 
 
-def test_a_folder_that_is_named_after_a_split_is_one(tmp_path):
+def test_folder_named_after_a_split_is_that_split(tmp_path):
     for folder, count in (("train", 4), ("validation", 2), ("test", 3)):
         write(tmp_path, "piqa", numbered("piqa", count), f"{folder}/part-0.jsonl")
     assert len(load_task("piqa", tmp_path)) == 2
@@ -170,7 +170,7 @@ HIDDEN = [
 
 
 @pytest.mark.parametrize("copy", HIDDEN)
-def test_hidden_files_and_backups_are_not_read(tmp_path, copy):
+def test_hidden_and_backup_files_are_ignored(tmp_path, copy):
     write(tmp_path, "blimp", numbered("blimp", 3))
     write(tmp_path, "blimp", numbered("blimp", 5), copy)
     assert len(load_task("blimp", tmp_path)) == 3
@@ -178,15 +178,15 @@ def test_hidden_files_and_backups_are_not_read(tmp_path, copy):
 
 
 @pytest.mark.parametrize("copy", ["val copy.jsonl", "val (1).jsonl", "old/val.jsonl"])
-def test_a_copy_of_a_file_is_refused(tmp_path, copy):
+def test_copies_of_a_file_are_rejected(tmp_path, copy):
     write(tmp_path, "blimp", numbered("blimp", 3))
-    write(tmp_path, "blimp", numbered("blimp", 4), copy)  # edited since
+    write(tmp_path, "blimp", numbered("blimp", 4), copy)  # edited copy
     with pytest.raises(UserError, match=r"3 questions are also in .*; remove one of the two"):
         load_task("blimp", tmp_path)
 
 
-def test_extended_rows_of_the_same_questions_are_refused(tmp_path):
-    """As OpenBookQA's archive has them, in `Data/Main` and `Data/Additional`."""
+def test_files_with_extended_rows_of_the_same_questions_are_rejected(tmp_path):
+    """As in OpenBookQA's archive, in `Data/Main` and `Data/Additional`."""
     rows = numbered("openbookqa", 3)
     write(tmp_path, "openbookqa", rows, "Data/Main/test.jsonl")
     extended = [row | {"fact1": "cells live", "turkIdAnonymized": "x"} for row in rows]
@@ -195,13 +195,13 @@ def test_extended_rows_of_the_same_questions_are_refused(tmp_path):
         load_task("openbookqa", tmp_path)
 
 
-def test_some_questions_in_two_files_are_no_copy(tmp_path):
+def test_files_with_some_equal_questions_are_not_copies(tmp_path):
     write(tmp_path, "blimp", numbered("blimp", 4), "a.jsonl")
     write(tmp_path, "blimp", [*numbered("blimp", 9)[7:], *numbered("blimp", 2)], "b.jsonl")
     assert len(load_task("blimp", tmp_path)) == 8
 
 
-def test_files_are_described_in_a_line(tmp_path):
+def test_files_are_listed_in_one_line(tmp_path):
     for number in range(6):
         write(tmp_path, "blimp", numbered("blimp", 1), f"{number}.jsonl")
     paths = task_files("blimp", tmp_path)
@@ -211,7 +211,7 @@ def test_files_are_described_in_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
-def test_other_encodings_are_refused_by_name(tmp_path, encoding):
+def test_other_encodings_are_rejected_by_name(tmp_path, encoding):
     write(tmp_path, "blimp", [])
     line = json.dumps(ROWS["blimp"][0]) + "\n"
     (tmp_path / "blimp" / "val.jsonl").write_bytes(line.encode(encoding))
@@ -220,7 +220,7 @@ def test_other_encodings_are_refused_by_name(tmp_path, encoding):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_lone_surrogates_are_refused_with_their_line(tmp_path, name):
+def test_lone_surrogates_are_rejected_with_their_line(tmp_path, name):
     row = json.dumps(ROWS[name][0])
     texts = {"a rock": r"a \ud800", "heat it": r"\udfff", "he sang": r"\ud800 \ud800", "flies.": r"\ud800",
              "It run.": r"a \ud800"}  # fmt: skip
@@ -233,7 +233,7 @@ def test_lone_surrogates_are_refused_with_their_line(tmp_path, name):
         load_task(name, tmp_path)
 
 
-def test_a_question_is_not_lost_because_of_a_field_beside_it(tmp_path):
+def test_unusual_values_of_other_fields_are_ignored(tmp_path):
     write(tmp_path, "piqa", [])
     row = json.dumps(ROWS["piqa"][0])[:-1]
     odd = ["1" * 5000, "[" * 5000 + "]" * 5000, '"\t"', r'"\ud800"', "NaN"]
@@ -241,7 +241,7 @@ def test_a_question_is_not_lost_because_of_a_field_beside_it(tmp_path):
     assert [question.gold for question in load_task("piqa", tmp_path)] == [0] * 5
 
 
-def test_files_of_other_kinds_beside_are_left_alone(tmp_path):
+def test_files_of_other_types_are_ignored(tmp_path):
     write(tmp_path, "arc_easy", ROWS["arc_easy"])
     (tmp_path / "arc_easy" / "val.csv").write_text("the same,as csv\n")
     assert len(load_task("arc_easy", tmp_path)) == 3
@@ -294,7 +294,7 @@ BAD_LABELS = [None, True, 1.5, "", "AB", "x", 7, -1, 10**30, float("nan"), [0], 
 
 @pytest.mark.parametrize("label", BAD_LABELS, ids=str)
 @pytest.mark.parametrize(("name", "key"), [("siqa", "label"), ("mmlu", "answer"), ("piqa", "label")])
-def test_labels_that_mean_no_answer_are_refused(tmp_path, name, key, label):
+def test_labels_without_an_answer_are_rejected(tmp_path, name, key, label):
     write(tmp_path, name, [ROWS[name][0], ROWS[name][0] | {key: label}])
     with pytest.raises(UserError, match=rf"val\.jsonl, line 2: not in the format of {name}"):
         load_task(name, tmp_path)
@@ -330,7 +330,7 @@ def test_malformed_csv_is_named(tmp_path, content, line, message):
         load_task("mmlu", tmp_path)
 
 
-def test_byte_order_marks_and_blank_lines_do_no_harm(tmp_path):
+def test_byte_order_marks_and_blank_lines_are_ignored(tmp_path):
     write(tmp_path, "blimp", [])
     line = json.dumps(ROWS["blimp"][0]).encode()
     (tmp_path / "blimp" / "val.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\n" + line + b"\n\n")
@@ -347,7 +347,7 @@ def test_missing_tasks_and_files_are_named(tmp_path):
         load_task("piqa", tmp_path)
 
 
-def test_judging_by_each_metric():
+def test_accuracy_by_each_metric():
     question = Question((Item("c", " short"), Item("c", " a much longer answer")), 1)
     scores, alone = np.array([-10.0, -20.0]), np.array([-1.0, -19.0])
     judgements = compute_metrics([question], [scores], [alone])
@@ -359,7 +359,7 @@ def test_judging_by_each_metric():
 
 
 @pytest.mark.parametrize("gold", [0, 1])
-def test_a_tie_is_half_right_wherever_the_right_answer_stands(gold):
+def test_tie_counts_half_for_any_position_of_the_answer(gold):
     same = Question((Item("", "same"), Item("", "same")), gold)
     for judgement in compute_metrics(
         [same, same], [np.array([-3.0, -3.0])] * 2, [np.array([-1.0, -1.0])] * 2
@@ -373,21 +373,21 @@ def test_a_tie_is_half_right_wherever_the_right_answer_stands(gold):
         ([-1.0, -1.0, -1.0, -1.0], 0.25),
         ([-1.0, -1.0, -2.0, -2.0], 0.5),
         ([-2.0, -1.0, -1.0, -1.0], 0.0),
-        ([-20.000001, -20.0, -30.0, -30.0], 0.5),  # float32 has rounding errors of that size
+        ([-20.000001, -20.0, -30.0, -30.0], 0.5),  # a float32 rounding error
         ([-20.001, -20.0, -30.0, -30.0], 0.0),
     ],
 )
-def test_answers_that_tie_share_the_question(values, right):
+def test_tied_answers_share_the_question(values, right):
     question = Question(tuple(Item("", letter) for letter in "abcd"), 0)
     assert correctness([question], [np.array(values)]).tolist() == [right]
 
 
-def test_without_questions_there_is_no_accuracy():
+def test_accuracy_of_no_questions_is_undefined():
     assert compute_metrics([], [], None) == {"acc": (None, None, None, 0), "acc_norm": (None, None, None, 0)}
 
 
-def test_a_neutral_prompt_is_the_task_s_own_without_the_question(tmp_path):
-    """It is how the prompts of different questions end."""
+def test_unconditional_prompt_is_the_prompt_without_the_question(tmp_path):
+    """It is the common ending of the prompts of different questions."""
     for name, task in TASKS.items():
         assert (task.neutral is not None) == (task.metric == "acc_uncond")
         if task.neutral is None:

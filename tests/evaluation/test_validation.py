@@ -1,4 +1,4 @@
-"""Validation: the same task for every run, whatever the batch, and bits per byte that mean bits per byte."""
+"""Validation: independence of batch size, seed and devices; bits per byte."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def params(micro, corpus):
     return jax.tree.map(lambda p: p * 3, fresh)
 
 
-def test_rows_hold_every_held_out_token(corpus, rows):
+def test_rows_contain_every_held_out_token(corpus, rows):
     documents = corpus.documents("valid")
     whole = np.concatenate(documents.read(range(len(documents))))
     tokens_VxL1, documents_VxL1 = rows[:2]
@@ -70,17 +70,17 @@ def test_batch_size_seed_and_devices_do_not_matter(micro, corpus, rows, params):
     assert ours == pytest.approx(expected, rel=1e-4)
 
 
-def test_every_third_batch(micro, corpus, rows, params):
+def test_every_scores_a_fraction_of_the_batches(micro, corpus, rows, params):
     batches = -(-len(rows[0]) // micro.batch_size)
     assert batches > 3
-    chosen = np.arange(len(rows[0])) % batches % 3 == 0  # from all over the text
+    chosen = np.arange(len(rows[0])) % batches % 3 == 0  # spread over the text
     some = some_of(rows, chosen)
     expected = validation(micro, corpus, some, names=("causal",))(params)
     assert validation(micro, corpus, rows, names=("causal",))(params, every=3) == pytest.approx(expected)
 
 
-def test_causal_loss_and_bits_per_byte_by_hand(micro, corpus, rows, params):
-    rows = some_of(rows, [*range(6), -2, -1])  # the last row is filled up
+def test_causal_loss_and_bits_per_byte_equal_a_direct_computation(micro, corpus, rows, params):
+    rows = some_of(rows, [*range(6), -2, -1])  # the last row is padded
     scores = validation(micro, corpus, rows, names=("causal",))(params)
     sizes_V = corpus.tokenizer().token_bytes()
 
@@ -106,7 +106,7 @@ def test_causal_loss_and_bits_per_byte_by_hand(micro, corpus, rows, params):
 
 @pytest.fixture(scope="module")
 def adding(documents, tmp_path_factory):
-    """A corpus whose tokenizer adds characters to the text and does not know `#`."""
+    """Returns a corpus whose tokenizer adds characters to the text and lacks `#`."""
     folder = tmp_path_factory.mktemp("adding")
     content = json.loads(with_normalizers(make_tokenizer_json(documents[:50]), *ADDING))
     content["model"]["vocab"]["filler"] = content["model"]["vocab"].pop("#")
@@ -122,25 +122,25 @@ def adding(documents, tmp_path_factory):
 
 
 def scored_bytes(rows, unk=True) -> float:
-    """Bytes that the rows' targets stand for, with or without `<unk>`."""
+    """Returns the bytes of the rows' targets, with or without `<unk>`."""
     tokens, documents, scale = rows[:3]
     scored = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
     scored &= unk | (tokens[:, 1:] != 1)
     return float((scored * scale[:, :-1] * rows.token_bytes_V[tokens[:, 1:]]).sum(dtype=np.float64))
 
 
-def test_scored_bytes_are_those_of_the_documents_however_their_tokens_are_counted(adding):
+def test_scored_bytes_sum_to_the_sizes_of_the_documents(adding):
     documents, sizes_V = adding.documents("valid"), adding.tokenizer().token_bytes()
     read = documents.read(range(len(documents)))
-    assert sum(sizes_V[tokens].sum() for tokens in read) > documents.bytes  # which would flatter
+    assert sum(sizes_V[tokens].sum() for tokens in read) > documents.bytes  # would lower bits per byte
     unknown = sum(int((tokens == 1).sum()) for tokens in read)
     assert unknown > 3
     rows = rows_of(adding)
     assert rows.exact
     assert scored_bytes(rows) == pytest.approx(documents.bytes, rel=1e-5)
-    # What never scores <unk> does not get its bytes.
+    # Objectives that never score <unk> are not credited with its bytes.
     assert scored_bytes(rows, unk=False) < documents.bytes
-    # Of a document that the last row cuts, its part: of bytes as of tokens.
+    # A document that the last row cuts off counts with a part of its bytes.
     for count in (1, 2, 7):
         few, end = rows_of(adding, count=count), 32 * count + 1
         np.testing.assert_array_equal(few.scale_VxL1[0], rows.scale_VxL1[0])
@@ -155,7 +155,7 @@ def test_rows_of_a_lossless_tokenizer_need_no_correction(corpus, rows):
     assert scored_bytes(rows) == corpus.documents("valid").bytes
 
 
-def test_a_corpus_of_an_earlier_version_falls_back_to_the_bytes_of_tokens(corpus_path, rows, tmp_path):
+def test_corpus_without_document_sizes_uses_the_bytes_of_tokens(corpus_path, rows, tmp_path):
     shutil.copytree(corpus_path, tmp_path / "corpus")
     manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
     for key in ("document_bytes", "document_bytes_sha256"):
@@ -179,7 +179,7 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_documents(micro, adding):
     assert scores["valid/causal/bits_per_byte"] == pytest.approx(bits, rel=1e-4)
 
 
-def test_each_objective_is_scored_as_itself(micro, corpus, rows, params):
+def test_each_objective_is_scored_with_its_own_examples(micro, corpus, rows, params):
     together = validation(micro, corpus, rows)(params)
     assert len({round(value, 6) for value in together.values()}) == len(together)
     for name in OBJECTIVES:
@@ -187,13 +187,13 @@ def test_each_objective_is_scored_as_itself(micro, corpus, rows, params):
         assert alone[f"valid/{name}/loss"] == pytest.approx(together[f"valid/{name}/loss"], rel=1e-5)
 
 
-def test_how_training_rows_are_drawn_does_not_change_what_is_scored(micro, corpus, rows, params):
+def test_options_of_training_do_not_change_the_validation_task(micro, corpus, rows, params):
     expected = validation(micro, corpus, rows)(params)
     diffusion = micro.objectives.masked_diffusion
     diffusion.time, diffusion.exact, diffusion.clip = "bell", False, 2.0
     micro.objectives.masked.first = micro.objectives.masked.last = 0.9
     micro.objectives.masked_input_causal.high = 0.5
     assert validation(micro, corpus, rows)(params) == expected
-    diffusion.shifted = False  # this the model has to be asked in its own way
+    diffusion.shifted = False  # this option defines the validation task
     changed = validation(micro, corpus, rows, names=("masked_diffusion",))(params)
     assert changed["valid/masked_diffusion/loss"] != expected["valid/masked_diffusion/loss"]

@@ -1,4 +1,4 @@
-"""A micro model that has memorised one text under all three objectives."""
+"""A micro model that has memorized one text under all three objectives."""
 
 import functools
 
@@ -18,7 +18,7 @@ VOCABULARY = 64
 
 
 class Memorised:
-    """`text` is what was learned (`<s>` first, `</s>` last), `config` and `params` are the model."""
+    """The memorized text (from `<s>` to `</s>`), and the config and parameters of the model."""
 
     def __init__(self, steps: int = 250):
         config = micro_config()

@@ -1,4 +1,4 @@
-"""Left-to-right generation: the cache, batches of uneven prompts, ways of drawing, memory."""
+"""Left-to-right generation: the cache, batches of prompts, sampling parameters, memory."""
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +27,19 @@ def run(model, prompts, tokens=40, sampling=GREEDY, seed=0, **options):
     return last(generate(model.config, model.params, prompts, tokens, sampling, SPECIAL, **options))
 
 
-def test_a_memorised_text_is_continued_exactly(memorised):
+def test_memorized_text_is_continued_exactly(memorised):
     for mode in ("causal", "prefix"):
         for start in (4, 15):
             assert run(memorised, [memorised.text[:start]], mode=mode) == [memorised.text]
 
 
-def test_prompts_of_different_lengths_run_together(memorised):
+def test_prompts_of_different_lengths_share_a_batch(memorised):
     prompts = [memorised.text[:n] for n in (2, 9, 20, 5)]
     together = run(memorised, prompts)
     assert together == [run(memorised, [prompt])[0] for prompt in prompts]
 
 
-def test_no_more_tokens_than_asked_for(memorised):
+def test_number_of_new_tokens_is_limited(memorised):
     prompts = [memorised.text[:n] for n in (2, 9, 20)]
     for text, prompt in zip(run(memorised, prompts, tokens=5), prompts, strict=True):
         assert text == memorised.text[: len(prompt) + 5]
@@ -70,7 +70,7 @@ def test_cached_logits_equal_uncached_ones(memorised, bidirectional):
     assert len(text) == 33
 
 
-def test_drawing_at_temperature_one_follows_the_distribution():
+def test_samples_at_temperature_one_follow_the_distribution():
     logits_V = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     keys = jax.random.split(jax.random.key(0), 20_000)
 
@@ -84,7 +84,7 @@ def test_drawing_at_temperature_one_follows_the_distribution():
     np.testing.assert_allclose(shares(top_p=0.81), [0.526, 0.316, 0.158, 0], atol=0.015)
     np.testing.assert_allclose(shares(top_p=0.01), [1, 0, 0, 0])
     np.testing.assert_allclose(shares(top_p=1e-46), [1, 0, 0, 0])  # 0 in float32
-    # Of the two that top_k leaves, the first alone has a probability of 0.625.
+    # Of the two tokens that top_k keeps, the first has a probability of 0.625.
     np.testing.assert_allclose(shares(top_k=2, top_p=0.6), [1, 0, 0, 0])
     np.testing.assert_allclose(shares(top_k=2, top_p=0.63), [0.625, 0.375, 0, 0], atol=0.015)
     for temperature in (0, 1e-40, 1e-6):
@@ -94,7 +94,7 @@ def test_drawing_at_temperature_one_follows_the_distribution():
     np.testing.assert_allclose(shares(temperature=0.5), cold / cold.sum(), atol=0.015)
 
 
-def test_reserved_ids_are_never_drawn(memorised):
+def test_reserved_ids_are_never_sampled(memorised):
     hot = SamplingParams(temperature=50.0)
     texts = run(memorised, [[2]] * 8, tokens=30, sampling=hot)
     for text in texts:
@@ -102,14 +102,14 @@ def test_reserved_ids_are_never_drawn(memorised):
         assert text[-1] >= 16 or text[-1] == SPECIAL.eos
 
 
-def test_seeds_decide_the_draws(memorised):
+def test_samples_depend_on_the_seed(memorised):
     hot = SamplingParams(temperature=5.0)
     texts = [run(memorised, [[2]], sampling=hot, seed=seed)[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize("mode", ["causal", "prefix"])
-def test_a_sampled_text_depends_on_no_other_prompt(memorised, mode, monkeypatch):
+def test_sampled_text_does_not_depend_on_other_prompts(memorised, mode, monkeypatch):
     hot = SamplingParams(temperature=5.0)
     prompts = [memorised.text[:n] for n in (2, 9, 4)]
     alone = [run(memorised, [prompt], 12, hot, mode=mode)[0] for prompt in prompts]
@@ -133,7 +133,7 @@ def test_many_prompts_are_divided_into_batches_of_bounded_size():
     assert prompt_batches.max_batch_size(10**6) == 1
 
 
-def test_a_reader_can_watch(memorised):
+def test_texts_are_yielded_while_they_are_generated(memorised):
     states = list(
         generate(memorised.config, memorised.params, [memorised.text[:4]], 20, GREEDY, SPECIAL, yield_every=4)
     )
@@ -141,7 +141,7 @@ def test_a_reader_can_watch(memorised):
     assert all(state[0] == memorised.text[: len(state[0])] for state in states)
 
 
-def test_bad_requests_are_refused(memorised):
+def test_invalid_requests_are_rejected(memorised):
     with pytest.raises(UserError, match="empty prompt"):
         run(memorised, [[]])
     with pytest.raises(UserError, match="telepathy"):

@@ -1,4 +1,4 @@
-"""Generation by unmasking: what is fixed stays, what is asked for is filled in, in the order asked for."""
+"""Generation by unmasking: infilling, orders, blocks, thresholds, memory."""
 
 import jax
 import numpy as np
@@ -31,14 +31,14 @@ def hide(text, *places):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_masked_spans_of_a_memorised_text_are_restored_exactly(memorised, steps):
+def test_masked_spans_of_a_memorized_text_are_restored_exactly(memorised, steps):
     text = memorised.text
     for places in (range(5, 13), [1, 8, 9, 20, 30], [15]):
         assert states(memorised, [hide(text, *places)], steps=steps)[-1] == [text]
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_every_order_fills_all_places_and_leaves_the_rest(memorised, order):
+def test_every_order_unmasks_all_masks_and_keeps_the_other_tokens(memorised, order):
     rng = np.random.default_rng(0)
     texts = [[2, *rng.integers(16, 64, n).tolist()] for n in (12, 25)]
     masked = [hide(text, 3, 4, 5, 9) for text in texts]
@@ -53,7 +53,7 @@ def masks_left(history, row=0):
     return [state[row].count(MASK) for state in history]
 
 
-def test_the_number_of_forwards_is_as_asked_for(memorised):
+def test_number_of_forward_passes_equals_steps(memorised):
     text = hide(memorised.text, *range(5, 21))  # 16 masks
     assert masks_left(states(memorised, [text])) == list(range(16, -1, -1))
     assert masks_left(states(memorised, [text], steps=4)) == [16, 12, 8, 4, 0]
@@ -62,7 +62,7 @@ def test_the_number_of_forwards_is_as_asked_for(memorised):
     assert masks_left(states(memorised, [text], steps=100))[-1] == 0
 
 
-def test_blocks_are_settled_left_to_right(memorised):
+def test_blocks_are_unmasked_left_to_right(memorised):
     text = hide(memorised.text, *range(5, 21))
     history = states(memorised, [text], block=4, steps=2)
     assert masks_left(history) == [16, 14, 12, 10, 8, 6, 4, 2, 0]
@@ -73,11 +73,11 @@ def test_blocks_are_settled_left_to_right(memorised):
         assert set(settled) >= set(range(5, 5 + 4 * (done // 2)))
 
 
-def test_a_threshold_settles_all_sure_tokens_and_always_one(memorised):
+def test_threshold_unmasks_all_likely_tokens_and_at_least_one(memorised):
     text = hide(memorised.text, *range(5, 21))
     sure = masks_left(states(memorised, [text], threshold=0.5))
     assert sure[-1] == 0
-    assert len(sure) < 6  # a memorised text needs few forwards
+    assert len(sure) < 6  # a memorized text needs few forward passes
     impossible = masks_left(states(memorised, [text], threshold=1.0))
     assert max(a - b for a, b in zip(impossible, impossible[1:], strict=False)) <= 16
     rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def test_a_threshold_settles_all_sure_tokens_and_always_one(memorised):
     ]
 
 
-def test_confidence_settles_the_surest_place_first(memorised):
+def test_confidence_unmasks_the_most_likely_token_first(memorised):
     text = hide(memorised.text, 6, 7, 8, 9, 25)
     model = bind(memorised.config, memorised.params)
     zeros = np.zeros((1, len(text)), np.int32)
@@ -103,13 +103,13 @@ def test_confidence_settles_the_surest_place_first(memorised):
     assert [i for i in places if first[i] != MASK] == [max(places, key=lambda i: probability[i])]
 
 
-def test_texts_with_different_numbers_of_masks_run_together(memorised):
+def test_texts_with_different_numbers_of_masks_share_a_batch(memorised):
     texts = [hide(memorised.text, *range(5, 13)), hide(memorised.text, 7), memorised.text[:20]]
     assert states(memorised, texts, steps=4)[-1] == [memorised.text, memorised.text, memorised.text[:20]]
 
 
 @pytest.mark.parametrize("order", ["confidence", "random"])
-def test_a_sampled_text_depends_on_no_other_text(memorised, order, monkeypatch):
+def test_sampled_text_does_not_depend_on_other_texts(memorised, order, monkeypatch):
     hot, options = SamplingParams(temperature=5.0), {"order": order, "steps": 3}
     texts = [
         hide(memorised.text, *range(5, 13)),
@@ -126,7 +126,7 @@ def test_a_sampled_text_depends_on_no_other_text(memorised, order, monkeypatch):
 
 
 def test_memory_is_bounded_for_many_prompts_and_a_large_vocabulary():
-    """All logits of 400 texts of 160 tokens would take 2 GB, and drawing from them eight times that."""
+    """All logits of 400 texts of 160 tokens would take 2 GB, and sampling eight times as much."""
     config = micro_config().model
     config.vocab_size = 8192
     config = freeze(config)
@@ -141,20 +141,20 @@ def test_memory_is_bounded_for_many_prompts_and_a_large_vocabulary():
     assert compiled.memory_analysis().temp_size_in_bytes < 256 * 2**20
 
 
-def test_a_text_cannot_start_with_a_mask(memorised):
+def test_text_that_starts_with_a_mask_is_rejected(memorised):
     with pytest.raises(UserError, match="must start"):
         states(memorised, [[MASK, 20]])
     with pytest.raises(UserError, match="telepathy"):
         UnmaskingParams(order="telepathy")
 
 
-def test_all_forwards_run_one_program(memorised):
-    """Also with parameters on a mesh, as an opened run has them."""
+def test_all_forward_passes_run_one_program(memorised):
+    """Also with sharded parameters, as in an opened run."""
     mesh = sharding.make_mesh(default_config().mesh, jax.devices()[:1])
     params = jax.device_put(memorised.params, sharding.tree_shardings(mesh, memorised.params))
     before = unmask._cache_size()
     text = hide(memorised.text, *range(5, 13))
-    unmasking = UnmaskingParams(order="margin", steps=3)  # no other test's
+    unmasking = UnmaskingParams(order="margin", steps=3)  # used in no other test
     history = list(infill(memorised.config, params, [text], GREEDY, unmasking, SPECIAL))
     assert len(history) == 4
     assert unmask._cache_size() == before + 1

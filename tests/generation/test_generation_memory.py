@@ -1,4 +1,4 @@
-"""What a model has memorised it also scores above anything else, in every mode."""
+"""Scores of a memorized text."""
 
 from types import SimpleNamespace
 
@@ -16,9 +16,9 @@ from .conftest import VOCABULARY
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_memorised_text_scores_above_its_corrupted_copies(memorised, mode):
+def test_memorized_text_scores_above_its_corrupted_copies(memorised, mode):
     mesh = sharding.make_mesh(default_config().mesh, jax.devices()[:1])
-    tokenizer = SimpleNamespace(special=SpecialIds())  # token ids go in, so that is all the scorer asks of it
+    tokenizer = SimpleNamespace(special=SpecialIds())  # the inputs are token ids
     scorer = Scorer(memorised.config, memorised.params, tokenizer, mesh)
     text, rng = memorised.text[1:-1], np.random.default_rng(0)
     copies = []

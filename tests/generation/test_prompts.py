@@ -1,4 +1,4 @@
-"""Prompts as token ids; what cannot be one is refused before a model is loaded with it."""
+"""Prompts as token ids, and invalid prompts."""
 
 import codecs
 
@@ -8,7 +8,7 @@ from dualsm.generation.prompts import encode_prompt, read_prompts
 from dualsm.process.errors import UserError
 
 
-def test_masks_stand_where_the_prompt_says(corpus):
+def test_masks_have_the_positions_of_the_prompt(corpus):
     tokenizer = corpus.tokenizer()
     special = tokenizer.special
     a, b = tokenizer.encode(["a", "b"])
@@ -18,12 +18,12 @@ def test_masks_stand_where_the_prompt_says(corpus):
 
 
 @pytest.mark.parametrize("prompt", ["<mask:65537>", f"<mask:{'9' * 5000}>", "half \ud800 a pair"])
-def test_impossible_prompts_are_refused(corpus, prompt):
+def test_invalid_prompts_are_rejected(corpus, prompt):
     with pytest.raises(UserError):
         encode_prompt(corpus.tokenizer(), prompt)
 
 
-def test_files_of_prompts(tmp_path):
+def test_prompts_are_read_from_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert read_prompts(str(tmp_path / "a.txt")) == ["one", "two"]
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
@@ -32,7 +32,7 @@ def test_files_of_prompts(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
-def test_prompts_of_other_writers(tmp_path, suffix):
+def test_unusual_json_of_prompts_is_read(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     lines = "a é\r\n\r\nb\r\n"
     if suffix == "jsonl":
@@ -47,7 +47,7 @@ def test_prompts_of_other_writers(tmp_path, suffix):
         read_prompts(str(path))
 
 
-def test_a_prompt_of_half_a_surrogate_pair_is_named_with_its_line(tmp_path):
+def test_prompt_with_a_lone_surrogate_is_rejected_with_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": "a \\ud800"}\n')
     with pytest.raises(UserError, match="line 2: the prompt contains lone surrogates"):
         read_prompts(str(tmp_path / "a.jsonl"))

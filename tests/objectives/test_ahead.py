@@ -1,4 +1,4 @@
-"""Objectives with targets further ahead: distances, mode tokens, mean over the rest of a document."""
+"""Objectives with distant targets: distances, mode tokens, mean over the rest of a document."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_targets_are_at_the_distance_inside_the_document():
 
 
 def test_only_the_first_token_of_each_document_becomes_a_mode_token():
-    tokens_L1, documents_L1 = packed([9, 1, 3, 6], LENGTH)  # and padding, which has no mode token
+    tokens_L1, documents_L1 = packed([9, 1, 3, 6], LENGTH)  # followed by padding, which has no mode token
     first_L = np.isin(np.arange(LENGTH), [0, 9, 10, 13])
     for name, modes in (
         ("diverse_causal", {AHEAD_2, AHEAD_2 + 1, AHEAD_2 + 2, SPECIAL.bos}),

@@ -1,4 +1,4 @@
-"""Properties of the loss of every objective: packing, uniform models, empty rows, gradients."""
+"""Loss of every objective: packing, uniform models, empty rows, gradients."""
 
 import math
 

@@ -36,7 +36,7 @@ def test_linear_shares_interpolate_and_are_constant_after_the_last_point():
     assert step_shares(config, NAMES).sum(1) == pytest.approx(1)
 
 
-def test_the_mean_share_of_a_linear_run_is_the_mean_of_its_ends():
+def test_mean_share_of_a_linear_schedule_is_the_mean_of_its_ends():
     config = scheduled("linear", "1 masked_diffusion=1", steps=7, causal=1.0)
     assert step_shares(config, NAMES)[:, 0].mean() == pytest.approx(0.5)
 
