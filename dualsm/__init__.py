@@ -1,3 +1,3 @@
-"""dualsm: one language model, one set of weights, several objectives at once."""
+"""Pretraining of language models on a mixture of causal, prefix and masked-diffusion objectives."""
 
 __version__ = "0.2.0"

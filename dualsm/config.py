@@ -43,7 +43,7 @@ class Key(NamedTuple):
 
 _AXIS = Rule(lambda v: v == -1 or v >= 1, "be at least 1, or -1 for all remaining devices")
 
-# The defaults are those of the paper (arXiv 2512.14549) where it gives a value.
+# Defaults are the paper's values (arXiv 2512.14549) where it has them.
 KEYS = [
     Key("seed", 0, at_least(0), "Determines initial weights, document order and corruption."),
     Key("steps", 1000, between(1, 10**7), "Optimizer steps of the run."),
@@ -73,7 +73,7 @@ KEYS = [
     Key("model.d_model", 256, at_least(1), "D, width of the residual stream."),
     Key("model.num_heads", 4, at_least(1), "H; must divide d_model into heads of even width."),
     Key("model.d_ff", 704, at_least(1), "F, inner width of SwiGLU."),
-    Key("model.vocab_size", 0, at_least(0), "0 takes the corpus's size; other values must equal it."),
+    Key("model.vocab_size", 0, at_least(0), "0: that of the corpus; other values must equal it."),
     Key("model.head", "projected", one_of(HEADS), "projected: as in the paper. plain: as in Llama, no bias."),
     Key("model.rope_theta", 160_000.0, POSITIVE, "Base of the rotary position embedding."),
     Key("model.norm_eps", 1e-7, POSITIVE, "Epsilon of the RMS norms."),
@@ -328,7 +328,7 @@ def difference(a: ConfigDict, b: ConfigDict, free: Sequence[str] = FREE_KEYS) ->
 
     Args:
       a: config of the run.
-      b: config to resume with; keys that it leaves for the run to set are ignored.
+      b: config to resume with; keys with a value in `FILLED_IN` are ignored.
       free: keys, or sections, that may change.
 
     Returns:

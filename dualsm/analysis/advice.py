@@ -30,7 +30,7 @@ class TokenBudget:
     Attributes:
       unique_tokens, budget_tokens: size of the corpus, and tokens to train on.
       repetitions: R, as in `config.repetitions`.
-      seen_unique_tokens, seen_tokens: unique and total tokens of a run that sees each of its tokens R times.
+      seen_unique_tokens, seen_tokens: unique and total tokens of a run with R passes over its data.
     """
 
     unique_tokens: float

@@ -23,7 +23,7 @@ def describe(token_budget: TokenBudget, answers: Sequence[Advice], sweep: str) -
         )
     if len({advice.alpha for advice in answers}) > 1:
         lines.append(
-            "the answers differ: each holds for the model size and metric of its source; "
+            "the answers differ: each is valid for the model size and metric of its source; "
             "run a sweep of your own models and pass it with --sweep"
         )
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from dualsm.analysis.table import (
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-SEEDS = 2  # minimum number of seeds of a group: one seed gives no estimate of the noise
+SEEDS = 2  # minimum number of seeds of a group, to estimate the noise
 SIGNIFICANT = 0.05  # p-value of Welch's t-test below which two groups differ
 
 
@@ -30,7 +30,7 @@ class Side:
     """One of two ways to spend a budget on the same unique tokens.
 
     Attributes:
-      repetitions, alpha, budget_tokens: of the cells.
+      repetitions, alpha, budget_tokens: values of the cells.
       score: mean score over seeds.
       runs: number of seeds.
       setting: the other swept keys, such as {"optimizer.weight_decay": 1.0}.

@@ -3,8 +3,8 @@
 The kernel is the paper's (arXiv 2512.14549): an anisotropic Matern 3/2 kernel plus white noise, over log2(R)
 and the scale of alpha in `scales`. The process is fitted to a standardised *value*; higher is better. The
 value of a task score is the score. The value of a loss is exp(best - loss), the geometric mean of the token
-probabilities relative to that of the best cell. It is in (0, 1], so the size of a diverged cell's loss does
-not distort the surface between the other cells.
+probabilities relative to that of the best cell. It is in (0, 1], so that the huge loss of a diverged cell
+does not distort the surface between the other cells.
 
 Shape letters: C cells, A alphas of a grid, G repetitions of a grid, M samples.
 """
@@ -182,7 +182,7 @@ def fit_surface(
     lower_is_better: bool,
     restarts: int = 8,
 ) -> Surface:
-    """Fits the surface to cells; each seed is a cell of its own.
+    """Fits the surface to cells; each seed is a separate cell.
 
     Args:
       repetitions_C: R of each cell, at least 1.
@@ -217,7 +217,7 @@ def fit_surface(
     with warnings.catch_warnings():  # a hyperparameter at its bound is acceptable
         warnings.simplefilter("ignore", ConvergenceWarning)
         search.fit(points_Cx2, target_C)
-    # scikit-learn includes the white noise in covariances; a second process gives those of the surface alone.
+    # scikit-learn includes the white noise in covariances; this process has the same kernel without noise.
     noise = search.kernel_.k2.noise_level
     process = GaussianProcessRegressor(search.kernel_.k1, alpha=noise, optimizer=None)
     process.fit(points_Cx2, target_C)

@@ -32,7 +32,7 @@ def report(folder: str | Path, cost: str = "tokens") -> list[Path]:
     """Writes `table.csv` and the plots of a sweep; prints a line for each plot that lacks cells.
 
     Args:
-      folder: of the sweep.
+      folder: folder of the sweep.
       cost: x axis of the loss curves, "tokens" or "flops".
 
     Returns:

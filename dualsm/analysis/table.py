@@ -57,7 +57,7 @@ def make_table(records: Sequence[Mapping] | DataFrame) -> DataFrame:
         if column in _NUMERIC or "/" in column:
             numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
             table[column] = numbers.where(np.isfinite(numbers))
-        elif table[column].dtype == object:  # a damaged config may hold values that cannot be grouped by
+        elif table[column].dtype == object:  # a damaged config may contain values that cannot be grouped by
             table[column] = table[column].map(lambda v: str(v) if isinstance(v, (list, dict)) else v)
     return table
 
@@ -167,7 +167,7 @@ def drawable(table: DataFrame, metric: str) -> DataFrame:
 def on_same_tokens(table: DataFrame, unique_tokens: float, budget: float) -> DataFrame:
     """Returns the cells with the same unique tokens and a budget below `budget`.
 
-    Each completed a learning-rate schedule of its own: it is a separate run, not an early checkpoint.
+    Each is a separate run with a complete learning-rate schedule, not an early checkpoint.
     """
     ratio = table["budget_tokens"] / table["repetitions"] / unique_tokens
     return table[(table["budget_tokens"] < budget * (1 - _TOLERANCE)) & ((ratio - 1).abs() < _TOLERANCE)]

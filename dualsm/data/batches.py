@@ -62,7 +62,7 @@ class BatchSource:
       seq_len: L.
       pad: id of `<pad>`, which fills the one position after the end of the run.
       local_rows: rows of the batch that this process reads, in [0, B).
-      steps: number of steps; 0: as many as whole batches of the sequences.
+      steps: number of steps; 0: the number of complete batches.
       row_sequences: step -> index of the sequence in each row of the batch, int64 [B]; None: step s reads
         the sequences s * B to s * B + B - 1.
     """
@@ -103,8 +103,8 @@ def read_batches(
       source: the batches.
       first_step: step of the first batch.
       num_threads: number of worker threads.
-      prefetch_steps: steps to prefetch. At least one per thread is prefetched, because Grain would leave the
-        other threads idle.
+      prefetch_steps: number of steps to prefetch; raised to `num_threads` if it is lower, because Grain would
+        leave threads idle.
       transform: applied to each element in the thread that read it.
     """
     dataset = grain.MapDataset.source(source)[first_step:].map(transform)

@@ -62,7 +62,7 @@ class Counts:
         if usable == 1:
             raise UserError(
                 f"--input={recipe.input} is a single document, so none can be held out; split it into "
-                "several documents or give --valid_input=FILES"
+                "several documents or pass --valid_input=FILES"
             )
         if self.held_out in (0, usable):
             split, action = ("train", "lower") if self.held_out else ("valid", "raise")
@@ -135,7 +135,7 @@ class Scatter:
         """Appends the documents of a block to the bucket files of this worker process.
 
         Args:
-          job: the block, and whether its documents come from `valid_input`.
+          job: the block, and True if its documents are from `valid_input`.
 
         Returns:
           Number of documents, number of held-out documents, bytes of text, faults as (kind, description), and

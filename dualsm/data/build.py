@@ -34,7 +34,7 @@ from dualsm.process.errors import UserError
 from dualsm.process.output import new_folder
 from dualsm.process.progress import bar, say
 
-_BUCKET_BYTES = 32 << 20  # approximate text per bucket; a worker holds one bucket in memory
+_BUCKET_BYTES = 32 << 20  # approximate text per bucket; each worker loads one bucket
 _MIN_BUCKETS = 8
 
 

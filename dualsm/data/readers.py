@@ -187,7 +187,7 @@ def _cached_tokenizer(path: str) -> Tokenizer:
 
 def _decode_ids(ids: bytes, tokenizer: str) -> str:
     if not tokenizer:
-        raise UserError("token ids need the tokenizer that produced them; give --tokenizer=FILE")
+        raise UserError("token ids need the tokenizer that produced them; pass --tokenizer=FILE")
     loaded = _cached_tokenizer(tokenizer)
     try:
         return loaded.decode(loaded.from_external_ids(np.frombuffer(ids, "<i8")))

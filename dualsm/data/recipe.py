@@ -10,7 +10,7 @@ from dualsm.process.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Options of a corpus; the same recipe and text always give the same bytes.
+    """Options of a corpus; the same recipe and text always produce the same bytes.
 
     Attributes:
       input: files, globs, or "python-stdlib".
@@ -39,12 +39,10 @@ class Recipe:
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"--valid_fraction={self.valid_fraction} must be in [0, 1)")
         if not self.valid_fraction and not self.valid_input:
-            raise UserError(
-                "--valid_fraction=0 leaves no held-out documents; raise it or give --valid_input=FILES"
-            )
+            raise UserError("--valid_fraction=0 holds out no documents; raise it or pass --valid_input=FILES")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"--max_bad_fraction={self.max_bad_fraction} must be in [0, 1]")
         if bool(self.vocab_size) == bool(self.tokenizer):
-            raise UserError("give either --vocab_size=N to train a tokenizer or --tokenizer=FILE to use one")
+            raise UserError("pass either --vocab_size=N to train a tokenizer or --tokenizer=FILE to use one")
         if self.vocab_size:
             check_vocab_size(self.vocab_size)

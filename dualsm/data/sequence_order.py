@@ -1,10 +1,10 @@
 """The order of packed sequences in a run that repeats its data: index arithmetic, no files.
 
 With a budget of D training tokens and R repetitions, a run sees the first U = ceil(D / R) tokens of the
-corpus R times. Its token stream is the concatenation of R passes of U tokens. Each pass holds the same
+corpus R times. Its token stream is the concatenation of R passes of U tokens. Each pass contains the same
 documents in a new random order; the last document is cut so that a pass has exactly U tokens.
-Sequence k of the stream holds the tokens [k * L, k * L + L]. The sequences of a pass are visited in random
-order too, because a document longer than a batch would otherwise fill several consecutive steps.
+Sequence k of the stream consists of the tokens [k * L, k * L + L]. The sequences of a pass are visited in
+random order too, because a document longer than a batch would otherwise fill several consecutive steps.
 
 Finding a sequence takes no iteration over earlier ones, so a run can start at any step.
 """
@@ -63,7 +63,7 @@ class SequenceOrder:
           seq_len: L.
           repetitions: R, passes over the first ceil(D / R) tokens. If R does not divide D, the last pass ends
             up to R - 1 tokens early.
-          seed: of the order of documents and sequences in each pass; None keeps the order of the corpus.
+          seed: seed of the order of documents and sequences in each pass; None keeps the corpus order.
 
         Raises:
           UserError: if the corpus has fewer than ceil(D / R) tokens.

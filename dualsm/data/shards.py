@@ -47,7 +47,7 @@ def write_shards(pool, folder: Path, buckets: int, total_bytes: int, quiet: bool
 
     Args:
       pool: executor of the workers.
-      folder: of the corpus, with its tokenizer and buckets.
+      folder: temporary folder of the corpus, with the tokenizer and the buckets.
       buckets: number of buckets.
       total_bytes: text in the buckets, for the progress bar.
       quiet: show no progress bar.

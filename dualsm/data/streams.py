@@ -211,7 +211,6 @@ class _Item:
 def documents(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]:
     """Yields paragraphs of a text, merged into documents of up to about 2 kB.
 
-
     Paragraphs end at blank lines. Long paragraphs are split at line ends. Blank lines between documents are
     dropped. Lines longer than `max_bytes` are None.
     """

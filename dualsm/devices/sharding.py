@@ -105,7 +105,7 @@ def accumulation_steps(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
 
     With `config.per_device_batch_size` it is the smallest number that keeps each device at or below that many
     sequences, so that fewer devices take more steps and the batch stays the same. Otherwise it is
-    `config.gradient_accumulation_steps`; if that is 1 and the devices are CPU devices that all hold the whole
+    `config.gradient_accumulation_steps`; if that is 1 and the devices are CPU devices that all have the whole
     parameters, it is the smallest number that keeps each at or below `CORE_TOKENS`.
 
     Raises:
@@ -202,7 +202,7 @@ def _divides(mesh: jax.sharding.AbstractMesh) -> bool:
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Returns the sorted indices of the rows of a batch that this process's devices hold."""
+    """Returns the sorted indices of the rows of a batch on this process's devices."""
     parts = NamedSharding(mesh, spec("batch")).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in parts.values()]))
 

@@ -73,7 +73,7 @@ def open_held_out(run: TrainedRun, path: str = "") -> Corpus:
 
     Args:
       run: the run.
-      path: of the corpus; empty for the corpus that the run was trained on.
+      path: path of the corpus; empty for the corpus that the run was trained on.
 
     Raises:
       UserError: if the corpus is damaged, has no held-out documents, or was made with another tokenizer.
@@ -95,7 +95,7 @@ def evaluate_held_out(
     Args:
       run: the run.
       corpus: from `open_held_out`.
-      objectives: their names.
+      objectives: names of the objectives.
       samples: draws of the corruption per packed sequence.
 
     Yields:

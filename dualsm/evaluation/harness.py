@@ -84,7 +84,7 @@ class HarnessModel:
         self._scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
 
     def get_model_info(self) -> dict:
-        """Returns what the harness adds to `config` in its results."""
+        """Returns information that the harness adds to `config` in its results."""
         return {
             "workdir": str(self._run.workdir),
             "checkpoint": self._run.step,
@@ -92,7 +92,7 @@ class HarnessModel:
         }
 
     def loglikelihood(self, requests: Sequence, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Returns the score of each (context, continuation), and True if greedy decoding gives it.
+        """Returns, per (context, continuation), its score, and True if greedy decoding generates it.
 
         A continuation longer than the sequence length is scored in several windows, because the harness
         requires a number.

@@ -38,7 +38,7 @@ class Scores(NamedTuple):
 
     Attributes:
       log_likelihood_N: nats; NaN if the completion has no tokens or more than fit into a sequence.
-      greedy_N: True if greedy decoding gives the completion (meaningful in the modes causal and prefix).
+      greedy_N: True if greedy decoding generates the completion (meaningful in the modes causal and prefix).
       tokens_N: number of tokens of each completion.
       truncated_N: True if the context was truncated.
       forwards: number of sequences that were scored.
@@ -88,7 +88,7 @@ class Scorer:
           config: `config.model`, frozen.
           params: parameters.
           tokenizer: the model's tokenizer.
-          mesh: its devices share each batch.
+          mesh: device mesh; each batch is sharded over its devices.
         """
         self._config, self._params, self._tokenizer, self._mesh = config, params, tokenizer, mesh
 

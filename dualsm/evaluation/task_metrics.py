@@ -41,8 +41,8 @@ def evaluate_task(
     Questions with an answer that does not fit into a sequence are skipped.
 
     Args:
-      name: of the task.
-      questions: of the task.
+      name: name of the task.
+      questions: questions of the task.
       scorer: scores items with a model.
       scoring: scoring parameters.
       limit: the limit that the questions were loaded with; written to the results.
@@ -96,7 +96,7 @@ def compute_metrics(
     """Computes every metric that applies.
 
     Args:
-      questions: of a task.
+      questions: questions of a task.
       scores: log-likelihood of each answer in nats, one array per question.
       unconditional: the same after a neutral context, or None.
 

@@ -30,7 +30,7 @@ def load_task(name: str, folder: str | Path, limit: int = 0) -> list[Question]:
     """Loads the questions of a task.
 
     Args:
-      name: of the task.
+      name: name of the task.
       folder: contains `<name>/` with .jsonl files (MMLU: or .csv), or `<name>.jsonl`.
       limit: maximum number of questions, spread evenly over the files; 0 loads all.
 

@@ -200,7 +200,7 @@ def generate(
       yield_every: number of steps between two yields.
 
     Yields:
-      Token ids of all texts, prompts included. The last item holds the finished texts.
+      Token ids of all texts, prompts included. The last item contains the finished texts.
 
     Raises:
       UserError: if the mode is unknown or a prompt is empty.

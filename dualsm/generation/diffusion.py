@@ -1,8 +1,8 @@
 """Generation by iterative unmasking.
 
-Every forward pass sees the whole text, masks included; the logits at position i - 1 predict the token at
-position i. Each pass unmasks the positions that come first in the chosen order, by default those with the
-highest confidence.
+The input of every forward pass is the whole text, masks included. The logits at position i - 1 predict the
+token at position i. Each pass unmasks the first positions in the chosen order; by default these are the
+positions with the highest confidence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class UnmaskingParams:
     """Unmasking parameters.
 
     Attributes:
-      order: which positions to unmask first: those with the highest probability of the sampled token
+      order: positions to unmask first: those with the highest probability of the sampled token
         ("confidence"), the largest difference between the two highest probabilities ("margin"), the lowest
         entropy ("entropy"), or random ones ("random").
       steps: forward passes per block; 0 runs one per masked token.
@@ -164,7 +164,7 @@ def infill(
       key_B: PRNG key of each text; None derives them from seed 0, see `prompt_batches.prompt_keys`.
 
     Yields:
-      Token ids of all texts. The last item holds the texts without masks.
+      Token ids of all texts. The last item contains the texts without masks.
 
     Raises:
       UserError: if a text is empty or starts with a mask, which no position predicts.

@@ -59,7 +59,7 @@ def generate(
 
     Returns:
       An iterator over the token ids of all texts, prompts included, after every few steps. The last item
-      holds the finished texts.
+      contains the finished texts.
 
     Raises:
       UserError: if the run or a prompt cannot be used in this mode.
@@ -97,7 +97,7 @@ class Throughput:
     def summary(self) -> str:
         """Returns one line with the number of tokens, forward passes per token and tokens per second.
 
-        Tokens per second leave out the first interval, which is mostly compilation.
+        The first interval, which is mostly compilation, does not count towards tokens per second.
         """
         counts_SxB = np.array(self._counts)
         new_tokens = (counts_SxB[-1] - counts_SxB[0]).sum()

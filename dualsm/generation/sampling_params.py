@@ -44,7 +44,7 @@ class SamplingParams:
 
 
 def mask_reserved_ids(logits_V: jax.Array, special: SpecialIds, allow_eos: bool) -> jax.Array:
-    """Sets the logits of reserved ids to minus infinity, except that of `</s>` if `allow_eos`."""
+    """Sets the logits of reserved ids to -inf, except for `</s>` if `allow_eos`."""
     ids_V = jnp.arange(logits_V.shape[-1])
     allowed_V = ids_V >= RESERVED_IDS
     if allow_eos:

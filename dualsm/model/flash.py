@@ -1,7 +1,7 @@
 """FlashAttention (arXiv 2307.08691) on NVIDIA GPUs, with key ranges as the mask.
 
 There are three Pallas kernels, compiled through Triton: the forward pass, the gradient of the queries, and
-the gradients of keys and values. Each program holds one block of queries (or keys) of a sequence and visits
+the gradients of keys and values. Each program loads one block of queries (or keys) of a sequence and visits
 only the blocks of keys (or queries) within its ranges. No L x L array is stored in main memory, and blocks
 of other documents or above the causal diagonal cost nothing. One call supports any mixture of objectives.
 
@@ -35,11 +35,11 @@ class Blocks:
     stages: int
 
 
-# The fastest of those timed on an H200, see docs/performance.md.
+# The fastest combination on an H200; see docs/performance.md.
 FORWARD = BACKWARD_QUERIES = BACKWARD_KEYS = Blocks(queries=64, keys=64, warps=4, stages=3)
 LENGTHS = 64  # L must be a multiple of this
 
-HIDDEN = -1e30  # score of masked keys; finite, so that a fully masked block does not give NaN
+HIDDEN = -1e30  # score of masked keys; finite, so that a fully masked block does not result in NaN
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -96,7 +96,7 @@ def with_mode(row: Row, inputs_L: jax.Array, token: jax.Array | int) -> jax.Arra
 
 
 def below(uniform: jax.Array, n: jax.Array | int) -> jax.Array:
-    """Maps a draw from U[0, 1) to an integer in 0..n-1, int32; a draw that was rounded to 1 gives n-1."""
+    """Maps a draw from U[0, 1) to an integer in 0..n-1, int32; a draw that was rounded to 1 maps to n-1."""
     return jnp.minimum(jnp.floor(uniform * n).astype(jnp.int32), n - 1)
 
 

@@ -74,7 +74,7 @@ def masked_diffusion(
     exact: bool = True,
     clip: float = 0.0,
 ) -> Example:
-    """Masks k of the row's n maskable tokens, with k uniform on 1..n, and gives each the weight n/k.
+    """Masks k of the row's n maskable tokens, with k uniform on 1..n, each with the weight n/k.
 
     Maskable are the text tokens that are the target of a position. The expected loss is exactly the negative
     evidence lower bound of an any-order model,

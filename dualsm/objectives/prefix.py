@@ -27,7 +27,7 @@ def prefix(row: Row, key: jax.Array, special: SpecialIds) -> Example:
     positions_L = jnp.arange(length, dtype=jnp.int32)
     start_L1, end_L1 = document_spans(row.documents_L1)
     start_L, tokens_L = start_L1[:-1], (end_L1 - start_L1)[:-1]
-    # One draw per document: that of its first position.
+    # One draw per document: the draw at its first position.
     uniform_L = jax.random.uniform(key, (length,))[start_L]
     drawn_L = 1 + jnp.floor(uniform_L * (tokens_L - 1)).astype(jnp.int32)
     prefix_end_L = start_L + jnp.clip(drawn_L, 1, jnp.maximum(tokens_L - 1, 1))

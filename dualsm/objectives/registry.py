@@ -82,8 +82,8 @@ def objective(
     """Returns a decorator that adds an objective to `OBJECTIVES` under the name of the function.
 
     Args:
-      order: position in the table. Rounding of the rows per step depends on it, so it never changes; a new
-        objective takes the next number.
+      order: position in the table. The rounding of rows per step depends on the order, so existing positions
+        never change; a new objective gets the next number.
       view: keys that a position attends to: the document up to the position, also a prefix, or all of it.
       sees: description of `view` in the docs.
       predicts: target of position i in the docs.
@@ -123,7 +123,7 @@ def default_options() -> dict[str, dict[str, Any]]:
 
 
 def valid_options(options: Mapping[str, Mapping]) -> dict[str, dict]:
-    """Returns the options that validation uses: those of the run where they define the task, else defaults.
+    """Returns the options of validation: the run's values of options that define the task, else defaults.
 
     Args:
       options: `config.objectives`.

@@ -128,7 +128,7 @@ def draw_spans(key: jax.Array, documents_L1: jax.Array, span: jax.Array, fractio
 
 
 def spans_last(row: Row, missing_L1: jax.Array, special: SpecialIds) -> Example:
-    """Moves the missing spans of each document behind its other tokens, with sentinels.
+    """Moves the missing spans of each document after its other tokens, with sentinels.
 
     Args:
       row: a packed row.
@@ -149,7 +149,7 @@ def spans_last(row: Row, missing_L1: jax.Array, special: SpecialIds) -> Example:
     shown_L1 = fits_L1 & ~missing_L1
     shown_so_far_L1, missing_so_far_L1 = count(shown_L1, start_L1), count(missing_L1, start_L1)
     opened_L1 = count(opens_L1, start_L1)
-    bar_L1 = start_L1 + (shown_so_far_L1 + opened_L1)[end_L1 - 1]  # where the missing spans begin
+    bar_L1 = start_L1 + (shown_so_far_L1 + opened_L1)[end_L1 - 1]  # index of the first missing span
 
     front_L1 = start_L1 + shown_so_far_L1 + holes_L1 - 1
     back_L1 = bar_L1 + missing_so_far_L1 + holes_L1 - 1

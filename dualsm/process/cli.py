@@ -43,7 +43,7 @@ def fail(message: str) -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses flags with absl; reports every error, including those of config files, in one line."""
+    """Parses flags with absl; reports every error, also in config files, in one line."""
     flags.FLAGS.set_gnu_getopt(True)  # flags may follow a verb, as in `convert import --weights=...`
     try:
         return flags.FLAGS(find_configs(argv))

@@ -41,7 +41,7 @@ def job(
     """Context in which this process is part of a job; does nothing for a single process.
 
     Without arguments, JAX detects TPU slices, SLURM steps, Open MPI and Kubernetes from the environment. Only
-    process 0 prints to stdout. An error in one process ends that process immediately, and thereby the job.
+    process 0 prints to stdout. An error in one process ends that process immediately, which ends the job.
     For a single process, JAX's backends are not initialized.
 
     Args:
@@ -106,9 +106,9 @@ def gather(text: str) -> dict[int, str]:
     return {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(folder)}
 
 
-def all_agree(holds: bool) -> bool:
-    """Returns True if `holds` is true in every process."""
-    return not gather("" if holds else "no")
+def all_agree(condition: bool) -> bool:
+    """Returns True if `condition` is true in every process."""
+    return not gather("" if condition else "no")
 
 
 def barrier() -> None:

@@ -19,7 +19,7 @@ def keep_freed_memory(one_arena: bool = True) -> None:
     third of the time of a small step (`benchmarks/train_step.py --keep_memory=false`).
 
     Args:
-      one_arena: share one arena between all threads. Other arenas cannot hold blocks above 64 MB, but in a
+      one_arena: share one arena between all threads. Other arenas cannot contain blocks above 64 MB, but in a
         shared arena threads wait for each other.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None

@@ -1,4 +1,4 @@
-"""Collects a sweep's folder: one record per cell, in whatever state the cell is."""
+"""Collects the results of a sweep: one record per cell, finished or not."""
 
 from __future__ import annotations
 

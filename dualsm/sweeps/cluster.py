@@ -43,7 +43,7 @@ def _slurm_array(sweep: Sweep, jobs: int | None) -> str:
 
 
 def _tpu_jobs(sweep: Sweep) -> str:
-    """Returns commands that train each cell on a TPU slice of its own and store the run in the bucket."""
+    """Returns commands that train each cell on a separate TPU slice and store the run in the bucket."""
     starts, fetches = [], []
     for number, cell in enumerate(sweep.cells):
         name = f"{sweep.folder.name}-{number}"

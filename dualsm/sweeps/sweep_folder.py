@@ -237,7 +237,7 @@ def _divergence(records: list[dict]) -> str:
     if trained and untrained and trained[-1]["train/loss"] > 2 * max(untrained):
         return (
             f"diverged: the final training loss is {trained[-1]['train/loss']:.3g} nats per token, "
-            f"that of the untrained model was {max(untrained):.3g}"
+            f"but the loss of the untrained model was {max(untrained):.3g}"
         )
     return ""
 

@@ -12,7 +12,7 @@ from dualsm.objectives.pairs import Entry, members_of
 
 
 class RowWeights(NamedTuple):
-    """Factors on each row's part of the loss, float32 [B]; None stands for ones.
+    """Factors on the loss of each row, float32 [B]; None: all factors are 1.
 
     Attributes:
       nll_B: factor on the row's weighted sum of nats.
@@ -32,18 +32,18 @@ def make_row_weights(entries: Sequence[Entry]) -> Callable[[jax.Array, jax.Array
 
         weight_1 * sum_1 / denominator_1 + weight_2 * sum_2 / denominator_2
 
-    with the sums of each member's losses, z-loss included, over the pair's rows of the batch. Its denominator
-    in the loss of the batch is that of the first member, because both members have the same sequences.
+    with sums over the pair's rows of the batch; sum_j includes the z-loss. Because both members have the same
+    sequences, only the denominator of the first member enters the loss denominator of the batch.
 
     Args:
-      entries: entries of the mixture, whose members `objective_B` refers to.
+      entries: entries of the mixture; `objective_B` refers to their members.
 
     Returns:
       A function (objective_B, loss_denominator_BxL) -> weights.
     """
     members = members_of(entries)
     weight_J = jnp.array([member.weight for member in members], jnp.float32)
-    # Of each member: index of the member whose denominator counts.
+    # Index of each member's denominator: for a pair, that of its first member.
     first_J, first = [], 0
     for entry in entries:
         first_J += [first] * entry.rows

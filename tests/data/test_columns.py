@@ -85,7 +85,7 @@ def test_megatron_documents_are_decoded_with_the_given_tokenizer(tmp_path, corpu
     assert read(tmp_path / "a.bin", tokenizer=path) == [*TEXTS, "<empty_text>"]
     write_megatron(tmp_path / "b.bin", [documents[0], [tokenizer.vocab_size]], dtype)
     assert read(tmp_path / "b.bin", tokenizer=path) == [TEXTS[0], "<unknown_id>"]
-    with pytest.raises(UserError, match="give --tokenizer=FILE"):
+    with pytest.raises(UserError, match="pass --tokenizer=FILE"):
         read(tmp_path / "a.bin")
 
 
