@@ -6,8 +6,8 @@ python -m dualsm.sample --workdir=runs/tiny --mode=diffusion --prompt='def <mask
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from dualsm.generation.prompts import encode_prompt, read_prompts, show
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.process import cli
 from dualsm.process.output import check_output, write_output
-from dualsm.process.progress import warn
+from dualsm.process.progress import LiveText, warn
 from dualsm.rundir.trained_run import TrainedRun, open_run
 
 _WORKDIR = cli.DEFINE_path("workdir", None, "run directory")
@@ -67,12 +67,12 @@ def main(_: Sequence[str]) -> None:
     _warn_if_long(prompts, run)
 
     watch = sys.stdout.isatty() if _WATCH.value is None else _WATCH.value
-    screen = _Screen() if watch else None
     throughput = Throughput(_MODE.value, run.tokenizer.special.mask)
-    for tokens in states:
-        throughput.update(tokens)
-        if screen:
-            screen.draw([show(run.tokenizer, text) for text in tokens])
+    with LiveText() if watch else contextlib.nullcontext() as screen:
+        for tokens in states:
+            throughput.update(tokens)
+            if screen:
+                screen.draw("\n\n".join(show(run.tokenizer, text) for text in tokens))
     shown = [show(run.tokenizer, text) for text in tokens]
     if _OUTPUT.value:  # before printing, which fails when stdout is closed
         lines = [
@@ -80,10 +80,7 @@ def main(_: Sequence[str]) -> None:
             for prompt, text, ids in zip(texts, shown, tokens, strict=True)
         ]
         write_output(Path(_OUTPUT.value), "".join(lines), "--output")
-    if screen:
-        screen.finish(shown)
-    else:
-        print("\n\n".join(shown))
+    print("\n\n".join(shown))
     print(throughput.summary(), file=sys.stderr)
 
 
@@ -92,27 +89,6 @@ def _warn_if_long(prompts: list[list[int]], run: TrainedRun) -> None:
     longest = max(len(prompt) + (0 if mask in prompt else _TOKENS.value) for prompt in prompts)
     if longest > seq_len:
         warn(f"texts may reach {longest} tokens, more than the sequence length in training ({seq_len})")
-
-
-class _Screen:
-    """Redraws texts in place on a terminal, cropped to their last lines."""
-
-    def __init__(self):
-        self._lines = 0
-
-    def draw(self, texts: list[str]) -> None:
-        columns, rows = shutil.get_terminal_size()
-        whole = "\n\n".join(texts).split("\n")
-        lines = [line[i : i + columns] for line in whole for i in range(0, len(line) or 1, columns)]
-        print(self._erase() + "\n".join(lines[-(rows - 1) :]), flush=True)
-        self._lines = min(len(lines), rows - 1)
-
-    def finish(self, texts: list[str]) -> None:
-        """Replaces the drawing with the whole texts."""
-        print(self._erase() + "\n\n".join(texts), flush=True)
-
-    def _erase(self) -> str:
-        return f"\x1b[{self._lines}F\x1b[J" if self._lines else ""
 
 
 if __name__ == "__main__":

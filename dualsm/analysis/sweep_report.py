@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from dualsm.analysis.analysis_errors import TooFewCells
 from dualsm.analysis.scales import alpha_from_scale, alpha_scale, fraction, repetition_scale
 from dualsm.analysis.surface import CREDIBLE, Surface
 from dualsm.analysis.table import TABLE, comparable, drawable, load, lower_is_better, measures, write_table
+from dualsm.process.output import write_atomically
 from dualsm.process.progress import say
 from dualsm.process.progress import table as text_table
 from dualsm.sweeps.cells import CELLS, read_curve
@@ -47,9 +49,10 @@ def report(folder: str | Path, cost: str = "tokens") -> list[Path]:
     written = [folder / TABLE]
 
     def save(figure: Figure, name: str) -> None:
-        partial = folder / f"{name}.partial"
-        figure.savefig(partial, format="png")
-        written.append(partial.replace(folder / f"{name}.png"))
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+        written.append(folder / f"{name}.png")
+        write_atomically(written[-1], content.getvalue())
 
     for metric in plotted_metrics(table):
         try:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dualsm.analysis.analysis_errors import TooFewCells, analysis_extra
 from dualsm.process.errors import UserError
+from dualsm.process.output import write_atomically
 from dualsm.sweeps.cells import collect
 
 if TYPE_CHECKING:
@@ -64,10 +65,7 @@ def make_table(records: Sequence[Mapping] | DataFrame) -> DataFrame:
 
 def write_table(path: str | Path, table: DataFrame) -> None:
     """Writes a table as CSV; missing values are empty fields."""
-    path = Path(path)
-    partial = path.with_suffix(".partial")
-    table.convert_dtypes().to_csv(partial, index=False)
-    partial.replace(path)
+    write_atomically(path, table.convert_dtypes().to_csv(index=False))
 
 
 def read_table(path: str | Path) -> DataFrame:

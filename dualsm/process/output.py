@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from etils import epath
 
@@ -42,16 +44,21 @@ def check_output(path: Path, flag: str) -> None:
         raise UserError(f"{flag}={path} is a folder; name a file in it")
 
 
-def write_atomically(path: epath.PathLike, text: str) -> None:
-    """Writes a text file, local or in a bucket, so that readers see either all of it or the previous version.
+def partial_path(path: epath.PathLike) -> epath.Path:
+    """Returns the path of a file while `write_atomically` writes it."""
+    path = epath.Path(path)
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
+    """Writes a file, local or in a bucket, so that readers see either all of it or the previous version.
 
     Raises:
       OSError: if the file cannot be written; the previous version is unchanged.
     """
-    path = epath.Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
         partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -60,7 +67,7 @@ def write_atomically(path: epath.PathLike, text: str) -> None:
 
 
 def write_output(path: Path, text: str, flag: str) -> None:
-    """Writes an output file atomically. Raises `UserError`, naming the flag, if that fails."""
+    """Writes a text file atomically. Raises `UserError`, naming the flag, if that fails."""
     try:
         write_atomically(path, text)
     except OSError as error:
@@ -99,8 +106,7 @@ def new_folder(target: Path, flag: str) -> Iterator[Path]:
     try:
         # The file gets its name only once it is locked, or another process would remove the folder.
         with open(partial / f"{_LOCK}.new", "w") as file:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(file)
             (partial / f"{_LOCK}.new").rename(partial / _LOCK)
             yield partial
             (partial / _LOCK).unlink()
@@ -108,6 +114,22 @@ def new_folder(target: Path, flag: str) -> Iterator[Path]:
             partial.rename(target)  # over an empty folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def try_lock(file: IO) -> bool | None:
+    """Locks an open file until it is closed or the process ends, without waiting.
+
+    The package filelock is not used because it empties a lock file before it has the lock, and with it the
+    name of the process that holds the lock.
+
+    Returns:
+      True if the lock was taken, False if another process holds it, None on a file system without locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
 
 
 def _check_empty(target: Path, flag: str) -> None:
@@ -118,5 +140,5 @@ def _check_empty(target: Path, flag: str) -> None:
 def _remove_if_abandoned(lock: Path) -> None:
     """Removes the folder of a lock file if no process holds the lock."""
     with contextlib.suppress(OSError), open(lock, "r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(lock.parent, ignore_errors=True)
+        if try_lock(file) is True:
+            shutil.rmtree(lock.parent, ignore_errors=True)

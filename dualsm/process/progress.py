@@ -10,6 +10,9 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 from tqdm import tqdm
 
 
@@ -63,33 +66,59 @@ def _ignore_closed_terminal() -> Iterator[None]:
         drop_terminal()
 
 
-class LiveTable:
-    """A table that is redrawn in place on a terminal.
+class LiveText:
+    """Text that is redrawn in place on a terminal, cropped to its last lines. A context manager."""
+
+    def __init__(self):
+        console = Console(file=sys.stdout, force_terminal=True, highlight=False)
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> LiveText:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Erases the text."""
+        with _ignore_closed_terminal():
+            self._live.stop()
+
+    def draw(self, text: str) -> None:
+        console = self._live.console
+        lines = Text(text, overflow="fold").wrap(console, console.width)
+        with _ignore_closed_terminal():
+            self._live.update(Text("\n").join(lines[1 - console.height :]), refresh=True)
+
+
+class StatusTable:
+    """A table that is redrawn in place on a terminal. A context manager; the last table remains.
 
     In a log file, a row is printed when its second column, the status, changes, and the table at the end.
     """
 
     def __init__(self, header: Sequence[str]):
-        self._header, self._lines, self._status = list(header), [], {}
-        self._live = sys.stdout.isatty()
+        self._header, self._rows, self._status = list(header), [], {}
+        self._live = LiveText() if sys.stdout.isatty() else None
 
-    def show(self, rows: Sequence[Sequence[str]], final: bool = False) -> None:
-        """Shows the current rows."""
+    def __enter__(self) -> StatusTable:
         if self._live:
-            lines = table(self._header, rows).splitlines()
-            if lines == self._lines:
-                return
-            up = f"\033[{len(self._lines)}F" if self._lines else ""
-            sys.stdout.write(up + "".join(f"\033[2K{line}\n" for line in lines))
-            self._lines = lines
-        elif final:
-            sys.stdout.write(table(self._header, rows) + "\n")
-        else:
-            for name, status, *rest in rows:
-                if status and self._status.get(name) != status:
-                    sys.stdout.write("  ".join([name, status, *filter(None, rest)]) + "\n")
-                self._status[name] = status
-        sys.stdout.flush()
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._live:
+            self._live.__exit__(*error)
+        say(table(self._header, self._rows))
+
+    def show(self, rows: Sequence[Sequence[str]]) -> None:
+        """Shows the current rows."""
+        self._rows = rows
+        if self._live:
+            self._live.draw(table(self._header, rows))
+            return
+        for name, status, *rest in rows:
+            if status and self._status.get(name) != status:
+                say("  ".join([name, status, *filter(None, rest)]))
+            self._status[name] = status
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -17,11 +14,11 @@ from ml_collections import ConfigDict
 from dualsm import config as configs
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.process.errors import UserError
+from dualsm.process.output import partial_path, try_lock, write_atomically
 
 CONFIG = "config.json"
 SOURCE = "source.json"  # origin of imported weights
 LOCK = ".lock"
-_PARTIAL = "config.partial"
 
 # Keys that may differ between the processes of a job, because they do not change the computation.
 PROCESS_KEYS = ("data.prefetch_steps", "data.path", "data.num_threads", "data.verify")
@@ -67,7 +64,9 @@ def check_config_of_run(workdir: epath.Path, config: ConfigDict, corpus: Corpus)
                 f"{workdir} contains a run with another config ({'; '.join(changes)}); choose another "
                 "--workdir"
             )
-    elif workdir.exists() and any(entry.name not in (LOCK, _PARTIAL) for entry in workdir.iterdir()):
+        return
+    harmless = (LOCK, partial_path(path).name)
+    if workdir.exists() and any(entry.name not in harmless for entry in workdir.iterdir()):
         raise UserError(f"{workdir} is not empty but has no {CONFIG}; choose another --workdir")
 
 
@@ -100,11 +99,8 @@ def write_config(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> Non
     the process is killed in this function.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    files = {CONFIG: configs.save_config(config).encode()}
-    files[TOKENIZER] = (corpus.folder / TOKENIZER).read_bytes()
-    for name, content in files.items():
-        (workdir / _PARTIAL).write_bytes(content)
-        (workdir / _PARTIAL).replace(workdir / name)
+    write_atomically(workdir / CONFIG, configs.save_config(config))
+    write_atomically(workdir / TOKENIZER, (corpus.folder / TOKENIZER).read_bytes())
 
 
 @contextlib.contextmanager
@@ -122,7 +118,7 @@ def lock(workdir: epath.Path) -> Iterator[None]:
         return
     Path(workdir).mkdir(parents=True, exist_ok=True)
     with open(Path(workdir) / LOCK, "a+") as file:
-        if not _try_lock(file):
+        if try_lock(file) is False:
             file.seek(0)
             raise UserError(
                 f"{workdir} is in use by {file.read().strip() or 'another run'}; wait for it, stop it, or "
@@ -132,12 +128,3 @@ def lock(workdir: epath.Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
-
-
-def _try_lock(file: IO) -> bool:
-    """Returns False if another process has locked the file; True on file systems without locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)
-    return True

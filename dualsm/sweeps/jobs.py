@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dualsm.process.errors import UserError
-from dualsm.process.progress import LiveTable, say
+from dualsm.process.progress import StatusTable, say
 from dualsm.sweeps.cells import CELL
 from dualsm.sweeps.grid import Cell
 from dualsm.sweeps.sweep_folder import Sweep
@@ -91,14 +91,13 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
             sweep.record(cell, outcome, None)
     running: dict[int, _Job] = {}
     outcomes: dict[str, dict] = {}
-    board = LiveTable(sweep.header())
-    with _record_signals() as signals:
+    with _record_signals() as signals, StatusTable(sweep.header()) as status:
         try:
             while (waiting or running) and not signals:
                 for slot in range(jobs):
                     if slot not in running and waiting:
                         running[slot] = _Job(sweep, waiting.popleft(), slot, jobs)
-                board.show([sweep.row(cell) for cell in sweep.cells])
+                status.show([sweep.row(cell) for cell in sweep.cells])
                 time.sleep(0.5)
                 ended = {slot: job for slot, job in running.items() if job.finished()}
                 outcomes |= {job.cell.name: job.outcome for job in ended.values()}
@@ -107,7 +106,7 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
                 name = signal.Signals(signals[0]).name
                 say(f"\n{name}: waiting for the cells to save and stop; repeat the signal to kill them")
                 raise KeyboardInterrupt
-            board.show([sweep.row(cell) for cell in sweep.cells], final=True)
+            status.show([sweep.row(cell) for cell in sweep.cells])
         finally:
             _end([job.process for job in running.values()], signals)
     return outcomes

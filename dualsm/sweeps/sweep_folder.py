@@ -14,6 +14,7 @@ from dualsm.config import check_config, difference, valid_objectives
 from dualsm.data.corpus import Corpus
 from dualsm.evaluation.spec import EvalSpec
 from dualsm.process.errors import UserError
+from dualsm.process.output import write_atomically
 from dualsm.process.progress import warn
 from dualsm.rundir.checkpoint import CHECKPOINTS
 from dualsm.rundir.metrics import METRICS, read_metrics
@@ -137,7 +138,8 @@ class Sweep:
     def records(self, cell: Cell) -> list[dict]:
         """Returns a cell's first and last log lines, and the last ones of training and validation, in order.
 
-        The file is read again only if it has changed since the last call.
+        The file is read again only if it has changed since the last call. A damaged file counts as empty:
+        the run of the cell reports the error.
         """
         path = self.path(cell) / METRICS
         try:
@@ -146,7 +148,11 @@ class Sweep:
             return []
         version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._cached.get(cell.name, ((), []))[0] != version:
-            self._cached[cell.name] = version, _status_records(read_metrics(path.parent))
+            try:
+                records = read_metrics(path.parent)
+            except UserError:
+                records = []
+            self._cached[cell.name] = version, _status_records(records)
         return self._cached[cell.name][1]
 
     def outcome(self, cell: Cell) -> dict | None:
@@ -243,6 +249,4 @@ def _divergence(records: list[dict]) -> str:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
