@@ -155,7 +155,7 @@ def test_other_results_of_a_run_are_kept(workdir, task_data, tmp_path):
     assert second["held_out"]["prefix"] == first["held_out"]["prefix"]
     assert [r["held_out"]["causal"]["settings"]["samples"] for r in (first, second)] == [1, 2]
     path.write_text("{")
-    assert_one_line(run_command("dualsm.evaluate", f"--workdir={run}"), "step_12.json", "move it away")
+    assert_one_line(run_command("dualsm.evaluate", f"--workdir={run}"), "step_12.json", "move it or choose")
 
 
 def test_training_settings_do_not_restrict_evaluation(workdir, tmp_path):
