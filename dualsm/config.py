@@ -17,7 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from dualsm.model.attention import BACKENDS
+from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.model.remat import POLICIES
+from dualsm.model.rope import SCALINGS
 from dualsm.model.transformer import HEADS
 from dualsm.objectives.pairs import check_pairs, default_member_options, default_pairs
 from dualsm.objectives.plan import count_sequences
@@ -71,11 +73,29 @@ KEYS = [
 
     Key("model.num_layers", 4, at_least(1), "Transformer blocks."),
     Key("model.d_model", 256, at_least(1), "D, width of the residual stream."),
-    Key("model.num_heads", 4, at_least(1), "H; must divide d_model into heads of even width."),
+    Key("model.num_heads", 4, at_least(1), "H, query heads; must divide d_model unless head_dim is set."),
+    Key("model.num_kv_heads", 0, at_least(0), "Z, key and value heads; must divide num_heads. 0: num_heads."),
+    Key("model.head_dim", 0, at_least(0), "K, size of a head, even. 0: d_model / num_heads."),
+    Key("model.qkv_bias", False, ANY, "Queries, keys and values have a bias, as in Qwen2."),
+    Key(
+        "model.qk_norm", "none", one_of(("none", "head", "projection")), "RMS norm of queries and keys "
+        "before RoPE: of each head, as in Qwen3, or of the whole projection, as in OLMo2.",
+    ),
+    Key(
+        "model.norm_placement", "pre", one_of(("pre", "post")), "RMS norms of the inputs of attention and "
+        "MLP, or of their outputs, as in OLMo2.",
+    ),
     Key("model.d_ff", 704, at_least(1), "F, inner width of SwiGLU."),
     Key("model.vocab_size", 0, at_least(0), "0: that of the corpus; other values must equal it."),
     Key("model.head", "projected", one_of(HEADS), "projected: as in the paper. plain: as in Llama, no bias."),
+    Key("model.tie_word_embeddings", False, ANY, "The output matrix is the transposed embedding."),
     Key("model.rope_theta", 160_000.0, POSITIVE, "Base of the rotary position embedding."),
+    Key("model.rope_scaling.name", "none", one_of(SCALINGS), "llama3: by the next four keys."),
+    Key("model.rope_scaling.factor", 8.0, at_least(1), "Divides low frequencies."),
+    Key("model.rope_scaling.low_freq_factor", 1.0, POSITIVE, "Cycles per original length; fewer: divided."),
+    Key("model.rope_scaling.high_freq_factor", 4.0, POSITIVE, "Cycles per original length; more: kept."),
+    Key("model.rope_scaling.original_max_position_embeddings", 8192, at_least(1), "The original length."),
+    Key("model.no_rope_layer_interval", 0, at_least(0), "n: every n-th layer has no RoPE. 0: none."),
     Key("model.norm_eps", 1e-7, POSITIVE, "Epsilon of the RMS norms."),
     Key(
         "model.dtype", "float32", one_of(("float32", "bfloat16")), "Of the computation; parameters are "
@@ -204,6 +224,7 @@ def check_config(config: ConfigDict) -> None:
     check_mixture(config)
     _check_batch(config)
     _check_heads(config.model)
+    _check_rope(config.model.rope_scaling)
     _check_schedule(config)
     for name in valid_objectives(config):
         if name not in OBJECTIVES:
@@ -266,10 +287,25 @@ def _check_batch(config: ConfigDict) -> None:
 
 
 def _check_heads(model: ConfigDict) -> None:
-    if model.d_model % model.num_heads or model.d_model // model.num_heads % 2:
+    if not model.head_dim and (model.d_model % model.num_heads or model.d_model // model.num_heads % 2):
         raise UserError(
             f"config.model.num_heads={model.num_heads} must divide config.model.d_model={model.d_model} "
-            "into heads of even width"
+            "into heads of even width; change one of them, or set config.model.head_dim"
+        )
+    if head_dim(model) % 2:
+        raise UserError(f"config.model.head_dim={model.head_dim} must be even; change it")
+    if model.num_heads % num_kv_heads(model):
+        raise UserError(
+            f"config.model.num_kv_heads={model.num_kv_heads} must divide "
+            f"config.model.num_heads={model.num_heads}; change one of them"
+        )
+
+
+def _check_rope(scaling: ConfigDict) -> None:
+    if scaling.name != "none" and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise UserError(
+            f"config.model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be less than "
+            f"high_freq_factor={scaling.high_freq_factor}; change one of them"
         )
 
 

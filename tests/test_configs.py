@@ -137,6 +137,34 @@ def test_invalid_values_are_rejected_by_name(key, value, message):
         check_config(config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 3}, r"num_kv_heads=3 must divide config.model.num_heads=4"),
+        ({"num_kv_heads": 8}, r"num_kv_heads=8 must divide config.model.num_heads=4"),
+        ({"head_dim": 7}, r"head_dim=7 must be even"),
+        ({"num_heads": 3}, r"num_heads=3 must divide config.model.d_model=256 .* or set"),
+        ({"qk_norm": "layer"}, "one of none, head, projection"),
+        ({"norm_placement": "both"}, "one of pre, post"),
+        ({"rope_scaling.name": "yarn"}, "one of none, llama3"),
+        ({"rope_scaling.factor": 0.5}, "at least 1"),
+        ({"rope_scaling.name": "llama3", "rope_scaling.low_freq_factor": 4.0}, "than high_freq_factor=4.0"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_shapes_and_scalings_that_do_not_fit_are_rejected(changes, message):
+    config = default_config()
+    config.model.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
+def test_heads_need_not_divide_the_model():
+    config = default_config()
+    config.model.num_heads, config.model.num_kv_heads, config.model.head_dim = 6, 2, 48
+    check_config(config)
+
+
 def test_missing_extra_and_mistyped_keys_are_named():
     config = default_config()
     config.model.depth = 3

@@ -38,6 +38,8 @@ CORE_TOKENS = 512
 PARAMETERS = {
     r"embedding/embedding": ("vocabulary", "embed"),
     r"blocks/attention/(query|key|value)/kernel": (None, "embed", "heads"),
+    r"blocks/attention/(query|key|value)/bias": (None, "heads"),
+    r"blocks/attention/(query|key)_norm/scale": (None, None),
     r"blocks/attention/output/kernel": (None, "heads", "embed"),
     r"blocks/mlp/(value|gate)/kernel": (None, "embed", "mlp"),
     r"blocks/mlp/down/kernel": (None, "mlp", "embed"),

@@ -18,12 +18,15 @@ from flax import traverse_util
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, Tokenizer
 from dualsm.exchange import token_ids
 from dualsm.exchange.model_card import model_card
+from dualsm.exchange.switches import check_expressible
 from dualsm.exchange.tokenizer_export import external_special_ids, tokenizer_json
 from dualsm.exchange.weight_files import write_safetensors
+from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.process.output import new_folder
 from dualsm.rundir.trained_run import TrainedRun
 
 _REMOTE = Path(__file__).parent / "remote"
+_OF_LLAMA = ("num_kv_heads", "head_dim")
 _CODE = ("configuration_dualsm.py", "modeling_dualsm.py")
 
 BLOCK_NAMES = {
@@ -55,7 +58,9 @@ def export(run: TrainedRun, output: Path) -> str:
     Raises:
       UserError: if `output` is in use or cannot be written.
     """
-    plain = run.config.model.get("head", "projected") == "plain"
+    plain = run.config.model.head == "plain"
+    name, supported = ("a Llama", _OF_LLAMA) if plain else ("the code of the paper's head", ())
+    check_expressible(run.config.model, supported, name, "train without it to export the run")
     params = token_ids.to_external(jax.device_get(run.params), run.tokenizer.external_ids_V)
     config = llama_config(run) if plain else dualsm_config(run)
     with new_folder(output, "--output") as folder:
@@ -108,8 +113,8 @@ def llama_config(run: TrainedRun) -> dict:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "num_key_value_heads": run.config.model.num_heads,
-        "head_dim": run.config.model.d_model // run.config.model.num_heads,
+        "num_key_value_heads": num_kv_heads(run.config.model),
+        "head_dim": head_dim(run.config.model),
         "attention_bias": False,
         "mlp_bias": False,
         "rope_theta": theta,  # for transformers before version 5

@@ -8,6 +8,7 @@ import jax
 
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.exchange import reference_format, token_ids
+from dualsm.exchange.switches import check_expressible
 from dualsm.exchange.tokenizer_export import tokenizer_json
 from dualsm.exchange.weight_files import write_safetensors
 from dualsm.process.errors import UserError
@@ -25,8 +26,9 @@ def export(run: TrainedRun, output: Path) -> str:
       UserError: if the run has the plain head, which the format does not support, or `output` is in use.
     """
     model = run.config.model
-    if model.get("head", "projected") != "projected":
+    if model.head != "projected":
         raise UserError("the reference format does not support the plain head; use --format=huggingface")
+    check_expressible(model, (), "the reference format", "use --format=huggingface")
     params = token_ids.to_external(jax.device_get(run.params), run.tokenizer.external_ids_V)
     metadata = {name: str(model[key]) for key, name in reference_format.SETTINGS.items()}
     metadata["vocab_size"] = str(len(params["embedding"]["embedding"]))

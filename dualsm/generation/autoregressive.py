@@ -16,14 +16,15 @@ from dualsm.data.tokenizer import SpecialIds
 from dualsm.generation import prompt_batches
 from dualsm.generation.sampling_params import SamplingParams, mask_reserved_ids, sample
 from dualsm.model.attention import attend
-from dualsm.model.transformer import Block, Transformer, bind, rotary_angles
+from dualsm.model.rope import layer_angles
+from dualsm.model.transformer import Block, Transformer, bind
 from dualsm.process.errors import UserError
 
 MODES = ("causal", "prefix")
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, [N, B, S, H, K] each; N layers, S positions."""
+    """Keys and values of all layers, [N, B, S, Z, K] each; N layers, S positions, Z key and value heads."""
 
     keys: jax.Array
     values: jax.Array
@@ -71,20 +72,20 @@ def forward_with_cache(
     rows, size = tokens_BxP.shape
     positions_BxP = position_B[:, None] + jnp.arange(size)
     key_end_BxP = jnp.maximum(positions_BxP + 1, prefix_end_B[:, None])
-    angles = rotary_angles(positions_BxP, model.head_dim, model.theta)
+    angles = model.rope.angles(positions_BxP)
     row_Bx1 = jnp.arange(rows)[:, None]
 
-    def layer(block: Block, keys_BxSxHxK, values_BxSxHxK, x_TxD):
-        q, k, v = block.attention.project(x_TxD, rows, angles)
-        keys_BxSxHxK = keys_BxSxHxK.at[row_Bx1, positions_BxP].set(k, mode="drop")
-        values_BxSxHxK = values_BxSxHxK.at[row_Bx1, positions_BxP].set(v, mode="drop")
-        attended = attend(q, keys_BxSxHxK, values_BxSxHxK, jnp.zeros_like(key_end_BxP), key_end_BxP)
+    def layer(block: Block, is_rotated, keys_BxSxZxK, values_BxSxZxK, x_TxD):
+        q, k, v = block.attention.project(x_TxD, rows, layer_angles(angles, is_rotated))
+        keys_BxSxZxK = keys_BxSxZxK.at[row_Bx1, positions_BxP].set(k, mode="drop")
+        values_BxSxZxK = values_BxSxZxK.at[row_Bx1, positions_BxP].set(v, mode="drop")
+        attended = attend(q, keys_BxSxZxK, values_BxSxZxK, jnp.zeros_like(key_end_BxP), key_end_BxP)
         x_TxD = x_TxD + block.attention.merge(attended)
-        return x_TxD + block.mlp(x_TxD), keys_BxSxHxK, values_BxSxHxK
+        return x_TxD + block.mlp(x_TxD), keys_BxSxZxK, values_BxSxZxK
 
-    scan = nnx.scan(layer, in_axes=(0, 0, 0, nnx.Carry), out_axes=(nnx.Carry, 0, 0))
+    scan = nnx.scan(layer, in_axes=(0, 0, 0, 0, nnx.Carry), out_axes=(nnx.Carry, 0, 0))
     x_TxD = model.embedding(tokens_BxP.reshape(-1))
-    x_TxD, keys, values = scan(model.blocks, cache.keys, cache.values, x_TxD)
+    x_TxD, keys, values = scan(model.blocks, model.rotated_N, cache.keys, cache.values, x_TxD)
     return model.head.features(x_TxD).reshape(rows, size, -1), Cache(keys, values)
 
 

@@ -7,6 +7,7 @@ One key range per query expresses every attention pattern used here, including d
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ QUERIES = 128  # per chunk of long sequences, which saves memory: benchmarks/att
 
 def attend(
     q_BxLxHxK: jax.Array,
-    k_BxLxHxK: jax.Array,
-    v_BxLxHxK: jax.Array,
+    k_BxLxZxK: jax.Array,
+    v_BxLxZxK: jax.Array,
     key_start_BxL: jax.Array,
     key_end_BxL: jax.Array,
     backend: str = "auto",
@@ -33,7 +34,9 @@ def attend(
     """Computes softmax attention, scaled by 1/sqrt(K), with the softmax in float32.
 
     Args:
-      q_BxLxHxK, k_BxLxHxK, v_BxLxHxK: queries, keys and values of H heads with head_dim K.
+      q_BxLxHxK: queries of H heads with head_dim K.
+      k_BxLxZxK, v_BxLxZxK: keys and values of Z heads; each is shared by H / Z consecutive query heads
+        (grouped-query attention, arXiv 2305.13245).
       key_start_BxL, key_end_BxL: int32; the keys that each query attends to, at least one. All keys of a
         range must have the same `key_start` as the query, as documents do not overlap.
       backend: one of `BACKENDS`: "xla" runs everywhere, "splash" on TPUs, "flash" on NVIDIA GPUs; "auto"
@@ -48,20 +51,28 @@ def attend(
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; choose one of: {', '.join(BACKENDS)}")
     if backend == "auto":
-        unsupported = why_not_kernel(q_BxLxHxK.shape, k_BxLxHxK.shape)
+        unsupported = why_not_kernel(q_BxLxHxK.shape, k_BxLxZxK.shape)
         backend = "xla" if unsupported else KERNELS[sharding.platform()]
     if backend == "xla":
-        return _xla(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
-    if obstacle := _obstacle(backend, q_BxLxHxK.shape, k_BxLxHxK.shape):
+        return _xla(q_BxLxHxK, k_BxLxZxK, v_BxLxZxK, key_start_BxL, key_end_BxL)
+    if obstacle := _obstacle(backend, q_BxLxHxK.shape, k_BxLxZxK.shape):
         raise UserError(f"config.model.attention={backend} {obstacle}; use auto or xla")
     kernel = {"splash": splash.attend_splash, "flash": flash.attend_flash}[backend]
     heads, ranges = ("batch", None, "heads", None), ("batch", None)
     sharded = sharding.shard_mapped(kernel, (heads, heads, heads, ranges, ranges), heads)
-    return sharded(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL)
+    k_BxLxZxK, v_BxLxZxK = _divisible_heads(k_BxLxZxK), _divisible_heads(v_BxLxZxK)
+    return sharded(q_BxLxHxK, k_BxLxZxK, v_BxLxZxK, key_start_BxL, key_end_BxL)
+
+
+def _divisible_heads(x_BxLxZxK: jax.Array) -> jax.Array:
+    """Repeats the heads of keys or values, as often as needed for each shard to get the same number."""
+    heads, parts = x_BxLxZxK.shape[2], sharding.divided_by("heads")
+    copies = math.lcm(heads, parts) // heads
+    return jnp.repeat(x_BxLxZxK, copies, axis=2) if copies > 1 else x_BxLxZxK
 
 
 def why_not_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | None:
-    """Returns why "auto" does not select a kernel for shapes [B, L, H, K]; None if it selects one."""
+    """Returns why "auto" does not select a kernel for queries [B, L, H, K] and keys [B, L, Z, K], or None."""
     kernel = KERNELS.get(platform := sharding.platform())
     if kernel is None:
         return f"no kernel for {platform}"
@@ -91,26 +102,26 @@ def range_mask(key_start_BxL: jax.Array, key_end_BxL: jax.Array, keys: int) -> j
     return (positions >= key_start_BxL[..., None]) & (positions < key_end_BxL[..., None])
 
 
-def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Array:
+def _xla(q_BxLxHxK, k_BxSxZxK, v_BxSxZxK, key_start_BxL, key_end_BxL) -> jax.Array:
     """Computes attention with a mask, in chunks of `QUERIES` for long sequences to avoid an L x S array.
 
     Moves the head axis forward first: XLA's CPU compiler implements products over [B, L, H, K] with copies,
     which made the backward pass two to three times slower. The backward pass keeps this layout, scaled and
     rotated.
     """
-    q_BxHxLxK, k_BxHxSxK, v_BxHxSxK = (
+    q_BxHxLxK, k_BxZxSxK, v_BxZxSxK = (
         checkpoint_name(x.swapaxes(1, 2), ATTENTION)
-        for x in (q_BxLxHxK * q_BxLxHxK.shape[-1] ** -0.5, k_BxSxHxK, v_BxSxHxK)
+        for x in (q_BxLxHxK * q_BxLxHxK.shape[-1] ** -0.5, k_BxSxZxK, v_BxSxZxK)
     )
     rows, heads, length, head_dim = q_BxHxLxK.shape
     if length <= 2 * QUERIES or length % QUERIES:
-        return _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL).swapaxes(1, 2)
+        return _masked(q_BxHxLxK, k_BxZxSxK, v_BxZxSxK, key_start_BxL, key_end_BxL).swapaxes(1, 2)
 
     # Recompute the scores of a chunk in the backward pass instead of keeping the scores of all chunks.
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
     def part(queries):
         q_BxHxQxK, key_start_BxQ, key_end_BxQ = queries
-        return _masked(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK, key_start_BxQ, key_end_BxQ)
+        return _masked(q_BxHxQxK, k_BxZxSxK, v_BxZxSxK, key_start_BxQ, key_end_BxQ)
 
     parts = length // QUERIES
     q_NxBxHxQxK = jnp.moveaxis(q_BxHxLxK.reshape(rows, heads, parts, QUERIES, head_dim), 2, 0)
@@ -119,21 +130,24 @@ def _xla(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, key_start_BxL, key_end_BxL) -> jax.Arr
     return out_NxBxHxQxK.transpose(1, 0, 3, 2, 4).reshape(q_BxLxHxK.shape)
 
 
-def _masked(q_BxHxLxK, k_BxHxSxK, v_BxHxSxK, key_start_BxL, key_end_BxL) -> jax.Array:
+def _masked(q_BxHxLxK, k_BxZxSxK, v_BxZxSxK, key_start_BxL, key_end_BxL) -> jax.Array:
     """Computes attention of scaled queries; normalizes last, on K numbers per query instead of S."""
-    mask_BxLxS = range_mask(key_start_BxL, key_end_BxL, k_BxHxSxK.shape[2])
+    mask_BxLxS = range_mask(key_start_BxL, key_end_BxL, k_BxZxSxK.shape[2])
     bias_BxLxS = jnp.where(mask_BxLxS, 0.0, jnp.finfo(jnp.float32).min)
-    scores_BxHxLxS = jnp.einsum("bhlk,bhsk->bhls", q_BxHxLxK, k_BxHxSxK, preferred_element_type=jnp.float32)
+    scores_BxHxLxS = _grouped_product("bglk,bgsk->bgls", q_BxHxLxK, k_BxZxSxK)
     scores_BxHxLxS += bias_BxLxS[:, None]
     largest_BxHxLx1 = jax.lax.stop_gradient(scores_BxHxLxS.max(-1, keepdims=True))
     weights_BxHxLxS = jnp.exp(scores_BxHxLxS - largest_BxHxLx1)
-    attended_BxHxLxK = jnp.einsum(
-        "bhls,bhsk->bhlk",
-        weights_BxHxLxS.astype(v_BxHxSxK.dtype),
-        v_BxHxSxK,
-        preferred_element_type=jnp.float32,
-    )
-    return _divide(attended_BxHxLxK, weights_BxHxLxS.sum(-1, keepdims=True), v_BxHxSxK.dtype)
+    attended_BxHxLxK = _grouped_product("bgls,bgsk->bglk", weights_BxHxLxS.astype(v_BxZxSxK.dtype), v_BxZxSxK)
+    return _divide(attended_BxHxLxK, weights_BxHxLxS.sum(-1, keepdims=True), v_BxZxSxK.dtype)
+
+
+def _grouped_product(subscripts: str, left_BxHxLx: jax.Array, right_BxZxSxK: jax.Array) -> jax.Array:
+    """Multiplies each head by its head of keys or values, whose queries form one long sequence; float32."""
+    rows, heads, length, size = left_BxHxLx.shape
+    queries = left_BxHxLx.reshape(rows, right_BxZxSxK.shape[1], -1, size)
+    product = jnp.einsum(subscripts, queries, right_BxZxSxK, preferred_element_type=jnp.float32)
+    return product.reshape(rows, heads, length, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -45,8 +45,8 @@ HIDDEN = -1e30  # score of masked keys; finite, so that a fully masked block doe
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend_flash(
     q_BxLxHxK: jax.Array,
-    k_BxLxHxK: jax.Array,
-    v_BxLxHxK: jax.Array,
+    k_BxLxZxK: jax.Array,
+    v_BxLxZxK: jax.Array,
     key_start_BxL: jax.Array,
     key_end_BxL: jax.Array,
     interpret: bool = False,
@@ -56,16 +56,20 @@ def attend_flash(
     Args:
       interpret: interpret the kernels without a GPU, which is very slow.
     """
-    return _forward(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, key_start_BxL, key_end_BxL, interpret)[0]
+    return _forward(q_BxLxHxK, k_BxLxZxK, v_BxLxZxK, key_start_BxL, key_end_BxL, interpret)[0]
 
 
-def _forward(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, interpret):
+def _forward(q_BxLxHxK, k_BxLxZxK, v_BxLxZxK, start_BxL, end_BxL, interpret):
     """Returns attended values and residuals: all arrays and the log2 of each softmax denominator."""
     rows, length, heads, _ = q_BxLxHxK.shape
-    layout = _Layout(q_BxLxHxK.shape, FORWARD.queries)
+    layout = _Layout(q_BxLxHxK.shape, k_BxLxZxK.shape[2], FORWARD.queries)
     out, log_sum_BxHxL = pl.pallas_call(
         functools.partial(_forward_kernel, size=FORWARD.keys, scale=_scale(q_BxLxHxK)),
-        in_specs=[layout.block, layout.row, layout.row, *[layout.block_numbers] * 2, *[layout.bound] * 4],
+        in_specs=[
+            *(layout.block, layout.key_row, layout.key_row),
+            *[layout.block_numbers] * 2,
+            *[layout.bound] * 4,
+        ],
         out_specs=[layout.block, layout.block_statistics],
         out_shape=[
             jax.ShapeDtypeStruct(q_BxLxHxK.shape, q_BxLxHxK.dtype),
@@ -73,48 +77,59 @@ def _forward(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, interpret):
         ],
         name="flash_forward",
         **layout.call(FORWARD, interpret),
-    )(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, *key_blocks(start_BxL, end_BxL, FORWARD))
+    )(q_BxLxHxK, k_BxLxZxK, v_BxLxZxK, start_BxL, end_BxL, *key_blocks(start_BxL, end_BxL, FORWARD))
     out, log_sum_BxHxL = (checkpoint_name(x, ATTENTION) for x in (out, log_sum_BxHxL))
-    return out, (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, out, log_sum_BxHxL)
+    return out, (q_BxLxHxK, k_BxLxZxK, v_BxLxZxK, start_BxL, end_BxL, out, log_sum_BxHxL)
 
 
 def _backward(interpret, residuals, d_out_BxLxHxK):
-    q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, start_BxL, end_BxL, out_BxLxHxK, log_sum_BxHxL = residuals
-    scale, gradient = _scale(q_BxLxHxK), jax.ShapeDtypeStruct(q_BxLxHxK.shape, q_BxLxHxK.dtype)
+    q_BxLxHxK, k_BxLxZxK, v_BxLxZxK, start_BxL, end_BxL, out_BxLxHxK, log_sum_BxHxL = residuals
+    scale, kv_heads = _scale(q_BxLxHxK), k_BxLxZxK.shape[2]
+    # Each query head computes its own gradients of keys and values; those of a group are summed in float32.
+    d_k_dtype = q_BxLxHxK.dtype if kv_heads == q_BxLxHxK.shape[2] else jnp.float32
     # Softmax correction of the gradients of the scores, one number per query (2307.08691, section 2.3.2).
     delta_BxHxL = jnp.einsum("blhk,blhk->bhl", out_BxLxHxK, d_out_BxLxHxK, preferred_element_type=jnp.float32)
-    arrays = (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, d_out_BxLxHxK, log_sum_BxHxL, delta_BxHxL, start_BxL, end_BxL)
+    arrays = (q_BxLxHxK, k_BxLxZxK, v_BxLxZxK, d_out_BxLxHxK, log_sum_BxHxL, delta_BxHxL, start_BxL, end_BxL)
 
-    layout = _Layout(q_BxLxHxK.shape, BACKWARD_QUERIES.queries)
+    layout = _Layout(q_BxLxHxK.shape, kv_heads, BACKWARD_QUERIES.queries)
     d_q = pl.pallas_call(
         functools.partial(_backward_queries_kernel, size=BACKWARD_QUERIES.keys, scale=scale),
         in_specs=[
-            *(layout.block, layout.row, layout.row, layout.block),
+            *(layout.block, layout.key_row, layout.key_row, layout.block),
             *[layout.block_statistics] * 2,
             *[layout.block_numbers] * 2,
             *[layout.bound] * 4,
         ],
         out_specs=layout.block,
-        out_shape=gradient,
+        out_shape=jax.ShapeDtypeStruct(q_BxLxHxK.shape, q_BxLxHxK.dtype),
         name="flash_backward_queries",
         **layout.call(BACKWARD_QUERIES, interpret),
     )(*arrays, *key_blocks(start_BxL, end_BxL, BACKWARD_QUERIES))
 
-    layout = _Layout(q_BxLxHxK.shape, BACKWARD_KEYS.keys)
+    layout = _Layout(q_BxLxHxK.shape, kv_heads, BACKWARD_KEYS.keys)
     d_k, d_v = pl.pallas_call(
         functools.partial(_backward_keys_kernel, size=BACKWARD_KEYS.queries, scale=scale),
         in_specs=[
-            *(layout.row, layout.block, layout.block, layout.row),
+            *(layout.row, layout.key_block, layout.key_block, layout.row),
             *[layout.row_statistics] * 2,
             *[layout.row_numbers] * 2,
             *[layout.bound] * 4,
         ],
         out_specs=[layout.block] * 2,
-        out_shape=[gradient] * 2,
+        out_shape=[jax.ShapeDtypeStruct(q_BxLxHxK.shape, d_k_dtype)] * 2,
         name="flash_backward_keys",
         **layout.call(BACKWARD_KEYS, interpret),
     )(*arrays, *query_blocks(start_BxL, end_BxL, BACKWARD_KEYS))
+    d_k, d_v = (_sum_groups(d, kv_heads).astype(q_BxLxHxK.dtype) for d in (d_k, d_v))
     return d_q, d_k, d_v, None, None
+
+
+def _sum_groups(x_BxLxHxK: jax.Array, kv_heads: int) -> jax.Array:
+    """Sums over the query heads that share a head of keys and values; returns [B, L, Z, K]."""
+    rows, length, heads, head_dim = x_BxLxHxK.shape
+    if heads == kv_heads:
+        return x_BxLxHxK
+    return x_BxLxHxK.reshape(rows, length, kv_heads, -1, head_dim).sum(3)
 
 
 attend_flash.defvjp(_forward, _backward)
@@ -173,6 +188,7 @@ class _Layout:
     """Block specs: each program works on one block of one sequence and head."""
 
     shape: tuple[int, ...]  # [B, L, H, K]
+    kv_heads: int  # Z
     size: int  # block size
 
     def call(self, blocks: Blocks, interpret: bool) -> dict:
@@ -190,6 +206,21 @@ class _Layout:
     @property
     def row(self) -> pl.BlockSpec:
         return pl.BlockSpec((None, self.shape[1], None, self.shape[3]), lambda i, h, b: (b, 0, h, 0))
+
+    @property
+    def key_block(self) -> pl.BlockSpec:
+        """Block of keys or values that the program's query head uses."""
+        shape = (None, self.size, None, self.shape[3])
+        return pl.BlockSpec(shape, lambda i, h, b: (b, i, self._kv_head(h), 0))
+
+    @property
+    def key_row(self) -> pl.BlockSpec:
+        shape = (None, self.shape[1], None, self.shape[3])
+        return pl.BlockSpec(shape, lambda i, h, b: (b, 0, self._kv_head(h), 0))
+
+    def _kv_head(self, head):
+        group = self.shape[2] // self.kv_heads
+        return head if group == 1 else jax.lax.div(head, jnp.asarray(group, head.dtype))
 
     @property
     def block_statistics(self) -> pl.BlockSpec:

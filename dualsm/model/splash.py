@@ -21,8 +21,8 @@ BLOCKS = (512, 256, 128)  # block sizes; the largest that divides L is used. TPU
 
 def attend_splash(
     q_BxLxHxK: jax.Array,
-    k_BxLxHxK: jax.Array,
-    v_BxLxHxK: jax.Array,
+    k_BxLxZxK: jax.Array,
+    v_BxLxZxK: jax.Array,
     key_start_BxL: jax.Array,
     key_end_BxL: jax.Array,
     interpret: bool = False,
@@ -35,7 +35,7 @@ def attend_splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
 
-    rows, length, heads, head_dim = q_BxLxHxK.shape
+    rows, length, _, head_dim = q_BxLxHxK.shape
     size = next(size for size in BLOCKS if length % size == 0)
     offset_Bx1 = jnp.arange(rows, dtype=jnp.int32)[:, None] * length
     start_T, end_T = ((x + offset_Bx1).reshape(-1) for x in (key_start_BxL, key_end_BxL))
@@ -71,10 +71,10 @@ def attend_splash(
         mask_function=lies_before_end,
         interpret=interpret,
     )
-    q_HxTxK, k_HxTxK, v_HxTxK = (
-        x.reshape(rows * length, heads, head_dim).swapaxes(0, 1) for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK)
+    q_HxTxK, k_ZxTxK, v_ZxTxK = (
+        x.reshape(rows * length, -1, head_dim).swapaxes(0, 1) for x in (q_BxLxHxK, k_BxLxZxK, v_BxLxZxK)
     )
-    out_HxTxK = attend(q_HxTxK * head_dim**-0.5, k_HxTxK, v_HxTxK, kernel.SegmentIds(start_T, start_T))
+    out_HxTxK = attend(q_HxTxK * head_dim**-0.5, k_ZxTxK, v_ZxTxK, kernel.SegmentIds(start_T, start_T))
     return out_HxTxK.swapaxes(0, 1).reshape(q_BxLxHxK.shape)
 
 

@@ -1,4 +1,4 @@
-"""The transformer: pre-norm blocks with RoPE and SwiGLU, scanned over layers, and an output head.
+"""The transformer: blocks of attention and SwiGLU, scanned over layers, and an output head.
 
 The model is independent of objectives: it maps tokens and key ranges to features for next-token prediction.
 The residual stream is flat, [T, D] with T = B * L. Matrices are [inputs, outputs], and the parameters of
@@ -17,6 +17,8 @@ from flax import nnx
 from dualsm.devices.sharding import constrain, divided_by, platform
 from dualsm.model import remat
 from dualsm.model.attention import attend
+from dualsm.model.head_shapes import head_dim, num_kv_heads
+from dualsm.model.rope import Rope, layer_angles, rotate, rotated_layers
 
 TENSOR_CORE_MULTIPLE = 64  # other matrix sizes halve the speed on GPUs, see docs/performance.md
 
@@ -37,68 +39,69 @@ def _linear(config, inputs: int, outputs: int, *, scale: float = 1.0, bias: bool
     )
 
 
-def _norm(config, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
-
-
-def rotary_angles(positions_L: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Returns cosines and sines of the rotary embedding, each float32 [..., L, 1, K/2]."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_L.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BxLxHxK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Applies the rotary embedding in rotate-half form (RoFormer, arXiv 2104.09864)."""
-    cos, sin = (a.astype(x_BxLxHxK.dtype) for a in angles)
-    first, second = jnp.split(x_BxLxHxK, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def _norm(config, size: int | None = None, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(size or config.d_model, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
-    """Pre-norm multi-head attention."""
+    """Grouped-query attention with a norm before or after it; H query heads share Z key and value heads."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
-        d_model = config.d_model
-        self.num_heads = config.num_heads
+        d_model, self.head_dim = config.d_model, head_dim(config)
+        width, kv_width = (heads * self.head_dim for heads in (config.num_heads, num_kv_heads(config)))
+        self.norm_placement, self.qk_norm = config.norm_placement, config.qk_norm
         self.norm = _norm(config, rngs=rngs)
-        self.query = _linear(config, d_model, d_model, rngs=rngs)
-        self.key = _linear(config, d_model, d_model, rngs=rngs)
-        self.value = _linear(config, d_model, d_model, rngs=rngs)
-        self.output = _linear(config, d_model, d_model, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
+        self.query = _linear(config, d_model, width, bias=config.qkv_bias, rngs=rngs)
+        self.key = _linear(config, d_model, kv_width, bias=config.qkv_bias, rngs=rngs)
+        self.value = _linear(config, d_model, kv_width, bias=config.qkv_bias, rngs=rngs)
+        self.output = _linear(config, width, d_model, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
+        if self.qk_norm != "none":
+            sizes = (width, kv_width) if self.qk_norm == "projection" else (self.head_dim,) * 2
+            self.query_norm, self.key_norm = (_norm(config, size, rngs=rngs) for size in sizes)
 
     def project(self, x_TxD: jax.Array, rows: int, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns rotated queries and keys, and values, each [B, L, H, K] with B = `rows`."""
-        x_TxD = self.norm(x_TxD)
-        shape = (rows, x_TxD.shape[0] // rows, self.num_heads, x_TxD.shape[1] // self.num_heads)
-        q, k, v = (f(x_TxD).reshape(shape) for f in (self.query, self.key, self.value))
+        """Returns rotated queries, [B, L, H, K] with B = `rows`; rotated keys, and values, [B, L, Z, K]."""
+        if self.norm_placement == "pre":
+            x_TxD = self.norm(x_TxD)
+        q, k, v = self.query(x_TxD), self.key(x_TxD), self.value(x_TxD)
+        if self.qk_norm == "projection":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (x.reshape(rows, x.shape[0] // rows, -1, self.head_dim) for x in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.query_norm(q), self.key_norm(k)
         return rotate(q, angles), rotate(k, angles), v
 
     def merge(self, heads_BxLxHxK: jax.Array) -> jax.Array:
         """Applies the output projection to the attended values; returns [T, D]."""
-        rows, length, heads, head_dim = heads_BxLxHxK.shape
-        return self.output(heads_BxLxHxK.reshape(rows * length, heads * head_dim))
+        rows, length, heads, size = heads_BxLxHxK.shape
+        x_TxD = self.output(heads_BxLxHxK.reshape(rows * length, heads * size))
+        return self.norm(x_TxD) if self.norm_placement == "post" else x_TxD
 
 
 class MLP(nnx.Module):
-    """Pre-norm SwiGLU: down(value(x) * silu(gate(x)))."""
+    """SwiGLU, down(value(x) * silu(gate(x))), with a norm before or after it."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
         d_model, d_ff = config.d_model, config.d_ff
+        self.norm_placement = config.norm_placement
         self.norm = _norm(config, rngs=rngs)
         self.value = _linear(config, d_model, d_ff, rngs=rngs)
         self.gate = _linear(config, d_model, d_ff, rngs=rngs)
         self.down = _linear(config, d_ff, d_model, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
 
     def __call__(self, x_TxD: jax.Array) -> jax.Array:
-        x_TxD = self.norm(x_TxD)
+        if self.norm_placement == "post":
+            return self.norm(self._swiglu(x_TxD))
+        return self._swiglu(self.norm(x_TxD))
+
+    def _swiglu(self, x_TxD: jax.Array) -> jax.Array:
         padding = -self.value.kernel.shape[-1] % TENSOR_CORE_MULTIPLE
         if padding and platform() == "gpu" and divided_by("mlp") == 1:
             return self._with_padding(x_TxD, padding)
         return self.down(self.value(x_TxD) * jax.nn.silu(self.gate(x_TxD)))
 
     def _with_padding(self, x_TxD: jax.Array, padding: int) -> jax.Array:
-        """Computes the MLP with matrices zero-padded along F."""
+        """Computes SwiGLU with matrices zero-padded along F."""
         kernels = (linear.kernel[...].astype(x_TxD.dtype) for linear in (self.value, self.gate, self.down))
         value_DxF, gate_DxF, down_FxD = kernels
         value_DxF, gate_DxF = (jnp.pad(x, [(0, 0), (0, padding)]) for x in (value_DxF, gate_DxF))
@@ -124,10 +127,13 @@ class Block(nnx.Module):
 class ProjectedHead(nnx.Module):
     """Head of the paper: RMSNorm -> Linear -> GELU -> output matrix with bias."""
 
-    def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
+    def __init__(self, config: ml_collections.ConfigDict, embedding: nnx.Embed, *, rngs: nnx.Rngs):
         self.norm = _norm(config, rngs=rngs)
         self.projection = _linear(config, config.d_model, config.d_model, rngs=rngs)
-        self.output = _linear(config, config.d_model, config.vocab_size, bias=True, rngs=rngs)
+        if config.tie_word_embeddings:
+            self.output = Tied(embedding)
+        else:
+            self.output = _linear(config, config.d_model, config.vocab_size, bias=True, rngs=rngs)
 
     def features(self, x_TxD: jax.Array) -> jax.Array:
         """Returns the input of the output matrix, [T, D]."""
@@ -137,9 +143,12 @@ class ProjectedHead(nnx.Module):
 class PlainHead(nnx.Module):
     """Head of Llama: RMSNorm -> output matrix."""
 
-    def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
+    def __init__(self, config: ml_collections.ConfigDict, embedding: nnx.Embed, *, rngs: nnx.Rngs):
         self.norm = _norm(config, rngs=rngs)
-        self.output = Unbiased(_linear(config, config.d_model, config.vocab_size, rngs=rngs))
+        if config.tie_word_embeddings:
+            self.output = TiedUnbiased(embedding)
+        else:
+            self.output = Unbiased(_linear(config, config.d_model, config.vocab_size, rngs=rngs))
 
     def features(self, x_TxD: jax.Array) -> jax.Array:
         """Returns the input of the output matrix, [T, D]."""
@@ -160,6 +169,39 @@ class Unbiased(nnx.Module):
         return x_BxD @ self.kernel[...].astype(self.dtype)
 
 
+class Tied(nnx.Module):
+    """Output layer whose matrix is the transposed embedding, with a bias."""
+
+    def __init__(self, embedding: nnx.Embed):
+        self.embedding, self.dtype = embedding.embedding, embedding.dtype
+        self.bias = nnx.Param(jnp.zeros(embedding.num_embeddings, jnp.float32))
+
+    @property
+    def kernel(self) -> jax.Array:
+        return self.embedding[...].T
+
+    def __call__(self, x_BxD: jax.Array) -> jax.Array:
+        return x_BxD @ self.kernel.astype(self.dtype) + self.bias[...].astype(self.dtype)
+
+
+class TiedUnbiased(nnx.Module):
+    """Output layer whose matrix is the transposed embedding; `bias` is zero, as the loss requires one."""
+
+    def __init__(self, embedding: nnx.Embed):
+        self.embedding, self.dtype = embedding.embedding, embedding.dtype
+
+    @property
+    def kernel(self) -> jax.Array:
+        return self.embedding[...].T
+
+    @property
+    def bias(self) -> jax.Array:
+        return jnp.zeros(self.embedding.shape[0], jnp.float32)
+
+    def __call__(self, x_BxD: jax.Array) -> jax.Array:
+        return x_BxD @ self.kernel.astype(self.dtype)
+
+
 HEADS = {"projected": ProjectedHead, "plain": PlainHead}
 
 
@@ -168,8 +210,9 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
         """`config` is `config.model` with `vocab_size` set."""
-        self.head_dim = config.d_model // config.num_heads
-        self.theta = config.rope_theta
+        self.head_dim = head_dim(config)
+        self.rope = Rope(self.head_dim, config.rope_theta, **config.rope_scaling)
+        self.no_rope_layer_interval = config.no_rope_layer_interval
         self.remat = config.remat
         self.layers = config.num_layers
         self.embedding = nnx.Embed(
@@ -186,7 +229,12 @@ class Transformer(nnx.Module):
             return Block(config, rngs=rngs)
 
         self.blocks = stacked_blocks(rngs)
-        self.head = HEADS[config.get("head", "projected")](config, rngs=rngs)  # older runs lack the key
+        self.head = HEADS[config.head](config, self.embedding, rngs=rngs)
+
+    @property
+    def rotated_N(self) -> jax.Array | None:
+        """Returns True for each layer with a rotary embedding; None if all layers have it."""
+        return rotated_layers(self.layers, self.no_rope_layer_interval)
 
     def features(self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array) -> jax.Array:
         """Returns the features at each position for predicting the next token, [B, L, D].
@@ -195,16 +243,16 @@ class Transformer(nnx.Module):
           tokens_BxL: int32.
           key_start_BxL, key_end_BxL: int32; key range of each position, see `attend`.
         """
-        positions_L = jnp.arange(tokens_BxL.shape[1])
-        angles = rotary_angles(positions_L, self.head_dim, self.theta)
+        angles = self.rope.angles(jnp.arange(tokens_BxL.shape[1]))
         layer = _apply_block
         if remat.POLICIES[self.remat] is not None:
             layer = nnx.remat(layer, policy=remat.POLICIES[self.remat])
         # In a loop, XLA's GPU compiler copies the residuals of each layer into stacked arrays.
         unroll = self.layers if platform() == "gpu" else 1
-        scan = nnx.scan(layer, in_axes=(0, nnx.Carry, None, None, None), out_axes=nnx.Carry, unroll=unroll)
+        axes = (0, 0, nnx.Carry, None, None, None)
+        scan = nnx.scan(layer, in_axes=axes, out_axes=nnx.Carry, unroll=unroll)
         x_TxD = constrain(self.embedding(tokens_BxL.reshape(-1)), "batch", None)
-        x_TxD = scan(self.blocks, x_TxD, key_start_BxL, key_end_BxL, angles)
+        x_TxD = scan(self.blocks, self.rotated_N, x_TxD, key_start_BxL, key_end_BxL, angles)
         return self.head.features(x_TxD).reshape(*tokens_BxL.shape, -1)
 
     def logits(self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array) -> jax.Array:
@@ -216,8 +264,8 @@ class Transformer(nnx.Module):
         return self.head.output(features_BxLxD).astype(jnp.float32)
 
 
-def _apply_block(block: Block, x_TxD, key_start_BxL, key_end_BxL, angles) -> jax.Array:
-    return block(x_TxD, key_start_BxL, key_end_BxL, angles)
+def _apply_block(block: Block, is_rotated, x_TxD, key_start_BxL, key_end_BxL, angles) -> jax.Array:
+    return block(x_TxD, key_start_BxL, key_end_BxL, layer_angles(angles, is_rotated))
 
 
 def init_params(config: ml_collections.ConfigDict, key: jax.Array) -> dict:

@@ -23,6 +23,7 @@ from dualsm.devices import sharding
 from dualsm.devices.chips import Peak
 from dualsm.model.attention import why_not_kernel
 from dualsm.model.flops import train_flops
+from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.objectives.plan import MixturePlan
 from dualsm.process import distributed
 from dualsm.process.errors import UserError
@@ -350,9 +351,10 @@ class _Run:
             say(f"resuming {self.workdir} at step {first} of {config.steps}")
         model = config.model
         if model.attention == "auto" and sharding.platform() != "cpu" and distributed.is_main_process():
-            shape = (
-                config.batch_size // config.gradient_accumulation_steps, config.seq_len, model.num_heads,
-                model.d_model // model.num_heads,
-            )  # fmt: skip
-            if reason := why_not_kernel(shape, shape):
+            rows = config.batch_size // config.gradient_accumulation_steps
+            q_shape, k_shape = (
+                (rows, config.seq_len, heads, head_dim(model))
+                for heads in (model.num_heads, num_kv_heads(model))
+            )
+            if reason := why_not_kernel(q_shape, k_shape):
                 warn(f"config.model.attention=auto uses XLA attention, not a kernel: {reason}")

@@ -73,8 +73,14 @@ def results(backend, q, k, v, ranges) -> list[np.ndarray]:
     return [np.asarray(x, np.float32) for x in run(q, k, v)]
 
 
-def equal_to_plain_attention(kernel: str, ranges, dtype=jnp.float32, tolerance: float = 2e-5) -> None:
-    qkv = jax.random.normal(jax.random.key(0), (3, len(ranges[0]), L, H, K), dtype)
+def equal_to_plain_attention(
+    kernel: str, ranges, dtype=jnp.float32, tolerance: float = 2e-5, heads=(H, H)
+) -> None:
+    keys, counts = jax.random.split(jax.random.key(0), 3), (heads[0], heads[1], heads[1])
+    qkv = [
+        jax.random.normal(key, (len(ranges[0]), L, count, K), dtype)
+        for key, count in zip(keys, counts, strict=True)
+    ]
     plain = functools.partial(attend, backend="xla")
     expected = results(plain, *(x.astype(jnp.float32) for x in qkv), ranges)
     for ours, theirs in zip(results(INTERPRETED[kernel], *qkv, ranges), expected, strict=True):
@@ -88,6 +94,25 @@ def test_kernels_equal_xla_attention_for_all_objectives(kernel, ranges):
 
 def test_flash_with_any_ranges(any_ranges):
     equal_to_plain_attention("flash", any_ranges)
+
+
+@each_kernel
+def test_grouped_queries(kernel, ranges):
+    equal_to_plain_attention(kernel, [range_[::4] for range_ in ranges], heads=(4, 2))
+
+
+@pytest.mark.parametrize("backend", [*INTERPRETED, "xla"])
+def test_more_shards_than_key_heads(backend, on_its_platform):
+    """Each of the four shards has a query head; two shards share a head of keys."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 128, heads, K)) for i, heads in enumerate((4, 2, 2)))
+    ends = jnp.broadcast_to(jnp.arange(1, 129), (2, 128))
+    expected = results(functools.partial(attend, backend="xla"), q, k, v, (0 * ends, ends))
+    if backend != "xla":
+        on_its_platform(backend)
+    with jax.set_mesh(mesh(data=1, tensor=4)):
+        found = results(functools.partial(attend, backend=backend), q, k, v, (0 * ends, ends))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_flash_in_half_precision(ranges):

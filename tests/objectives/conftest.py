@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from dualsm.config import default_config
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import Example, Row, SpecialIds
 from dualsm.objectives.mixture import row_keys
@@ -19,20 +20,11 @@ SPECIAL = SpecialIds(vocab_size=VOCABULARY)
 
 
 def tiny_model(vocab_size: int = VOCABULARY, width: int = 16) -> ConfigDict:
-    return ConfigDict(
-        {
-            "num_layers": 2,
-            "d_model": width,
-            "num_heads": 2,
-            "d_ff": 24,
-            "vocab_size": vocab_size,
-            "rope_theta": 100.0,
-            "norm_eps": 1e-7,
-            "dtype": "float32",
-            "remat": "none",
-            "attention": "xla",
-        }
-    )
+    model = default_config().model
+    model.num_layers, model.d_model, model.num_heads, model.d_ff = 2, width, 2, 24
+    model.vocab_size, model.rope_theta = vocab_size, 100.0
+    model.remat, model.attention = "none", "xla"
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from dualsm.config import default_config
 from dualsm.devices import sharding
+from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError
 from dualsm.training.optimizer import OPTIMIZERS, make_optimizer
 
@@ -45,6 +46,31 @@ def test_five_updates_equal_the_reference():
         expected = as_params(tensors, f"after{step}.")
         errors = jax.tree.map(relative_error, params, expected)
         assert max(jax.tree.leaves(errors)) < 2e-3, errors
+
+
+def test_tied_embeddings_biases_and_norms_are_updated_by_adamw():
+    model = default_config().model
+    model.num_layers, model.d_model, model.num_heads, model.d_ff, model.vocab_size = 2, 16, 2, 24, 64
+    model.tie_word_embeddings = model.qkv_bias = True
+    model.qk_norm, model.head = "head", "projected"
+    params = init_params(model, jax.random.key(0))
+    updates = []
+    for name in ("muon", "adamw"):
+        config = default_config().optimizer
+        config.name, config.weight_decay = name, 0.0
+        optimizer = make_optimizer(config, lambda _: 1e-2)
+        grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+        updates.append(optimizer.update(grads, optimizer.init(params), params)[0])
+    same = jax.tree.map(lambda a, b: bool(jnp.allclose(a, b)), *updates)
+    paths = {jax.tree_util.keystr(path, simple=True, separator="/"): value
+             for path, value in jax.tree_util.tree_flatten_with_path(same)[0]}  # fmt: skip
+    by_muon = {path for path, is_same in paths.items() if not is_same}
+    assert by_muon == {
+        "head/projection/kernel",
+        *(f"blocks/attention/{name}/kernel" for name in ("query", "key", "value", "output")),
+        *(f"blocks/mlp/{name}/kernel" for name in ("value", "gate", "down")),
+    }
+    assert {"embedding/embedding", "head/output/bias", "blocks/attention/key_norm/scale"} < paths.keys()
 
 
 def test_stacked_matrices_are_updated_independently():

@@ -74,6 +74,42 @@ def test_sharded_equals_unsharded(micro_step, layout):
     assert first < 1.2 * sum(a.size for a in jax.tree.leaves(expected.opt_state)) / parts
 
 
+SWITCHES = {
+    "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "tie_word_embeddings": True, "head": "plain",
+    "qkv_bias": True, "qk_norm": "projection", "norm_placement": "post", "no_rope_layer_interval": 2,
+    "rope_scaling.name": "llama3", "rope_scaling.original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "optimizer"),
+    [({"data": 2, "tensor": 4}, "adamw"), ({"data": 2, "fsdp": 2, "tensor": 2}, "muon")],
+    ids=str,
+)
+def test_a_model_with_every_switch_is_sharded_like_any_other(layout, optimizer):
+    """Also where there are more shards than heads of keys."""
+    changes = {f"model.{key}": value for key, value in SWITCHES.items()}
+    micro = Micro(**changes, **{"optimizer.name": optimizer, "optimizer.learning_rate": 1e-3})
+    config = default_config().mesh
+    config.update(layout)
+    mesh = sharding.make_mesh(config, jax.devices())
+    places = sharding.tree_shardings(mesh, jax.eval_shape(micro.init))
+    with jax.set_mesh(mesh):
+        state = jax.jit(micro.init, out_shardings=places)()
+        step = jax.jit(micro.step, donate_argnums=0, out_shardings=(places, None))
+        for s in range(2):
+            batch = jax.tree.map(lambda rows: sharding.shard_batch(mesh, rows), micro.batch(s))
+            state, _ = step(state, batch)
+    expected = micro.run(2)
+    assert_trees_close(state.metrics, expected.metrics, rtol=1e-4)
+    assert_trees_close(state.params, expected.params, atol=1e-4)
+    attention = state.params["blocks"]["attention"]
+    for part in (attention["key"]["kernel"], attention["key"]["bias"]):
+        assert part.addressable_shards[0].data.size < part.size
+    assert set(attention) == {"norm", "query", "key", "value", "output", "query_norm", "key_norm"}
+    assert set(state.params["head"]) == {"norm"}
+
+
 @pytest.mark.parametrize(
     ("layout", "gradient_accumulation_steps", "once"),
     [

@@ -1,0 +1,41 @@
+"""Settings of the architecture that a format can or cannot express."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ml_collections import ConfigDict
+
+from dualsm.config import default_config
+from dualsm.model.head_shapes import head_dim, num_kv_heads
+from dualsm.process.errors import UserError
+
+SWITCHES = (
+    "num_kv_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "qkv_bias",
+    "qk_norm",
+    "norm_placement",
+    "rope_scaling",
+    "no_rope_layer_interval",
+)
+
+
+def switched_on(model: ConfigDict) -> list[str]:
+    """Returns the keys of `SWITCHES` that change the architecture. `model` is `config.model`."""
+    defaults = default_config().model
+    without_effect = {
+        "num_kv_heads": num_kv_heads(model) == model.num_heads,
+        "head_dim": head_dim(model) * model.num_heads == model.d_model,
+        "rope_scaling": model.rope_scaling.name == "none",
+    }
+    return [key for key in SWITCHES if not without_effect.get(key, model[key] == defaults[key])]
+
+
+def check_expressible(model: ConfigDict, supported: Collection[str], name: str, advice: str) -> None:
+    """Raises `UserError`, naming the key, if `model` has a switch on that is not in `supported`."""
+    for key in switched_on(model):
+        if key not in supported:
+            value = model[key].name if key == "rope_scaling" else model[key]
+            raise UserError(f"{name} does not support config.model.{key}={value}; {advice}")
