@@ -85,10 +85,10 @@ def textbook_loss(features_BxLxD, kernel_DxV, bias_V, targets_BxL, weights_BxL, 
     kernel_DxV = kernel_DxV.astype(features_BxLxD.dtype)
     logits_BxLxV = jnp.einsum("bld,dv->blv", features_BxLxD, kernel_DxV, preferred_element_type=jnp.float32)
     logits_BxLxV += bias_V
-    normaliser_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
+    normalizer_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
     at_target_BxL = jnp.take_along_axis(logits_BxLxV, targets_BxL[..., None], axis=-1)[..., 0]
-    nll_BxL = normaliser_BxL - at_target_BxL
-    return jnp.sum(weights_BxL * nll_BxL + z_weights_BxL * normaliser_BxL**2), nll_BxL
+    nll_BxL = normalizer_BxL - at_target_BxL
+    return jnp.sum(weights_BxL * nll_BxL + z_weights_BxL * normalizer_BxL**2), nll_BxL
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:

@@ -44,7 +44,7 @@ def main(_: Sequence[str]) -> None:
             rows.append(measure(name, lambda target=target, cases=cases: fuzz(target, cases, _SEED.value)))
         for name in COMMANDS if not _ONLY.value else ():
             rows.append(measure(f"dualsm.{name}", lambda name=name: run_command(name, Path(scratch))))
-    kinds = ("read", "refused", "failed")
+    kinds = ("read", "rejected", "failed")
     total = {"target": "all"} | {key: sum(row[key] for row in rows) for key in (*kinds, "seconds")}
     cells = [
         [row["target"], *(row[kind] for kind in kinds), f"{row['seconds']:.0f}"] for row in [*rows, total]
@@ -58,7 +58,7 @@ def main(_: Sequence[str]) -> None:
 
 def measure(name: str, outcomes) -> dict:
     """Runs a target; returns the counts of its outcomes and the seconds it took."""
-    row = {"target": name, "read": 0, "refused": 0, "failed": 0}
+    row = {"target": name, "read": 0, "rejected": 0, "failed": 0}
     start = time.perf_counter()
     try:
         row |= outcomes()
@@ -72,7 +72,7 @@ def measure(name: str, outcomes) -> dict:
 def run_command(name: str, whole: Path) -> dict[str, int]:
     for number in range(_PROCESSES.value):
         run_damaged(name, whole, _SEED.value + number)
-    return {"refused": _PROCESSES.value}
+    return {"rejected": _PROCESSES.value}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from absl import flags
 
 from dualsm.process import cli
 from dualsm.process.progress import bar, say, table
-from tests.fuzzing.artefacts import real_texts
+from tests.fuzzing.artifacts import real_texts
 from tests.fuzzing.corpora import make_corpus
 from tests.killing import STAGES, Kill, Killing, problems
 

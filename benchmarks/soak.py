@@ -3,7 +3,7 @@
     JAX_PLATFORMS=cpu python -m benchmarks.soak --steps=20000 --output=soak.json
 
 Reports the slope of memory, open files, threads and step time after a warm-up, with its standard error. The
-slope is fitted to the medians of 20 intervals, because neighbouring samples are correlated and a save briefly
+slope is fitted to the medians of 20 intervals, because neighboring samples are correlated and a save briefly
 uses threads and files. Memory is anonymous resident memory: the system loads and evicts pages of libraries at
 any time.
 """
@@ -25,7 +25,7 @@ from absl import flags
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.progress import bar, say, table
-from tests.fuzzing.artefacts import real_texts
+from tests.fuzzing.artifacts import real_texts
 from tests.fuzzing.corpora import make_corpus
 
 _STEPS = flags.DEFINE_integer("steps", 20_000, "number of steps", lower_bound=200)

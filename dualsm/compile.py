@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from dualsm import config as configs
 from dualsm.aot.absent import absent_devices
-from dualsm.aot.hlo import analyse
+from dualsm.aot.hlo import analyze
 from dualsm.aot.report import (
     MEMORY_FRACTION,
     as_text,
@@ -58,7 +58,7 @@ def main(_: Sequence[str]) -> None:
     text = compiled.as_text()
     if _HLO.value:
         epath.Path(_HLO.value).write_text(text)
-    work = analyse(text, mesh.size, block_fraction(config, devices[0].platform))
+    work = analyze(text, mesh.size, block_fraction(config, devices[0].platform))
     report = make_report(config, _TOPOLOGY.value, mesh, program, compiled.memory_analysis(), work)
     say(as_text(report))
     if _OUTPUT.value:

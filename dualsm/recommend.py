@@ -31,7 +31,7 @@ _SWEEP = cli.DEFINE_path(
     "folder of a sweep, or its table.csv; default: the paper's rules and the table that comes with dualsm",
 )
 _METRIC = flags.DEFINE_string(
-    "metric", None, f"column of the table to optimise; default: {DEFAULT_METRIC} (the rules have none)"
+    "metric", None, f"column of the table to optimize; default: {DEFAULT_METRIC} (the rules have none)"
 )
 _OUTPUT = cli.DEFINE_path("output", "", "JSON file for the answer")
 flags.mark_flags_as_required(["unique_tokens", "budget"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dualsm.aot.absent import absent_devices
-from dualsm.aot.hlo import Work, analyse
+from dualsm.aot.hlo import Work, analyze
 from dualsm.aot.report import (
     MEMORY_FRACTION,
     as_text,
@@ -51,7 +51,7 @@ def test_flops_formula_equals_the_flops_of_the_compiled_step():
     config.model.remat, config.optimizer.name = "none", "adamw"
     _, compiled = compiled_step(config, mesh)
     expected = config.batch_size * train_flops(config.model, config.seq_len, attended=1.0)
-    assert analyse(compiled.as_text(), 1).flops == pytest.approx(expected, rel=0.01)
+    assert analyze(compiled.as_text(), 1).flops == pytest.approx(expected, rel=0.01)
 
 
 def test_attended_share():
@@ -88,7 +88,7 @@ def newton_schulz(devices: int, layers: int, **mesh) -> tuple[Work, dict]:
         state = jax.jit(optimizer.init)(grads)
         update = jax.jit(lambda g, s: optimizer.update(g, s, g)[0], out_shardings=layout)
         compiled = update.lower(grads, state).compile()
-        return analyse(compiled.as_text(), devices), jax.tree.map(np.asarray, compiled(grads, state))
+        return analyze(compiled.as_text(), devices), jax.tree.map(np.asarray, compiled(grads, state))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_report_divides_the_parameters_by_the_devices():
     (_, two), (config, eight) = (config_on(n, data=1, fsdp=n) for n in (2, 8))
     config.batch_size, config.optimizer.name = 16, "adamw"
     program, compiled = compiled_step(config, eight)
-    work = analyse(compiled.as_text(), 8)
+    work = analyze(compiled.as_text(), 8)
     report = make_report(config, "v5e:2x4", eight, program, compiled.memory_analysis(), work)
     at_two = compile_train_step(config, SpecialIds(), two).abstract_state
     for part, tree in (("parameters", at_two.params), ("optimizer", at_two.opt_state)):

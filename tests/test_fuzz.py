@@ -3,7 +3,7 @@
 import pytest
 
 from tests.fuzzing import attempts
-from tests.fuzzing.artefacts import Target
+from tests.fuzzing.artifacts import Target
 from tests.fuzzing.attempts import Hang, fuzz
 from tests.fuzzing.commands import run_damaged
 from tests.fuzzing.corpora import FORMATS

@@ -51,11 +51,11 @@ def test_only_cpu_devices_share_a_measured_peak(monkeypatch):
 
 def test_mfu_with_a_measured_peak_is_at_most_1():
     peak = Peak(jax.devices()[0], jax.local_device_count())
-    assert 0 < peak.utilisation(1e6) < 0.1
-    assert peak.utilisation(1e18) == 1
-    assert peak.utilisation(1e17) == pytest.approx(0.1)
+    assert 0 < peak.utilization(1e6) < 0.1
+    assert peak.utilization(1e18) == 1
+    assert peak.utilization(1e17) == pytest.approx(0.1)
 
 
 def test_listed_peaks_do_not_change():
     peak = Peak(SimpleNamespace(device_kind="NVIDIA H200", platform="gpu"), 2)
-    assert peak.utilisation(4 * 989e12) == peak.utilisation(4 * 989e12) == 2
+    assert peak.utilization(4 * 989e12) == peak.utilization(4 * 989e12) == 2

@@ -88,7 +88,7 @@ def advise(repetitions: float, sweep: str | Path | None = None, metric: str | No
       sweep: a sweep's folder or table, which takes precedence over the paper's rules. Without a sweep, the
         rules come first, and the shipped table second if the extra `analysis` is installed: installing the
         extra does not change the first answer.
-      metric: column of the table to optimise.
+      metric: column of the table to optimize.
 
     Raises:
       UserError: if the table has too few finished cells with `metric`.

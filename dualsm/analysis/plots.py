@@ -1,6 +1,6 @@
 """The plots of a sweep: one function per plot, which draws arrays on the caller's axes.
 
-Shape letters: A alphas and G repetitions of a grid, C cells. The colour maps suit colour-blind readers.
+Shape letters: A alphas and G repetitions of a grid, C cells. The color maps suit color-blind readers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Curve = tuple[Sequence[float], Sequence[float]]  # tokens or FLOPs, loss
 COSTS = {"tokens": ("tokens seen, millions", 1e6), "flops": ("training compute, PFLOP", 1e15)}
 
 TICKS = (0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 63 / 64, 255 / 256, 1)
-_MAP = "viridis"  # brighter colours are better
+_MAP = "viridis"  # brighter colors are better
 _ALPHA_LABEL = "share of causal rows, alpha"
 _REPETITIONS_LABEL = "repetitions R of the unique tokens"
 
@@ -58,9 +58,9 @@ def plot_surface(
 
     repetitions_C, alpha_C, score_C = map(np.asarray, cells)
     levels, extend = _levels(np.concatenate([score_AxG.ravel(), score_C]), lower_is_better)
-    colours = {"cmap": _MAP + "_r" * lower_is_better, "vmin": levels[0], "vmax": levels[-1]}
+    colors = {"cmap": _MAP + "_r" * lower_is_better, "vmin": levels[0], "vmax": levels[-1]}
     x_G, y_A = repetition_scale(repetitions_G), alpha_scale(alpha_A)
-    filled = axes.contourf(x_G, y_A, score_AxG, levels, extend=extend, **colours)
+    filled = axes.contourf(x_G, y_A, score_AxG, levels, extend=extend, **colors)
     axes.contour(x_G, y_A, score_AxG, levels[::2], colors="white", linewidths=0.5, alpha=0.6)
     best_G = (score_AxG.argmin if lower_is_better else score_AxG.argmax)(axis=0)
     edge = [Stroke(linewidth=3.6, foreground="black"), Normal()]
@@ -68,7 +68,7 @@ def plot_surface(
     axes.plot(x_G, y_A[best_G], **best)
     axes.scatter(
         repetition_scale(repetitions_C), alpha_scale(alpha_C), 46, score_C,
-        edgecolors="black", linewidths=0.9, zorder=3, label="tried cells", clip_on=False, **colours,
+        edgecolors="black", linewidths=0.9, zorder=3, label="tried cells", clip_on=False, **colors,
     )  # fmt: skip
     bar = axes.figure.colorbar(filled, ax=axes, pad=0.02)
     bar.set_label(f"{unit} (bright is better)")
@@ -91,7 +91,7 @@ def plot_best_alpha(
     Args:
       axes: axes to draw on.
       repetitions_G, alpha_A: the grid, ascending and evenly spaced on the scales of the axes, so that
-        colours are comparable.
+        colors are comparable.
       probability_AxG: each column sums to 1.
       intervals_G: lowest and highest alpha of each credible interval.
       level: probability of the intervals.
@@ -116,7 +116,7 @@ def plot_curves(
     cost: str = "tokens",
     unit: str = "nats per token",
 ) -> None:
-    """Draws held-out losses over tokens or FLOPs: one row per objective, one column per R, alpha as colour.
+    """Draws held-out losses over tokens or FLOPs: one row per objective, one column per R, alpha as color.
 
     Args:
       figure: an empty figure.
@@ -131,13 +131,13 @@ def plot_curves(
     label, scale = COSTS[cost]
     columns = sorted({repetitions for panels in curves.values() for repetitions in panels})
     alphas = sorted({a for panels in curves.values() for lines in panels.values() for a in lines})
-    colour = dict(zip(alphas, colormaps["viridis"](np.linspace(0, 0.92, len(alphas))), strict=True))
+    color = dict(zip(alphas, colormaps["viridis"](np.linspace(0, 0.92, len(alphas))), strict=True))
     grid = figure.subplots(len(curves), len(columns), sharex=True, sharey="row", squeeze=False)
     for row, (objective, panels) in zip(grid, curves.items(), strict=True):
         for axes, repetitions in zip(row, columns, strict=True):
             for alpha, seeds in sorted(panels.get(repetitions, {}).items()):
                 for costs, losses in seeds:
-                    axes.plot(np.asarray(costs) / scale, losses, color=colour[alpha], linewidth=1.4)
+                    axes.plot(np.asarray(costs) / scale, losses, color=color[alpha], linewidth=1.4)
             axes.grid(alpha=0.25)
         row[0].set_ylabel(f"{objective} loss\n{unit}")
         row[0].set_ylim(
@@ -147,7 +147,7 @@ def plot_curves(
         axes.set_title(f"R = {repetitions:g}")
     for axes in grid[-1]:
         axes.set_xlabel(label)
-    handles = [Line2D([], [], color=colour[a], linewidth=2, label=fraction(a)) for a in alphas]
+    handles = [Line2D([], [], color=color[a], linewidth=2, label=fraction(a)) for a in alphas]
     figure.legend(handles=handles, title="alpha", loc="outside right center", frameon=False)
 
 
@@ -160,21 +160,21 @@ def plot_gap(
     top: float,
     label: str,
 ) -> None:
-    """Draws held-out minus training losses as a coloured table by R and alpha; NaN is drawn as a dash.
+    """Draws held-out minus training losses as a colored table by R and alpha; NaN is drawn as a dash.
 
     Args:
       axes: axes to draw on.
       repetitions_G, alpha_A: R of the columns and alpha of the rows, ascending.
       gap_AxG: the differences of the losses.
-      top: gap at the end of the colour scale.
-      label: label of the colour bar, with the unit.
+      top: gap at the end of the color scale.
+      label: label of the color bar, with the unit.
     """
     axes.set_facecolor("0.9")
     image = axes.imshow(gap_AxG, cmap="Oranges", vmin=0, vmax=top, origin="lower", aspect="auto")
     for (row, column), gap in np.ndenumerate(gap_AxG):
         text = f"{gap:.2f}".replace("-0.00", "0.00") if np.isfinite(gap) else "\N{EN DASH}"
-        colour = "white" if gap > 0.7 * top else "black"
-        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+        color = "white" if gap > 0.7 * top else "black"
+        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(repetitions_G)), [f"{r:g}" for r in repetitions_G])
     axes.set_yticks(range(len(alpha_A)), [fraction(a) for a in alpha_A])
     axes.set_xlabel(_REPETITIONS_LABEL)
@@ -183,7 +183,7 @@ def plot_gap(
 
 
 def _levels(score: np.ndarray, lower_is_better: bool) -> tuple[np.ndarray, str]:
-    """Returns contour levels; much worse scores share the last colour, so that the others stay distinct."""
+    """Returns contour levels; much worse scores share the last color, so that the others stay distinct."""
     with analysis_extra():
         from matplotlib.ticker import MaxNLocator
 
@@ -226,7 +226,7 @@ def _doublings(repetitions: np.ndarray) -> np.ndarray:
     return 2.0 ** np.arange(first, last + 1)
 
 
-def _edges(centre: np.ndarray) -> np.ndarray:
-    """Returns cell edges halfway between the centres; the outer edges are at the outer centres."""
-    middle = (centre[1:] + centre[:-1]) / 2
-    return np.concatenate([centre[:1], middle, centre[-1:]])
+def _edges(center: np.ndarray) -> np.ndarray:
+    """Returns cell edges halfway between the centers; the outer edges are at the outer centers."""
+    middle = (center[1:] + center[:-1]) / 2
+    return np.concatenate([center[:1], middle, center[-1:]])

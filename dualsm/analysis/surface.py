@@ -1,7 +1,7 @@
 """A Gaussian process over score(R, alpha), and the recommendations that follow from it.
 
 The kernel is the paper's (arXiv 2512.14549): an anisotropic Matern 3/2 kernel plus white noise, over log2(R)
-and the scale of alpha in `scales`. The process is fitted to a standardised *value*; higher is better. The
+and the scale of alpha in `scales`. The process is fitted to a standardized *value*; higher is better. The
 value of a task score is the score. The value of a loss is exp(best - loss), the geometric mean of the token
 probabilities relative to that of the best cell. It is in (0, 1], so that the huge loss of a diverged cell
 does not distort the surface between the other cells.
@@ -73,8 +73,8 @@ class Surface:
     """A fitted surface.
 
     Attributes:
-      process: scikit-learn regressor of the standardised value, without white noise.
-      mean, scale: value = mean + scale * standardised value.
+      process: scikit-learn regressor of the standardized value, without white noise.
+      mean, scale: value = mean + scale * standardized value.
       noise_sd: standard deviation of a single run around the surface, in units of the score.
       lower_is_better: True for a loss.
       best: lowest loss of a cell; 0 for task scores.

@@ -53,11 +53,11 @@ class Work(NamedTuple):
     collective_count: dict[str, float]
 
 
-def analyse(text: str, devices: int, block_fraction: float = 1.0) -> Work:
+def analyze(text: str, devices: int, block_fraction: float = 1.0) -> Work:
     """Computes the work of a compiled program.
 
     Args:
-      text: text of the optimised module, from `compiled.as_text()`.
+      text: text of the optimized module, from `compiled.as_text()`.
       devices: number of devices in the mesh; group size of collectives that do not specify one.
       block_fraction: fraction of the score blocks that the attention kernels compute; the kernels decide at
         run time which blocks they skip.

@@ -75,7 +75,7 @@ def make_report(
       mesh: mesh over the devices of the topology.
       program: functions of the run.
       memory: XLA's memory analysis of the compiled step.
-      work: result of `analyse`.
+      work: result of `analyze`.
     """
     special, chip = special_ids(config), topology.split(":")[0]
     share = attended_share(config, special)

@@ -18,7 +18,7 @@ def interconnect_bandwidth(topology: str) -> float:
 
 
 def estimate(topology: str, devices: int, work: Work, model_flops: float) -> dict:
-    """Estimates step time and model FLOPs utilisation, with full overlap and without overlap.
+    """Estimates step time and model FLOPs utilization, with full overlap and without overlap.
 
     Args:
       topology: for example "v5e:4x4" or "h200:8".

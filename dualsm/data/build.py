@@ -1,6 +1,6 @@
 """Builds a corpus from text, in bounded memory, with several worker processes.
 
-Documents are sorted by a hash of their text. Sorting shuffles the documents and makes duplicates neighbours;
+Documents are sorted by a hash of their text. Sorting shuffles the documents and makes duplicates neighbors;
 another part of the same hash selects the held-out documents.
 
     inputs -> blocks of documents -> [workers: parse, hash] -> buckets by hash, on disk

@@ -1,4 +1,4 @@
-"""Properties of chips, and the peak FLOPs per second for model FLOPs utilisation."""
+"""Properties of chips, and the peak FLOPs per second for model FLOPs utilization."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Peak:
         self._flops = peak_flops(device) * devices
         self._is_listed = listed_flops(device.device_kind) is not None
 
-    def utilisation(self, flops_per_second: float) -> float:
+    def utilization(self, flops_per_second: float) -> float:
         """Returns the fraction of the peak; replaces a measured peak if it is exceeded."""
         if not self._is_listed:
             self._flops = max(self._flops, flops_per_second)

@@ -71,7 +71,7 @@ def _strip_markup(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def _labelled_choices(value, context: str) -> Question:
+def _labeled_choices(value, context: str) -> Question:
     """Returns a question whose choices have labels (ARC, OpenBookQA, CommonsenseQA)."""
     question = value.get("question")
     choices = question["choices"] if isinstance(question, dict) else value["choices"]
@@ -90,11 +90,11 @@ def _stem(value) -> str:
 
 
 def _parse_arc(value) -> Question:
-    return _labelled_choices(value, f"Question: {_stem(value)}\n{_ANSWER}")
+    return _labeled_choices(value, f"Question: {_stem(value)}\n{_ANSWER}")
 
 
 def _parse_openbookqa(value) -> Question:
-    return _labelled_choices(value, _stem(value))
+    return _labeled_choices(value, _stem(value))
 
 
 def _parse_piqa(value) -> Question:

@@ -1,4 +1,4 @@
-"""Metrics of zero-shot tasks: accuracy, standard error, normalised accuracy."""
+"""Metrics of zero-shot tasks: accuracy, standard error, normalized accuracy."""
 
 from __future__ import annotations
 

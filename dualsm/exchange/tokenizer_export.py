@@ -42,7 +42,7 @@ def to_json(tokenizer: SentencePieceTokenizer) -> str:
     """Converts a SentencePiece model to the text of a `tokenizer.json`.
 
     Raises:
-      UserError: if the result would encode text differently, as for models that have a normaliser or are not
+      UserError: if the result would encode text differently, as for models that have a normalizer or are not
         BPE models.
     """
     content = _convert(tokenizer)
@@ -52,13 +52,13 @@ def to_json(tokenizer: SentencePieceTokenizer) -> str:
     if not tokenizer.lossless or JsonTokenizer(content.encode()).encode([text]) != tokenizer.encode([text]):
         raise UserError(
             "this SentencePiece model cannot be converted to an equivalent tokenizer.json; use a BPE model "
-            "without a normaliser, such as `python -m dualsm.prepare --vocab_size` trains"
+            "without a normalizer, such as `python -m dualsm.prepare --vocab_size` trains"
         )
     return content
 
 
 def _convert(tokenizer: SentencePieceTokenizer) -> str:
-    """Returns the `tokenizer.json` of a BPE model without a normaliser."""
+    """Returns the `tokenizer.json` of a BPE model without a normalizer."""
     model = SentencePieceProcessor()
     model.LoadFromSerializedProto(tokenizer.model)
     pieces = [model.id_to_piece(i).replace(_SPACE_MARK, " ") for i in range(tokenizer.vocab_size)]

@@ -51,7 +51,7 @@ def pad_batch(texts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.
     """Pads texts on the right.
 
     Padded lengths take few values, so that few shapes are compiled: multiples of 32 up to 2 * `QUERIES`, and
-    multiples of `QUERIES` above, for which attention does not materialise an [L, L] array.
+    multiples of `QUERIES` above, for which attention does not materialize an [L, L] array.
 
     Args:
       texts: token ids.

@@ -42,8 +42,8 @@ def cross_entropy(
 
     def one(total, part):
         features, targets, weights, z_weights = part
-        nll, normaliser, _ = _slice(features, kernel_DxV, bias_V, targets)
-        return total + jnp.sum(weights * nll + z_weights * normaliser**2), nll
+        nll, normalizer, _ = _slice(features, kernel_DxV, bias_V, targets)
+        return total + jnp.sum(weights * nll + z_weights * normalizer**2), nll
 
     total, nll_CxBxP = jax.lax.scan(one, jnp.float32(0), chunks)
     return total, _whole(nll_CxBxP, targets_BxL.shape)
@@ -55,11 +55,11 @@ def _forward(features_BxLxD, kernel_DxV, bias_V, targets_BxL, weights_BxL, z_wei
     def one(sums, part):
         total, d_kernel, d_bias = sums
         features, targets, weights, z_weights = part
-        nll, normaliser, logits = _slice(features, kernel_DxV, bias_V, targets)
-        total += jnp.sum(weights * nll + z_weights * normaliser**2)
-        # d total / d logits = (weight + 2 z normaliser) softmax - weight onehot(target)
-        scale = weights + 2 * z_weights * normaliser
-        d_logits = scale[..., None] * jnp.exp(logits - normaliser[..., None])
+        nll, normalizer, logits = _slice(features, kernel_DxV, bias_V, targets)
+        total += jnp.sum(weights * nll + z_weights * normalizer**2)
+        # d total / d logits = (weight + 2 z normalizer) softmax - weight onehot(target)
+        scale = weights + 2 * z_weights * normalizer
+        d_logits = scale[..., None] * jnp.exp(logits - normalizer[..., None])
         ids = jnp.arange(logits.shape[-1], dtype=targets.dtype)
         d_logits -= jnp.where(ids == targets[..., None], weights[..., None], 0)
         d_bias += d_logits.sum((0, 1))
@@ -86,13 +86,13 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _slice(features_BxPxD, kernel_DxV, bias_V, targets_BxP):
-    """Returns nll and log normaliser, float32 [B, P], and logits, float32 [B, P, V], of a chunk."""
+    """Returns nll and log normalizer, float32 [B, P], and logits, float32 [B, P, V], of a chunk."""
     kernel_DxV = kernel_DxV.astype(features_BxPxD.dtype)
     logits = jnp.einsum("bpd,dv->bpv", features_BxPxD, kernel_DxV, preferred_element_type=jnp.float32)
     logits += bias_V.astype(jnp.float32)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
     at_target = jnp.take_along_axis(logits, targets_BxP[..., None], axis=-1)[..., 0]
-    return normaliser - at_target, normaliser, logits
+    return normalizer - at_target, normalizer, logits
 
 
 def _chunks(chunk: int, *arrays_BxL) -> tuple[jax.Array, ...]:

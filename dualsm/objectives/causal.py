@@ -1,4 +1,4 @@
-"""Causal language modelling, with all inputs visible or with a fraction of them masked."""
+"""Causal language modeling, with all inputs visible or with a fraction of them masked."""
 
 from __future__ import annotations
 

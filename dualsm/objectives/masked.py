@@ -1,4 +1,4 @@
-"""Shifted masked language modelling; the loss is the unweighted mean over the masked tokens."""
+"""Shifted masked language modeling; the loss is the unweighted mean over the masked tokens."""
 
 from __future__ import annotations
 

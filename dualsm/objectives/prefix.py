@@ -1,4 +1,4 @@
-"""Prefix language modelling: bidirectional attention to a prefix, causal prediction after it."""
+"""Prefix language modeling: bidirectional attention to a prefix, causal prediction after it."""
 
 from __future__ import annotations
 

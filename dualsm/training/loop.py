@@ -39,7 +39,7 @@ from dualsm.training.program import attended_shares, compile_train_step
 from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, TrainState
 from dualsm.training.step_metrics import StepMetrics
-from dualsm.training.summary import summarise
+from dualsm.training.summary import summarize
 from dualsm.training.validation import INEXACT_BYTES, Validation, valid_rows
 
 
@@ -104,7 +104,7 @@ def train(
         with jax.set_mesh(mesh), profiled(profile, workdir) as profiler:
             finished = run.go(stop, profiler)
     if finished and distributed.is_main_process():
-        say("\n" + summarise(workdir, corpus if run.scores_all else None))
+        say("\n" + summarize(workdir, corpus if run.scores_all else None))
     return finished
 
 

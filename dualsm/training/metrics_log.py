@@ -116,7 +116,7 @@ class MetricsLog:
         sequences = self._plan.sequences(step) - self._plan.sequences(first)
         return {
             "perf/tokens_per_second": sequences * self._config.seq_len / interval.seconds,
-            "perf/mfu": self._peak.utilisation((self._flops(step) - self._flops(first)) / interval.seconds),
+            "perf/mfu": self._peak.utilization((self._flops(step) - self._flops(first)) / interval.seconds),
             "perf/data_wait_fraction": interval.waiting / interval.seconds,
             "perf/checkpoint_seconds": interval.saving,
         }

@@ -1,4 +1,4 @@
-"""The compiled functions of a run: initialisation of the train state and the train step.
+"""The compiled functions of a run: initialization of the train state and the train step.
 
 The training loop and `python -m dualsm.compile`, which compiles for absent devices, share these functions.
 """

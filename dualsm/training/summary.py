@@ -13,7 +13,7 @@ from dualsm.rundir.trackers import TENSORBOARD
 from dualsm.rundir.workdir import CONFIG
 
 
-def summarise(workdir: str | Path, corpus: Corpus | None = None) -> str:
+def summarize(workdir: str | Path, corpus: Corpus | None = None) -> str:
     """Returns the held-out bits per byte before and after training, the speed, and the paths of the outputs.
 
     The values before training are those of a sample of the rows (see `dualsm.training.loop`). Values that

@@ -33,14 +33,14 @@ def surface(figure, cells, **options):
     return axes
 
 
-def test_surface_shows_every_tried_cell_at_its_position_and_colour(figure):
+def test_surface_shows_every_tried_cell_at_its_position_and_color(figure):
     cells = ([1, 1, 16, 64], [0, 1 / 64, 1 / 2, 1], [3.0, 7.0, 5.0, 11.0])
     axes = surface(figure, cells)
     [points] = [c for c in axes.collections if c.get_label() == "tried cells"]
     np.testing.assert_allclose(points.get_offsets(), np.stack([np.log2(cells[0]), alpha_scale(cells[1])], 1))
     np.testing.assert_array_equal(points.get_array(), cells[2])
     filled = axes.collections[0]
-    assert points.get_clim() == filled.get_clim()  # equal scores have equal colours
+    assert points.get_clim() == filled.get_clim()  # equal scores have equal colors
     assert points.get_cmap() == filled.get_cmap()
 
 
@@ -66,7 +66,7 @@ def test_best_alpha_is_marked_and_bright(figure, lower_is_better):
     assert brightness[0] > brightness[1] + 1
 
 
-def test_a_diverged_cell_does_not_dominate_the_colours(figure):
+def test_a_diverged_cell_does_not_dominate_the_colors(figure):
     score = SCORE_AXG.copy()
     score[-1, -1] = 1e6
     levels, extend = plots._levels(score.ravel(), lower_is_better=True)
@@ -97,7 +97,7 @@ def test_best_alpha_plot_shows_the_probabilities(figure):
     assert list(tick_labels(axes.xaxis).values()) == ["1", "2", "4", "8", "16", "32", "64"]
 
 
-def test_curves_have_one_panel_per_r_and_one_colour_per_alpha(figure):
+def test_curves_have_one_panel_per_r_and_one_color_per_alpha(figure):
     tokens = [1e6, 2e6]
     curves = {
         "causal": {

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dualsm.aot.hlo import Work, analyse
+from dualsm.aot.hlo import Work, analyze
 
 
 def work_of(function, *arguments, devices: int = 1) -> Work:
-    return analyse(jax.jit(function).lower(*arguments).compile().as_text(), devices)
+    return analyze(jax.jit(function).lower(*arguments).compile().as_text(), devices)
 
 
 def test_products_in_nested_loops_are_multiplied_by_the_trip_counts():
@@ -30,9 +30,9 @@ def test_products_in_branches_count():
     assert of_two.flops == of_more.flops == 2 * 4 * 8 * 8
     # The GPU compiler uses other attributes for a conditional with two branches.
     text = BRANCH.replace("BRANCHES", "true_computation=%yes, false_computation=%no")
-    assert analyse(text, 1).flops == 2 * 4 * 8 * 8
+    assert analyze(text, 1).flops == 2 * 4 * 8 * 8
     text = BRANCH.replace("BRANCHES", "branch_computations={%no, %yes}")
-    assert analyse(text, 1).flops == 2 * 4 * 8 * 8
+    assert analyze(text, 1).flops == 2 * 4 * 8 * 8
 
 
 BRANCH = """
@@ -109,7 +109,7 @@ ENTRY %main (a: (f32[1,8,4], f32[3,4,2], u32[])) -> f32[64] {
 
 
 def test_work_of_a_tpu_program():
-    work = analyse(RING, devices=8)
+    work = analyze(RING, devices=8)
     assert work.flops == 4 * (2 * 8 * 4 * 2 * 3)
     assert work.collective_count == {"collective-permute": 4, "all-gather": 1, "all-reduce": 2}
     assert work.collective_bytes == {
@@ -137,7 +137,7 @@ ENTRY %main (x: f32[128,2048]) -> f32[32,2048] {
 
 def test_collectives_of_a_gpu_program():
     """Counts all results of combined collectives, but not their operands."""
-    work = analyse(GPU_COLLECTIVES, devices=4)
+    work = analyze(GPU_COLLECTIVES, devices=4)
     assert work.collective_count == {"all-gather": 2, "all-to-all": 1, "all-reduce": 1, "reduce-scatter": 1}
     assert work.collective_bytes == {
         "all-gather": 110_592 + 128 * 128 * 4 * 3 / 4,
@@ -163,8 +163,8 @@ ENTRY %main (p: s32[1,8,4]) -> bf16[2,4096,64] {
 def test_work_of_a_splash_kernel():
     """The dq kernel has three products: scores, their gradient, dq. Heads are padded to 128."""
     whole = 3 * 2 * 2 * 128 * (8 * 4) * 512**2
-    assert analyse(KERNEL, devices=1).flops == whole
-    half = analyse(KERNEL, devices=1, block_fraction=0.5)
+    assert analyze(KERNEL, devices=1).flops == whole
+    half = analyze(KERNEL, devices=1, block_fraction=0.5)
     assert half.flops == whole / 2
     assert half.hbm_bytes == 3 * 2 * 4096 * 64 * 2 + 2 * 8 * 4 * 4
 
@@ -178,7 +178,7 @@ ENTRY %main (q: bf16[2,256,4,64]) -> bf16[2,256,4,64] {
 
 
 def test_work_of_a_flash_kernel():
-    work = analyse(GPU_KERNEL, devices=1, block_fraction=0.5)
+    work = analyze(GPU_KERNEL, devices=1, block_fraction=0.5)
     assert work.flops == 0.5 * 3 * 2 * (2 * 4) * 256**2 * 64
     assert work.hbm_bytes == 5 * 2 * 256 * 4 * 64 * 2
 
@@ -188,7 +188,7 @@ def test_collectives_of_a_sharded_product():
     split = NamedSharding(mesh, PartitionSpec("a"))
     x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)
     total = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec())).lower(x).compile()
-    work = analyse(total.as_text(), 8)
+    work = analyze(total.as_text(), 8)
     assert work.collective_bytes == {"all-reduce": 2 * 32 * 4 * 7 / 8}
 
 
@@ -215,6 +215,6 @@ def test_cublas_calls_count_as_matrix_products(target, x, size):
         '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],'
         '"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]'
     )
-    work = analyse(gemm(f"__cublas${target}", x, contracted), 1)
+    work = analyze(gemm(f"__cublas${target}", x, contracted), 1)
     assert work.flops == 2 * 32 * 16 * 64
     assert work.hbm_bytes == (32 + 16) * 64 * size + 32 * 16 * 4

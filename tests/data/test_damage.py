@@ -13,7 +13,7 @@ from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
 from dualsm.data.workers import worker_pool
 from dualsm.process.errors import UserError
-from tests.fuzzing.artefacts import real_texts
+from tests.fuzzing.artifacts import real_texts
 from tests.fuzzing.corpora import make_corpus
 
 

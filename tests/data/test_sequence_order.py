@@ -56,8 +56,8 @@ def test_repetitions_differ_in_the_order_of_documents_and_sequences():
     four = order(repetitions=4)
     passes = [inputs_of(four, range(40 * p, 40 * (p + 1))) for p in range(4)]
     assert len({tuple(p) for p in passes}) == 4
-    neighbours = [set(zip(p, p[1:], strict=False)) for p in passes]  # segment borders differ too
-    assert len({frozenset(n) for n in neighbours}) == 4
+    neighbors = [set(zip(p, p[1:], strict=False)) for p in passes]  # segment borders differ too
+    assert len({frozenset(n) for n in neighbors}) == 4
 
 
 def test_the_data_of_eight_repetitions_is_the_first_half_of_the_data_of_four():

@@ -1,4 +1,4 @@
-"""One case after another: damage an artefact, read it, and see that it was read or refused in one line."""
+"""Runs fuzzing cases: damages a file of a target, and checks that it is read or rejected in one line."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from dualsm.process.errors import UserError, explained
-from tests.fuzzing.artefacts import Target
+from tests.fuzzing.artifacts import Target
 from tests.fuzzing.damage import damaged
 
-SECONDS = 30  # a case may take
+SECONDS = 30  # time limit of a case
 
 
 class Hang(BaseException):
-    """A case did not end in time. No Exception, so that no reader takes it for its own."""
+    """A case exceeded the time limit. A BaseException, so that readers do not catch it."""
 
 
 def fuzz(target: Target, cases: int, seed: int | None = None) -> collections.Counter:
-    """Counts the outcomes of so many cases: "read" or "refused". Raises what a reader should not.
+    """Runs cases and counts the outcomes "read" and "rejected"; raises unexpected errors of the reader.
 
     Args:
-      target: what to damage and read.
-      cases: how many; small ones come in fewer where there is not as much to damage.
-      seed: of the cases; None takes the same ones every time.
+      target: files to damage and read.
+      cases: number of cases; fewer run if the target has fewer different cases.
+      seed: seed of the cases; None: always the same cases.
     """
     first = next(iter(target.files))
-    assert attempt(target, first, target.files[first]) == "read", "the whole artefact is not even read"
+    assert attempt(target, first, target.files[first]) == "read", "the undamaged files cannot be read"
     outcomes: collections.Counter = collections.Counter()
 
     @settings(
@@ -51,7 +51,7 @@ def fuzz(target: Target, cases: int, seed: int | None = None) -> collections.Cou
 
 
 def attempt(target: Target, name: str, content: bytes | None) -> str:
-    """Reads the artefact with other content in one of its files, in a folder of its own."""
+    """Reads the target in a temporary folder, with other content in one of its files."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "it"
         for path, whole in target.files.items():
@@ -64,19 +64,19 @@ def attempt(target: Target, name: str, content: bytes | None) -> str:
             with _limit(SECONDS):
                 target.use(folder)
         except UserError as error:
-            assert str(error).strip(), "a mistake without a word"
-            return "refused"
+            assert str(error).strip(), "the error has no message"
+            return "rejected"
         except OSError as error:
             if not explained(error):
                 raise
-            return "refused"
+            return "rejected"
         return "read"
 
 
 @contextlib.contextmanager
 def _limit(seconds: float):
     def ring(*_):
-        raise Hang(f"not done after {seconds} s")
+        raise Hang(f"not finished after {seconds} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)

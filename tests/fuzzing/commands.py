@@ -1,4 +1,4 @@
-"""The commands as processes, each given one damaged file."""
+"""Runs commands as processes, each with one damaged input file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 
 
 class Command(NamedTuple):
-    """A command line in which `{it}` is the folder of a copy of what `make_targets` made, and what to damage.
+    """A command line, and the file to damage; `{it}` is a copy of the folder that `make_targets` filled.
 
     Attributes:
-      arguments: after `python -m`.
-      file: in that folder.
+      arguments: arguments of `python -m`.
+      file: path in the folder.
     """
 
     arguments: str
@@ -44,18 +44,18 @@ COMMANDS = {
 
 
 def run_damaged(name: str, whole: Path, seed: int) -> str:
-    """Cuts a file of a command's short, or fills it with other bytes, and runs the command.
+    """Truncates or overwrites an input file of a command, and runs the command.
 
     Args:
-      name: of the command.
-      whole: the folder that `make_targets` was given.
-      seed: of the damage.
+      name: name of the command.
+      whole: folder that `make_targets` filled.
+      seed: seed of the damage.
 
     Returns:
-      The one line that the command ended in.
+      The error line.
 
     Raises:
-      AssertionError: when it ended otherwise, or left something.
+      AssertionError: if the command does not end with one error line and status 2, or leaves files behind.
     """
     command, rng = COMMANDS[name], random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:

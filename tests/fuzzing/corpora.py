@@ -1,4 +1,4 @@
-"""Corpora, and documents to make them from."""
+"""Fuzzing targets: corpora, and input documents in every format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import SPLITS, Corpus
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
-from tests.fuzzing.artefacts import Target, files_of, jsonl
+from tests.fuzzing.artifacts import Target, files_of, jsonl
 
 FORMATS = (
     ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".bin", ".parquet", ".arrow, a stream", ".arrow, a file",
@@ -21,7 +21,7 @@ FORMATS = (
 
 
 def make_corpus(scratch: Path, texts: list[str]) -> Path:
-    """A corpus of real text in an empty folder."""
+    """Builds a corpus of real text in an empty folder."""
     (scratch / "documents.jsonl").write_bytes(jsonl({"text": text} for text in texts))
     recipe = Recipe(input=str(scratch / "documents.jsonl"), vocab_size=384, valid_fraction=0.2)
     build(recipe, str(scratch / "corpus"), workers=1, quiet=True)
@@ -29,7 +29,7 @@ def make_corpus(scratch: Path, texts: list[str]) -> Path:
 
 
 def targets(corpus: Path, texts: list[str], scratch: Path) -> dict[str, Target]:
-    """Readers of corpora, and of documents in every format."""
+    """Returns targets that read corpora, and documents in every format."""
     tokenizer, files = corpus / "tokenizer.model", files_of(corpus)
     documents = _documents(texts[:8], load_tokenizer(str(tokenizer)), scratch)
     return {
@@ -61,13 +61,13 @@ def _corpus_reader(original: Path, verified: bool) -> Callable[[Path], None]:
         corpus.tokenizer()
         for split in SPLITS if verified else ():
             corpus.verify(split)
-        assert _tokens(corpus) == expected, "a changed corpus was read as if it were whole"
+        assert _tokens(corpus) == expected, "a changed corpus was read without an error"
 
     return use
 
 
 def _documents(texts: list[str], tokenizer: Tokenizer, scratch: Path) -> dict[str, dict[str, bytes]]:
-    """The same documents in every format; the file to prepare comes first."""
+    """Returns format -> files with the same documents; the file to prepare is the first."""
     import zstandard
 
     lines = jsonl({"text": text} for text in texts)
@@ -118,7 +118,7 @@ def _preparer(name: str, tokenizer: Path | None) -> Callable[[Path], None]:
         try:
             build(recipe, str(folder / "out"), workers=1, quiet=True)
         except Exception:
-            assert {path.name for path in folder.iterdir()} == there, "something half-written was left"
+            assert {path.name for path in folder.iterdir()} == there, "a failed build left files behind"
             raise
         assert {path.name for path in folder.iterdir()} == there | {"out"}
         made = Corpus(str(folder / "out"))

@@ -1,4 +1,4 @@
-"""What can happen to a file: bits flip, parts get lost or doubled, values are of another kind."""
+"""Strategies that damage files: flipped bits, missing or repeated parts, values of other types."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _ENCODINGS = ["utf-16", "utf-8-sig", "utf-32", "cp037"]
 
 
 def odd_values() -> st.SearchStrategy:
-    """Values that a program may not have thought of."""
+    """Returns a strategy for unexpected values."""
     return st.sampled_from(ODD_VALUES) | st.integers() | st.floats() | st.text(max_size=20)
 
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes | None:
-    """The content of a file after an accident; None: the file is gone."""
+    """Draws the content of a damaged file; None: the file is missing."""
     kinds = [_flipped, _cut, _without_a_part, _with_junk, _doubled_part, _other, _gone]
     if _is_json(content):
         kinds += [_json_changed] * 7
@@ -34,7 +34,7 @@ def damaged(draw, content: bytes) -> bytes | None:
 
 @st.composite
 def changed(draw, value):
-    """A JSON value in which one part is gone, doubled or of another kind."""
+    """Draws a JSON value in which one part is missing, repeated or of another type."""
     parts = list(_containers(value))
     if not parts:
         return draw(odd_values())
@@ -54,7 +54,7 @@ def changed(draw, value):
 
 
 def _containers(value):
-    """Every (container, key) inside a JSON value."""
+    """Yields every (container, key) in a JSON value."""
     keys = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
     for key in keys:
         yield value, key
@@ -101,7 +101,7 @@ def _doubled_part(draw, content: bytes) -> bytes:
 
 
 def _other(draw, content: bytes) -> bytes:
-    """Something else altogether, or the same in another encoding."""
+    """Draws unrelated content, or the same content in another encoding."""
     try:
         encodings = [content.decode("utf-8").encode(name) for name in _ENCODINGS]
     except UnicodeError:

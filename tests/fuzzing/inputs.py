@@ -1,7 +1,7 @@
-"""Files as people have them: encodings, compressions, names, JSON of many writers, folders with hidden files.
+"""Fuzzing targets: undamaged files with unusual encodings, compressions, names, JSON and hidden files.
 
-Nothing is damaged here. A case is a description in JSON from which the files are made. They must be read as
-what they hold, or be refused.
+A case is a JSON description from which files are generated. They must be read with their content, or be
+rejected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from dualsm.data import inputs, readers
 from dualsm.evaluation.tasks import load_task
 from dualsm.process.errors import UserError
-from tests.fuzzing.artefacts import Target, jsonl
+from tests.fuzzing.artifacts import Target, jsonl
 from tests.fuzzing.damage import ODD_TEXTS, odd_values
 
 CASE = "case.json"
@@ -53,7 +53,7 @@ _TEXTS = st.lists(st.sampled_from(SENTENCES) | st.text(max_size=30), min_size=1,
 
 
 def targets() -> dict[str, Target]:
-    """A reader of each kind."""
+    """Returns a target for each kind of file."""
     made = {
         "encodings": (_use_encoding, _encodings()),
         "compressions": (_use_compression, _compressions()),
@@ -86,7 +86,7 @@ def _reader(use: Callable[[Path, dict], None]) -> Callable[[Path], None]:
 
 
 def read(pattern: str, divide: bool = False) -> list[str]:
-    """Texts of all documents. Raises `UserError` for one that has a fault, as `prepare` does in the end."""
+    """Returns the texts of all documents; raises `UserError` for unusable documents, as `prepare` does."""
     texts = []
     for path in inputs.find_inputs(pattern):
         for block in readers.read_blocks(path, "text", MAX_BYTES, divide):
@@ -109,7 +109,7 @@ def _encodings() -> st.SearchStrategy[dict]:
 
 
 def _use_encoding(folder: Path, case: dict) -> None:
-    """Text of another encoding is refused, unless its bytes are those of UTF-8."""
+    """Checks that text in another encoding is rejected, unless its bytes are also valid UTF-8."""
     texts, form = case["texts"], case["form"]
     whole = "\n".join(texts) + "\n"
     if form.startswith(".j"):
@@ -136,7 +136,7 @@ def _compressions() -> st.SearchStrategy[dict]:
 
 
 def _use_compression(folder: Path, case: dict) -> None:
-    """A compressed file is read whole, whatever its name says, or refused."""
+    """Checks that a compressed file with any name is read completely or rejected."""
     texts = [text for text in case["texts"] if _is_text(text)]
     lines, kind = jsonl({"text": text} for text in texts), case["parts"][0]
     parts = [COMPRESS[kind](lines) for _ in case["parts"]]
@@ -147,7 +147,7 @@ def _use_compression(folder: Path, case: dict) -> None:
     path.write_bytes(content[:end])
     found = read(str(path))
     if kind and end not in borders:
-        raise AssertionError("a part of a compressed file was read as if it were the whole")
+        raise AssertionError("a truncated compressed file was read without an error")
     assert not texts or kind == "" or found == texts * (len(found) // len(texts))
     assert end < len(content) or found == texts * len(parts)
 
@@ -164,7 +164,7 @@ def _paths() -> st.SearchStrategy[dict]:
 
 
 def _use_path(folder: Path, case: dict) -> None:
-    """A file that exists is found by its name, and the glob of its folder finds all files."""
+    """Checks that an existing file is found by its name, and that a glob finds all files of the folder."""
     inside = folder / case["name"] if case["inside"] else folder / "plain"
     inside.mkdir()
     names = {name + case["suffix"] for name in (case["name"], *case["others"])}
@@ -202,7 +202,7 @@ def _values() -> st.SearchStrategy[dict]:
 
 
 def _use_json(folder: Path, case: dict) -> None:
-    """A text is read whatever stands beside it, in every layout."""
+    """Checks that a text is read for any value of other fields and in every layout."""
     texts, layout = [text for text in case["texts"] if _is_text(text)], case["layout"]
     gap, sign = ("\n  ", " ") if "indented" in layout else (" ", "")
     objects = [
@@ -234,7 +234,7 @@ def _folders() -> st.SearchStrategy[dict]:
 
 
 def _use_hidden(folder: Path, case: dict) -> None:
-    """The questions of a task are those of its visible files, each once."""
+    """Checks that the questions of a task are those of its visible files."""
     lines = {
         name: jsonl({"sentence_good": f"{name} {i}", "sentence_bad": "x"} for i in range(3))
         for name in case["names"]
@@ -250,5 +250,5 @@ def _use_hidden(folder: Path, case: dict) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     questions = load_task("blimp", folder)
-    assert not case["copied"], "copies were read as further questions"
+    assert not case["copied"], "copies were read as additional questions"
     assert len(questions) == 3 * len(lines)

@@ -1,4 +1,4 @@
-"""Tokenizers, prompts, sweeps, released weights and run directories."""
+"""Fuzzing targets: tokenizers, prompts, sweeps, released weights and run directories."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dualsm.rundir.trained_run import open_run
 from dualsm.training.program import compile_train_step
 from tests.analysis.synthetic import grid, write_sweep
 from tests.exchange.conftest import make_tokenizer_json
-from tests.fuzzing.artefacts import TEXT, Target, files_of, jsonl
+from tests.fuzzing.artifacts import TEXT, Target, files_of, jsonl
 from tests.micro import micro_config
 
 
 def targets(corpus: Path, texts: list[str], scratch: Path) -> dict[str, Target]:
-    """Readers of what is not text; they make their artefacts in the folder `scratch`."""
+    """Returns the targets; builds their files in the folder `scratch`."""
     tokenizer, foreign = corpus / "tokenizer.model", make_tokenizer_json(texts, seed=0).encode()
     prompts = jsonl([{"prompt": "a <mask:3> b"}, {"prompt": TEXT}])
     sweep = write_sweep(scratch / "sweep", grid((1, 16), (0.0, 0.5, 1.0)), missing=("later",))
@@ -55,7 +55,7 @@ def targets(corpus: Path, texts: list[str], scratch: Path) -> dict[str, Target]:
 
 
 def make_run(corpus: Path, workdir: Path) -> Path:
-    """A run directory with the checkpoint of a model as it is before training."""
+    """Writes a run directory with the checkpoint of an untrained model."""
     tokenizer = load_tokenizer(str(corpus / "tokenizer.model"))
     config = micro_config(corpus)
     config.model.vocab_size, config.model.num_layers = tokenizer.vocab_size, 1
@@ -98,7 +98,7 @@ def _ask(source: Path) -> None:
 
 def _import(folder: Path) -> None:
 
-    with mock.patch.object(imported_run, "write_run") as write:  # which compiles
+    with mock.patch.object(imported_run, "write_run") as write:  # `write_run` would compile
         import_reference.load(folder / "model.safetensors", "", None, folder / "run")
     assert write.called
 

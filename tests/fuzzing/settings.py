@@ -1,4 +1,4 @@
-"""Configs: from the command line, and from a run's `config.json`."""
+"""Fuzzing targets: configs from the command line and from a run's `config.json`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.rundir.workdir import read_config
 from dualsm.training import loop
-from tests.fuzzing.artefacts import Target
+from tests.fuzzing.artifacts import Target
 from tests.fuzzing.damage import ODD_VALUES
 from tests.micro import micro_config
 
-FLAGS = "flags.json"  # the command line as a list, which is damaged like any other file
+FLAGS = "flags.json"  # the command line, as a JSON list
 
 
 class _Compiling(Exception):
-    """Training came to where it would compile."""
+    """Raised where training would compile."""
 
 
 def targets(corpus: Path, scratch: Path) -> dict[str, Target]:
-    """Readers of a run's config and of the flags of a command."""
+    """Returns targets that read a run's config and the flags of a command."""
     recipe = scratch / "recipe.py"
     recipe.write_text(
         "from tests.micro import micro_config\n\n\n"
@@ -48,7 +48,7 @@ def targets(corpus: Path, scratch: Path) -> dict[str, Target]:
 
 
 def arguments() -> st.SearchStrategy[bytes]:
-    """Up to four overrides of config keys, with values of any kind."""
+    """Returns a strategy for up to four overrides of config keys, with any values."""
     keys = sorted(_leaves(configs.default_config()))
     words = [
         "causal",
@@ -93,7 +93,7 @@ def _parser(recipe: Path) -> Callable[[Path], None]:
         given = ["train", f"--config={recipe}", *json.loads((folder / FLAGS).read_text())]
         with (
             mock.patch.object(flags, "FLAGS", fresh),
-            mock.patch("sys.argv", given),  # where ml_collections looks for overrides
+            mock.patch("sys.argv", given),  # ml_collections reads overrides from here
             contextlib.redirect_stderr(said),
         ):
             try:
@@ -107,7 +107,7 @@ def _parser(recipe: Path) -> Callable[[Path], None]:
 
 
 def _begin(config, workdir: Path) -> None:
-    """Trains up to where it would compile; nothing may be written before."""
+    """Trains until compilation, and checks that nothing was written before."""
     try:
         with mock.patch.object(loop, "compile_train_step", side_effect=_Compiling):
             loop.train(config, workdir)

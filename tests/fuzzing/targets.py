@@ -1,15 +1,15 @@
-"""Everything that is fuzzed."""
+"""All fuzzing targets."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tests.fuzzing import corpora, inputs, runs, settings, tasks
-from tests.fuzzing.artefacts import Target, real_texts
+from tests.fuzzing.artifacts import Target, real_texts
 
 
 def make_targets(scratch: Path) -> dict[str, Target]:
-    """All targets by name; what they are made from is built in an empty folder."""
+    """Returns all targets by name; builds their files in an empty folder."""
     texts = real_texts()
     corpus = corpora.make_corpus(scratch, texts)
     return {

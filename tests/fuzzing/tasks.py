@@ -1,4 +1,4 @@
-"""Task files in the formats they are published in."""
+"""Fuzzing targets: task files in their published formats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dualsm.evaluation.tasks import load_task
-from tests.fuzzing.artefacts import Target, jsonl
+from tests.fuzzing.artifacts import Target, jsonl
 
 _LETTERS = {"text": ["cold", "hot"], "label": ["A", "B"]}
 TASK_FILES = {
@@ -37,7 +37,7 @@ TASK_FILES = {
 
 
 def targets() -> dict[str, Target]:
-    """A reader for each task."""
+    """Returns a target for each task."""
     return {f"task {name}": Target(files, _reader(name)) for name, files in TASK_FILES.items()}
 
 

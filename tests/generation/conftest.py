@@ -17,7 +17,7 @@ from tests.micro import micro_config
 VOCABULARY = 64
 
 
-class Memorised:
+class Memorized:
     """The memorized text (from `<s>` to `</s>`), and the config and parameters of the model."""
 
     def __init__(self, steps: int = 250):
@@ -42,5 +42,5 @@ class Memorised:
 
 
 @pytest.fixture(scope="session")
-def memorised() -> Memorised:
-    return Memorised()
+def memorized() -> Memorized:
+    return Memorized()

@@ -27,32 +27,32 @@ def run(model, prompts, tokens=40, sampling=GREEDY, seed=0, **options):
     return last(generate(model.config, model.params, prompts, tokens, sampling, SPECIAL, **options))
 
 
-def test_memorized_text_is_continued_exactly(memorised):
+def test_memorized_text_is_continued_exactly(memorized):
     for mode in ("causal", "prefix"):
         for start in (4, 15):
-            assert run(memorised, [memorised.text[:start]], mode=mode) == [memorised.text]
+            assert run(memorized, [memorized.text[:start]], mode=mode) == [memorized.text]
 
 
-def test_prompts_of_different_lengths_share_a_batch(memorised):
-    prompts = [memorised.text[:n] for n in (2, 9, 20, 5)]
-    together = run(memorised, prompts)
-    assert together == [run(memorised, [prompt])[0] for prompt in prompts]
+def test_prompts_of_different_lengths_share_a_batch(memorized):
+    prompts = [memorized.text[:n] for n in (2, 9, 20, 5)]
+    together = run(memorized, prompts)
+    assert together == [run(memorized, [prompt])[0] for prompt in prompts]
 
 
-def test_number_of_new_tokens_is_limited(memorised):
-    prompts = [memorised.text[:n] for n in (2, 9, 20)]
-    for text, prompt in zip(run(memorised, prompts, tokens=5), prompts, strict=True):
-        assert text == memorised.text[: len(prompt) + 5]
+def test_number_of_new_tokens_is_limited(memorized):
+    prompts = [memorized.text[:n] for n in (2, 9, 20)]
+    for text, prompt in zip(run(memorized, prompts, tokens=5), prompts, strict=True):
+        assert text == memorized.text[: len(prompt) + 5]
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_cached_logits_equal_uncached_ones(memorised, bidirectional):
-    model, text = bind(memorised.config, memorised.params), memorised.text
+def test_cached_logits_equal_uncached_ones(memorized, bidirectional):
+    model, text = bind(memorized.config, memorized.params), memorized.text
     rng = np.random.default_rng(1)
     texts = rng.integers(16, VOCABULARY, (3, 20))
     lengths = np.array([4, 11, 1], np.int32)
     state = prefill(
-        memorised.config, memorised.params, texts[:, :11], lengths, prompt_keys(0, texts),
+        memorized.config, memorized.params, texts[:, :11], lengths, prompt_keys(0, texts),
         size=20, bidirectional=bidirectional, special=SPECIAL,
     )  # fmt: skip
     cache, position_B, logits = state.cache, lengths, [state.logits_BxV]
@@ -94,35 +94,35 @@ def test_samples_at_temperature_one_follow_the_distribution():
     np.testing.assert_allclose(shares(temperature=0.5), cold / cold.sum(), atol=0.015)
 
 
-def test_reserved_ids_are_never_sampled(memorised):
+def test_reserved_ids_are_never_sampled(memorized):
     hot = SamplingParams(temperature=50.0)
-    texts = run(memorised, [[2]] * 8, tokens=30, sampling=hot)
+    texts = run(memorized, [[2]] * 8, tokens=30, sampling=hot)
     for text in texts:
         assert all(token >= 16 for token in text[1:-1])
         assert text[-1] >= 16 or text[-1] == SPECIAL.eos
 
 
-def test_samples_depend_on_the_seed(memorised):
+def test_samples_depend_on_the_seed(memorized):
     hot = SamplingParams(temperature=5.0)
-    texts = [run(memorised, [[2]], sampling=hot, seed=seed)[0] for seed in (1, 1, 2)]
+    texts = [run(memorized, [[2]], sampling=hot, seed=seed)[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize("mode", ["causal", "prefix"])
-def test_sampled_text_does_not_depend_on_other_prompts(memorised, mode, monkeypatch):
+def test_sampled_text_does_not_depend_on_other_prompts(memorized, mode, monkeypatch):
     hot = SamplingParams(temperature=5.0)
-    prompts = [memorised.text[:n] for n in (2, 9, 4)]
-    alone = [run(memorised, [prompt], 12, hot, mode=mode)[0] for prompt in prompts]
-    assert run(memorised, prompts, 12, hot, mode=mode) == alone
-    assert run(memorised, prompts[::-1], 12, hot, mode=mode) == alone[::-1]
+    prompts = [memorized.text[:n] for n in (2, 9, 4)]
+    alone = [run(memorized, [prompt], 12, hot, mode=mode)[0] for prompt in prompts]
+    assert run(memorized, prompts, 12, hot, mode=mode) == alone
+    assert run(memorized, prompts[::-1], 12, hot, mode=mode) == alone[::-1]
     monkeypatch.setattr(prompt_batches, "MAX_BATCH_TOKENS", 50)  # two texts of 9 + 12 tokens
     assert prompt_batches.max_batch_size(21) == 2
-    assert run(memorised, prompts, 12, hot, mode=mode) == alone
+    assert run(memorized, prompts, 12, hot, mode=mode) == alone
 
 
-def test_equal_prompts_get_different_texts(memorised):
-    prompts = [memorised.text[:2]] * 40
-    texts = run(memorised, prompts, 12, SamplingParams(temperature=5.0))
+def test_equal_prompts_get_different_texts(memorized):
+    prompts = [memorized.text[:2]] * 40
+    texts = run(memorized, prompts, 12, SamplingParams(temperature=5.0))
     assert len({tuple(text) for text in texts}) == 40
 
 
@@ -133,19 +133,19 @@ def test_many_prompts_are_divided_into_batches_of_bounded_size():
     assert prompt_batches.max_batch_size(10**6) == 1
 
 
-def test_texts_are_yielded_while_they_are_generated(memorised):
+def test_texts_are_yielded_while_they_are_generated(memorized):
     states = list(
-        generate(memorised.config, memorised.params, [memorised.text[:4]], 20, GREEDY, SPECIAL, yield_every=4)
+        generate(memorized.config, memorized.params, [memorized.text[:4]], 20, GREEDY, SPECIAL, yield_every=4)
     )
     assert [len(state[0]) for state in states] == [4, 8, 12, 16, 20, 24]
-    assert all(state[0] == memorised.text[: len(state[0])] for state in states)
+    assert all(state[0] == memorized.text[: len(state[0])] for state in states)
 
 
-def test_invalid_requests_are_rejected(memorised):
+def test_invalid_requests_are_rejected(memorized):
     with pytest.raises(UserError, match="empty prompt"):
-        run(memorised, [[]])
+        run(memorized, [[]])
     with pytest.raises(UserError, match="telepathy"):
-        run(memorised, [[2]], mode="telepathy")
+        run(memorized, [[2]], mode="telepathy")
     for top_p in (0.0, float("nan")):
         with pytest.raises(UserError, match="top_p"):
             SamplingParams(top_p=top_p)

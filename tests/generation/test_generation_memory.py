@@ -16,11 +16,11 @@ from .conftest import VOCABULARY
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_memorized_text_scores_above_its_corrupted_copies(memorised, mode):
+def test_memorized_text_scores_above_its_corrupted_copies(memorized, mode):
     mesh = sharding.make_mesh(default_config().mesh, jax.devices()[:1])
     tokenizer = SimpleNamespace(special=SpecialIds())  # the inputs are token ids
-    scorer = Scorer(memorised.config, memorised.params, tokenizer, mesh)
-    text, rng = memorised.text[1:-1], np.random.default_rng(0)
+    scorer = Scorer(memorized.config, memorized.params, tokenizer, mesh)
+    text, rng = memorized.text[1:-1], np.random.default_rng(0)
     copies = []
     for place in rng.choice(np.arange(8, len(text)), 6, replace=False):
         other = (text[place] - 16 + rng.integers(1, VOCABULARY - 16)) % (VOCABULARY - 16) + 16

@@ -1,4 +1,4 @@
-"""A throw-away SLURM on this machine: real daemons on loopback ports, two nodes, ended with the tests."""
+"""A temporary SLURM cluster on this machine: real daemons on loopback ports, with two nodes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.conftest import ROOT, command_env
 from tests.processes import free_port
 
 PACKAGES = ("slurm-wlm", "munge")
-NODES = ("127.0.0.1", "127.0.0.2")  # names that JAX's coordinator can be reached by
+NODES = ("127.0.0.1", "127.0.0.2")  # addresses at which JAX's coordinator is reachable
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])
 
-# JAX derives its port from the ID of the job, so that no two clusters may count alike. `cred_expire` is how
-# long a requeued job waits. Partition `batch` gives preempted jobs time, `hasty` none.
+# JAX derives its port from the job ID, so that concurrent clusters need different IDs. `cred_expire` is the
+# time that a requeued job waits. Partition `batch` has a GraceTime, `hasty` has none.
 _CONF = """
 ClusterName=dualsm
 SlurmctldHost=localhost(127.0.0.1)
@@ -59,7 +59,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 
 
 def install() -> None:
-    """Installs SLURM where `make test-all` asks for it; skips the tests where it is missing."""
+    """Installs SLURM if `make test-all` requests it; otherwise skips the tests if SLURM is missing."""
     if all(shutil.which(name, path=_PATH) for name in (*_DAEMONS, "sbatch")):
         return
     if not os.environ.get("DUALSM_TEST_ALL"):
@@ -75,7 +75,7 @@ class Slurm:
     """A running cluster; a context manager."""
 
     def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not pytest's: paths of sockets must be short
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # socket paths must be short
         self.conf = self.folder / "slurm.conf"
         self._daemons: list[subprocess.Popen] = []
         outer = {name: value for name, value in command_env().items() if not name.startswith("SLURM")}
@@ -139,7 +139,7 @@ class Slurm:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *command: str) -> str:
-        """Runs a command of SLURM; returns what it printed."""
+        """Runs a SLURM command and returns its output."""
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout.strip()
@@ -169,19 +169,19 @@ class Slurm:
         return self.show(job)
 
     def wait_for(self, condition: Callable[[], object], what: str, job: str, seconds: float = 300) -> None:
-        """Waits for a condition that a running job brings about."""
+        """Waits until a condition is true, while the job runs."""
         self._wait(condition, what, seconds, job)
 
     def has_task(self, job: str) -> bool:
-        """Returns whether the first task of a job's step has begun to run."""
+        """Returns True if the first task of a job's step is running."""
         return self.task_pid(job, 0) is not None
 
     def task_pid(self, job: str, task: int) -> int | None:
-        """Returns the process ID of one task of a job's step, as long as it runs."""
+        """Returns the process ID of one task of a running job step."""
         wanted = {f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", f"SLURM_PROCID={task}"}
         found = []
         for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # of other users, or just ended
+            with contextlib.suppress(OSError):  # processes of other users, or processes that just ended
                 env = set((path / "environ").read_text(errors="replace").split("\0"))
                 if wanted <= env and "dualsm" in (path / "cmdline").read_text():
                     found.append(int(path.name))
@@ -196,7 +196,7 @@ class Slurm:
             )
 
     def _try(self, *command: str) -> str:
-        """Runs a command that may fail, as while the daemons start; returns its distinct lines."""
+        """Runs a command that may fail while the daemons start; returns its distinct lines."""
         done = subprocess.run(command, env=self.env, capture_output=True, text=True)
         return "\n".join(sorted(set(done.stdout.split("\n")) - {""}))
 

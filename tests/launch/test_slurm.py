@@ -46,9 +46,9 @@ def submit(slurm, corpus_path, tmp_path):
 
 
 class Job:
-    """A job of `launch/slurm.sbatch` that trains for some seconds and seldom saves unless it is signalled.
+    """A job of `launch/slurm.sbatch` that trains for some seconds and rarely saves unless it gets a signal.
 
-    Several processes on a CPU take far longer per step than one, so they do fewer.
+    Several processes on a CPU are much slower per step than one, so they train for fewer steps.
     """
 
     def __init__(
@@ -74,19 +74,19 @@ class Job:
         self.slurm.run("scancel", "--signal=TERM", *options, self.id)
 
     def check_finished(self) -> None:
-        """Waits for the end of a run that was stopped once and resumed from what it had saved then."""
+        """Waits for the end of a run that was stopped once and resumed from the last save."""
         self.wait_until(**FINISHED, Restarts="1")
         self.check_logged()
         (start,) = self.resumed_at()
         assert start % self.every
 
     def check_logged(self) -> None:
-        """Every step was logged once."""
+        """Checks that every step was logged once."""
         steps = [record["step"] for record in read_metrics(self.workdir)]
         assert steps == list(range(0, self.steps + 1, self.steps // 20))
 
     def resumed_at(self) -> list[int]:
-        """Returns the steps that the log names as resumed at."""
+        """Returns the steps at which the run resumed, from its log."""
         lines = self.log.read_text(errors="replace").splitlines()
         return [int(line.split(" at step ")[1].split()[0]) for line in lines if line.startswith("resuming ")]
 
@@ -97,7 +97,7 @@ class Job:
 
 @pytest.mark.parametrize("resources", [TWO_TASKS, ("--nodes=2",)], ids=["one node", "two nodes"])
 def test_two_tasks_save_and_are_requeued(submit, resources):
-    """The site kills a step at the first bad exit (KillOnBadExit=1) unless the script says otherwise."""
+    """The cluster kills a step at its first failure (KillOnBadExit=1) unless the script overrides this."""
     job = submit(*resources, steps=60)
     job.wait_for_steps()
     assert job.wait_until()["NodeList"] == ("127.0.0.[1-2]" if "--nodes=2" in resources else "127.0.0.1")
@@ -107,7 +107,7 @@ def test_two_tasks_save_and_are_requeued(submit, resources):
 
 @pytest.mark.parametrize("partition", ["batch", "hasty"])
 def test_preemption(slurm, submit, tmp_path, partition):
-    """With GraceTime the process gets one SIGTERM; without it gets two at once, and KillWait seconds."""
+    """With GraceTime the process gets one SIGTERM; without it, two SIGTERMs and KillWait seconds."""
     job = submit(f"--partition={partition}", steps=3000)
     job.wait_for_steps()
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
@@ -116,18 +116,18 @@ def test_preemption(slurm, submit, tmp_path, partition):
     job.check_finished()
 
 
-def test_a_cancelled_job_saves_and_is_not_requeued(slurm, submit):
+def test_cancelled_job_saves_and_is_not_requeued(slurm, submit):
     job = submit()
     job.wait_for_steps()
     slurm.run("scancel", job.id)
     job.wait_until(JobState="CANCELLED")
     assert job.saved()[-1] % job.every
-    time.sleep(8)  # longer than a requeued job waits
+    time.sleep(8)  # longer than the wait of a requeued job
     fields = job.wait_until()
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_a_signal_before_the_run_can_handle_it(slurm, submit):
+def test_signal_before_the_run_installs_its_handler(slurm, submit):
     job = submit()
     slurm.wait_for(lambda: slurm.has_task(job.id), "a task", job.id)
     job.stop()
@@ -137,8 +137,8 @@ def test_a_signal_before_the_run_can_handle_it(slurm, submit):
     assert "status 143; requeueing" in job.log.read_text()
 
 
-def test_a_signal_to_every_process_of_the_job(submit):
-    """`--full` reaches srun, which kills its tasks: the steps since the last checkpoint are done again."""
+def test_signal_to_every_process_of_the_job(submit):
+    """`--full` signals srun, which kills its tasks: the steps since the last checkpoint are repeated."""
     job = submit()
     job.wait_for_steps()
     job.stop("--full")
@@ -146,7 +146,7 @@ def test_a_signal_to_every_process_of_the_job(submit):
     job.check_logged()
 
 
-def test_a_task_that_dies_ends_the_others_and_requeues(slurm, submit):
+def test_dead_task_ends_the_others_and_requeues(slurm, submit):
     job = submit(*TWO_TASKS, steps=60, RETRY_AFTER="0")
     slurm.wait_for((job.workdir / "checkpoints" / "30").is_dir, "a checkpoint", job.id)
     os.kill(slurm.task_pid(job.id, task=1), signal.SIGKILL)
@@ -158,12 +158,12 @@ def test_a_task_that_dies_ends_the_others_and_requeues(slurm, submit):
 @pytest.mark.parametrize(
     ("variables", "status"),
     [
-        ({"RETRY_AFTER": "0"}, "2:0"),  # a user error: no such flag
-        ({"MODULE": "dualsm.absent"}, "1:0"),  # fails at once
+        ({"RETRY_AFTER": "0"}, "2:0"),  # user error: unknown flag
+        ({"MODULE": "dualsm.absent"}, "1:0"),  # fails immediately
         ({"MODULE": "dualsm.absent", "RETRY_AFTER": "0", "RESTARTS": "0"}, "1:0"),
     ],
 )
-def test_failures_that_are_final(slurm, tmp_path, variables, status):
+def test_final_failures_are_not_requeued(slurm, tmp_path, variables, status):
     variables = {"PYTHON": sys.executable} | variables
     job = slurm.submit(*ONE_TASK, SCRIPT, "--nonsense=1", cwd=tmp_path, **variables)
     fields = slurm.wait_until(job, JobState="FAILED")
@@ -171,8 +171,8 @@ def test_failures_that_are_final(slurm, tmp_path, variables, status):
 
 
 @pytest.mark.parametrize("state", ["drain", "down"])
-def test_a_lost_node(slurm, submit, state):
-    """A job on a drained node goes on until it is stopped; a failed node requeues its jobs. Both move."""
+def test_lost_node(slurm, submit, state):
+    """A job on a drained node continues until it is stopped; SLURM requeues the jobs of a failed node."""
     job = submit("--partition=hasty")
     job.wait_for_steps()
     node = job.wait_until()["NodeList"]
@@ -189,8 +189,8 @@ def test_a_lost_node(slurm, submit, state):
         job.check_finished()
 
 
-def test_the_time_limit_twice_ends_with_the_weights_of_an_uninterrupted_run(slurm, submit, tmp_path):
-    """SLURM checks time limits every 30 seconds; until then the process is held, to be still training."""
+def test_run_resumes_after_each_of_two_time_limits(slurm, submit, tmp_path):
+    """SLURM checks time limits every 30 seconds; until then the process is suspended with SIGSTOP."""
     job = submit()
     for restarts in (1, 2):
         known = len(read_metrics(job.workdir))
@@ -198,7 +198,7 @@ def test_the_time_limit_twice_ends_with_the_weights_of_an_uninterrupted_run(slur
         pid = slurm.task_pid(job.id, task=0)
         os.kill(pid, signal.SIGSTOP)
         hours, minutes, _ = map(int, job.wait_until()["RunTime"].split(":"))
-        limit = 60 * hours + minutes + 3  # minutes; the signal is due 300 seconds before the limit
+        limit = 60 * hours + minutes + 3  # minutes; the signal is sent 300 seconds before the limit
         slurm.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={limit}")
         slurm.wait_for(lambda pid=pid: not is_stopped(pid), "SLURM signals the process", job.id)
         job.wait_until(Restarts=str(restarts))
@@ -217,15 +217,15 @@ def test_the_time_limit_twice_ends_with_the_weights_of_an_uninterrupted_run(slur
 
 
 def is_stopped(pid: int) -> bool:
-    """Returns whether a process is held by SIGSTOP; SLURM sends SIGCONT with other signals."""
+    """Returns True if SIGSTOP holds a process; SLURM sends SIGCONT with other signals."""
     try:
         return "\nState:\tT" in Path(f"/proc/{pid}/status").read_text()
     except OSError:  # it has ended
         return False
 
 
-def test_the_jobs_of_a_sweep(slurm, corpus_path, tmp_path):
-    """One cell at a time. The first is stopped, and the last, which has the ID of the whole array."""
+def test_jobs_of_a_sweep(slurm, corpus_path, tmp_path):
+    """Runs one cell at a time; stops the first and the last one, which has the job ID of the array."""
     folder = tmp_path / "sweep"
     recipe = write_recipe(tmp_path / "recipe.py", corpus_path, steps=2000)
     overrides = [
@@ -245,7 +245,7 @@ def test_the_jobs_of_a_sweep(slurm, corpus_path, tmp_path):
         slurm.wait_for(lambda cell=cells[task]: len(read_metrics(cell)) >= 2, "steps", f"{array}_{task}")
         running = slurm.run("squeue", "--noheader", "--array", "--states=RUNNING", f"--jobs={array}")
         assert len(running.splitlines()) == 1
-        # Of the step: for a task of a limited array, scancel sends the signal and then reports an error.
+        # Signals the step: for a task of a limited array, scancel sends the signal and then reports an error.
         step = slurm.show(f"{array}_{task}")["JobId"] + ".0"
         slurm.run("scancel", "--signal=TERM", step)
     for task, (cell, restarts) in enumerate(zip(cells, "101", strict=True)):
@@ -255,7 +255,7 @@ def test_the_jobs_of_a_sweep(slurm, corpus_path, tmp_path):
         assert [record["step"] for record in read_metrics(cell)] == list(range(0, 2001, 100))
     again = run_command(*command)
     assert again.returncode == 0, again.stderr
-    assert not list((folder / "logs").glob("*"))  # nothing was left to run
+    assert not list((folder / "logs").glob("*"))  # no cell was left to run
 
 
 def weights(workdir: Path) -> dict:

@@ -1,4 +1,4 @@
-"""`launch/gke_xpk.sh` by xpk's own dry run: the manifest that it would apply, and the container's command."""
+"""`launch/gke_xpk.sh` with xpk's own dry run: the manifest, and the command of the container."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def xpk() -> str:
 
 @pytest.fixture
 def manifest(xpk, tmp_path):
-    """Returns the manifest for arguments of training, as xpk writes it in a dry run."""
+    """Returns the manifest that xpk writes in a dry run, for arguments of training."""
 
     def write(*arguments: str) -> dict:
         env = {"PATH": f"{Path(xpk).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)} | VARIABLES
@@ -58,7 +58,7 @@ def slices_of(manifest: dict) -> tuple[dict, dict]:
     return job, job["template"]["spec"]["template"]["spec"]
 
 
-def test_the_workload_restarts_unless_the_user_erred(manifest):
+def test_workload_restarts_except_after_user_errors(manifest):
     written = manifest("--config=c")
     job, pod = slices_of(written)
     assert written["spec"]["failurePolicy"]["maxRestarts"] == 100
@@ -70,7 +70,7 @@ def test_the_workload_restarts_unless_the_user_erred(manifest):
     assert pod["terminationGracePeriodSeconds"] == 120
 
 
-def test_the_workload_has_the_slices_that_were_asked_for(manifest):
+def test_workload_has_the_requested_slices(manifest):
     job, pod = slices_of(manifest("--config=c"))
     assert job["replicas"] == 2
     assert job["template"]["spec"]["parallelism"] == 4  # machines of a v5litepod-16
@@ -81,7 +81,7 @@ def test_the_workload_has_the_slices_that_were_asked_for(manifest):
 
 
 class Container:
-    """A pod's command, run in a shell: `pip` does nothing, the bucket and /tmp/corpus are folders."""
+    """Runs a pod's command in a shell: `pip` does nothing, the bucket and /tmp/corpus are folders."""
 
     def __init__(self, manifest: dict, folder: Path):
         (container,) = slices_of(manifest)[1]["containers"]
@@ -108,8 +108,8 @@ class Container:
         )
 
 
-def test_the_container_stops_with_75_and_resumes(manifest, corpus_path, tmp_path):
-    """What Kubernetes does to a preempted pod: SIGTERM to its first process, then the same command again."""
+def test_container_exits_with_75_and_resumes(manifest, corpus_path, tmp_path):
+    """Like Kubernetes with a preempted pod: SIGTERM to its first process, then the same command again."""
     recipe = write_recipe(tmp_path / "recipe with spaces.py", corpus_path, steps=1000, repetitions=100)
     overrides = ["--config.log.every=50", "--config.checkpoint.every=1000", "--config.valid.every=1000"]
     container = Container(manifest(f"--config={recipe}", *overrides), tmp_path)
@@ -130,8 +130,8 @@ def test_the_container_stops_with_75_and_resumes(manifest, corpus_path, tmp_path
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_user_errors_end_with_2(manifest, corpus_path, tmp_path, prepared):
-    """A wrong flag, and a corpus that is not in the bucket: to be told, not to be restarted."""
+def test_user_errors_have_status_2(manifest, corpus_path, tmp_path, prepared):
+    """A wrong flag, and a corpus that is not in the bucket, must not cause a restart."""
     container = Container(manifest("--config=tests/micro.py", "--config.nonsense=1"), tmp_path)
     if prepared:
         shutil.copytree(corpus_path, container.bucket / "corpora" / "run")

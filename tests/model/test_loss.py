@@ -24,9 +24,9 @@ def inputs():
 
 def plain(features, kernel, bias, targets, weights, z_weights):
     logits = features @ kernel + bias
-    normaliser = jax.nn.logsumexp(logits, -1)
-    nll = normaliser - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return (weights * nll).sum() + (z_weights * normaliser**2).sum(), nll
+    normalizer = jax.nn.logsumexp(logits, -1)
+    nll = normalizer - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (weights * nll).sum() + (z_weights * normalizer**2).sum(), nll
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 10, 64])  # 4 does not divide the row, 64 is longer than it

@@ -1,4 +1,4 @@
-"""Masked language modelling and masked inputs: amount, positions, spans and replacements."""
+"""Masked language modeling and masked inputs: amount, positions, spans and replacements."""
 
 import itertools
 import math

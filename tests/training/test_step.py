@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualsm.aot.hlo import analyse
+from dualsm.aot.hlo import analyze
 from dualsm.config import default_config
 from dualsm.devices import sharding
 from dualsm.model import transformer
@@ -135,7 +135,7 @@ def test_replicas_sum_gradients_once_per_step(layout, gradient_accumulation_step
     expected = Micro(**{"optimizer.name": "adamw"}).run()
     assert_trees_close(state.metrics, expected.metrics, rtol=1e-5)
     assert_trees_close(state.params, expected.params, atol=2e-5)
-    work = analyse(step.as_text(), 4)
+    work = analyze(step.as_text(), 4)
     assert (work.collective_count == {"all-reduce": 1}) == once
     sent = sum(work.collective_bytes.values())
     ring = 2 * 3 / 4 * sum(x.nbytes for x in jax.tree.leaves(expected.params))

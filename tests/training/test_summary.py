@@ -2,7 +2,7 @@
 
 from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
-from dualsm.training.summary import summarise
+from dualsm.training.summary import summarize
 
 
 def test_run_without_validation(micro, tmp_path, capsys):
@@ -20,5 +20,5 @@ def test_run_without_validation(micro, tmp_path, capsys):
 
 
 def test_summary_without_metrics_names_the_run_directory(corpus, tmp_path):
-    said = summarise(tmp_path, corpus)
+    said = summarize(tmp_path, corpus)
     assert said.startswith(f"{tmp_path}: config.json") and "\n" not in said

@@ -1,4 +1,4 @@
-"""What all targets of the fuzz are made of."""
+"""Fuzzing targets, and text for them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TEXT = "naïve 🙂 \u2028 <mask> ▁ x\n"
 
 
 class Target(NamedTuple):
-    """An artefact and its reader.
+    """Files and the function that reads them.
 
     Attributes:
-      files: of the artefact, by their path in its folder.
-      use: reads the artefact that lies in a folder. Raises what the command would see, and asserts what must
-        hold when nothing is raised.
-      content: what the files are replaced by; None: what damage makes of them.
-      share: of the cases, beside those of others; less where a case takes long.
+      files: path in the folder -> content.
+      use: reads the files in a folder. Raises the errors that a command would raise, and asserts invariants
+        of the result.
+      content: strategy for the content of a file; None: damaged versions of the file.
+      share: relative number of cases; lower for slow targets.
     """
 
     files: dict[str, bytes]
@@ -31,14 +31,14 @@ class Target(NamedTuple):
 
 
 def real_texts(pattern: str = "json/decoder.py") -> list[str]:
-    """Text that is on every machine, the standard library's, cut at blank lines; a difficult one in front."""
+    """Returns text of the standard library, split at blank lines, after one difficult text."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_text(encoding="utf-8") for path in sorted(root.glob(pattern))]
     return [TEXT, *(block for text in texts for block in text.split("\n\n") if block.strip())]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """The content of every file in a folder, by its path there."""
+    """Returns path in the folder -> content, for every file in a folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -47,5 +47,5 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def jsonl(values) -> bytes:
-    """Values as JSON lines."""
+    """Returns values as JSON lines."""
     return "".join(json.dumps(value) + "\n" for value in values).encode()
