@@ -1,4 +1,4 @@
-"""Checks and times attention and the training step on an accelerator.
+"""Checks and times attention and the train step on an accelerator.
 
     python benchmarks/accelerator.py --output=runs/h200.json
     python benchmarks/accelerator.py --attention=flash --remat=none --remat=matmuls --rows=256 --check=false

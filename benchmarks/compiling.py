@@ -3,7 +3,7 @@
     JAX_PLATFORMS=cpu python benchmarks/compiling.py
     python benchmarks/compiling.py --topology=v5e:2x2    # memory on a TPU, without a TPU
 
-Compile times include tracing of the whole training step, alternate between models and use no cache. The
+Compile times include tracing of the whole train step, alternate between models and use no cache. The
 layers are in one scan, so depth should not affect them. Memory is XLA's analysis of the compiled step
 (`memory_analysis`); nothing is executed. The baseline is the same step with the textbook loss: a softmax over
 all logits, differentiated by `jax.grad`.
@@ -63,7 +63,7 @@ def step_config(layers: int, width: int, heads: int, d_ff: int, remat: str = "ma
 
 
 def compiled_step(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> jax.stages.Compiled:
-    """Compiles the training step for the first of `devices`, by default of this machine."""
+    """Compiles the train step for the first of `devices`, by default of this machine."""
     mesh = sharding.make_mesh(config.mesh, (devices or jax.devices())[:1])
     with jax.set_mesh(mesh):
         program = compile_train_step(config, SpecialIds(vocab_size=config.model.vocab_size), mesh)

@@ -2,7 +2,7 @@
 
 Compares the loss on the second half of held-out segments, given the first half, in causal and in prefix mode.
 
-    python benchmarks/prefix.py --workdir='runs/sweep/cells/*' --pieces=500
+    python benchmarks/prefix.py --workdir='runs/sweep/cells/*' --segments=500
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dualsm.process.progress import say, table
 from dualsm.rundir.trained_run import open_run
 
 _WORKDIR = flags.DEFINE_multi_string("workdir", None, "run directory or glob; can be repeated")
-_PIECES = flags.DEFINE_integer("pieces", 500, "number of held-out segments of the sequence length")
+_SEGMENTS = flags.DEFINE_integer("segments", 500, "number of held-out segments of the sequence length")
 _OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 flags.mark_flags_as_required(["workdir"])
 
@@ -39,7 +39,7 @@ def held_out_segments(path: str, length: int, count: int) -> list[tuple[list[int
     ]
     if len(starts) < count:
         raise UserError(
-            f"--pieces={count}: {path} has only {len(starts)} held-out segments of {length} tokens; lower it"
+            f"--segments={count}: {path} has only {len(starts)} segments of {length} tokens; lower it"
         )
     chosen = [starts[i * len(starts) // count] for i in range(count)]
     segments = documents.read([d for d, _ in chosen], [s for _, s in chosen], [s + length for _, s in chosen])
@@ -69,7 +69,7 @@ def main(_: Sequence[str]) -> None:
         raise UserError(
             f"--workdir={','.join(_WORKDIR.value)} matches no run directory; check the path or quote the glob"
         )
-    results = {workdir: measure(workdir, _PIECES.value) for workdir in workdirs}
+    results = {workdir: measure(workdir, _SEGMENTS.value) for workdir in workdirs}
     rows = [
         [Path(name).name, f"{r['causal']:.3f}", f"{r['prefix']:.3f}", f"{r['gain']:.4f} ± {r['stderr']:.4f}"]
         for name, r in results.items()

@@ -1,4 +1,4 @@
-"""The transformer and training step in PyTorch, as the baseline of `train_step.py`."""
+"""The transformer and train step in PyTorch, as the baseline of `train_step.py`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Transformer(nn.Module):
 
 
 def make_step(config: ConfigDict, compiled: bool) -> Callable[[torch.Tensor], float]:
-    """Returns a function that runs one causal training step on tokens [B, L + 1] and returns the loss."""
+    """Returns a function that runs one causal train step on tokens [B, L + 1] and returns the loss."""
     torch.manual_seed(config.seed)
     model = Transformer(config.model, config.seq_len)
     optimizer = torch.optim.AdamW(

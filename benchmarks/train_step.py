@@ -1,4 +1,4 @@
-"""Measures the training step, relative to PyTorch and to the matrix multiplication rate of the machine.
+"""Measures the train step, relative to PyTorch and to the matrix multiplication rate of the machine.
 
     python benchmarks/train_step.py --shape=micro
     python benchmarks/train_step.py --shape=reference

@@ -35,12 +35,12 @@ _TOKENS = flags.DEFINE_integer(
     "tokens", 64, "maximum number of tokens to add to a prompt without masks", lower_bound=1
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "sampling temperature; 0 decodes greedily")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "sample from the k likeliest tokens; 0: from all")
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "sample from the likeliest tokens with this total probability")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "number of most likely tokens to sample from; 0: all")
+_TOP_P = flags.DEFINE_float("top_p", 0.95, "minimum total probability of the tokens to sample from")
 _SEED = flags.DEFINE_integer(
     "seed", 0, "sampling seed; a text depends only on the seed and its own prompt", 0, 2**32 - 1
 )
-_ORDER = flags.DEFINE_enum("order", "confidence", ORDERS, "diffusion: which positions to unmask first")
+_ORDER = flags.DEFINE_enum("order", "confidence", ORDERS, "diffusion: positions to unmask first")
 _STEPS = flags.DEFINE_integer("steps", 0, "diffusion: forward passes per block; 0: one per token")
 _THRESHOLD = flags.DEFINE_float(
     "threshold", 0.0, "diffusion: unmask all tokens whose probability reaches this threshold; 0: off"

@@ -67,7 +67,7 @@ class Stopping:
 
 
 def compare_lengths(table: DataFrame, metric: str, repetitions: float) -> Stopping:
-    """Compares whole-budget and shorter causal training at `repetitions`, given at least `SEEDS` seeds each.
+    """Compares training for the whole budget with shorter causal training, at least `SEEDS` seeds each.
 
     Each side is represented by its best setting. The verdict is "unknown" if the best setting of one side was
     not tried on the other side: a tuned run is not compared with an untuned one.

@@ -115,7 +115,7 @@ class Surface:
         return mean_AxG, np.sqrt(np.stack([np.diag(c_AxA).clip(0) for _, c_AxA in columns], axis=1))
 
     def alphas(self) -> np.ndarray:
-        """Returns the candidates for a recommendation: the tried alphas and `scales.ALPHAS` between them."""
+        """Returns the candidate alphas: the tried ones, and those of `scales.ALPHAS` within their range."""
         outside_A = ALPHAS.clip(self.alpha_C.min(), self.alpha_C.max()) != ALPHAS
         return np.union1d(ALPHAS[~outside_A], self.alpha_C)
 

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation of training steps for absent devices."""
+"""Ahead-of-time compilation of train steps for absent devices."""

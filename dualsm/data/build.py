@@ -44,7 +44,7 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
     Args:
       recipe: the input and its processing.
       output: folder to create. An existing corpus of the same recipe and files is kept.
-      workers: number of processes; 1 does all work in this process.
+      workers: number of processes; 1: only this process.
       quiet: show no progress bars and no messages.
 
     Raises:

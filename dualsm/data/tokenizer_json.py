@@ -129,8 +129,8 @@ def external_ids(named: dict[str, int], special: list[int], ids: list[int]) -> n
 
     Args:
       named: ids of the special pieces in the file, by field of `SpecialIds`.
-      special: ids of all special tokens in the file. Tokens not in `named` take the free reserved ids, while
-        there are any; the rest become text ids.
+      special: ids of all special tokens in the file. Tokens not in `named` get free reserved ids, as long as
+        there are any; the others become text ids.
       ids: all ids in the file, ascending.
 
     Returns:

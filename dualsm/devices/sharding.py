@@ -103,7 +103,7 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def accumulation_steps(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
-    """Returns the number of gradient accumulation steps of a training step.
+    """Returns the number of gradient accumulation steps per train step.
 
     With `config.per_device_batch_size` it is the smallest number that keeps each device at or below that many
     sequences, so that fewer devices take more steps and the batch stays the same. Otherwise it is

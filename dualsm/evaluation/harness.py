@@ -38,7 +38,7 @@ _BATCH_SIZE = 16  # texts generated together
 
 
 class HarnessModel:
-    """Answers the harness's three kinds of requests with a run; a request has its strings in `args`."""
+    """Answers the harness's three kinds of requests with a run; the strings of a request are in `args`."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class HarnessModel:
         """
         Args:
           workdir: run directory.
-          checkpoint: step of the checkpoint; None takes the newest.
+          checkpoint: step of the checkpoint; None: the newest.
           mode: one of `dualsm.evaluation.modes.MODES`. Texts are generated autoregressively in the modes
             causal and prefix, by unmasking in the other two.
           masks: numbers of masks in the mode masked: 1, "1+4" or [1, 4].
@@ -65,7 +65,7 @@ class HarnessModel:
           block, steps: unmasking parameters, see `dualsm.generation.diffusion.UnmaskingParams`.
 
         Raises:
-          UserError: if an argument is unknown or invalid, or there is no such run or checkpoint.
+          UserError: if an argument is unknown or invalid, or the run or checkpoint does not exist.
         """
         if unknown or not workdir:
             known = "workdir, checkpoint, mode, masks, samples, seed, block, steps"
@@ -150,7 +150,7 @@ class HarnessModel:
         return texts
 
     def _truncate(self, prompt: list[int], new_tokens: int) -> list[int]:
-        """Returns the prompt after `<s>`, truncated on the left so that `new_tokens` more fit."""
+        """Returns `<s>` and the prompt, truncated on the left to leave room for `new_tokens` tokens."""
         room = self._scoring.max_length - 1 - new_tokens
         return [self._run.tokenizer.special.bos, *prompt[-room:]]
 

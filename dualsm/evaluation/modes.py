@@ -1,4 +1,4 @@
-"""Scoring modes: how an item is converted to the sequences that are scored, one forward pass each."""
+"""Scoring modes: conversion of an item to sequences, each scored with one forward pass."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class EvalSpec:
       tasks: names from `TASKS`, or `HELD_OUT`.
       modes: names from `MODES`.
       task_data: folder with the tasks' files.
-      limit: maximum number of questions per task; 0 takes all.
+      limit: maximum number of questions per task; 0: all.
       masks: numbers of masks that the mode "masked" averages over.
       samples: draws per item of the mode "monte_carlo".
       valid_samples: draws per packed sequence of held-out text.

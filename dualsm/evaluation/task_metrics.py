@@ -23,7 +23,7 @@ class Metric(NamedTuple):
     Attributes:
       accuracy: fraction of correctly answered questions; None without questions.
       stderr: standard error of the accuracy; None for fewer than two questions.
-      normalised: 100 * (accuracy - chance) / (1 - chance); 0 is guessing, 100 perfect.
+      normalised: 100 * (accuracy - chance) / (1 - chance); 0 for guessing, 100 for perfect answers.
       ties: number of questions whose correct answer shares the highest value with another answer.
     """
 

@@ -31,8 +31,8 @@ def load_task(name: str, folder: str | Path, limit: int = 0) -> list[Question]:
 
     Args:
       name: name of the task.
-      folder: contains `<name>/` with .jsonl files (MMLU: or .csv), or `<name>.jsonl`.
-      limit: maximum number of questions, spread evenly over the files; 0 loads all.
+      folder: folder that contains `<name>/*.jsonl` (for MMLU also .csv) or `<name>.jsonl`.
+      limit: maximum number of questions, spread evenly over the files; 0: all.
 
     Raises:
       UserError: if the task is unknown, has no files, a line cannot be parsed, or two files contain the same

@@ -1,4 +1,4 @@
-"""Settings of the architecture that a format can or cannot express."""
+"""Architecture switches of `config.model`, and checks that an export format supports them."""
 
 from __future__ import annotations
 

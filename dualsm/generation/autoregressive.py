@@ -63,7 +63,7 @@ def forward_with_cache(
       model: the model.
       tokens_BxP: tokens at positions `position_B`, `position_B + 1`, ...
       position_B: number of cache positions that each text has filled.
-      prefix_end_B: end of the bidirectional prefix of each text; 0 is causal.
+      prefix_end_B: end of the bidirectional prefix of each text; 0: none.
       cache: the cache before the call.
 
     Returns:
@@ -197,7 +197,7 @@ def generate(
       sampling: sampling parameters.
       special: the tokenizer's special ids.
       mode: "causal", or "prefix" for bidirectional attention within the prompt.
-      key_B: PRNG key of each prompt; None derives them from seed 0, see `prompt_batches.prompt_keys`.
+      key_B: PRNG key of each prompt; None: keys of seed 0, see `prompt_batches.prompt_keys`.
       yield_every: number of steps between two yields.
 
     Yields:

@@ -36,10 +36,10 @@ class UnmaskingParams:
       order: positions to unmask first: those with the highest probability of the sampled token
         ("confidence"), the largest difference between the two highest probabilities ("margin"), the lowest
         entropy ("entropy"), or random ones ("random").
-      steps: forward passes per block; 0 runs one per masked token.
+      steps: forward passes per block; 0: one per masked token.
       threshold: if not 0, replaces the fixed number of passes: each pass unmasks all tokens whose probability
         reaches the threshold, and at least one.
-      block: number of masked positions per block; blocks are unmasked from left to right. 0 makes one block.
+      block: number of masked positions per block; blocks are unmasked from left to right; 0: one block.
     """
 
     order: str = "confidence"
@@ -161,7 +161,7 @@ def infill(
       sampling: sampling parameters.
       unmasking: unmasking parameters.
       special: the tokenizer's special ids.
-      key_B: PRNG key of each text; None derives them from seed 0, see `prompt_batches.prompt_keys`.
+      key_B: PRNG key of each text; None: keys of seed 0, see `prompt_batches.prompt_keys`.
 
     Yields:
       Token ids of all texts. The last item contains the texts without masks.

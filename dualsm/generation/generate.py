@@ -54,8 +54,8 @@ def generate(
       mode: one of `MODES`.
       new_tokens: maximum number of tokens to add to each prompt that has no masks.
       sampling: sampling parameters.
-      unmasking: unmasking parameters of the mode "diffusion"; None takes the defaults.
-      key_B: PRNG key of each prompt; None derives them from seed 0, see `prompt_batches.prompt_keys`.
+      unmasking: unmasking parameters of the mode "diffusion"; None: the defaults.
+      key_B: PRNG key of each prompt; None: keys of seed 0, see `prompt_batches.prompt_keys`.
 
     Returns:
       An iterator over the token ids of all texts, prompts included, after every few steps. The last item

@@ -20,9 +20,9 @@ class SamplingParams:
 
     Attributes:
       temperature: divides the logits; below `GREEDY_BELOW` decoding is greedy.
-      top_k: sample from the k likeliest tokens; 0 samples from all.
-      top_p: sample from the smallest set of likeliest tokens with at least this total probability, after
-        temperature and `top_k`; 1 samples from all.
+      top_k: number of most likely tokens to sample from; 0: all.
+      top_p: minimum total probability of the most likely tokens to sample from, after
+        `temperature` and `top_k`; 1: all tokens.
     """
 
     temperature: float = 1.0
@@ -31,15 +31,15 @@ class SamplingParams:
 
     def __post_init__(self):
         if not 0 <= self.temperature <= float(np.finfo(np.float32).max):  # False for NaN
-            raise UserError(f"temperature={self.temperature}: must be finite and at least 0")
+            raise UserError(f"temperature={self.temperature} must be finite and at least 0")
         if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k}: must be at least 0; 0 samples from all tokens")
+            raise UserError(f"top_k={self.top_k} must be at least 0; use 0 for all tokens")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: must be in (0, 1]; 1 samples from all tokens")
+            raise UserError(f"top_p={self.top_p} must be in (0, 1]; use 1 for all tokens")
 
     @property
     def greedy(self) -> bool:
-        """Returns True if the likeliest token is always taken."""
+        """True if the most likely token is always chosen."""
         return self.temperature < GREEDY_BELOW
 
 

@@ -152,7 +152,7 @@ def _grouped_product(subscripts: str, left_BxHxLx: jax.Array, right_BxZxSxK: jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _divide(x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns x / y as `dtype`; the gradient uses the quotient, which is kept anyway, instead of x."""
+    """Returns x / y as `dtype`; the gradient uses the saved quotient, so that x need not be saved."""
     return (x / y).astype(dtype)
 
 

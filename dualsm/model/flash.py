@@ -5,7 +5,7 @@ the gradients of keys and values. Each program loads one block of queries (or ke
 only the blocks of keys (or queries) within its ranges. No L x L array is stored in main memory, and blocks
 of other documents or above the causal diagonal cost nothing. One call supports any mixture of objectives.
 
-Scores are in base 2, as GPUs have an exp2 instruction.
+Scores are in base 2, because GPUs have an exp2 instruction.
 """
 
 from __future__ import annotations

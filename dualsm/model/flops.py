@@ -23,7 +23,7 @@ def matrix_parameters(config: ml_collections.ConfigDict) -> int:
 
 
 def train_flops(config: ml_collections.ConfigDict, seq_len: int, attended: float) -> float:
-    """Returns the FLOPs of a training step per sequence.
+    """Returns the FLOPs of a train step per sequence.
 
     Args:
       config: `config.model`.

@@ -1,4 +1,4 @@
-"""Sizes of attention heads that a config leaves at their default."""
+"""Number and size of attention heads, with the defaults of config values that are 0."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def rotated_layers(num_layers: int, interval: int) -> jax.Array | None:
 
     Args:
       num_layers: N.
-      interval: every `interval`-th layer has none; 0: all layers have it.
+      interval: every `interval`-th layer has no rotary embedding; 0: all layers have it.
     """
     return (jnp.arange(num_layers) + 1) % interval != 0 if interval else None
 
@@ -71,7 +71,7 @@ def rotated_layers(num_layers: int, interval: int) -> jax.Array | None:
 def layer_angles(
     angles: tuple[jax.Array, jax.Array], is_rotated: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the angles of a layer: `angles`, or no rotation if `is_rotated` is False; None keeps them."""
+    """Returns `angles`, or those of no rotation if `is_rotated` is False."""
     if is_rotated is None:
         return angles
     cos, sin = angles

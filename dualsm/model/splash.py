@@ -68,7 +68,7 @@ def attend_splash(
         mask_value=kernel.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
         residual_checkpoint_name=ATTENTION,
-        mask_function=lies_before_end,
+        mask_function=is_before_end,
         interpret=interpret,
     )
     q_HxTxK, k_ZxTxK, v_ZxTxK = (
@@ -78,7 +78,7 @@ def attend_splash(
     return out_HxTxK.swapaxes(0, 1).reshape(q_BxLxHxK.shape)
 
 
-def lies_before_end(end: jax.Array, position: jax.Array) -> jax.Array:
+def is_before_end(end: jax.Array, position: jax.Array) -> jax.Array:
     """Returns True for keys before the end of the query's range; compiled into the kernel."""
     return position < end
 
@@ -98,7 +98,7 @@ def seen_blocks(key_start_BxL: jax.Array, key_end_BxL: jax.Array, size: int) -> 
 
 
 def next_seen(seen_BxIxJ: jax.Array, axis: int) -> jax.Array:
-    """Returns the block to prefetch along `axis`: itself if used, or else the next or the last used block."""
+    """Returns the block to prefetch along `axis`: the next used block from each one on, or else the last."""
     blocks = seen_BxIxJ.shape[axis]
     block = jnp.arange(blocks).reshape([-1 if a == axis else 1 for a in range(3)])
     following = jax.lax.cummin(jnp.where(seen_BxIxJ, block, blocks), axis=axis, reverse=True)

@@ -156,7 +156,7 @@ class PlainHead(nnx.Module):
 
 
 class Unbiased(nnx.Module):
-    """Output layer without a bias parameter; `bias` is zero, as the loss requires one."""
+    """Output layer without a bias parameter; `bias` is zero, because the loss requires one."""
 
     def __init__(self, linear: nnx.Linear):
         self.kernel, self.dtype = linear.kernel, linear.dtype
@@ -185,7 +185,7 @@ class Tied(nnx.Module):
 
 
 class TiedUnbiased(nnx.Module):
-    """Output layer whose matrix is the transposed embedding; `bias` is zero, as the loss requires one."""
+    """Output layer whose matrix is the transposed embedding; `bias` is zero, as in `Unbiased`."""
 
     def __init__(self, embedding: nnx.Embed):
         self.embedding, self.dtype = embedding.embedding, embedding.dtype

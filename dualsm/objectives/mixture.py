@@ -1,7 +1,7 @@
 """The mixture: assigns an objective to each row of each step, and makes the examples.
 
 The host assigns objectives from the shares alone, so that a change of the shares never recompiles the
-training step. On the device, one vmapped `switch` makes the examples.
+train step. On the device, one vmapped `switch` makes the examples.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def bind(
 
     Args:
       names: names of objectives.
-      options: `config.objectives`, or a part of it; `weight` is ignored, the training step applies it.
+      options: `config.objectives`, or a part of it; `weight` is ignored, because the train step applies it.
       special: special ids of the tokenizer.
     """
     bound = []

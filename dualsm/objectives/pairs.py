@@ -88,7 +88,7 @@ def default_member_options(pairs: Mapping[str, Mapping]) -> dict[str, Any]:
 
 
 def check_pairs(config: Mapping) -> None:
-    """Raises `UserError`, naming the key, for invalid options of pairs; keys and types must be right."""
+    """Raises `UserError`, naming the key, for invalid options of pairs whose keys and types are valid."""
     for pair, members in config["pairs"].items():
         for name, options in members.items():
             where, row = f"config.pairs.{pair}.{name}", OBJECTIVES[name]

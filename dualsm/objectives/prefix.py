@@ -17,9 +17,9 @@ from dualsm.objectives.registry import objective
     averages_over="targets after the prefix",
 )
 def prefix(row: Row, key: jax.Array, special: SpecialIds) -> Example:
-    """Predicts the tokens after a prefix, whose length each document draws uniformly from 1..n-1.
+    """Predicts the tokens after a prefix, with a length drawn uniformly from 1..n-1 per document.
 
-    Here n is the number of the document's tokens in the row. All positions of the document attend to the
+    n is the number of the document's tokens in the row. All positions of the document attend to the
     prefix. Targets after the prefix have weight 1, targets inside it weight 0.
     """
     del special

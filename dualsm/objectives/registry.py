@@ -138,7 +138,7 @@ def check_options(options: Mapping[str, Mapping]) -> None:
     """Raises `UserError`, naming the key, for invalid options.
 
     Args:
-      options: `config.objectives`, with all keys and types right.
+      options: `config.objectives`, with valid keys and types.
     """
     for name, row in OBJECTIVES.items():
         where = f"config.objectives.{name}"

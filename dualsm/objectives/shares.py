@@ -1,7 +1,7 @@
 """Shares of the entries of the mixture (objectives and pairs) over the run.
 
 The host computes them before the first step and sends only the objective of each row to the device, so that a
-change of the shares never recompiles the training step.
+change of the shares never recompiles the train step.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Uses `jax.distributed`: its coordinator runs in process 0, monitors the other processes by heartbeat, and ends
 the job if one dies. Processes exchange messages through the coordinator instead of a collective on their
-devices, as a first collective times out after half a minute if processes reach it at different times.
+devices: the first collective times out if processes reach it more than half a minute apart.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def is_main_process() -> bool:
 def preempted(step: int) -> bool:
     """Returns True once any process has received SIGTERM; all processes get the same result.
 
-    Every process must call this function equally often, as JAX matches calls by their number.
+    Every process must call this function equally often, because JAX matches calls by their number.
     """
     del step  # there may be several calls per step
     return multihost_utils.reached_preemption_sync_point(next(_stop_checks))
@@ -213,7 +213,7 @@ def _exit_message(error: BaseException) -> tuple[str, int]:
 
 
 def _die(message: str, status: int, agreed: bool) -> None:
-    """Ends this process immediately, as an orderly exit would wait for the other processes.
+    """Ends this process immediately, because an orderly exit would wait for the other processes.
 
     If all processes agreed to exit, they shut down together, so that the coordinator does not exit first.
     """

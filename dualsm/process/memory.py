@@ -14,7 +14,7 @@ _ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel*", "vfio/[0-9]*")
 def keep_freed_memory(one_arena: bool = True) -> None:
     """Makes glibc keep freed memory for reuse by the process; does nothing with other C libraries.
 
-    On CPU each training step allocates and frees its temporary buffers. By default glibc returns such large
+    On CPU each train step allocates and frees its temporary buffers. By default glibc returns such large
     blocks to the operating system, which zeroes every page again in the next step. Zeroing takes a fifth to a
     third of the time of a small step (`benchmarks/train_step.py --keep_memory=false`).
 

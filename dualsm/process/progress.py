@@ -67,7 +67,7 @@ def _ignore_closed_terminal() -> Iterator[None]:
 
 
 class LiveText:
-    """Text that is redrawn in place on a terminal, cropped to its last lines. A context manager."""
+    """Context manager of a text that is redrawn in place on a terminal, cropped to its last lines."""
 
     def __init__(self):
         console = Console(file=sys.stdout, force_terminal=True, highlight=False)
@@ -90,9 +90,10 @@ class LiveText:
 
 
 class StatusTable:
-    """A table that is redrawn in place on a terminal. A context manager; the last table remains.
+    """Context manager of a table that is redrawn in place on a terminal.
 
-    In a log file, a row is printed when its second column, the status, changes, and the table at the end.
+    Without a terminal, a row is printed when its status (the second column) changes. The final table is
+    printed in both cases.
     """
 
     def __init__(self, header: Sequence[str]):

@@ -317,5 +317,5 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
 
 
 def abstract(tree, shardings):
-    """Returns the shapes, dtypes and shardings of a tree, as the restore functions take them."""
+    """Returns the shapes, dtypes and shardings of a tree, an argument of the restore functions."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -21,7 +21,7 @@ MAX_NAME_LENGTH = 200  # bytes; file systems allow 255, including suffixes such 
 
 
 class Cell(NamedTuple):
-    """One run of a sweep: its name (also of its folder) and the config values that it sets."""
+    """One run of a sweep: its name, which is also that of its folder, and the config values that it sets."""
 
     name: str
     values: dict[str, Value]

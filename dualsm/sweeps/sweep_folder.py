@@ -192,7 +192,7 @@ class Sweep:
         _write_json(path, outcome | {"seconds": seconds})
 
     def recorded(self, cell: Cell) -> dict:
-        """Returns a cell's `cell.json`; {} if it is missing or damaged, since the run's files suffice."""
+        """Returns a cell's `cell.json`; {} if it is missing or damaged."""
         try:
             return read_outcome(self.path(cell)) or {}
         except (OSError, ValueError):

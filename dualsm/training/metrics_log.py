@@ -41,7 +41,7 @@ class MetricsLog:
           schedule: learning rate by step.
           unique_tokens: tokens of one epoch.
           peak: peak performance of all devices.
-          flops_J: floating-point operations of a training step per row of each member of the mixture.
+          flops_J: floating-point operations of a train step per row of each member of the mixture.
           writer: destination of the metrics.
         """
         self._config, self._plan, self._schedule = config, plan, schedule

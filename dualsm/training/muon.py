@@ -32,7 +32,7 @@ def make_muon(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> op
 
 
 def _shard_layers(muon: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Distributes the layers over the devices and keeps each layer's matrices whole.
+    """Shards the update over layers, so that each device has whole matrices.
 
     Newton-Schulz iterations need whole matrices. GSPMD would gather the matrices of all layers on each device
     for every product. Here each device updates its share of the layers, with one all-to-all before and after.
@@ -61,7 +61,7 @@ def _pad_layers(x: jax.Array, devices: int) -> jax.Array:
 
 
 def _matrix_axes(params):
-    """Returns the last two axes of each parameter as its matrix."""
+    """Declares, for Optax, the last two axes of each parameter as its matrix axes."""
     return jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
 
 

@@ -40,7 +40,7 @@ def profiled(window: Window | None, workdir: epath.PathLike) -> Iterator[Profile
     """Yields the profiler of a run; writes its trace at the end of the context. Only process 0 profiles.
 
     Args:
-      window: steps to profile; None profiles nothing.
+      window: steps to profile; None: none.
       workdir: the run directory; the trace is written to `profile/` in it.
     """
     folder = epath.Path(workdir) / FOLDER

@@ -1,4 +1,4 @@
-"""One training step: a pure function of the train state and a batch of packed sequences.
+"""The train step: a pure function of the train state and a batch of packed sequences.
 
 rows -> examples (mixture) -> summed gradients (gradients) -> division by the batch's loss denominator
      -> update (optimizer), skipped if not finite -> metrics and loss statistics (step_metrics)
@@ -133,7 +133,7 @@ def make_train_step(
 def _update_if_finite(
     optimizer: optax.GradientTransformation, state: TrainState, grads: dict, finite: jax.Array
 ) -> tuple[dict, optax.OptState]:
-    """Returns the new parameters and optimizer state; the old ones unless `finite`."""
+    """Returns the new parameters and optimizer state if `finite`, else the old ones."""
 
     def update(params: dict, opt_state: optax.OptState):
         # The learning rate depends on the step, not on the number of updates made so far.
