@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from dualsm.config import default_config, load_config, save_config
 from dualsm.data.corpus import Corpus
 from dualsm.process import cli
-from dualsm.process.errors import unread
+from dualsm.process.errors import is_broken_stdout
 from tests.conftest import ROOT, command_env, run_command
 
 
@@ -248,7 +248,7 @@ def test_any_text_is_printed_in_any_encoding(encoding, tmp_path):
 
 
 def test_other_broken_pipes_are_errors():
-    assert not unread(BrokenPipeError())
+    assert not is_broken_stdout(BrokenPipeError())
 
 
 def test_missing_platform_is_a_user_error(recipe, tmp_path, monkeypatch):

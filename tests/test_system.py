@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dualsm.data.corpus import Corpus
-from dualsm.process.errors import UserError, explained
+from dualsm.process.errors import UserError, user_message
 from tests.conftest import ROOT, command_env, run_command
 
 
@@ -51,7 +51,7 @@ def test_hard_limit_of_open_files_is_reported(corpus_path, monkeypatch):
     ],
 )
 def test_errors_of_the_system_come_with_advice(number, advice):
-    assert advice in explained(OSError(number, os.strerror(number), "file"))
+    assert advice in user_message(OSError(number, os.strerror(number), "file"))
 
 
 def test_too_long_name_is_one_line(corpus_path):

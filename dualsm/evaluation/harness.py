@@ -29,7 +29,7 @@ from dualsm.evaluation.scoring import Item, Scorer, encode_pair
 from dualsm.generation import autoregressive, prompt_batches
 from dualsm.generation.diffusion import UnmaskingParams
 from dualsm.generation.generate import check_mode, generate
-from dualsm.process.errors import UserError, explained
+from dualsm.process.errors import UserError, user_message
 from dualsm.process.progress import bar, escape_unprintable, warn
 from dualsm.rundir.trained_run import open_run
 
@@ -229,7 +229,7 @@ def main() -> None:
         sys.argv = ["lm_eval", *command_line_as_json(sys.argv[1:])]
         cli_evaluate()
     except Exception as error:
-        if text := explained(error):
+        if text := user_message(error):
             cli.fail(text)
         raise
 

@@ -18,7 +18,7 @@ _MAX_LINE_BYTES = 16 << 20
 _MAX_NAMED_FILES = 4
 
 
-class Record(NamedTuple):
+class TaskRecord(NamedTuple):
     """A parsed line of a task file, with its location."""
 
     value: Any
@@ -41,7 +41,7 @@ def load_task(name: str, folder: str | Path, limit: int = 0) -> list[Question]:
     by_file = {
         path: [_parse(name, record) for record in _records(path)] for path in task_files(name, Path(folder))
     }
-    _refuse_duplicates(by_file)
+    _check_duplicates(by_file)
     questions = [question for part in by_file.values() for question in part]
     if not questions:
         raise UserError(f"{folder}: the files of task {name} contain no questions")
@@ -51,7 +51,7 @@ def load_task(name: str, folder: str | Path, limit: int = 0) -> list[Question]:
     return questions
 
 
-def _parse(name: str, record: Record) -> Question:
+def _parse(name: str, record: TaskRecord) -> Question:
     where = f"{record.path}, line {record.line}"
     try:
         question = TASKS[name].parse(record.value)
@@ -67,7 +67,7 @@ def _parse(name: str, record: Record) -> Question:
     return question
 
 
-def _refuse_duplicates(by_file: dict[Path, list[Question]]) -> None:
+def _check_duplicates(by_file: dict[Path, list[Question]]) -> None:
     """Raises `UserError` if more than half of a file's questions are also in another file."""
     first: dict[Question, Path] = {}
     for path, questions in by_file.items():
@@ -127,7 +127,7 @@ def describe_files(paths: Sequence[Path]) -> str:
     return f"{len(paths)} files, {paths[0]} to {paths[-1].name}"
 
 
-def _records(path: Path) -> Iterator[Record]:
+def _records(path: Path) -> Iterator[TaskRecord]:
     return _csv_records(path) if path.suffix.lower() == ".csv" else _json_records(path)
 
 
@@ -152,7 +152,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _json_records(path: Path) -> Iterator[Record]:
+def _json_records(path: Path) -> Iterator[TaskRecord]:
     labels_path = path.with_name(f"{path.stem}-labels.lst")  # PIQA and SIQA publish labels separately
     labels = "".join(_lines(labels_path)).split() if labels_path.is_file() else None
     number = 0
@@ -169,12 +169,12 @@ def _json_records(path: Path) -> Iterator[Record]:
             if number > len(labels):
                 raise UserError(f"{labels_path} has {len(labels)} labels, fewer than {path} has lines")
             value["label"] = labels[number - 1]
-        yield Record(value, path, number)
+        yield TaskRecord(value, path, number)
     if labels is not None and len(labels) > number:
         raise UserError(f"{labels_path} has {len(labels)} labels, but {path} has {number} lines")
 
 
-def _csv_records(path: Path) -> Iterator[Record]:
+def _csv_records(path: Path) -> Iterator[TaskRecord]:
     """Reads MMLU's CSV files: question, four choices, letter; the file name contains the subject."""
     subject = re.sub("_(test|val|dev)$", "", path.stem)
     reader = csv.reader(_lines(path), strict=True)
@@ -183,6 +183,6 @@ def _csv_records(path: Path) -> Iterator[Record]:
             if len(cells) != 6:
                 raise UserError(f"{path}, line {reader.line_num}: {len(cells)} columns instead of 6")
             value = {"question": cells[0], "choices": cells[1:5], "answer": cells[5], "subject": subject}
-            yield Record(value, path, reader.line_num)
+            yield TaskRecord(value, path, reader.line_num)
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error

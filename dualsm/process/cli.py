@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from dualsm.process.errors import UNREAD, UserError, explained, unread
+from dualsm.process.errors import BROKEN_PIPE, UserError, is_broken_stdout, user_message
 from dualsm.process.memory import keep_freed_memory, may_use_accelerator
 from dualsm.process.progress import escape_unprintable
 
@@ -171,7 +171,7 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:
-            if text := explained(error):
+            if text := user_message(error):
                 fail(text)
             raise
 
@@ -184,8 +184,8 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
             sys.stdout.flush()  # a failure to flush at interpreter exit cannot be caught
             raise
     except BrokenPipeError as error:
-        if not unread(error):
+        if not is_broken_stdout(error):
             raise
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, sys.stdout.fileno())  # discards further output
-        sys.exit(UNREAD)
+        sys.exit(BROKEN_PIPE)

@@ -19,7 +19,7 @@ import jax
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
-from dualsm.process.errors import UNREAD, UserError, explained, unread
+from dualsm.process.errors import BROKEN_PIPE, UserError, is_broken_stdout, user_message
 from dualsm.process.progress import drop_terminal
 
 JOIN_SECONDS = 300  # limit for all processes to join
@@ -116,12 +116,12 @@ def barrier() -> None:
     gather("")
 
 
-def from_main(text: str) -> str:
+def broadcast(text: str) -> str:
     """Broadcasts the `text` of the main process."""
     return gather(text if is_main_process() else "").get(0, "")
 
 
-def leads_host() -> bool:
+def is_first_on_host() -> bool:
     """Returns True in the process with the lowest index on each host."""
     hosts = gather(socket.gethostname())
     me = jax.process_index()
@@ -143,7 +143,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    own = "" if failure is None else "user " + text if (text := explained(failure)) else "other"
+    own = "" if failure is None else "user " + text if (text := user_message(failure)) else "other"
     failed = gather(own)
     if failure is None and failed:
         process, text = min(failed.items())
@@ -199,10 +199,10 @@ def _join(coordinator: str | None, processes: int | None, process_id: int | None
 
 def _exit_message(error: BaseException) -> tuple[str, int]:
     """Returns message and exit status for an error that ends this process; an empty message for a bug."""
-    if text := explained(error):
+    if text := user_message(error):
         return f": {text}", 2
-    if unread(error):
-        return ": broken pipe on stdout", UNREAD
+    if is_broken_stdout(error):
+        return ": broken pipe on stdout", BROKEN_PIPE
     if isinstance(error, PeerError):
         return f" stopped: {error}", 1
     by_gloo = isinstance(error, ValueError) and "Gloo" in str(error)  # collectives of CPUs raise either type

@@ -22,15 +22,15 @@ _ADVICE = dict.fromkeys((
     errno.ENOMEM: "out of memory; end other programs or use a machine with more",
 }  # fmt: skip
 
-UNREAD = 141  # exit status after a broken pipe on stdout, as if killed by SIGPIPE
+BROKEN_PIPE = 141  # exit status after a broken pipe on stdout, as if killed by SIGPIPE
 
 
 class UserError(Exception):
     """An error that the user can fix; the message says what is wrong, where, and what to do."""
 
 
-def explained(error: BaseException) -> str | None:
-    """Returns the message of an error with a cause outside the code, or None for any other error."""
+def user_message(error: BaseException) -> str | None:
+    """Returns a message for an error that the user can fix, or None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _ADVICE:
@@ -49,7 +49,7 @@ def explained(error: BaseException) -> str | None:
     return None
 
 
-def unread(error: BaseException) -> bool:
+def is_broken_stdout(error: BaseException) -> bool:
     """Returns True if an error is a broken pipe on stdout, for example because `head` has exited."""
     if not isinstance(error, BrokenPipeError):
         return False

@@ -27,7 +27,7 @@ class Cell(NamedTuple):
     values: dict[str, Value]
 
 
-class Rule(NamedTuple):
+class GridRule(NamedTuple):
     """Values for the cells that match `where`: for each key, one of the listed values."""
 
     where: dict[str, list[Value]]
@@ -75,18 +75,18 @@ def _check_unique(keys: Iterable[str], where: str, advice: str) -> None:
             raise UserError(f"{where}: {key!r} is given {count} times; {advice}")
 
 
-def parse_rule(text: str) -> Rule:
+def parse_rule(text: str) -> GridRule:
     """Parses "repetitions=64,128: optimizer.learning_rate=0.005", or raises `UserError`."""
     where, colon, values = text.partition(":")
     if not colon:
         raise UserError(f"--rule: {text!r} is not of the form KEY=VALUE,...: KEY=VALUE,...")
     key, listed = parse_axis(where, "--rule")
-    return Rule({key: listed}, parse_cell(values, "--rule"))
+    return GridRule({key: listed}, parse_cell(values, "--rule"))
 
 
 def make_cells(
     axes: Mapping[str, Sequence[Value]],
-    rules: Sequence[Rule] = (),
+    rules: Sequence[GridRule] = (),
     more: Sequence[Mapping[str, Value]] = (),
 ) -> list[Cell]:
     """Returns the cells of all combinations of the axes' values, and of `more`.
@@ -109,7 +109,7 @@ def make_cells(
     return list(cells.values())
 
 
-def _ruled(values: Mapping[str, Value], rules: Sequence[Rule]) -> dict[str, Value]:
+def _ruled(values: Mapping[str, Value], rules: Sequence[GridRule]) -> dict[str, Value]:
     ruled: dict[str, Value] = {}
     for rule in rules:
         if all(values.get(key) in listed for key, listed in rule.where.items()):

@@ -74,15 +74,15 @@ def train(
         config = complete(config, corpus)
         config.start.step = start_step(config, workdir, corpus)
     # Processes start at different times, and the run to fork may have saved a newer checkpoint in between.
-    config.start.step = int(distributed.from_main(str(config.start.step)))
+    config.start.step = int(distributed.broadcast(str(config.start.step)))
     with distributed.together():
         mesh = sharding.make_mesh(config.mesh, jax.devices())
         config.gradient_accumulation_steps = sharding.accumulation_steps(config, mesh)
-    main_config = distributed.from_main(configs.save_config(config))
+    main_config = distributed.broadcast(configs.save_config(config))
     with distributed.together():
         check_same(config, main_config)
         run = _Run(config, workdir, corpus, mesh)
-    leads_host = distributed.leads_host()
+    is_first_on_host = distributed.is_first_on_host()
     with contextlib.ExitStack() as stack:
         with distributed.together():  # before anything is written
             if distributed.is_main_process():
@@ -90,7 +90,7 @@ def train(
                 stack.enter_context(lock(workdir))
                 check_config_of_run(workdir, config, corpus)  # another run may have started before the lock
                 check_not_lost(workdir)
-            if config.data.verify and leads_host:
+            if config.data.verify and is_first_on_host:
                 corpus.verify("train")
                 corpus.verify("valid")
         with distributed.together():
@@ -181,7 +181,7 @@ class _Run:
             if not resumed and self.config.start.run:
                 state = forked_state(self.config, self.workdir, self.abstract_state, self.init)
             first = 0 if state is None else int(state.step)
-            self._greet(first)
+            self._print_start(first)
             unscored = resumed and self._is_unscored(first)
             if first == self.config.steps and not unscored:
                 return True
@@ -329,7 +329,7 @@ class _Run:
         log.write_first(first, state.metrics, scores)
         return True
 
-    def _greet(self, first: int) -> None:
+    def _print_start(self, first: int) -> None:
         config, device = self.config, self.mesh.devices.flat[0]
         parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
         listed = ", ".join(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from dualsm.process.errors import UserError, explained
+from dualsm.process.errors import UserError, user_message
 from tests.fuzzing.artifacts import Target
 from tests.fuzzing.damage import damaged
 
@@ -67,7 +67,7 @@ def attempt(target: Target, name: str, content: bytes | None) -> str:
             assert str(error).strip(), "the error has no message"
             return "rejected"
         except OSError as error:
-            if not explained(error):
+            if not user_message(error):
                 raise
             return "rejected"
         return "read"
