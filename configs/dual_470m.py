@@ -3,8 +3,8 @@
     python -m dualsm.train --config=configs/dual_470m.py:alpha=0.75,repetitions=32 --workdir=runs/dual \\
         --config.data.path=corpora/hplt
 
-`alpha` is the share of causal rows, `repetitions` is R. The paper uses 16 heads of width 64, half the width
-of a TPU's matrix unit; `heads=8` makes them 128 wide, with the same number of parameters. The released models
+`alpha` is the share of causal rows, `repetitions` is R. The paper uses 16 heads of size 64, half the width of
+a TPU's matrix unit; `heads=8` sets the size to 128, with the same number of parameters. The released models
 were trained with weight 2 on the causal loss; add --config.objectives.causal.weight=2.0 to reproduce them.
 """
 

@@ -93,7 +93,7 @@ def test_two_processes_train_as_one(alone, two):
     assert sorted(p.name for p in (two / "checkpoints").iterdir()) == ["10", "20"]
 
 
-def test_four_processes_whose_tensor_axis_crosses_them(recipe, alone, tmp_path):
+def test_tensor_axis_across_four_processes(recipe, alone, tmp_path):
     """Pairs of processes have the same rows and different halves of every matrix."""
     mesh = ["--config.mesh.data=2", "--config.mesh.tensor=4"]
     done = launch(4, 2, f"--config={recipe}", f"--workdir={tmp_path / 'run'}", *mesh)

@@ -109,7 +109,7 @@ def test_extrapolation_and_few_cells_are_warned_about(table, tmp_path):
 
 
 def test_the_rules_come_first_with_and_without_scikit_learn(monkeypatch):
-    """Installing the extra adds a second answer; it does not change the first one."""
+    """The extra adds a second answer and does not change the first one."""
     question = round_repetitions(1e6, 6.4e7)
     both = advise(64)
     text = describe(question, both, "")

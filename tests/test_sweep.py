@@ -75,7 +75,7 @@ def test_every_cell_is_a_finished_run_directory(sweep):
         assert config["mixture"]["prefix"] == 0
 
 
-def test_failed_and_diverged_cells_are_recorded_and_the_sweep_goes_on(sweep):
+def test_sweep_records_failed_and_diverged_cells_and_continues(sweep):
     failed = status(sweep, "batch_size=100000,alpha=1")
     assert failed["status"] == "failed"
     assert "tokens" in failed["reason"]

@@ -1,4 +1,4 @@
-"""The switches of the architecture: each computes what it says, alone, together and in every environment."""
+"""Architecture switches, alone and together: logits, gradients, caches, FLOPs."""
 
 import zlib
 
@@ -55,7 +55,7 @@ def config_with(switches: dict):
 
 
 def random_params(config) -> dict:
-    """Parameters far from their initial values; those of two configs agree as far as both have them."""
+    """Returns random parameters that depend on their name only, so that two configs can share them."""
 
     def draw(path, leaf):
         rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
@@ -69,7 +69,7 @@ def random_params(config) -> dict:
 
 
 def ranges() -> tuple[np.ndarray, ...]:
-    """Two documents; the second is seen as a whole by its first half."""
+    """Returns key ranges of two documents; the first half of the second document attends to all of it."""
     i = np.arange(LENGTH)
     start_L = np.where(i < 10, 0, 10)
     return start_L.astype(np.int32), np.where(i < 10, i + 1, np.maximum(i + 1, 17)).astype(np.int32)
@@ -103,7 +103,7 @@ def test_logits_equal_those_of_a_model_in_numpy(switches):
         ("norm_eps", 0.1),
     ],
 )  # fmt: skip
-def test_flipping_a_switch_changes_the_logits(switch, value):
+def test_every_switch_changes_the_logits(switch, value):
     off, on = (
         config_with(LLAMA3 | {"rope_scaling.name": "none"} | changes) for changes in ({}, {switch: value})
     )
@@ -117,13 +117,13 @@ def test_flipping_a_switch_changes_the_logits(switch, value):
         ("original_max_position_embeddings", 32),
     ],
 )  # fmt: skip
-def test_every_number_of_the_scaling_changes_the_logits(key, value):
+def test_every_parameter_of_the_scaling_changes_the_logits(key, value):
     a, b = config_with(LLAMA3), config_with(LLAMA3 | {f"rope_scaling.{key}": value})
     assert np.abs(logits(a, random_params(a)) - logits(b, random_params(b))).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["one key head", "norm of heads", "tied plain", "all"])
-def test_the_cache_holds_key_heads_only_and_changes_nothing(name):
+def test_cache_contains_only_key_heads_and_does_not_change_logits(name):
     config = config_with(ALL if name == "all" else SWITCHES[name])
     params = random_params(config)
     model = bind(config, params)
@@ -178,7 +178,7 @@ def test_remat_does_not_change_gradients(remat):
 
 @pytest.mark.parametrize("head", ["plain", "projected"])
 def test_the_gradient_of_a_tied_embedding_is_the_sum_of_both_uses(head):
-    """The chunked loss with z-loss, against an untied model with the same matrices."""
+    """Compares the chunked loss with z-loss with that of an untied model with the same matrices."""
     tied, untied = (config_with({"tie_word_embeddings": tie, "head": head}) for tie in (True, False))
     params = random_params(tied)
     embedding_VxD = params["embedding"]["embedding"]
@@ -194,7 +194,7 @@ def test_the_gradient_of_a_tied_embedding_is_the_sum_of_both_uses(head):
 
 
 def test_the_formula_for_flops_agrees_with_xla():
-    """On one layer, as XLA counts the body of a scan once; it also counts the softmax."""
+    """For one layer, because XLA counts the body of a scan once. XLA also counts the softmax."""
     config = config_with({"num_kv_heads": 1, "head_dim": 32, "tie_word_embeddings": True, "head": "plain"})
     config.num_layers, config.d_model, config.d_ff = 1, 64, 192
     params = init_params(config, jax.random.key(0))

@@ -99,7 +99,7 @@ def test_a_gradient_step_lowers_the_loss_by_the_first_order_term(name, params, s
 
 
 def test_objective_loss_can_be_jitted_and_differentiated(model_config, params, gradient):
-    """Its gradient is that of making the examples first and scoring them."""
+    """The gradient equals that of `example_loss` on the examples."""
     rows = batch([packed([9, 30], ROW_TOKENS, seed) for seed in range(ROWS)])
     loss = objective_loss("masked_diffusion", model_config, SPECIAL, chunk=8)
     grads = jax.jit(jax.grad(lambda params: loss(params, rows, jax.random.key(0))[0]))(params)

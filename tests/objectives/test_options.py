@@ -1,4 +1,4 @@
-"""The table of objectives: what the config and the docs derive from it, and the checks of options."""
+"""The table of objectives: derived config keys and docs, and checks of options."""
 
 import pytest
 

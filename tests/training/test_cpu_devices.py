@@ -72,7 +72,7 @@ def test_training_uses_the_cpu_devices(preset, corpus_path, tmp_path):
     [("data", 4, 1, 8), ("data", 4, 2, 2), ("data", 1, 1, 1), ("fsdp", 4, 1, 1)],
 )
 def test_accumulation_steps_fit_the_cache_of_a_core(axis, size, gradient_accumulation_steps, expected):
-    """Applies only if devices hold the whole parameters and no accumulation is configured."""
+    """Applies only if parameters are replicated and no accumulation is configured."""
     config = micro_config()
     config.mesh.update(dict.fromkeys(config.mesh, 1) | {axis: size})
     config.batch_size, config.seq_len, config.gradient_accumulation_steps = (

@@ -1,4 +1,4 @@
-"""The loss and gradient of a pair."""
+"""Loss and gradient of pairs of objectives."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ OFF = {"mixture.causal": 0.0, "mixture.prefix": 0.0, "mixture.masked_diffusion":
 
 
 class PairedMicro(Micro):
-    """Micro steps of plain gradient descent with rate 1, so that the update is the negative gradient."""
+    """Micro steps of plain gradient descent with learning rate 1: the update is the negative gradient."""
 
     def __init__(self, **changes):
         super().__init__(**OFF | {"model.num_layers": 1, "model.remat": "none"} | changes)
@@ -34,7 +34,7 @@ class PairedMicro(Micro):
 
 
 def member_loss(micro: Micro, params: dict, j: int) -> jax.Array:
-    """Returns the loss of one member on its rows of the first batch, z-loss included, on its own."""
+    """Returns the loss of one member on its rows of the first batch, z-loss included."""
     batch, config = micro.batch(), micro.config
     mine = np.flatnonzero(batch.objective_B == j)
     keys_B = mixture.row_keys(jax.random.fold_in(jax.random.key(config.seed), 0), len(batch.objective_B))
@@ -57,7 +57,7 @@ def difference(micro: Micro) -> tuple[dict, dict, object]:
 
 
 @pytest.mark.parametrize(("pair", "accumulation"), [("mir", 4), ("nemotron", 1)])
-def test_the_gradient_of_a_pair_is_the_weighted_sum_of_its_members_gradients(pair, accumulation):
+def test_gradient_of_a_pair_is_the_weighted_sum_of_its_members(pair, accumulation):
     accumulated = {"gradient_accumulation_steps": accumulation}
     micro = PairedMicro(**{f"mixture.{pair}": 1.0, "loss.z_loss": 0.1} | accumulated)
     params, gradient, metrics = difference(micro)
