@@ -30,7 +30,7 @@ def export(run: TrainedRun, output: Path) -> str:
         raise UserError("the reference format does not support the plain head; use --format=huggingface")
     check_expressible(model, (), "the reference format", "use --format=huggingface")
     params = token_ids.to_external(jax.device_get(run.params), run.tokenizer.external_ids_V)
-    metadata = {name: str(model[key]) for key, name in reference_format.SETTINGS.items()}
+    metadata = {names[0]: str(model[key]) for key, names in reference_format.SETTINGS.items()}
     metadata["vocab_size"] = str(len(params["embedding"]["embedding"]))
     tokenizer = run.tokenizer
     is_json = isinstance(tokenizer, JsonTokenizer)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dualsm.data.corpus import sha256
 from dualsm.data.tokenizer_file import load_tokenizer
-from dualsm.exchange import imported_run, reference_format, token_ids
-from dualsm.exchange.weight_files import read_settings, read_weights
+from dualsm.exchange import imported_run, reference_format
+from dualsm.exchange.parameter_sources import load_params
+from dualsm.exchange.weight_files import open_weights, read_settings
 
 
-def load(weights: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path) -> str:
+def load(path: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path) -> str:
     """Creates a run directory from weights.
 
     Args:
-      weights: safetensors file, or a state dict that torch saved.
+      path: weights, see `open_weights`.
       tokenizer: tokenizer file; empty: `tokenizer.json` in the folder of the weights.
       recipe: config for further training, see `imported_run.fit_config`.
       workdir: run directory to create.
@@ -27,14 +28,19 @@ def load(weights: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path
     Raises:
       UserError: if a file is damaged, weights, tokenizer and recipe do not match, or `workdir` is in use.
     """
-    tensors, metadata = read_weights(weights)
-    params = reference_format.to_params(tensors)
-    settings = reference_format.model_settings(params, read_settings(weights, metadata))
-    known = load_tokenizer(tokenizer or str(weights.with_name("tokenizer.json")))
-    config = imported_run.fit_config(recipe, settings, known)
-    source = {"format": "reference", "weights": weights.name, "sha256": sha256(weights)}
-    params = token_ids.to_internal(params, known.external_ids_V)
+    weights = open_weights(path)
+    sources, dropped = reference_format.parameter_sources(weights.tensors)
+    declared = read_settings(weights)
+    settings = reference_format.model_settings(sources, weights.tensors, declared)
+    known = load_tokenizer(tokenizer or str(weights.path.with_name("tokenizer.json")))
+    config = imported_run.fit_config(recipe, settings, known, reference_format.sequence_length(declared))
+    params = load_params(weights, sources, imported_run.abstract_params(config), known.external_ids_V)
+    source = {"format": "reference", "weights": weights.path.name, "sha256": weights.sha256()}
     imported_run.write_run(config, params, known, workdir, source)
     model = config.model
     hint = "" if config.data.path else "; to train it further, import it with --config and --config.data.path"
-    return f"{model.num_layers} layers with d_model={model.d_model}, at step 0, in {workdir}{hint}"
+    patterns = {re.sub(r"\.\d+\.", ".*.", name): None for name in [*dropped, *weights.ignored]}
+    unused = ", ".join(patterns)
+    return f"{model.num_layers} layers with d_model={model.d_model}, at step 0, in {workdir}{hint}" + (
+        f"\nnot used: {unused}" if unused else ""
+    )

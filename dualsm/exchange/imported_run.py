@@ -12,21 +12,25 @@ from dualsm import config as configs
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.devices import sharding
+from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError
 from dualsm.process.output import new_folder
-from dualsm.rundir.checkpoint import Checkpoints
+from dualsm.rundir.checkpoint import abstract
+from dualsm.rundir.weights_checkpoint import save_weights
 from dualsm.rundir.workdir import CONFIG, SOURCE
 from dualsm.training.loop import complete
-from dualsm.training.program import compile_train_step
 
 
-def fit_config(config: ConfigDict | None, settings: dict, tokenizer: Tokenizer) -> ConfigDict:
+def fit_config(
+    config: ConfigDict | None, settings: dict, tokenizer: Tokenizer, seq_len: int | None = None
+) -> ConfigDict:
     """Returns the config of a run with imported weights.
 
     Args:
       config: config for further training; None: the defaults, with the shape of the weights.
       settings: values of `config.model` that the weights determine.
       tokenizer: tokenizer of the weights.
+      seq_len: sequence length of the weights, used if `config` is None.
 
     Raises:
       UserError: if the config is for a different model, or its corpus has a different tokenizer.
@@ -44,6 +48,8 @@ def fit_config(config: ConfigDict | None, settings: dict, tokenizer: Tokenizer) 
                 f"config.model.{key}={config.model[key]} but the weights have {value}; change the config"
             )
         config.model[key] = value
+    if not recipe and seq_len:
+        config.seq_len = seq_len
     configs.check_config(config)
     if config.data.path:
         corpus = Corpus(config.data.path)
@@ -54,6 +60,13 @@ def fit_config(config: ConfigDict | None, settings: dict, tokenizer: Tokenizer) 
             )
         config = complete(config, corpus)
     return config
+
+
+def abstract_params(config: ConfigDict) -> dict:
+    """Returns the shapes of a run's parameters, laid out on this machine's devices."""
+    mesh = sharding.make_mesh(configs.default_config().mesh, jax.devices())
+    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    return abstract(shapes, sharding.tree_shardings(mesh, shapes))
 
 
 def write_run(config: ConfigDict, params: dict, tokenizer: Tokenizer, workdir: Path, source: dict) -> None:
@@ -69,15 +82,10 @@ def write_run(config: ConfigDict, params: dict, tokenizer: Tokenizer, workdir: P
     Raises:
       UserError: if `workdir` is in use.
     """
-    mesh = sharding.make_mesh(configs.default_config().mesh, jax.devices())
-    program = compile_train_step(config, tokenizer.special, mesh)
-    state = program.init()
-    layout = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
-    state = state._replace(params=jax.device_put(params, layout))
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config))
+    params = jax.device_put(params, layout)
     with new_folder(workdir, "--workdir") as folder:
         (folder / TOKENIZER).write_bytes(tokenizer.model)
         (folder / CONFIG).write_text(configs.save_config(config))
         (folder / SOURCE).write_text(json.dumps(source, indent=1) + "\n")
-        checkpoints = Checkpoints(folder, config.checkpoint)
-        checkpoints.save(0, state)
-        checkpoints.close()
+        save_weights(folder, params)

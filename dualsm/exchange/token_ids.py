@@ -7,44 +7,61 @@ dualsm reserves its first ids for special tokens, for every tokenizer (dualsm/da
 from __future__ import annotations
 
 import numpy as np
+from flax import traverse_util
 
 from dualsm.data.tokenizer import RESERVED_IDS
 from dualsm.process.errors import UserError
 
+# Parameters with an axis of token ids, and that axis.
+VOCABULARY_AXIS = {"embedding/embedding": 0, "head/output/kernel": 1, "head/output/bias": 0}
 # Output bias of ids that imported weights lack: practically never generated, but training can raise it.
 _NEVER = -30.0
 _EMBEDDING_STD = 0.02  # of random embeddings for such ids
+_CHUNK = 4096  # ids whose rows are copied at once
 
 
-def to_internal(params: dict, external_ids_V: np.ndarray) -> dict:
-    """Converts parameters from external to internal ids.
+def internal_array(path: str, array: np.ndarray, external_ids_V: np.ndarray) -> np.ndarray:
+    """Converts a parameter of `VOCABULARY_AXIS` from external to internal ids.
 
     Args:
-      params: parameters; the rows of the embedding are external ids.
+      path: key of `VOCABULARY_AXIS`.
+      array: parameter whose vocabulary axis has external ids.
       external_ids_V: see `Tokenizer`.
+
+    Returns:
+      A new float32 array.
 
     Raises:
       UserError: if the tokenizer has pieces of text whose ids the weights lack.
     """
-    embedding_OxD = params["embedding"]["embedding"]
-    size = len(embedding_OxD)
-    known_V = (external_ids_V >= 0) & (external_ids_V < size)
+    axis = VOCABULARY_AXIS[path]
+    size = array.shape[axis]
     if external_ids_V[RESERVED_IDS:].max() >= size:  # the weights may lack special tokens, but no text
         raise UserError(
             f"the tokenizer has {external_ids_V.max() + 1} ids but the weights have {size}; "
             "give the tokenizer that belongs to the weights"
         )
-    ids_K = external_ids_V[known_V]
-    vocab_size, d_model = len(external_ids_V), embedding_OxD.shape[1]
-    embedding_VxD = np.random.default_rng(0).normal(0, _EMBEDDING_STD, (vocab_size, d_model))
-    embedding_VxD = embedding_VxD.astype(np.float32)
-    embedding_VxD[known_V] = embedding_OxD[ids_K]
-    output = params["head"]["output"]
-    kernel_DxV = np.zeros((d_model, vocab_size), np.float32)
-    kernel_DxV[:, known_V] = output["kernel"][:, ids_K]
-    bias_V = np.full(vocab_size, _NEVER, np.float32)
-    bias_V[known_V] = output["bias"][ids_K]
-    return _replace(params, embedding_VxD, {"kernel": kernel_DxV, "bias": bias_V})
+    known_V = (external_ids_V >= 0) & (external_ids_V < size)
+    shape = list(array.shape)
+    shape[axis] = len(external_ids_V)
+    found = np.empty(shape, np.float32)
+    by_id, from_id = np.moveaxis(found, axis, 0), np.moveaxis(array, axis, 0)
+    known, unknown = np.flatnonzero(known_V), np.flatnonzero(~known_V)
+    for part in np.split(known, range(_CHUNK, len(known), _CHUNK)):  # indexing copies
+        by_id[part] = from_id[external_ids_V[part]]
+    if path.startswith("embedding"):
+        by_id[unknown] = np.random.default_rng(0).normal(0, _EMBEDDING_STD, (len(unknown), *shape[1:]))
+    else:
+        by_id[unknown] = _NEVER if path.endswith("bias") else 0
+    return found
+
+
+def to_internal(params: dict, external_ids_V: np.ndarray) -> dict:
+    """Converts parameters from external to internal ids; see `internal_array`."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for path in VOCABULARY_AXIS.keys() & flat.keys():
+        flat[path] = internal_array(path, np.asarray(flat[path]), external_ids_V)
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def to_external(params: dict, external_ids_V: np.ndarray) -> dict:
@@ -52,9 +69,8 @@ def to_external(params: dict, external_ids_V: np.ndarray) -> dict:
     internal_O = np.zeros(external_ids_V.max() + 1, np.int64)  # unused external ids get the row of <pad>
     known = np.flatnonzero(external_ids_V >= 0)
     internal_O[external_ids_V[known]] = known
-    output = {name: np.asarray(array)[..., internal_O] for name, array in params["head"]["output"].items()}
-    return _replace(params, np.asarray(params["embedding"]["embedding"])[internal_O], output)
-
-
-def _replace(params: dict, embedding: np.ndarray, output: dict) -> dict:
-    return params | {"embedding": {"embedding": embedding}, "head": params["head"] | {"output": output}}
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for path, axis in VOCABULARY_AXIS.items():
+        if path in flat:
+            flat[path] = np.take(np.asarray(flat[path]), internal_O, axis)
+    return traverse_util.unflatten_dict(flat, sep="/")

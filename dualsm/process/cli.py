@@ -115,11 +115,12 @@ def config(flag: flags.FlagHolder):
     return value
 
 
-def set_up_jax(cpu_devices: int = 0) -> None:
+def set_up_jax(cpu_devices: int = 0, keep_memory: bool = True) -> None:
     """Enables JAX's compilation cache and, on CPU, keeps freed memory. Call it before the first use of JAX.
 
     Args:
       cpu_devices: number of CPU devices; 0 does not change JAX's setting.
+      keep_memory: False returns freed memory to the operating system.
     """
     import jax
 
@@ -127,7 +128,7 @@ def set_up_jax(cpu_devices: int = 0) -> None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     # On accelerator hosts threads would wait for the shared arena. Asking JAX for its platform starts its
     # threads, which keep the arenas that they start with.
-    if not may_use_accelerator(jax.config.jax_platforms):
+    if keep_memory and not may_use_accelerator(jax.config.jax_platforms):
         # With several devices there are many threads, which allocate small blocks.
         keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -16,9 +16,9 @@ from dualsm.process import distributed
 from dualsm.process.errors import UserError
 from dualsm.process.progress import warn
 from dualsm.rundir import checksums
+from dualsm.rundir.checkpoint_metadata import CHECKSUMS, saved_part, verify, whole
 
 CHECKPOINTS = "checkpoints"
-CHECKSUMS = "checksums"
 LATEST = "latest_checkpoint"  # file with the step of the newest intact checkpoint; reveals lost checkpoints
 
 
@@ -179,7 +179,8 @@ class Checkpoints:
     def restore(self, abstract_state):
         """Returns the state of the newest intact checkpoint, or None if the run has no checkpoints.
 
-        Checkpoints that cannot be read, or whose checksums have changed, are skipped with a warning.
+        Checkpoints that cannot be read, or whose checksums have changed, are skipped with a warning. The fields
+        that a checkpoint of weights alone lacks are None.
 
         Args:
           abstract_state: tree of shapes, dtypes and shardings.
@@ -191,9 +192,10 @@ class Checkpoints:
         for step in steps:
             state, reason = None, "another process could not read it"
             try:
-                restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
-                _verify(self._manager, step, restored)
-                state = restored
+                wanted = saved_part(self._manager, step, abstract_state)
+                restored = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
+                verify(self._manager, step, restored)
+                state = whole(abstract_state, restored)
             except Exception as error:  # damaged files raise various errors
                 reason = _reason(error)
             if distributed.all_agree(state is not None):
@@ -216,16 +218,6 @@ class Checkpoints:
         """Waits for the save in the background."""
         with contextlib.suppress(Exception):  # failed saves are reported elsewhere
             self._manager.close()
-
-
-def _verify(manager: ocp.CheckpointManager, step: int, restored) -> None:
-    """Raises `UserError` unless the restored arrays have the checksums in the checkpoint's metadata."""
-    expected = (manager.metadata(step).custom_metadata or {}).get(CHECKSUMS)
-    if not isinstance(expected, dict):
-        raise UserError("its checksums are missing")
-    wrong = checksums.changed(restored, expected)
-    if wrong:
-        raise UserError(f"{len(wrong)} of its arrays have wrong checksums ({wrong[0]}, ...)")
 
 
 def _reason(error: Exception) -> str:
@@ -289,7 +281,8 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
 
     Args:
       workdir: the run directory.
-      abstract_parts: field name -> tree of shapes, dtypes and shardings.
+      abstract_parts: field name -> tree of shapes, dtypes and shardings. Fields that a checkpoint of weights
+        alone lacks are left out.
       step: step of the checkpoint; None: the newest.
 
     Returns:
@@ -300,14 +293,12 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
     """
     step, folder = find_step(workdir, step), _folder(workdir)
     with _reader(folder) as manager:
-        restore = ocp.args.PyTreeRestore(
-            abstract_parts,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_parts),
-            partial_restore=True,
-        )
         try:
+            wanted = saved_part(manager, step, abstract_parts)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+            restore = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
             parts = manager.restore(step, args=restore)
-            _verify(manager, step, parts)
+            verify(manager, step, parts)
         except Exception as error:  # damaged files raise various errors
             raise UserError(
                 f"checkpoint {folder / str(step)} is damaged or of another model or optimizer: "

@@ -65,6 +65,17 @@ def forked_state(
     parts = {name: getattr(abstract_state, name) for name in ("step", "params", "opt_state")}
     step, parts = restore_parts(start.run, parts, start.step if start.step >= 0 else None)
     _check_end(step, config)  # the config of an older version may contain -1
+    return with_initial(abstract_state, parts, init)
+
+
+def with_initial(abstract_state: TrainState, parts: dict, init: Callable[[], TrainState]) -> TrainState:
+    """Returns a train state with the given fields; the others are those before the first step.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings of the state.
+      parts: values by name of the field.
+      init: returns the state before the first step.
+    """
     # Initialise the other fields only: a complete second state would double the peak memory.
     rest = [name for name in abstract_state._fields if name not in parts]
     shardings = [jax.tree.map(lambda leaf: leaf.sharding, getattr(abstract_state, name)) for name in rest]

@@ -32,7 +32,7 @@ from dualsm.rundir.checkpoint import Checkpoints, check_not_lost
 from dualsm.rundir.metrics import MetricsWriter, NoMetrics, read_metrics
 from dualsm.rundir.workdir import CONFIG, check_config_of_run, check_same, lock, write_config
 from dualsm.training.clock import Clock
-from dualsm.training.fork import forked_state, start_step
+from dualsm.training.fork import forked_state, start_step, with_initial
 from dualsm.training.metrics_log import MetricsLog
 from dualsm.training.profile import Profiler, Window, profiled
 from dualsm.training.program import attended_shares, compile_train_step
@@ -178,6 +178,9 @@ class _Run:
         with contextlib.closing(Checkpoints(self.workdir, self.config.checkpoint)) as checkpoints:
             state = checkpoints.restore(self.abstract_state)
             resumed = state is not None
+            if resumed and state.opt_state is None:  # imported weights
+                parts = {"step": state.step, "params": state.params}
+                state = with_initial(self.abstract_state, parts, self.init)
             if not resumed and self.config.start.run:
                 state = forked_state(self.config, self.workdir, self.abstract_state, self.init)
             first = 0 if state is None else int(state.step)

@@ -6,9 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dualsm.exchange.weight_files import open_weights
+
 FIXTURE = Path(__file__).parents[1] / "data" / "model_parity.safetensors"
 VOCABULARY = 320  # of the fixture
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", *(f"<special_{i}>" for i in range(11))]
+
+
+def read_all(path) -> dict[str, np.ndarray]:
+    """All tensors of a weight file."""
+    weights = open_weights(path)
+    return {name: weights.read(name) for name in weights.tensors}
 
 
 def make_tokenizer_json(texts, special=SPECIAL, seed=None) -> str:

@@ -1,0 +1,51 @@
+"""Metadata of a checkpoint: the checksums of its arrays, whose paths also say which arrays it contains."""
+
+from __future__ import annotations
+
+import orbax.checkpoint as ocp
+
+from dualsm.process.errors import UserError
+from dualsm.rundir import checksums
+
+CHECKSUMS = "checksums"  # key in the custom metadata of a checkpoint
+WEIGHTS_ALONE = {"step", "params"}  # fields of the train state in a checkpoint of weights alone
+
+
+def verify(manager: ocp.CheckpointManager, step: int, restored) -> None:
+    """Raises `UserError` unless restored arrays have the checksums in the metadata."""
+    expected = _read(manager, step)
+    if expected is None:
+        raise UserError("its checksums are missing")
+    wrong = checksums.changed(restored, expected)
+    if wrong:
+        raise UserError(f"{len(wrong)} of its arrays have wrong checksums ({wrong[0]}, ...)")
+
+
+def saved_part(manager: ocp.CheckpointManager, step: int, state):
+    """Returns the fields of a train state that a checkpoint contains.
+
+    Args:
+      manager: of the checkpoint.
+      step: of the checkpoint.
+      state: train state, or a dict of its fields.
+
+    Returns:
+      `state` itself; of a checkpoint of weights alone, a dict of the fields that it contains.
+    """
+    fields = {path.partition("/")[0] for path in _read(manager, step) or ()}
+    if fields != WEIGHTS_ALONE:
+        return state
+    values = state if isinstance(state, dict) else state._asdict()
+    return {name: value for name, value in values.items() if name in fields}
+
+
+def whole(state, restored):
+    """Returns `restored` with the structure of `state`; fields that it lacks are None."""
+    if isinstance(restored, dict) and hasattr(state, "_fields"):
+        return type(state)(**dict.fromkeys(state._fields) | restored)
+    return restored
+
+
+def _read(manager: ocp.CheckpointManager, step: int) -> dict[str, int] | None:
+    found = (manager.metadata(step).custom_metadata or {}).get(CHECKSUMS)
+    return found if isinstance(found, dict) else None
