@@ -179,8 +179,8 @@ class Checkpoints:
     def restore(self, abstract_state):
         """Returns the state of the newest intact checkpoint, or None if the run has no checkpoints.
 
-        Checkpoints that cannot be read, or whose checksums have changed, are skipped with a warning. The fields
-        that a checkpoint of weights alone lacks are None.
+        Checkpoints that cannot be read, or whose checksums have changed, are skipped with a warning. The
+        fields that a checkpoint of weights alone lacks are None.
 
         Args:
           abstract_state: tree of shapes, dtypes and shardings.

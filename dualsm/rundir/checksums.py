@@ -21,10 +21,11 @@ def checksums(tree) -> dict[str, int]:
 
 def checksums_one_by_one(tree) -> dict[str, int]:
     """Returns the same as `checksums`, with temporary memory for one array; compiles more programs."""
-    return {
-        _name(path): int(_sums([leaf], replicated=isinstance(leaf, jax.Array) and leaf.is_fully_replicated)[0])
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
+    sums = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        replicated = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+        sums[_name(path)] = int(_sums([leaf], replicated)[0])
+    return sums
 
 
 def start_checksums(tree) -> Callable[[], dict[str, int]]:
