@@ -316,7 +316,7 @@ def _check_schedule(config: ConfigDict) -> None:
     if schedule.warmup_steps + cooldown + decay > config.steps:
         raise UserError(
             f"config.optimizer.schedule: warmup ({schedule.warmup_steps}), cooldown ({cooldown}) and decay "
-            f"({decay}) together are longer than config.steps={config.steps}"
+            f"({decay}) together exceed config.steps={config.steps}; shorten one of them"
         )
     if schedule.name == "infinite" and not 0 < schedule.final_fraction <= schedule.constant_fraction <= 1:
         raise UserError(

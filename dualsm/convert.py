@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> None:
     cli.set_up_jax(keep_memory=False)  # converting holds the weights, and copies of a few arrays
     verb = argv[1]
     if _FORMAT.value not in FORMATS[verb]:
-        raise UserError(f"--format={_FORMAT.value}: {verb} supports {', '.join(FORMATS[verb])}")
+        raise UserError(
+            f"--format={_FORMAT.value}: {verb} does not support it; choose {' or '.join(FORMATS[verb])}"
+        )
     print(import_run() if verb == "import" else export_run())
 
 

@@ -104,7 +104,8 @@ class Corpus:
             for name in [split[key] for key in _array_keys(split)] + [s["file"] for s in split["shards"]]:
                 if not re.fullmatch(r"\w[\w.-]*", name):
                     raise UserError(
-                        f"{self.folder / MANIFEST} refers to {name!r}, which is outside the corpus folder"
+                        f"{self.folder / MANIFEST} refers to {name!r}, which is outside the corpus folder; "
+                        "copy it again"
                     )
             for shard in split["shards"]:
                 _text(shard["sha256"])
@@ -144,7 +145,7 @@ class Corpus:
         try:
             changed = sha256(path) != expected
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            raise UserError(f"cannot read {path}: {error.strerror or error}; copy it again") from error
         if changed:
             raise UserError(f"{path} is damaged (its hash has changed); copy or prepare the corpus again")
 

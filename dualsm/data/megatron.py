@@ -38,7 +38,9 @@ def read_documents(path: str, max_tokens: int) -> Iterator[np.ndarray | None]:
     except OSError as error:
         raise UserError(f"cannot read {index}, the index of {path}: {error.strerror or error}") from error
     except (struct.error, ValueError, KeyError, OverflowError) as error:
-        raise UserError(f"{index} is damaged or not a Megatron-LM index ({error!r})") from error
+        raise UserError(
+            f"{index} is damaged or not a Megatron-LM index ({error!r}); copy it again"
+        ) from error
     end_S = offset_S + length_S.astype(np.int64) * dtype.itemsize
     if len(length_S) and (
         offset_S.min() < 0 or length_S.min() < 0 or end_S.max() > Path(path).stat().st_size

@@ -19,7 +19,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     try:
         model = epath.Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read tokenizer {path}: {error.strerror or error}; check the path") from error
     tokenizer_class = JsonTokenizer if model.lstrip()[:1] == b"{" else SentencePieceTokenizer
     try:
         return tokenizer_class(model)

@@ -269,5 +269,6 @@ def _check_divides(mesh: Mesh, name: str, shape: Sequence[int], logical: Sequenc
         parts = mesh.shape[RULES[axis]] if axis else 1
         if size % parts:
             raise UserError(
-                f"config.mesh.{RULES[axis]}={parts} does not divide the {axis} dimension ({size}) of {name}"
+                f"config.mesh.{RULES[axis]}={parts} does not divide the {axis} dimension ({size}) of {name}; "
+                f"choose a divisor of {size}"
             )

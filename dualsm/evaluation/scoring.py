@@ -63,7 +63,7 @@ def encode_pair(tokenizer: Tokenizer, item: Item) -> tuple[list[int], list[int]]
     """
     context, completion = item
     if not completion:
-        raise UserError(f"the completion after the context {context[-40:]!r} is empty and cannot be scored")
+        raise UserError(f"the completion after the context {context[-40:]!r} is empty; remove the item")
     blanks = len(context) - len(context.rstrip())
     if blanks:
         context, completion = context[:-blanks], context[-blanks:] + completion

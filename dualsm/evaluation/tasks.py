@@ -44,7 +44,7 @@ def load_task(name: str, folder: str | Path, limit: int = 0) -> list[Question]:
     _check_duplicates(by_file)
     questions = [question for part in by_file.values() for question in part]
     if not questions:
-        raise UserError(f"{folder}: the files of task {name} contain no questions")
+        raise UserError(f"{folder}: the files of task {name} contain no questions; check --task_data")
     if limit:
         count = min(limit, len(questions))
         questions = [questions[i * len(questions) // count] for i in range(count)]
@@ -61,9 +61,9 @@ def _parse(name: str, record: TaskRecord) -> Question:
     try:
         json.dumps([*question.items, question.group], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: not valid Unicode (a lone surrogate)") from error
+        raise UserError(f"{where}: not valid Unicode (a lone surrogate); remove it") from error
     if not all(item.completion.strip() for item in question.items):
-        raise UserError(f"{where}: an answer is empty and cannot be scored")
+        raise UserError(f"{where}: an answer is empty; remove the question")
     return question
 
 
@@ -167,11 +167,15 @@ def _json_records(path: Path) -> Iterator[TaskRecord]:
             raise UserError(f"{path}, line {number}: not a JSON object")
         if labels is not None:
             if number > len(labels):
-                raise UserError(f"{labels_path} has {len(labels)} labels, fewer than {path} has lines")
+                raise UserError(
+                    f"{labels_path} has {len(labels)} labels, but {path} has more lines; copy both again"
+                )
             value["label"] = labels[number - 1]
         yield TaskRecord(value, path, number)
     if labels is not None and len(labels) > number:
-        raise UserError(f"{labels_path} has {len(labels)} labels, but {path} has {number} lines")
+        raise UserError(
+            f"{labels_path} has {len(labels)} labels, but {path} has {number} lines; copy both files again"
+        )
 
 
 def _csv_records(path: Path) -> Iterator[TaskRecord]:

@@ -31,7 +31,7 @@ def read_prompts(path: str) -> list[str]:
         if line.strip():
             prompts.append(_parse_prompt(line, path.endswith(".jsonl"), f"{path}, line {number}"))
     if not prompts:
-        raise UserError(f"--prompts: {path} has no prompts")
+        raise UserError(f"--prompts: {path} is empty; write one prompt per line")
     return prompts
 
 

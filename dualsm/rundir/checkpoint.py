@@ -255,11 +255,14 @@ def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
     except OSError as error:
         raise UserError(f"no run at {workdir}: {error.strerror or error}") from error
     if missing:
-        raise UserError(f"no run at {workdir}: {folder} is missing")
+        raise UserError(f"no run at {workdir}: {folder} is missing; check the path")
     with _reader(folder) as manager:
         steps = manager.all_steps()
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}")
+    if not steps:
+        raise UserError(f"{folder} has no checkpoint; train the run until its first save")
+    if step is not None and step not in steps:
+        listed = ", ".join(map(str, sorted(steps)))
+        raise UserError(f"{folder} has no checkpoint of step {step}; choose one of {listed}")
     return max(steps) if step is None else step
 
 

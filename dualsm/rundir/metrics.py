@@ -31,9 +31,11 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}, is damaged: {error}") from error
+            raise UserError(f"{path}, line {number}, is damaged: {error}; remove the line") from error
         if not isinstance(records[-1], dict) or type(records[-1].get("step")) is not int:
-            raise UserError(f"{path}, line {number}, is damaged: it is not an object with a step")
+            raise UserError(
+                f"{path}, line {number}, is damaged: it is not an object with a step; remove the line"
+            )
     return records
 
 

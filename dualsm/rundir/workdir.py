@@ -42,7 +42,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
         config.update(saved)
         configs.check_config(config)
     except OSError as error:
-        raise UserError(f"no run at {workdir}: {CONFIG} is missing") from error
+        raise UserError(f"no run at {workdir}: {CONFIG} is missing; check the path") from error
     except configs.OldVersion as error:
         raise UserError(f"{path}: {error}") from error
     except _DAMAGE as error:

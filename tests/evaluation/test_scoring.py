@@ -187,7 +187,7 @@ def test_equal_items_have_equal_scores(scorer):
 
 
 def test_empty_completions_are_rejected(scorer):
-    with pytest.raises(UserError, match="is empty and cannot be scored"):
+    with pytest.raises(UserError, match="is empty; remove the item"):
         scorer([Item("some context", "")], ScoringParams("causal"), quiet=True)
 
 
