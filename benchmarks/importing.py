@@ -3,7 +3,7 @@
     python benchmarks/importing.py
     python benchmarks/importing.py --dtype=BF16
 
-The import runs in a process of its own. Its peak resident memory is compared with the size of the parameters
+The import runs in a separate process. Its peak resident memory is compared with the size of the parameters
 in float32. The memory of the framework is the peak of the same command for a tiny model. Another process
 writes the weights, because Linux counts the memory of the process that starts a command as the command's.
 """

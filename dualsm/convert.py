@@ -52,7 +52,7 @@ def export_run() -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    cli.set_up_jax(keep_memory=False)  # converting holds the weights, and copies of a few arrays
+    cli.set_up_jax(keep_memory=False)  # freed copies of arrays would add to the peak memory
     verb = argv[1]
     if _FORMAT.value not in FORMATS[verb]:
         raise UserError(

@@ -40,7 +40,7 @@ def fit_config(
     if not recipe and "num_heads" not in settings:
         raise UserError(
             "--weights: num_attention_heads is in neither the weights file nor a config.json in its folder; "
-            "give a config, for example --config=dualsm:dual_470m"
+            "pass a config, for example --config=dualsm:dual_470m"
         )
     for key, value in (settings | {"vocab_size": tokenizer.vocab_size}).items():
         if recipe and config.model[key] != value and (key, config.model[key]) != ("vocab_size", 0):
@@ -63,7 +63,7 @@ def fit_config(
 
 
 def abstract_params(config: ConfigDict) -> dict:
-    """Returns the shapes of a run's parameters, laid out on this machine's devices."""
+    """Returns the shapes, dtypes and shardings of a run's parameters on this machine's devices."""
     mesh = sharding.make_mesh(configs.default_config().mesh, jax.devices())
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     return abstract(shapes, sharding.tree_shardings(mesh, shapes))

@@ -1,4 +1,4 @@
-"""Parameters from weight files: which tensors a parameter comes from, and reading them one at a time.
+"""Parameters from weight files: the tensors of each parameter, and reading them one at a time.
 
 Matrices in weight files are [outputs, inputs], and each layer has its own tensors. dualsm's matrices are
 [inputs, outputs] and stacked over layers.
@@ -19,7 +19,7 @@ from dualsm.process.errors import UserError
 
 
 class Source(NamedTuple):
-    """Tensor that a parameter, or one layer of it, comes from, and the rows to take from it."""
+    """The tensor that contains a parameter or one layer of it, and its rows in this tensor."""
 
     name: str
     start: int = 0
@@ -33,13 +33,13 @@ Sources = Mapping[str, Source | Sequence[Source]]
 def load_params(
     weights: Weights, sources: Sources, abstract_params: dict, external_ids_V: np.ndarray
 ) -> dict:
-    """Reads parameters, in internal ids, one after the other.
+    """Reads parameters one at a time and converts them to internal ids.
 
-    The memory of the host holds one parameter at a time, beside those that are already on the devices.
+    Host memory contains only one parameter at a time, besides those that are already on the devices.
 
     Args:
       weights: opened weights.
-      sources: where each parameter comes from.
+      sources: tensors of each parameter.
       abstract_params: shapes and shardings of the parameters, a nested dict.
       external_ids_V: see `Tokenizer`.
 
@@ -76,7 +76,7 @@ def _read(weights: Weights, source: Source, path: str) -> np.ndarray:
 
 
 def _check(weights: Weights, sources: Sources, flat: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Checks types and shapes, before anything is read."""
+    """Checks the types and shapes of all tensors."""
     if sources.keys() != flat.keys():
         raise ValueError(f"sources and parameters differ: {sorted(sources.keys() ^ flat.keys())}")
     vocab_size = weights.tensors[sources["embedding/embedding"].name].shape[:1]
@@ -105,6 +105,6 @@ def _check_tensor(weights: Weights, source: Source, expected: tuple[int, ...]) -
     if found != expected:
         rows = "" if found == info.shape else f", of which the rows {source.start} to {source.stop}"
         raise UserError(
-            f"--weights: the shape of {source.name} is {info.shape}{rows} but {expected} is needed; "
-            "give the config.json that belongs to the weights"
+            f"--weights: the shape of {source.name} is {info.shape}{rows} but must be {expected}; "
+            "pass the config.json that belongs to the weights"
         )

@@ -80,7 +80,7 @@ def parameter_sources(
         if names:
             listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(
-                f"--weights: not a reference model, {problem} tensors: {listed}; give the released state dict"
+                f"--weights: not a reference model, {problem} tensors: {listed}; pass the released state dict"
             )
     found = {name: part._replace(name=original[part.name]) for name, part in parts.items()}
     sources: dict[str, Source | list[Source]] = {path: found[name] for path, name in OUTER_NAMES.items()}
@@ -126,7 +126,7 @@ def model_settings(
 
 
 def sequence_length(declared: Mapping[str, float]) -> int | None:
-    """Returns the longest sequence that the weights were trained on, None if `declared` lacks it."""
+    """Returns the sequence length of the weights' training, or None if `declared` lacks it."""
     name, value = _declared(declared, _SEQ_LEN)
     if value is not None and (value != int(value) or value < 1):
         raise UserError(f"{name}={value:g} must be a positive integer; fix config.json")
@@ -158,7 +158,7 @@ def _is_buffer(name: str, info: TensorInfo) -> bool:
 
 
 def _parts(tensors: Mapping[str, TensorInfo]) -> dict[str, Source]:
-    """Returns the sources by the names of separate projections; fused projections have several."""
+    """Returns projection -> source; a tensor of fused projections is the source of several."""
     found = {}
     for name, info in tensors.items():
         count = next((count for fused, count in _FUSED.items() if name.endswith(f".{fused}.weight")), 1)
@@ -177,27 +177,27 @@ def _parts(tensors: Mapping[str, TensorInfo]) -> dict[str, Source]:
 
 
 def _declared(declared: Mapping[str, float], names: tuple[str, ...]) -> tuple[str, float | None]:
-    """Returns the value of a setting, and the name that it has. Raises `UserError` for several values."""
+    """Returns the value of a setting and its name. Raises `UserError` if it has several values."""
     found = {name: declared[name] for name in names if name in declared}
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{name}={value:g}" for name, value in found.items())
-        raise UserError(f"config.json: {listed} contradict each other; give the config.json of the weights")
+        raise UserError(f"config.json: {listed} contradict each other; pass the config.json of the weights")
     return next(iter(found.items()), (names[0], None))
 
 
 def _set_num_heads(settings: dict, declared: Mapping[str, float]) -> None:
-    """Sets the number of heads, which can follow from their width. Raises `UserError` if it is impossible."""
+    """Sets the number of heads, also from the size of a head. Raises `UserError` if they contradict."""
     d_model = settings["d_model"]
     width_name, width = _declared(declared, _HEAD_DIM)
     if width is not None and (width not in range(2, d_model + 1) or d_model % width):
-        raise UserError(f"{width_name}={width:g} must divide {d_model}, the width of the model")
+        raise UserError(f"{width_name}={width:g} must divide d_model={d_model}")
     name, value = SETTINGS["num_heads"][0], settings.get("num_heads")
     if value is not None and value not in range(1, d_model + 1):
         raise UserError(f"{name}={value:g} must be an integer from 1 to {d_model}")
     if value is not None and width is not None and value * width != d_model:
         raise UserError(
-            f"{name}={value:g} heads of {width_name}={width:g} are not {d_model} wide, as the weights are; "
-            "give the config.json of the weights"
+            f"{name}={value:g} times {width_name}={width:g} must be {d_model}, the d_model of the weights; "
+            "pass the config.json of the weights"
         )
     if value is not None or width is not None:
         settings["num_heads"] = int(d_model // width if value is None else value)

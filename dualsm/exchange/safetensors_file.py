@@ -13,7 +13,7 @@ from dualsm.process.errors import UserError
 
 
 class SafetensorsFile:
-    """One safetensors file, of which tensors are read one at a time.
+    """Reads the tensors of a safetensors file, one at a time.
 
     Attributes:
       tensors: shape and type of each tensor by name.

@@ -17,7 +17,7 @@ VOCABULARY_AXIS = {"embedding/embedding": 0, "head/output/kernel": 1, "head/outp
 # Output bias of ids that imported weights lack: practically never generated, but training can raise it.
 _NEVER = -30.0
 _EMBEDDING_STD = 0.02  # of random embeddings for such ids
-_CHUNK = 4096  # ids whose rows are copied at once
+_CHUNK = 4096  # ids whose rows are copied together
 
 
 def internal_array(path: str, array: np.ndarray, external_ids_V: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ class _Tensor(NamedTuple):
 
 
 class TorchFile:
-    """The tensors of a file that `torch.save` wrote, read one at a time.
+    """Reads the tensors of a file written by `torch.save`, one at a time.
 
     Attributes:
       tensors: shape and type of each tensor by name. If the saved dictionary has the key "model", these are
@@ -133,7 +133,7 @@ class _Unpickler(pickle.Unpickler):
         self._folder = folder
 
     def find_class(self, module: str, name: str):
-        """Returns what stands for one of torch's names. Raises `UnpicklingError` for every other name."""
+        """Returns the replacement of one of torch's names; raises `UnpicklingError` for other names."""
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -161,7 +161,7 @@ def _rebuild_parameter(tensor: _Tensor, *_) -> _Tensor:
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Returns the number of elements from the first to the last that a tensor uses."""
+    """Returns the number of storage elements from the first to the last element of a tensor."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -176,4 +176,4 @@ def _check_bounds(tensor: _Tensor, stored_bytes: int) -> None:
     # A stride of 0 would describe a tensor larger than the file.
     too_many = math.prod(tensor.shape) * itemsize > max(stored_bytes, itemsize)
     if min(numbers) < 0 or end * itemsize > stored_bytes or too_many:
-        raise ValueError("a tensor lies outside its storage")
+        raise ValueError("a tensor is outside its storage")

@@ -1,4 +1,4 @@
-"""Reading and writing weight files. Reading gives names, shapes and types first, then one tensor at a time.
+"""Reading and writing weight files; tensors are read one at a time, after names, shapes and types.
 
 A model is one file or several shards with an index. Reading never executes code that a file contains.
 """
@@ -32,7 +32,7 @@ FILE_NAMES = (
 
 
 class Weights:
-    """The tensors of a model, of which one at a time is read.
+    """Reads the tensors of a model, one at a time.
 
     Attributes:
       path: file that was opened; with several shards, the index.
@@ -42,7 +42,10 @@ class Weights:
     """
 
     def __init__(self, path: Path, files: Mapping[Path, SafetensorsFile | TorchFile]):
-        """`files` are the files by path; their names of tensors are disjoint."""
+        """
+        Args:
+          files: path -> file; no two files have a tensor of the same name.
+        """
         self.path, self._paths = path, tuple(files)
         self._file_of = {name: file for file in files.values() for name in file.tensors}
         self.tensors: dict[str, TensorInfo] = {
@@ -68,7 +71,7 @@ class Weights:
         return self._file_of[name].read(name, start, stop)
 
     def sha256(self) -> str:
-        """Returns the hash of the file; with several, that of the output of `sha256sum` for all, by name."""
+        """Returns the SHA-256 of the file; for shards, that of the output of `sha256sum` for all of them."""
         if len(self._paths) == 1:
             return sha256(self._paths[0])
         lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(self._paths)]
@@ -108,7 +111,7 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
         raise UserError(
             f"--weights: cannot read {path}: {error.strerror or error}; check the path"
         ) from error
-    if start[8:9] == b"{" and not start.startswith(_ZIP):  # after a length, which may begin like a pickle
+    if start[8:9] == b"{" and not start.startswith(_ZIP):  # after a length, which may look like a pickle
         return SafetensorsFile(path)
     if start.startswith((_ZIP, _PICKLE)):
         return TorchFile(path)

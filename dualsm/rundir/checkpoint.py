@@ -32,7 +32,7 @@ class Checkpoints:
           config: `config.checkpoint`.
         """
         self._config = config
-        self._folder, self._latest = _folder(workdir), epath.Path(workdir) / LATEST
+        self._folder, self._latest = checkpoints_folder(workdir), epath.Path(workdir) / LATEST
         self._damaged: set[int] = set()  # on disk, skipped by `restore`
         self._writing: int | None = None
         self._failed: list[int] = []  # steps of consecutive failed saves
@@ -146,12 +146,12 @@ class Checkpoints:
             alone = jax.process_count() > 1 and not getattr(error, "agreed", False)
             if alone or (count > allowed and not last):
                 raise UserError(
-                    f"the checkpoint of step {step} could not be saved ({_reason(error)}), {count} "
+                    f"the checkpoint of step {step} could not be saved ({error_reason(error)}), {count} "
                     f"consecutive failures; {self._how_to_resume()}"
                 ) from error
             next_ = "retrying" if last else f"training continues; {allowed - count} more may fail"
             warn(
-                f"the checkpoint of step {step} could not be saved ({_reason(error)}); {next_} "
+                f"the checkpoint of step {step} could not be saved ({error_reason(error)}); {next_} "
                 f"(config.checkpoint.{'final_retries' if last else 'max_failed_saves'})"
             )
             with contextlib.suppress(Exception):
@@ -179,8 +179,8 @@ class Checkpoints:
     def restore(self, abstract_state):
         """Returns the state of the newest intact checkpoint, or None if the run has no checkpoints.
 
-        Checkpoints that cannot be read, or whose checksums have changed, are skipped with a warning. The
-        fields that a checkpoint of weights alone lacks are None.
+        Checkpoints that cannot be read, or whose checksums have changed, are skipped with a warning. Fields
+        that a checkpoint of weights only lacks are None.
 
         Args:
           abstract_state: tree of shapes, dtypes and shardings.
@@ -197,7 +197,7 @@ class Checkpoints:
                 verify(self._manager, step, restored)
                 state = whole(abstract_state, restored)
             except Exception as error:  # damaged files raise various errors
-                reason = _reason(error)
+                reason = error_reason(error)
             if distributed.all_agree(state is not None):
                 self._write_latest(step)
                 return state
@@ -220,12 +220,13 @@ class Checkpoints:
             self._manager.close()
 
 
-def _reason(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
     """Returns the first line of an error message, without the settings that tensorstore appends."""
     return (str(error).splitlines() or [type(error).__name__])[0].partition(" [tensorstore_spec")[0]
 
 
-def _folder(workdir: epath.PathLike) -> epath.Path:
+def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
+    """Returns the folder of a run's checkpoints."""
     folder = epath.Path(workdir) / CHECKPOINTS
     return folder if "://" in str(folder) else folder.absolute()
 
@@ -235,79 +236,12 @@ def check_not_lost(workdir: epath.PathLike) -> None:
 
     Lists the folder without Orbax, which would wait for the other processes of the job.
     """
-    latest, folder = epath.Path(workdir) / LATEST, _folder(workdir)
+    latest, folder = epath.Path(workdir) / LATEST, checkpoints_folder(workdir)
     if latest.exists() and not (folder.exists() and any(p.name.isdigit() for p in folder.iterdir())):
         raise UserError(
             f"the checkpoints of {workdir} are missing, the last was of step {latest.read_text().strip()}; "
             f"move them back to {folder} to resume, or choose another --workdir"
         )
-
-
-def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
-    """Returns the step of a run's newest checkpoint, or `step` if the run has a checkpoint of that step.
-
-    Raises:
-      UserError: if the run does not have this checkpoint.
-    """
-    folder = _folder(workdir)
-    try:
-        missing = not folder.is_dir()
-    except OSError as error:
-        raise UserError(f"no run at {workdir}: {error.strerror or error}") from error
-    if missing:
-        raise UserError(f"no run at {workdir}: {folder} is missing; check the path")
-    with _reader(folder) as manager:
-        steps = manager.all_steps()
-    if not steps:
-        raise UserError(f"{folder} has no checkpoint; train the run until its first save")
-    if step is not None and step not in steps:
-        listed = ", ".join(map(str, sorted(steps)))
-        raise UserError(f"{folder} has no checkpoint of step {step}; choose one of {listed}")
-    return max(steps) if step is None else step
-
-
-def _reader(folder: epath.Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
-    return ocp.CheckpointManager(folder, options=options)
-
-
-def restore_params(
-    workdir: epath.PathLike, abstract_params: dict, step: int | None = None
-) -> tuple[int, dict]:
-    """Restores the parameters from a run's checkpoint; see `restore_parts`."""
-    step, parts = restore_parts(workdir, {"params": abstract_params}, step)
-    return step, parts["params"]
-
-
-def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | None = None) -> tuple[int, dict]:
-    """Restores some fields of the train state from a run's checkpoint.
-
-    Args:
-      workdir: the run directory.
-      abstract_parts: field name -> tree of shapes, dtypes and shardings. Fields that a checkpoint of weights
-        alone lacks are left out.
-      step: step of the checkpoint; None: the newest.
-
-    Returns:
-      The step of the checkpoint, and field name -> tree of arrays.
-
-    Raises:
-      UserError: if the checkpoint does not exist, is damaged, or is of another model or optimizer.
-    """
-    step, folder = find_step(workdir, step), _folder(workdir)
-    with _reader(folder) as manager:
-        try:
-            wanted = saved_part(manager, step, abstract_parts)
-            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-            restore = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-            parts = manager.restore(step, args=restore)
-            verify(manager, step, parts)
-        except Exception as error:  # damaged files raise various errors
-            raise UserError(
-                f"checkpoint {folder / str(step)} is damaged or of another model or optimizer: "
-                f"{_reason(error)}"
-            ) from error
-        return step, parts
 
 
 def abstract(tree, shardings):

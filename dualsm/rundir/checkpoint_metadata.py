@@ -1,4 +1,4 @@
-"""Metadata of a checkpoint: the checksums of its arrays, whose paths also say which arrays it contains."""
+"""Metadata of a checkpoint: checksums of its arrays by path, which also list the arrays."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def saved_part(manager: ocp.CheckpointManager, step: int, state):
     """Returns the fields of a train state that a checkpoint contains.
 
     Args:
-      manager: of the checkpoint.
-      step: of the checkpoint.
+      manager: manager of the checkpoint.
+      step: step of the checkpoint.
       state: train state, or a dict of its fields.
 
     Returns:
-      `state` itself; of a checkpoint of weights alone, a dict of the fields that it contains.
+      `state` itself, or for a checkpoint without optimizer state a dict of the fields that it contains.
     """
     fields = {path.partition("/")[0] for path in _read(manager, step) or ()}
     if fields != WEIGHTS_ALONE:

@@ -20,7 +20,7 @@ def checksums(tree) -> dict[str, int]:
 
 
 def checksums_one_by_one(tree) -> dict[str, int]:
-    """Returns the same as `checksums`, with temporary memory for one array; compiles more programs."""
+    """Computes `checksums` array by array, which needs less memory but compiles more programs."""
     sums = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         replicated = isinstance(leaf, jax.Array) and leaf.is_fully_replicated

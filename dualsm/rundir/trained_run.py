@@ -14,7 +14,8 @@ from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.devices import sharding
 from dualsm.model.transformer import Transformer, bind, init_params
-from dualsm.rundir.checkpoint import abstract, restore_params
+from dualsm.rundir.checkpoint import abstract
+from dualsm.rundir.checkpoint_reader import restore_params
 from dualsm.rundir.workdir import read_config
 
 

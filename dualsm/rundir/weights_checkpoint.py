@@ -1,4 +1,4 @@
-"""Checkpoints of weights alone, from which training starts with a new optimizer state."""
+"""Checkpoints of weights only, from which training starts with a new optimizer state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def save_weights(workdir: epath.PathLike, params: dict) -> None:
     """
     state = {"step": np.int32(0), "params": params}
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    # Compressed copies of all arrays would be in memory together; float weights hardly shrink.
+    # Compression would have copies of all arrays in memory, and hardly shrinks float weights.
     handler = ocp.PyTreeCheckpointHandler(
         save_concurrent_gb=(largest + 1024) / 1e9,  # must exceed every array
         use_compression=False,

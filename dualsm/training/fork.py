@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import UserError
-from dualsm.rundir.checkpoint import find_step, restore_parts
+from dualsm.rundir.checkpoint_reader import find_step, restore_parts
 from dualsm.rundir.workdir import CONFIG, read_config
 from dualsm.training.step import TrainState
 
@@ -69,7 +69,7 @@ def forked_state(
 
 
 def with_initial(abstract_state: TrainState, parts: dict, init: Callable[[], TrainState]) -> TrainState:
-    """Returns a train state with the given fields; the others are those before the first step.
+    """Returns a train state with the given fields, and the other fields as before the first step.
 
     Args:
       abstract_state: shapes, dtypes and shardings of the state.

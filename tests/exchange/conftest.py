@@ -14,7 +14,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", *(f"<special_{i}>" for i i
 
 
 def read_all(path) -> dict[str, np.ndarray]:
-    """All tensors of a weight file."""
+    """Returns all tensors of a weight file."""
     weights = open_weights(path)
     return {name: weights.read(name) for name in weights.tensors}
 

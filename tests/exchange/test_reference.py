@@ -64,7 +64,7 @@ def corpus_of_its_own(jsonl, bare, tmp_path_factory):
 
 
 @pytest.mark.parametrize("view", ["causal", "bidirectional"])
-def test_the_run_has_the_references_logits(imported, view):
+def test_imported_run_has_the_logits_of_the_reference(imported, view):
     run = open_run(imported)
     tensors = read_all(FIXTURE)
     external_ids_V = run.tokenizer.external_ids_V
@@ -80,7 +80,7 @@ def test_the_run_has_the_references_logits(imported, view):
     assert logits_BxLxV[..., external_ids_V < 0].max() < logits_BxLxV[..., external_ids_V >= 0].min() - 10
 
 
-def test_the_run_samples(imported):
+def test_imported_run_samples(imported):
     process = run_command("dualsm.sample", f"--workdir={imported}", "--prompt=def main(", "--tokens=4")
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("def main(")
@@ -113,12 +113,12 @@ def test_imported_run_trains_with_its_config(bare, corpus_of_its_own, tmp_path):
     assert losses[0] == pytest.approx(losses[-1], abs=1e-4)
     held_out = open_held_out(after, str(corpus_of_its_own))
     scores = dict(evaluate_held_out(after, held_out, ["causal"], samples=1))
-    assert scores["causal"]["nats_per_token"] == pytest.approx(losses[-1], rel=0.05)  # rows are more there
+    assert scores["causal"]["nats_per_token"] == pytest.approx(losses[-1], rel=0.05)  # evaluates more rows
     assert scores["causal"]["bytes_of"] == "documents"
 
 
-def test_a_run_of_another_optimizer_starts_from_imported_weights(bare, corpus_of_its_own, tmp_path):
-    """As a fork, and in the imported run's own directory: both train the same."""
+def test_imported_weights_can_be_trained_with_any_optimizer(bare, corpus_of_its_own, tmp_path):
+    """A fork and a run in the imported run's directory are identical."""
     config = recipe_for(corpus_of_its_own)
     config.steps, config.optimizer.learning_rate = 2, 1e-3
     load(bare / "model.safetensors", "", None, tmp_path / "imported")
@@ -136,7 +136,7 @@ def test_a_run_of_another_optimizer_starts_from_imported_weights(bare, corpus_of
 
 
 def test_bytes_summed_over_tokens_are_reported(bare, corpus_of_its_own, tmp_path, capsys):
-    """As with corpora of earlier versions."""
+    """With a corpus of an earlier version."""
     older, workdir = tmp_path / "corpus", tmp_path / "run"
     shutil.copytree(corpus_of_its_own, older)
     manifest = json.loads((older / "manifest.json").read_text())
@@ -152,7 +152,7 @@ def test_bytes_summed_over_tokens_are_reported(bare, corpus_of_its_own, tmp_path
     assert scores["causal"]["bytes_of"] == "tokens"
 
 
-def test_export_gives_back_what_was_imported(imported, bare, tmp_path):
+def test_export_of_an_imported_run_equals_the_import(imported, bare, tmp_path):
     process = run_command(
         "dualsm.convert", "export", "--format=reference", f"--workdir={imported}",
         f"--output={tmp_path / 'out'}",
@@ -228,7 +228,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_weights_that_cannot_be_taken_are_refused(case, bare, tmp_path):
+def test_unsupported_weights_are_rejected(case, bare, tmp_path):
     damaged_weights(case, tmp_path)
     with pytest.raises(UserError, match=DAMAGED[case]):
         load(tmp_path / "weights", str(bare / "tokenizer.json"), None, tmp_path / "run")
@@ -236,7 +236,7 @@ def test_weights_that_cannot_be_taken_are_refused(case, bare, tmp_path):
     assert not (tmp_path / "mark").exists()  # nothing was unpickled
 
 
-def test_a_pickle_ends_in_one_line(tmp_path):
+def test_pickle_is_rejected_in_one_line(tmp_path):
     damaged_weights("pickle", tmp_path)
     process = run_command(
         "dualsm.convert", "import", "--format=reference", f"--weights={tmp_path / 'weights'}",
@@ -254,31 +254,31 @@ def test_a_pickle_ends_in_one_line(tmp_path):
         (["export", "--format=reference", "--workdir=nowhere", "--output=x"], "nowhere"),
     ],
 )
-def test_bad_command_lines_end_in_one_line(arguments, expected):
+def test_invalid_command_lines_are_user_errors(arguments, expected):
     arguments = arguments or ["--format=reference", "--workdir=x"]
     assert_one_line(run_command("dualsm.convert", *arguments), expected)
 
 
-def test_a_recipe_for_another_model_is_refused(bare, tmp_path):
+def test_config_of_another_model_is_rejected(bare, tmp_path):
     config = recipe_for("")
     config.model.num_layers = 3
     with pytest.raises(UserError, match="config.model.num_layers=3 but the weights have 2"):
         load(bare / "model.safetensors", "", config, tmp_path / "run")
 
 
-def test_a_corpus_of_another_tokenizer_is_refused(bare, corpus_path):
+def test_corpus_of_another_tokenizer_is_rejected(bare, corpus_path):
     tokenizer = load_tokenizer(str(bare / "tokenizer.json"))
     with pytest.raises(UserError, match="not prepared with the tokenizer of the weights"):
         fit_config(recipe_for(corpus_path), SHAPE, tokenizer)
 
 
-def test_a_tokenizer_of_more_text_than_the_weights_is_refused():
+def test_tokenizer_with_more_text_ids_than_the_weights_is_rejected():
     embedding = weights()["param.embedding.word_embedding.weight"]
     with pytest.raises(UserError, match="321 ids but the weights have 320"):
         to_internal({"embedding": {"embedding": embedding}}, np.arange(321))
 
 
-def test_a_recipe_tells_what_the_weights_do_not(bare):
+def test_config_provides_settings_that_the_weights_lack(bare):
     tokenizer = load_tokenizer(str(bare / "tokenizer.json"))
     tensors = open_weights(bare / "model.safetensors").tensors
     settings = reference_format.model_settings(*reference_format.parameter_sources(tensors)[:1], tensors, {})

@@ -1,4 +1,4 @@
-"""Weight files are read one tensor at a time, whatever their type and number, and never executed."""
+"""Weight files of all types, in one or several files, are read one tensor at a time and never executed."""
 
 import collections
 import io
@@ -26,7 +26,7 @@ TORCH_STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16
 
 
 class Named:
-    """Pickles as a global name, like a class of a package that is not imported here."""
+    """Is pickled as a global name, like a class of a package that is not imported here."""
 
     def __init__(self, name: str):
         self.name = name
@@ -36,14 +36,14 @@ class Named:
 
 
 class Storage:
-    """A storage in an archive that `torch.save` writes."""
+    """A storage in an archive of `torch.save`."""
 
     def __init__(self, key: str, kind: str, size: int):
         self.id = ("storage", Named(kind), key, "cpu", size)
 
 
 class TorchPickler(pickle._Pickler):
-    """Writes what torch's pickler writes, without torch."""
+    """Writes the format of torch's pickler, without torch."""
 
     def persistent_id(self, value):
         return value.id if isinstance(value, Storage) else None
@@ -64,7 +64,7 @@ class TorchPickler(pickle._Pickler):
 
 
 class Call:
-    """Pickles as a call of a function by its name."""
+    """Is pickled as a call of a function by its name."""
 
     def __init__(self, function: str, *arguments):
         self.function, self.arguments = Named(function), arguments
@@ -110,7 +110,7 @@ def write_shards(folder, tensors: dict[str, np.ndarray]) -> dict:
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64"])
 @pytest.mark.parametrize("layout", ["safetensors", "torch", "shards"])
-def test_every_layout_and_type_gives_the_same_tensors(tmp_path, layout, dtype):
+def test_all_layouts_and_types_have_the_same_tensors(tmp_path, layout, dtype):
     if layout == "safetensors":
         write_safetensors(tmp_path / "model.safetensors", TENSORS, {}, dtype)
     elif layout == "torch":
@@ -132,8 +132,8 @@ def test_every_layout_and_type_gives_the_same_tensors(tmp_path, layout, dtype):
     np.testing.assert_array_equal(weights.read("a", 1, 3), TENSORS["a"][1:3])
 
 
-def test_views_of_a_storage_are_read_in_their_own_shape(tmp_path):
-    """Also transposed ones, of which a state dict keeps the strides."""
+def test_views_of_a_storage_are_read_with_their_shape(tmp_path):
+    """Also transposed views, whose strides are in the state dict."""
     data = np.arange(12, dtype=np.float32)
     storage = Storage("0", "torch.FloatStorage", 12)
     views = {
@@ -149,7 +149,7 @@ def test_views_of_a_storage_are_read_in_their_own_shape(tmp_path):
     np.testing.assert_array_equal(weights.read("rest"), data[8:])
 
 
-def test_a_checkpoint_of_a_training_run_gives_its_model(tmp_path):
+def test_model_of_a_training_checkpoint_is_read(tmp_path):
     write_torch(tmp_path / "a.bin", TENSORS, wrap=lambda state: {"model": state, "step": 3, "optimizer": {}})
     weights = open_weights(tmp_path / "a.bin")
     assert weights.tensors.keys() == TENSORS.keys()
@@ -189,7 +189,7 @@ BAD = ["code", "code of torch", "attribute of an allowed name", "outside", "nega
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_archives_with_code_or_bad_tensors_are_refused(tmp_path, case):
+def test_archives_with_code_or_invalid_tensors_are_rejected(tmp_path, case):
     bad_archive(case, tmp_path / "a.bin")
     with pytest.raises(UserError, match="weights-only reader rejects") as error:
         open_weights(tmp_path / "a.bin")
@@ -197,7 +197,7 @@ def test_archives_with_code_or_bad_tensors_are_refused(tmp_path, case):
     assert not (tmp_path / "a.bin.mark").exists()
 
 
-def test_changed_bytes_of_an_archive_are_noticed(tmp_path):
+def test_changed_bytes_of_an_archive_are_detected(tmp_path):
     write_torch(tmp_path / "a.bin", {"a": np.full((8,), 1.2345, np.float32)})
     content = (tmp_path / "a.bin").read_bytes()
     value = np.full(8, 1.2345, np.float32).tobytes()
@@ -243,19 +243,19 @@ SHARDS = {
 
 
 @pytest.mark.parametrize("case", SHARDS)
-def test_shards_that_do_not_match_their_index_are_refused(tmp_path, case):
+def test_shards_that_do_not_match_their_index_are_rejected(tmp_path, case):
     damage_shards(case, tmp_path, write_shards(tmp_path, TENSORS))
     with pytest.raises(UserError, match=SHARDS[case]) as error:
         open_weights(tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_weights_is_refused(tmp_path):
+def test_folder_without_weights_is_rejected(tmp_path):
     with pytest.raises(UserError, match="contains none of model.safetensors"):
         open_weights(tmp_path)
 
 
-def test_types_that_are_not_supported_are_refused_by_name(tmp_path):
+def test_unsupported_types_are_rejected_by_name(tmp_path):
     write_safetensors(tmp_path / "a", {"embedding": np.zeros((4, 4))}, {}, "I8")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = {"embedding": {"embedding": jax.ShapeDtypeStruct((4, 4), np.float32, sharding=device)}}
@@ -265,8 +265,8 @@ def test_types_that_are_not_supported_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_reading_holds_the_parameters_and_little_more(tmp_path, dtype):
-    """JAX takes some arrays over without copying them; its copies of the others are not traced here."""
+def test_peak_memory_is_close_to_that_of_the_parameters(tmp_path, dtype):
+    """JAX uses some arrays without copying them; its copies of the others are not traced here."""
     layers, size, vocab_size = 16, 64, 512
     rng = np.random.default_rng(0)
     names = ["query", "key", "value", "output"]
@@ -301,7 +301,7 @@ def test_reading_holds_the_parameters_and_little_more(tmp_path, dtype):
 
 
 @pytest.mark.extras
-def test_files_that_torch_writes_are_read_as_torch_reads_them(tmp_path):
+def test_files_of_torch_are_read_as_torch_reads_them(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed (extra test-hf)")
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     state = model.state_dict()

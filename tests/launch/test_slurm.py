@@ -18,7 +18,7 @@ import pytest
 
 from dualsm.config import load_config
 from dualsm.model.transformer import init_params
-from dualsm.rundir.checkpoint import restore_params
+from dualsm.rundir.checkpoint_reader import restore_params
 from dualsm.rundir.metrics import read_metrics
 from tests.conftest import ROOT, run_command
 from tests.launch import slurm as real

@@ -33,7 +33,7 @@ def reference():
 
 
 def abstract(config):
-    """Shapes of the parameters, on one device."""
+    """Returns the shapes of the parameters on one device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dualsm.config import default_config
 from dualsm.process.errors import UserError
-from dualsm.rundir.checkpoint import Checkpoints, abstract, restore_parts
+from dualsm.rundir.checkpoint import Checkpoints, abstract
+from dualsm.rundir.checkpoint_reader import restore_parts
 from dualsm.rundir.checksums import changed, checksums
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dualsm.data.build import Recipe, build
 from dualsm.process.errors import UserError
-from dualsm.rundir.checkpoint import restore_params
+from dualsm.rundir.checkpoint_reader import restore_params
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.workdir import read_config
 from dualsm.training.loop import train

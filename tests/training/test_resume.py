@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dualsm.config import load_config
-from dualsm.rundir.checkpoint import restore_params
+from dualsm.rundir.checkpoint_reader import restore_params
 from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
 from tests.conftest import ROOT, command_env
