@@ -35,7 +35,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def is_integer(self) -> bool:
-        """Returns True for integers and truth values."""
+        """Returns True for integers and booleans."""
         return self.dtype in DTYPES and not self.is_floating
 
 

@@ -257,7 +257,7 @@ def _visit(bounds: Sequence, body: Callable, carry):
 
 
 def _scores(a_MxK: jax.Array, b_NxK: jax.Array, seen_MxN: jax.Array | None) -> jax.Array:
-    """Products of queries and keys before scaling; `HIDDEN` where the query does not see the key."""
+    """Returns products of queries and keys before scaling; `HIDDEN` for keys outside the range of a query."""
     scores_MxN = triton.dot(a_MxK, b_NxK.T)
     return scores_MxN if seen_MxN is None else jnp.where(seen_MxN, scores_MxN, HIDDEN)
 
