@@ -5,6 +5,7 @@ import os
 import pty
 import resource
 import signal
+import subprocess
 import sys
 import time
 
@@ -131,3 +132,22 @@ def test_closed_terminal_stops_the_run_after_saving(tmp_path, kind, signals):
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
     assert saved.read_text() == f"saved {signals}"
+
+
+@pytest.mark.parametrize("platforms", ["", "cpu"])
+def test_a_gpu_that_jax_does_not_use_is_reported(platforms):
+    """JAX looks for `/dev/nvidia0`, which machines without a GPU do not have: the check is replaced."""
+    code = (
+        "import jax\n"
+        "from jax._src import hardware_utils\n"
+        "from dualsm.process import cli\n"
+        "hardware_utils.has_visible_nvidia_gpu = lambda: True\n"
+        "def main(_):\n"
+        "    cli.set_up_jax()\n"
+        "    print(jax.default_backend())\n"
+        "cli.run(main)\n"
+    )
+    environment = command_env() | {"JAX_PLATFORMS": platforms}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert process.stdout.split() == ["cpu"]
+    assert ("pip install 'dualsm[cuda]'" in process.stderr) == (platforms == "")

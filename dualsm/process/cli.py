@@ -6,6 +6,7 @@ Every command is an absl program, `python -m dualsm.NAME`, that passes its `main
 from __future__ import annotations
 
 import itertools
+import logging as std_logging
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from absl import app, flags, logging
 
 from dualsm.process.errors import BROKEN_PIPE, UserError, is_broken_stdout, user_message
 from dualsm.process.memory import keep_freed_memory, may_use_accelerator
-from dualsm.process.progress import escape_unprintable
+from dualsm.process.progress import escape_unprintable, warn
 
 flags.disclaim_key_flags()  # flags of `DEFINE_path` belong to the calling command
 
@@ -124,6 +125,7 @@ def set_up_jax(cpu_devices: int = 0, keep_memory: bool = True) -> None:
     """
     import jax
 
+    _show_warnings_about_backends()
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     # On accelerator hosts threads would wait for the shared arena. Asking JAX for its platform starts its
@@ -135,6 +137,24 @@ def set_up_jax(cpu_devices: int = 0, keep_memory: bool = True) -> None:
         folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "dualsm", "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class _BackendWarnings(std_logging.Handler):
+    """Prints JAX's warnings about accelerators that it does not use, which `run` would otherwise hide."""
+
+    def emit(self, record: std_logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "CUDA-enabled jaxlib is not installed" in text:
+            text += " To use the GPU: pip install 'dualsm[cuda]' (dualsm[cuda12] for drivers before 580)"
+        warn(text)
+
+
+def _show_warnings_about_backends() -> None:
+    logger = std_logging.getLogger("jax._src.xla_bridge")
+    if not any(isinstance(handler, _BackendWarnings) for handler in logger.handlers):
+        logger.addHandler(_BackendWarnings(std_logging.WARNING))
+        logger.setLevel(std_logging.WARNING)
+        logger.propagate = False
 
 
 def _ignore_leftovers(hook: Callable) -> Callable:
