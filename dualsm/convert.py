@@ -1,5 +1,6 @@
-"""Imports weights of the paper's released models, and exports runs to Hugging Face.
+"""Imports weights of transformers or of the paper's released models, and exports runs to Hugging Face.
 
+python -m dualsm.convert import --format=huggingface --weights=SmolLM2-135M --workdir=runs/smollm2
 python -m dualsm.convert import --format=reference --weights=state_dict.safetensors --workdir=runs/released
 python -m dualsm.convert export --format=huggingface --workdir=runs/tiny --output=exported
 """
@@ -12,14 +13,17 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dualsm.exchange import export_huggingface, export_reference, import_reference
+from dualsm.exchange import export_huggingface, export_reference, import_huggingface, import_reference
+from dualsm.exchange.sharded_files import DTYPES
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import open_run
 
-_FORMAT = flags.DEFINE_string("format", None, "import: reference; export: huggingface or reference")
+_FORMAT = flags.DEFINE_string("format", None, "huggingface or reference")
 _WORKDIR = cli.DEFINE_path("workdir", None, "run directory; import creates it")
-_WEIGHTS = cli.DEFINE_path("weights", "", "import: safetensors file, or a state dict that torch saved")
+_WEIGHTS = cli.DEFINE_path(
+    "weights", "", "import: model folder; for reference also a safetensors file or a state dict of torch"
+)
 _TOKENIZER = cli.DEFINE_path(
     "tokenizer", "", "import: tokenizer file; default: tokenizer.json in the folder of the weights"
 )
@@ -28,27 +32,36 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "export: step of the checkpoint; default: the latest")
 _OUTPUT = cli.DEFINE_path("output", "", "export: folder to create")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "export to huggingface: type of the weights")
+_MAX_SHARD_SIZE = flags.DEFINE_float(
+    "max_shard_size", 5.0, "export to huggingface: gigabytes per file of weights", lower_bound=1e-6
+)
 flags.mark_flags_as_required(["format", "workdir"])
 
 
-EXPORTERS = {"huggingface": export_huggingface.export, "reference": export_reference.export}
-FORMATS = {"import": ("reference",), "export": tuple(EXPORTERS)}
+IMPORTERS = {"huggingface": import_huggingface.load, "reference": import_reference.load}
+FORMATS = {"import": tuple(IMPORTERS), "export": ("huggingface", "reference")}
 
 
 def import_run() -> str:
     """Creates a run directory from weights in another format; returns a message for the user."""
     if not _WEIGHTS.value:
-        raise UserError("--weights is not set; import needs --weights=FILE")
+        raise UserError("--weights is not set; import needs --weights=PATH")
     config = cli.config(_CONFIG) if _CONFIG.value is not None else None
-    return import_reference.load(Path(_WEIGHTS.value), _TOKENIZER.value, config, Path(_WORKDIR.value))
+    load = IMPORTERS[_FORMAT.value]
+    return load(Path(_WEIGHTS.value), _TOKENIZER.value, config, Path(_WORKDIR.value))
 
 
 def export_run() -> str:
     """Writes a run's weights in another format; returns a message for the user."""
     if not _OUTPUT.value:
         raise UserError("--output is not set; export needs --output=DIR")
-    run = open_run(_WORKDIR.value, _CHECKPOINT.value)
-    return f"step {run.step} of {run.workdir}: {EXPORTERS[_FORMAT.value](run, Path(_OUTPUT.value))}"
+    run, output = open_run(_WORKDIR.value, _CHECKPOINT.value), Path(_OUTPUT.value)
+    if _FORMAT.value == "huggingface":
+        message = export_huggingface.export(run, output, _DTYPE.value, int(1e9 * _MAX_SHARD_SIZE.value))
+    else:
+        message = export_reference.export(run, output)
+    return f"step {run.step} of {run.workdir}: {message}"
 
 
 def main(argv: Sequence[str]) -> None:

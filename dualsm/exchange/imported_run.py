@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ def fit_config(
 
     Args:
       config: config for further training; None: the defaults, with the shape of the weights.
-      settings: values of `config.model` that the weights determine.
+      settings: values of `config.model` that the weights determine, by flattened key.
       tokenizer: tokenizer of the weights.
       seq_len: sequence length of the weights, used if `config` is None.
 
@@ -43,11 +44,10 @@ def fit_config(
             "pass a config, for example --config=dualsm:dual_470m"
         )
     for key, value in (settings | {"vocab_size": tokenizer.vocab_size}).items():
-        if recipe and config.model[key] != value and (key, config.model[key]) != ("vocab_size", 0):
-            raise UserError(
-                f"config.model.{key}={config.model[key]} but the weights have {value}; change the config"
-            )
-        config.model[key] = value
+        found = operator.attrgetter(key)(config.model)
+        if recipe and found != value and (key, found) != ("vocab_size", 0):
+            raise UserError(f"config.model.{key}={found} but the weights have {value}; change the config")
+        config.model.update_from_flattened_dict({key: value})
     if not recipe and seq_len:
         config.seq_len = seq_len
     configs.check_config(config)

@@ -249,7 +249,13 @@ def test_pickle_is_rejected_in_one_line(tmp_path):
     ("arguments", "expected"),
     [
         ([], "import, export"),
-        (["import", "--format=huggingface", "--workdir=x"], "--format=huggingface"),
+        (["import", "--format=gguf", "--workdir=x"], "--format=gguf: import supports huggingface, reference"),
+        (["import", "--format=huggingface", "--workdir=x"], "--weights is not set"),
+        (
+            ["import", "--format=huggingface", "--workdir=x", "--weights=nowhere"],
+            "nowhere has no config.json",
+        ),
+        (["export", "--format=huggingface", "--workdir=x", "--output=y", "--dtype=int8"], "--dtype"),
         (["import", "export", "--format=reference", "--workdir=x"], "export"),
         (["export", "--format=reference", "--workdir=nowhere", "--output=x"], "nowhere"),
     ],

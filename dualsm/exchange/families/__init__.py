@@ -1,0 +1,1 @@
+"""Model families of transformers: settings from config.json and back, and names of tensors."""

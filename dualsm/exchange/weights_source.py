@@ -1,0 +1,39 @@
+"""Origin of imported weights, as recorded in `source.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dualsm.process.errors import UserError
+from dualsm.rundir.trained_run import TrainedRun
+from dualsm.rundir.workdir import SOURCE, read_config
+
+_MAX_FORKS = 100  # a run that is forked from itself would be followed forever
+
+
+def read_source(run: TrainedRun) -> dict:
+    """Returns the origin of a run's weights, or of those of the run that it was forked from.
+
+    Returns:
+      The content of `source.json`; empty if the run started from random weights, or if the directory of the
+      run that it was forked from is gone.
+    """
+    workdir, config = run.workdir, run.config
+    for _ in range(_MAX_FORKS):
+        path = workdir / SOURCE
+        if path.exists():
+            return _read(path)
+        if not config.start.run or not Path(config.start.run).is_dir():
+            break
+        workdir = Path(config.start.run)
+        config = read_config(workdir)
+    return {}
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it") from error
+    return content if isinstance(content, dict) else {}
