@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dualsm.exchange import export_huggingface, export_reference, import_huggingface, import_reference
+from dualsm.exchange.hub import local_path
 from dualsm.exchange.sharded_files import DTYPES
 from dualsm.process import cli
 from dualsm.process.errors import UserError
@@ -49,7 +50,7 @@ def import_run() -> str:
         raise UserError("--weights is not set; import needs --weights=PATH")
     config = cli.config(_CONFIG) if _CONFIG.value is not None else None
     load = IMPORTERS[_FORMAT.value]
-    return load(Path(_WEIGHTS.value), _TOKENIZER.value, config, Path(_WORKDIR.value))
+    return load(local_path(_WEIGHTS.value), _TOKENIZER.value, config, Path(_WORKDIR.value))
 
 
 def export_run() -> str:

@@ -19,7 +19,7 @@ from dualsm.exchange.torch_file import TorchFile
 from dualsm.process.errors import UserError
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"  # first bytes of files saved by torch, current and legacy
-_INDEX = ".index.json"
+INDEX = ".index.json"
 # Names of weights in a folder, in order of preference.
 FILE_NAMES = (
     "model.safetensors",
@@ -91,7 +91,7 @@ def open_weights(path: str | Path) -> Weights:
     path = Path(path)
     if path.is_dir():
         path = _find_in_folder(path)
-    if path.name.endswith(_INDEX):
+    if path.name.endswith(INDEX):
         return Weights(path, _open_shards(path))
     return Weights(path, {path: _open_file(path)})
 

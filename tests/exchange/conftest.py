@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dualsm.exchange.weight_files import open_weights
+from dualsm.exchange.weight_files import open_weights, write_safetensors
 
 FIXTURE = Path(__file__).parents[1] / "data" / "model_parity.safetensors"
 VOCABULARY = 320  # of the fixture
@@ -61,6 +61,22 @@ ADDING = (  # normalizers that add characters
 def tokenizer_json(documents) -> str:
     """Returns the path of a `tokenizer.json` whose special tokens have random ids."""
     return make_tokenizer_json(documents[:200], seed=0)
+
+
+@pytest.fixture(scope="session")
+def released_alone(tokenizer_json, tmp_path_factory) -> Path:
+    """The weights of the fixture under their plain names, their config.json and a tokenizer."""
+    folder = tmp_path_factory.mktemp("released_alone")
+    tensors = {
+        name.removeprefix("param."): tensor
+        for name, tensor in read_all(FIXTURE).items()
+        if name.startswith("param.")
+    }
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    settings = {name: json.loads(value) for name, value in open_weights(FIXTURE).metadata.items()}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+    return folder
 
 
 @pytest.fixture(scope="session")

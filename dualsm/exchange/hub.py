@@ -1,0 +1,94 @@
+"""Weights on the Hugging Face Hub: `hf://OWNER/NAME@BRANCH`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dualsm.exchange.weight_files import FILE_NAMES, INDEX, read_json_object
+from dualsm.process.errors import UserError
+
+SCHEME = "hf://"
+_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^@\s]+))?")
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+_TIMEOUT = 20  # seconds
+
+
+def local_path(weights: str) -> Path:
+    """Returns the path of weights, after downloading them if they are on the Hub.
+
+    Args:
+      weights: a path, or `hf://OWNER/NAME`, with `@BRANCH` (or a tag or commit) for other than `main`.
+
+    Raises:
+      UserError: if there is no such repository, branch or file, or the Hub cannot be reached.
+    """
+    if not weights.startswith(SCHEME):
+        return Path(weights)
+    match = _ADDRESS.fullmatch(weights)
+    if not match:
+        raise UserError(f"--weights={weights}: must have the form hf://OWNER/NAME or hf://OWNER/NAME@BRANCH")
+    return _download(weights, match[1], match[2] or "main")
+
+
+def _download(weights: str, repository: str, revision: str) -> Path:
+    """Returns the folder in the cache of the Hub that contains the files of a revision."""
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise UserError(
+            "huggingface_hub is not installed; run pip install 'dualsm[hub]', or download the files"
+        ) from error
+    prefix = f"--weights={weights}:"
+    try:
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT)
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{prefix} {repository} has no branch {revision}; check the name") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{prefix} no public repository {repository}; check the name, or log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # the network libraries, and their errors, depend on the version
+        return _cached(prefix, repository, revision, error)
+    names = {sibling.rfilename for sibling in info.siblings or ()}
+    found = next((name for name in FILE_NAMES if name in names), None)
+    if found is None:
+        raise UserError(f"{prefix} contains none of {', '.join(FILE_NAMES)}; choose another branch")
+    wanted = [name for name in _SETTINGS if name in names] + [found]
+    try:
+        for name in wanted:
+            path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+            if name.endswith(INDEX):
+                shards = read_json_object(path).get("weight_map", {})
+                wanted += sorted(names.intersection(map(str, shards.values())))
+    except Exception as error:
+        raise UserError(
+            f"{prefix} the download of {name} failed ({_reason(error)}); run the same command again"
+        ) from error
+    return path.parent
+
+
+def _cached(prefix: str, repository: str, revision: str, error: Exception) -> Path:
+    """Returns the folder of an earlier download. Raises `UserError` if there is none."""
+    import huggingface_hub
+
+    for name in FILE_NAMES:
+        path = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent
+    raise UserError(
+        f"{prefix} cannot reach the Hugging Face Hub ({_reason(error)}), and the files were not downloaded "
+        "before; check the network, or download them on another machine and give their folder"
+    ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of an error message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
