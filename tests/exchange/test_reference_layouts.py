@@ -169,8 +169,8 @@ def test_the_number_of_heads_follows_from_their_width(write, plain, released_alo
     ("changes", "message"),
     [
         ({"head_dim": 32}, "contradict each other"),
-        ({"d_h": 32}, "are not 64 wide"),
-        ({"d_h": 5}, "d_h=5 must divide 64"),
+        ({"d_h": 32}, "times d_h=32 must be 64"),
+        ({"d_h": 5}, "d_h=5 must divide d_model=64"),
         ({"num_hidden_layers": 3}, "contradict each other"),
         ({"max_sequence_length": 0}, "must be a positive integer"),
         ({"hidden_size": 128}, "hidden_size=128 but the weights have 64"),
