@@ -105,6 +105,10 @@ KEYS = [
         "model.remat", "matmuls", one_of(POLICIES), "What the backward pass reuses: results of matmuls and "
         "attention; nothing (full); everything (none). matmuls is the fastest on CPU and saves memory.",
     ),
+    Key(
+        "model.dropout", 0.0, BELOW_ONE, "Dropout rate of embeddings, attention output and MLP output in "
+        "training; 0: none.",
+    ),
     Key("model.attention", "auto", one_of(BACKENDS), "auto: splash on TPUs, flash on GPUs, otherwise xla."),
 
     Key("loss.z_loss", 1e-4, at_least(0), "Weight of the squared log normalizer."),

@@ -17,6 +17,7 @@ from flax import nnx
 from dualsm.devices.sharding import constrain, divided_by, platform
 from dualsm.model import remat
 from dualsm.model.attention import attend
+from dualsm.model.dropout import dropout, fold_layers
 from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.model.rope import Rope, layer_angles, rotate, rotated_layers
 
@@ -113,15 +114,16 @@ class Block(nnx.Module):
     """One layer: attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
-        self.backend = config.attention
+        self.backend, self.dropout = config.attention, config.get("dropout", 0.0)
         self.attention = Attention(config, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_TxD, key_start_BxL, key_end_BxL, angles) -> jax.Array:
+    def __call__(self, x_TxD, key_start_BxL, key_end_BxL, angles, keys_2xBx2=(None, None)) -> jax.Array:
         q, k, v = self.attention.project(x_TxD, key_start_BxL.shape[0], angles)
         attended = attend(q, k, v, key_start_BxL, key_end_BxL, self.backend)
-        x_TxD = constrain(x_TxD + self.attention.merge(attended), "batch", None)
-        return constrain(x_TxD + self.mlp(x_TxD), "batch", None)
+        attended_TxD = dropout(self.attention.merge(attended), keys_2xBx2[0], self.dropout)
+        x_TxD = constrain(x_TxD + attended_TxD, "batch", None)
+        return constrain(x_TxD + dropout(self.mlp(x_TxD), keys_2xBx2[1], self.dropout), "batch", None)
 
 
 class ProjectedHead(nnx.Module):
@@ -214,6 +216,7 @@ class Transformer(nnx.Module):
         self.rope = Rope(self.head_dim, config.rope_theta, **config.rope_scaling)
         self.no_rope_layer_interval = config.no_rope_layer_interval
         self.remat = config.remat
+        self.dropout = config.get("dropout", 0.0)
         self.layers = config.num_layers
         self.embedding = nnx.Embed(
             config.vocab_size,
@@ -236,12 +239,19 @@ class Transformer(nnx.Module):
         """Returns True for each layer with a rotary embedding; None if all layers have it."""
         return rotated_layers(self.layers, self.no_rope_layer_interval)
 
-    def features(self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array) -> jax.Array:
+    def features(
+        self,
+        tokens_BxL: jax.Array,
+        key_start_BxL: jax.Array,
+        key_end_BxL: jax.Array,
+        dropout_keys_Bx2: jax.Array | None = None,
+    ) -> jax.Array:
         """Returns the features at each position for predicting the next token, [B, L, D].
 
         Args:
           tokens_BxL: int32.
           key_start_BxL, key_end_BxL: int32; key range of each position, see `attend`.
+          dropout_keys_Bx2: uint32; one key per row; None: no dropout.
         """
         angles = self.rope.angles(jnp.arange(tokens_BxL.shape[1]))
         layer = _apply_block
@@ -249,10 +259,15 @@ class Transformer(nnx.Module):
             layer = nnx.remat(layer, policy=remat.POLICIES[self.remat])
         # In a loop, XLA's GPU compiler copies the residuals of each layer into stacked arrays.
         unroll = self.layers if platform() == "gpu" else 1
-        axes = (0, 0, nnx.Carry, None, None, None)
+        axes, keys = (0, 0, nnx.Carry, None, None, None), ()
+        x_TxD = self.embedding(tokens_BxL.reshape(-1))
+        if dropout_keys_Bx2 is not None:
+            embedding_keys_Bx2, keys_Nx2xBx2 = fold_layers(dropout_keys_Bx2, self.layers)
+            x_TxD = dropout(x_TxD, embedding_keys_Bx2, self.dropout)
+            axes, keys = (*axes, 0), (keys_Nx2xBx2,)
         scan = nnx.scan(layer, in_axes=axes, out_axes=nnx.Carry, unroll=unroll)
-        x_TxD = constrain(self.embedding(tokens_BxL.reshape(-1)), "batch", None)
-        x_TxD = scan(self.blocks, self.rotated_N, x_TxD, key_start_BxL, key_end_BxL, angles)
+        x_TxD = constrain(x_TxD, "batch", None)
+        x_TxD = scan(self.blocks, self.rotated_N, x_TxD, key_start_BxL, key_end_BxL, angles, *keys)
         return self.head.features(x_TxD).reshape(*tokens_BxL.shape, -1)
 
     def logits(self, tokens_BxL: jax.Array, key_start_BxL: jax.Array, key_end_BxL: jax.Array) -> jax.Array:
@@ -264,8 +279,8 @@ class Transformer(nnx.Module):
         return self.head.output(features_BxLxD).astype(jnp.float32)
 
 
-def _apply_block(block: Block, is_rotated, x_TxD, key_start_BxL, key_end_BxL, angles) -> jax.Array:
-    return block(x_TxD, key_start_BxL, key_end_BxL, layer_angles(angles, is_rotated))
+def _apply_block(block: Block, is_rotated, x_TxD, key_start_BxL, key_end_BxL, angles, *keys) -> jax.Array:
+    return block(x_TxD, key_start_BxL, key_end_BxL, layer_angles(angles, is_rotated), *keys)
 
 
 def init_params(config: ml_collections.ConfigDict, key: jax.Array) -> dict:

@@ -90,28 +90,28 @@ def assign(
       objective_B, stratum_B, strata_B, int32: index of each row's member among those of all entries;
       `Row.stratum`; `Row.strata`.
     """
-    entry_U, stratum_U = _sequences(counts_E)
+    entry_I, stratum_I = _sequences(counts_E)
     rows_E = np.ones(len(counts_E), np.int64) if rows_E is None else np.asarray(rows_E)
-    sequence_B = np.repeat(np.arange(len(entry_U)), rows_E[entry_U])
-    entry_B = entry_U[sequence_B]
+    sequence_B = np.repeat(np.arange(len(entry_I)), rows_E[entry_I])
+    entry_B = entry_I[sequence_B]
     first_E = np.cumsum(rows_E) - rows_E
     which_B = np.arange(len(sequence_B)) - np.searchsorted(sequence_B, sequence_B)
-    rows = (first_E[entry_B] + which_B, stratum_U[sequence_B], counts_E[entry_B])
+    rows = (first_E[entry_B] + which_B, stratum_I[sequence_B], counts_E[entry_B])
     return tuple(a.astype(np.int32) for a in rows)
 
 
 def row_sequences(counts_E: np.ndarray, rows_E: Sequence[int]) -> np.ndarray:
     """Returns the index of each row's sequence among the sequences of its step, int64 [B]; see `assign`."""
-    entry_U, _ = _sequences(counts_E)
-    return np.repeat(np.arange(len(entry_U)), np.asarray(rows_E)[entry_U])
+    entry_I, _ = _sequences(counts_E)
+    return np.repeat(np.arange(len(entry_I)), np.asarray(rows_E)[entry_I])
 
 
 def _sequences(counts_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the entry of each of the U sequences of a step, and its index among those of the entry."""
-    entry_U = np.repeat(np.arange(len(counts_E)), counts_E)
-    stratum_U = np.concatenate([np.arange(count) for count in counts_E])
-    order_U = np.argsort((stratum_U + 0.5) / counts_E[entry_U], kind="stable")
-    return entry_U[order_U], stratum_U[order_U]
+    """Returns the entry of each of the I sequences of a step, and its index among those of the entry."""
+    entry_I = np.repeat(np.arange(len(counts_E)), counts_E)
+    stratum_I = np.concatenate([np.arange(count) for count in counts_E])
+    order_I = np.argsort((stratum_I + 0.5) / counts_E[entry_I], kind="stable")
+    return entry_I[order_I], stratum_I[order_I]
 
 
 def make_examples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,23 @@ from dualsm.objectives.example import Example
 from dualsm.training.objective_loss import RowSums, example_loss
 from dualsm.training.row_weights import RowWeights
 
-# (params, (examples, weights of the rows)) -> (gradients, loss sums of each row)
-GradientFunction = Callable[[dict, tuple[Example, RowWeights]], tuple[dict, RowSums]]
+
+class TrainingRows(NamedTuple):
+    """The rows of a batch for the gradient.
+
+    Attributes:
+      example: examples of the rows.
+      weights: their weights in the loss.
+      dropout_keys_Bx2: uint32; key of each row's dropout masks; None: no dropout.
+    """
+
+    example: Example
+    weights: RowWeights
+    dropout_keys_Bx2: jax.Array | None = None
+
+
+# (params, rows) -> (gradients, loss sums of each row)
+GradientFunction = Callable[[dict, TrainingRows], tuple[dict, RowSums]]
 
 
 def make_gradient_function(config: ml_collections.ConfigDict) -> GradientFunction:
@@ -29,7 +45,7 @@ def make_gradient_function(config: ml_collections.ConfigDict) -> GradientFunctio
     if config.gradient_accumulation_steps > 1:
         function = functools.partial(_accumulate, function, config.gradient_accumulation_steps)
 
-    def gradients(params: dict, rows: tuple[Example, RowWeights]) -> tuple[dict, RowSums]:
+    def gradients(params: dict, rows: TrainingRows) -> tuple[dict, RowSums]:
         # Without accumulation, accelerators overlap a layer's all-reduce with the next layer's computation.
         if config.gradient_accumulation_steps == 1 and platform() != "cpu":
             return function(params, rows)
@@ -39,22 +55,28 @@ def make_gradient_function(config: ml_collections.ConfigDict) -> GradientFunctio
 
 
 def _summed_loss(
-    config: ml_collections.ConfigDict, params: dict, rows: tuple[Example, RowWeights]
+    config: ml_collections.ConfigDict, params: dict, rows: TrainingRows
 ) -> tuple[jax.Array, RowSums]:
-    example, weights = rows
+    example, weights, dropout_keys_Bx2 = rows
     model = transformer.bind(config.model, params)
     loss, _, stats = example_loss(
-        model, example, config.loss.chunk_size, config.loss.z_loss, weights.nll_B, weights.z_loss_B
+        model,
+        example,
+        config.loss.chunk_size,
+        config.loss.z_loss,
+        weights.nll_B,
+        weights.z_loss_B,
+        dropout_keys_Bx2,
     )
     return loss, stats
 
 
 def _accumulate(
-    differentiate: GradientFunction, steps: int, params: dict, rows: tuple[Example, RowWeights]
+    differentiate: GradientFunction, steps: int, params: dict, rows: TrainingRows
 ) -> tuple[dict, RowSums]:
     """Sums gradients over `steps` parts of the rows, one after the other."""
 
-    def add(total: dict, part: tuple[Example, RowWeights]):
+    def add(total: dict, part: TrainingRows):
         grads, stats = differentiate(params, part)
         return jax.tree.map(jnp.add, total, grads), stats
 

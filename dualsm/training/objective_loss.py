@@ -34,6 +34,7 @@ def example_loss(
     z_loss: float = 0.0,
     row_weights_B: jax.Array | float = 1.0,
     z_loss_weights_B: jax.Array | None = None,
+    dropout_keys_Bx2: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, RowSums]:
     """Returns the summed loss of a batch of examples and the loss denominator.
 
@@ -46,6 +47,7 @@ def example_loss(
       z_loss: weight of the squared log normalizer at every position with a loss.
       row_weights_B: factor on the loss of each row, but not on its denominator or z-loss.
       z_loss_weights_B: factor on the z-loss of each row; None: 1.
+      dropout_keys_Bx2: see `Transformer.features`.
 
     Returns:
       weighted_sum: float32 []; sum of the weighted losses, to be differentiated.
@@ -57,7 +59,7 @@ def example_loss(
     if z_loss_weights_B is not None:
         has_loss = has_loss * z_loss_weights_B[:, None]
     weighted_sum, nll_BxL = cross_entropy(
-        model.features(example.inputs_L, example.key_start_L, example.key_end_L),
+        model.features(example.inputs_L, example.key_start_L, example.key_end_L, dropout_keys_Bx2),
         model.head.output.kernel[...],
         model.head.output.bias[...],
         example.targets_L,

@@ -15,11 +15,11 @@ import ml_collections
 import optax
 
 from dualsm.devices.sharding import constrain
-from dualsm.model import transformer
+from dualsm.model import dropout, transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
 from dualsm.objectives.pairs import Entry, bind_members, members_of
-from dualsm.training.gradients import make_gradient_function
+from dualsm.training.gradients import TrainingRows, make_gradient_function
 from dualsm.training.optimizer import at_step
 from dualsm.training.row_weights import make_row_weights
 from dualsm.training.step_metrics import (
@@ -30,6 +30,8 @@ from dualsm.training.step_metrics import (
     init_metrics,
     step_metrics,
 )
+
+_DROPOUT = 2**31  # above the index of any row, whose keys of corruption are folded in too
 
 
 class Batch(NamedTuple):
@@ -112,7 +114,10 @@ def make_train_step(
         example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
 
         weights = row_weights(batch.objective_B, example.loss_denominator_L)
-        grads, stats = gradients(state.params, (example, weights))
+        dropout_keys_Bx2 = None
+        if config.model.dropout:
+            dropout_keys_Bx2 = dropout.row_keys(jax.random.fold_in(key, _DROPOUT), rows)
+        grads, stats = gradients(state.params, TrainingRows(example, weights, dropout_keys_Bx2))
         denominator_B = stats.loss_denominator_B
         if weights.denominator_B is not None:
             denominator_B = denominator_B * weights.denominator_B
