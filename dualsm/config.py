@@ -27,7 +27,17 @@ from dualsm.objectives.registry import OBJECTIVES, check_options, default_option
 from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
 from dualsm.objectives.shares import check_mixture
 from dualsm.process.errors import UserError
-from dualsm.process.value_rules import ANY, BELOW_ONE, FRACTION, POSITIVE, Rule, at_least, between, one_of
+from dualsm.process.value_rules import (
+    ANY,
+    BELOW_ONE,
+    FRACTION,
+    POSITIVE,
+    Rule,
+    at_least,
+    between,
+    one_of,
+    subset_of,
+)
 
 
 class OldVersion(UserError):
@@ -116,7 +126,24 @@ KEYS = [
 
     Key("optimizer.name", "muon", one_of(("muon", "adamw")), "Optimizer; see dualsm/training/optimizer.py."),
     Key("optimizer.learning_rate", 7e-3, POSITIVE, "Peak learning rate."),
+    Key(
+        "optimizer.adamw_learning_rate", 0.0, at_least(0), "Peak learning rate of the parameters that Muon "
+        "leaves to AdamW; 0: learning_rate.",
+    ),
     Key("optimizer.weight_decay", 0.1, at_least(0), "Weight decay, multiplied by the learning rate."),
+    Key(
+        "optimizer.weight_decay_schedule.name", "learning_rate", one_of(("learning_rate", "constant", "linear")),
+        "Follows the learning rate, or is constant or decreases linearly from its peak.",
+    ),
+    Key("optimizer.weight_decay_schedule.final_fraction", 0.0, FRACTION, "Final over initial (linear)."),
+    Key(
+        "optimizer.weight_decay_schedule.independent", False, ANY, "Does not multiply by the peak learning "
+        "rate: a step removes the fraction weight_decay of a weight.",
+    ),
+    Key(
+        "optimizer.weight_decay_exempt", "", subset_of(("embeddings", "output", "vectors")), "Parameters "
+        "without weight decay: embeddings, output matrix, vectors (norms and biases).",
+    ),
     Key("optimizer.momentum", 0.95, BELOW_ONE, "Momentum of Muon."),
     Key("optimizer.beta1", 0.9, BELOW_ONE, "First-moment decay of AdamW."),
     Key("optimizer.beta2", 0.95, BELOW_ONE, "Second-moment decay of AdamW."),
@@ -230,6 +257,7 @@ def check_config(config: ConfigDict) -> None:
     _check_heads(config.model)
     _check_rope(config.model.rope_scaling)
     _check_schedule(config)
+    _check_adamw(config.optimizer)
     for name in valid_objectives(config):
         if name not in OBJECTIVES:
             raise UserError(
@@ -327,6 +355,14 @@ def _check_schedule(config: ConfigDict) -> None:
             f"config.optimizer.schedule: final_fraction={schedule.final_fraction} and "
             f"constant_fraction={schedule.constant_fraction} must satisfy 0 < final_fraction <= "
             "constant_fraction <= 1 for the infinite schedule"
+        )
+
+
+def _check_adamw(optimizer: ConfigDict) -> None:
+    if optimizer.adamw_learning_rate and optimizer.name == "adamw":
+        raise UserError(
+            f"config.optimizer.adamw_learning_rate={optimizer.adamw_learning_rate} has no effect with "
+            "config.optimizer.name=adamw; set config.optimizer.learning_rate"
         )
 
 

@@ -42,3 +42,9 @@ def between(low: int, high: int) -> Rule:
 def one_of(names: Iterable[str]) -> Rule:
     names = tuple(names)
     return Rule(lambda v: v in names, f"be one of {', '.join(names)}")
+
+
+def subset_of(names: Iterable[str]) -> Rule:
+    """Returns the rule of a text that lists some of `names`, separated by commas."""
+    names = tuple(names)
+    return Rule(lambda v: not v or set(v.split(",")) <= set(names), f"list some of {', '.join(names)}")

@@ -28,7 +28,20 @@ def make_muon(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> op
         consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrix_axes,
     )
-    return optax.partition({"muon": _shard_layers(muon), "adamw": make_adamw(config, schedule)}, _labels)
+    adamw = make_adamw(config, adamw_schedule(config, schedule))
+    return optax.partition({"muon": _shard_layers(muon), "adamw": adamw}, _labels)
+
+
+def adamw_schedule(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.Schedule:
+    """Returns the learning rate of AdamW's parameters, with the shape of `schedule` and a peak of its own."""
+    if not config.adamw_learning_rate:
+        return schedule
+    return lambda step: schedule(step) * (config.adamw_learning_rate / config.learning_rate)
+
+
+def uses_muon(names: list[str]) -> bool:
+    """Returns True for the path of a kernel of the blocks or of the head's projection."""
+    return names[-1] == "kernel" and (names[0] == "blocks" or names[:2] == ["head", "projection"])
 
 
 def _shard_layers(muon: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -66,11 +79,7 @@ def _matrix_axes(params):
 
 
 def _labels(params):
-    """Returns "muon" for kernels of the blocks and the head's projection, "adamw" for all others."""
-
-    def label(path, _):
-        names = [key.key for key in path]
-        inside = names[0] == "blocks" or names[:2] == ["head", "projection"]
-        return "muon" if inside and names[-1] == "kernel" else "adamw"
-
-    return jax.tree_util.tree_map_with_path(label, params)
+    """Returns "muon" or "adamw" for each parameter."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if uses_muon([key.key for key in path]) else "adamw", params
+    )

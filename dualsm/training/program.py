@@ -59,7 +59,7 @@ def compile_train_step(
       mesh: from `sharding.make_mesh`.
     """
     entries = trained_entries(config)
-    optimizer = make_optimizer(config.optimizer, learning_rate(config.optimizer, config.steps))
+    optimizer = make_optimizer(config.optimizer, learning_rate(config.optimizer, config.steps), config.steps)
     init = functools.partial(init_state, config, optimizer, len(members_of(entries)))
     shapes = jax.eval_shape(init)
     layout = sharding.tree_shardings(mesh, shapes)

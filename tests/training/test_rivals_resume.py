@@ -18,7 +18,7 @@ def rival_config(corpus_path):
     config = micro_config(corpus_path)
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.25, 0.0, 0.0
     config.mixture.mir = 0.75
-    config.model.num_layers = 1
+    config.model.num_layers, config.model.dropout = 1, 0.1
     config.valid.objectives, config.mesh.data = "", 8
     return config
 

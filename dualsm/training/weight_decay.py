@@ -1,0 +1,71 @@
+"""Weight decay with a schedule of its own, and with exempt parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+
+def is_scheduled(config: ml_collections.ConfigDict) -> bool:
+    """Returns False if the weight decay is that of AdamW: for all parameters, times the learning rate."""
+    schedule = config.weight_decay_schedule
+    return schedule.name != "learning_rate" or schedule.independent or bool(config.weight_decay_exempt)
+
+
+def scheduled_weight_decay(
+    config: ml_collections.ConfigDict,
+    learning_rate: optax.Schedule,
+    steps: int,
+    uses_muon: Callable[[Sequence[str]], bool],
+) -> optax.GradientTransformation:
+    """Returns the transformation that subtracts weight decay from the updates of any optimizer.
+
+    A step multiplies each parameter by 1 - weight_decay * f(step) * peak, where f is the learning rate divided
+    by its peak, 1, or linear from 1 to `final_fraction`. `peak` is the peak learning rate of the parameter's
+    optimizer, or 1 if `independent` is True (arXiv 2309.14322).
+
+    Args:
+      config: `config.optimizer`.
+      learning_rate: learning rate by step.
+      steps: number of steps of the run.
+      uses_muon: function from the path of a parameter to True if Muon updates it, else AdamW.
+    """
+    schedule, exempt = config.weight_decay_schedule, config.weight_decay_exempt.split(",")
+    factor = {
+        "learning_rate": lambda step: learning_rate(step) / config.learning_rate,
+        "constant": lambda step: 1.0,
+        "linear": optax.linear_schedule(1.0, schedule.final_fraction, steps),
+    }[schedule.name]
+    adamw_peak = config.adamw_learning_rate or config.learning_rate
+
+    def rate(path) -> float:
+        names = [key.key for key in path]
+        if _group(names) in exempt:
+            return 0.0
+        peak = config.learning_rate if uses_muon(names) else adamw_peak
+        return config.weight_decay * (1.0 if schedule.independent else peak)
+
+    def init(_):
+        return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params):
+        decay = factor(state.count)
+        updates = jax.tree_util.tree_map_with_path(
+            lambda path, update, param: update - decay * rate(path) * param if rate(path) else update,
+            updates,
+            params,
+        )
+        return updates, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _group(names: Sequence[str]) -> str:
+    """Returns the group of a parameter that can be exempt, or "" for the other matrices."""
+    if names[-1] in ("scale", "bias"):
+        return "vectors"
+    return {"embedding": "embeddings", "head/output": "output"}.get("/".join(names[:-1]), "")
