@@ -132,8 +132,9 @@ KEYS = [
     ),
     Key("optimizer.weight_decay", 0.1, at_least(0), "Weight decay, multiplied by the learning rate."),
     Key(
-        "optimizer.weight_decay_schedule.name", "learning_rate", one_of(("learning_rate", "constant", "linear")),
-        "Follows the learning rate, or is constant or decreases linearly from its peak.",
+        "optimizer.weight_decay_schedule.name", "learning_rate",
+        one_of(("learning_rate", "constant", "linear")),
+        "Follows the learning rate; or is constant, or decreases linearly, from its peak.",
     ),
     Key("optimizer.weight_decay_schedule.final_fraction", 0.0, FRACTION, "Final over initial (linear)."),
     Key(

@@ -24,9 +24,9 @@ def scheduled_weight_decay(
 ) -> optax.GradientTransformation:
     """Returns the transformation that subtracts weight decay from the updates of any optimizer.
 
-    A step multiplies each parameter by 1 - weight_decay * f(step) * peak, where f is the learning rate divided
-    by its peak, 1, or linear from 1 to `final_fraction`. `peak` is the peak learning rate of the parameter's
-    optimizer, or 1 if `independent` is True (arXiv 2309.14322).
+    A step multiplies each parameter by 1 - weight_decay * f(step) * peak, where f is the learning rate
+    divided by its peak, 1, or linear from 1 to `final_fraction`. `peak` is the peak learning rate of the
+    parameter's optimizer, or 1 if `independent` is True (arXiv 2309.14322).
 
     Args:
       config: `config.optimizer`.
