@@ -160,6 +160,10 @@ KEYS = [
     Key("optimizer.schedule.cooldown_steps", 0, at_least(0), "Steps from peak to constant (infinite)."),
     Key("optimizer.schedule.constant_fraction", 0.5, at_least(0), "Constant over peak (infinite)."),
 
+    Key("ema.decay", 0.0, BELOW_ONE, "Decay of the moving average of the weights; 0: no average."),
+    Key("ema.start", 0, at_least(0), "Step after which averaging starts; until then it is the weights."),
+    Key("ema.every", 1, at_least(1), "Steps between updates of the average."),
+
     Key("mesh.replica", 1, _AXIS, "Copies of the model across slices."),
     Key("mesh.data", -1, _AXIS, "Copies of the model that share the batch."),
     Key("mesh.fsdp", 1, _AXIS, "Devices that share the batch and shard the parameters."),
@@ -177,6 +181,10 @@ KEYS = [
     Key("valid.every", 100, at_least(1), "Steps between validations; the first and last step also validate."),
     Key("valid.num_sequences", 1024, at_least(0), "Maximum number of held-out sequences; 0: all."),
     Key("valid.objectives", "causal,prefix,masked_diffusion", ANY, "Validated objectives; empty: none."),
+    Key(
+        "valid.parameters", "last", one_of(("last", "ema", "both")), "Validates the weights, their moving "
+        "average (valid/ema/...), or both.",
+    ),
 
     Key("log.every", 10, at_least(1), "Steps per log line; losses are means over these steps."),
     Key("log.tensorboard", True, ANY, "Write TensorBoard files."),
@@ -259,6 +267,11 @@ def check_config(config: ConfigDict) -> None:
     _check_rope(config.model.rope_scaling)
     _check_schedule(config)
     _check_adamw(config.optimizer)
+    if config.valid.parameters != "last" and not config.ema.decay:
+        raise UserError(
+            f"config.valid.parameters={config.valid.parameters} needs a moving average of the weights; set "
+            "config.ema.decay, or leave valid.parameters at last"
+        )
     for name in valid_objectives(config):
         if name not in OBJECTIVES:
             raise UserError(

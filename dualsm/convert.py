@@ -1,8 +1,9 @@
-"""Imports weights of transformers or of the paper's released models, and exports runs to Hugging Face.
+"""Imports and exports weights of transformers and of the paper's released models, and averages checkpoints.
 
 python -m dualsm.convert import --format=huggingface --weights=SmolLM2-135M --workdir=runs/smollm2
 python -m dualsm.convert import --format=reference --weights=state_dict.safetensors --workdir=runs/released
 python -m dualsm.convert export --format=huggingface --workdir=runs/tiny --output=exported
+python -m dualsm.convert average --workdir=runs/tiny --last=2 --output=runs/average
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dualsm.exchange import export_huggingface, export_reference, import_huggingface, import_reference
+from dualsm.exchange import (
+    average_checkpoints,
+    export_huggingface,
+    export_reference,
+    import_huggingface,
+    import_reference,
+)
 from dualsm.exchange.hub import local_path
 from dualsm.exchange.sharded_files import DTYPES
 from dualsm.process import cli
 from dualsm.process.errors import UserError
-from dualsm.rundir.trained_run import open_run
+from dualsm.rundir.trained_run import PARAMETERS, open_run
 
 _FORMAT = flags.DEFINE_string("format", None, "huggingface or reference")
 _WORKDIR = cli.DEFINE_path("workdir", None, "run directory; import creates it")
@@ -32,16 +39,25 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "import: config for further training; default: the paper's, with the shape of the weights"
 )
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "export: step of the checkpoint; default: the latest")
-_OUTPUT = cli.DEFINE_path("output", "", "export: folder to create")
+_PARAMETERS = flags.DEFINE_enum(
+    "parameters",
+    "last",
+    list(PARAMETERS),
+    "export: last: the weights; ema: their moving average (config.ema)",
+)
+_CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "average: steps of the checkpoints")
+_LAST = flags.DEFINE_integer("last", 0, "average: number of newest checkpoints", lower_bound=0)
+_OUTPUT = cli.DEFINE_path("output", "", "export: folder to create; average: run directory to create")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "export to huggingface: type of the weights")
 _MAX_SHARD_SIZE = flags.DEFINE_float(
     "max_shard_size", 5.0, "export to huggingface: gigabytes per file of weights", lower_bound=1e-6
 )
-flags.mark_flags_as_required(["format", "workdir"])
+flags.mark_flags_as_required(["workdir"])
 
 
 IMPORTERS = {"huggingface": import_huggingface.load, "reference": import_reference.load}
 FORMATS = {"import": tuple(IMPORTERS), "export": ("huggingface", "reference")}
+VERBS = (*FORMATS, "average")
 
 
 def import_run() -> str:
@@ -57,7 +73,8 @@ def export_run() -> str:
     """Writes a run's weights in another format; returns a message for the user."""
     if not _OUTPUT.value:
         raise UserError("--output is not set; export needs --output=DIR")
-    run, output = open_run(_WORKDIR.value, _CHECKPOINT.value), Path(_OUTPUT.value)
+    run = open_run(_WORKDIR.value, _CHECKPOINT.value, _PARAMETERS.value)
+    output = Path(_OUTPUT.value)
     if _FORMAT.value == "huggingface":
         message = export_huggingface.export(run, output, _DTYPE.value, int(1e9 * _MAX_SHARD_SIZE.value))
     else:
@@ -65,9 +82,26 @@ def export_run() -> str:
     return f"step {run.step} of {run.workdir}: {message}"
 
 
+def average() -> str:
+    """Writes a run directory with the mean of a run's checkpoints; returns a message for the user."""
+    if not _OUTPUT.value:
+        raise UserError("--output is not set; average needs --output=DIR")
+    if bool(_CHECKPOINTS.value) == bool(_LAST.value):
+        raise UserError("average needs either --checkpoints=STEP,STEP,... or --last=N")
+    if not all(text.isdigit() for text in _CHECKPOINTS.value):
+        raise UserError(f"--checkpoints={','.join(_CHECKPOINTS.value)} must be steps, such as 100,200")
+    steps = [int(text) for text in _CHECKPOINTS.value]
+    return average_checkpoints.write(Path(_WORKDIR.value), steps, _LAST.value, Path(_OUTPUT.value))
+
+
 def main(argv: Sequence[str]) -> None:
     cli.set_up_jax(keep_memory=False)  # freed copies of arrays would add to the peak memory
     verb = argv[1]
+    if verb == "average":
+        print(average())
+        return
+    if _FORMAT.value is None:
+        raise UserError(f"--format is not set; {verb} supports {', '.join(FORMATS[verb])}")
     if _FORMAT.value not in FORMATS[verb]:
         raise UserError(
             f"--format={_FORMAT.value}: {verb} does not support it; choose {' or '.join(FORMATS[verb])}"
@@ -76,4 +110,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, verbs=tuple(FORMATS))
+    cli.run(main, verbs=VERBS)

@@ -24,10 +24,13 @@ from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output
 from dualsm.process.progress import say, warn
 from dualsm.rundir.results import merge, read_results, results_file
-from dualsm.rundir.trained_run import open_run
+from dualsm.rundir.trained_run import PARAMETERS, open_run
 
 _WORKDIR = cli.DEFINE_path("workdir", None, "run directory")
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of the checkpoint; default: the newest")
+_PARAMETERS = flags.DEFINE_enum(
+    "parameters", "last", list(PARAMETERS), "last: the weights; ema: their moving average (config.ema)"
+)
 _TASKS = flags.DEFINE_list("tasks", [HELD_OUT], f"tasks: {HELD_OUT} (held-out text), {', '.join(TASKS)}")
 _TASK_DATA = cli.DEFINE_path("task_data", "", "folder with the tasks' files")
 _MODES = flags.DEFINE_list("modes", ["causal", "prefix", "masked"], f"modes: {', '.join(MODES)}")
@@ -54,8 +57,8 @@ def main(_: Sequence[str]) -> None:
     for name, questions in tasks.items():
         files = describe_files(task_files(name, spec.task_data))
         say(f"{name}: {len(questions):,} questions from {files}")
-    run = open_run(_WORKDIR.value, _CHECKPOINT.value)
-    default = results_file(run.workdir, run.step)
+    run = open_run(_WORKDIR.value, _CHECKPOINT.value, _PARAMETERS.value)
+    default = results_file(run.workdir, run.step, run.parameters)
     path = Path(_OUTPUT.value) if _OUTPUT.value else default
     check_output(path, "--output")
     if not _OUTPUT.value:

@@ -22,10 +22,13 @@ from dualsm.generation.sampling_params import SamplingParams
 from dualsm.process import cli
 from dualsm.process.output import check_output, write_output
 from dualsm.process.progress import LiveText, warn
-from dualsm.rundir.trained_run import TrainedRun, open_run
+from dualsm.rundir.trained_run import PARAMETERS, TrainedRun, open_run
 
 _WORKDIR = cli.DEFINE_path("workdir", None, "run directory")
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of the checkpoint; default: the newest")
+_PARAMETERS = flags.DEFINE_enum(
+    "parameters", "last", list(PARAMETERS), "last: the weights; ema: their moving average (config.ema)"
+)
 _MODE = flags.DEFINE_enum("mode", "causal", MODES, "generation mode")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "prompt; repeat the flag to generate from several prompts")
 _PROMPTS = cli.DEFINE_path(
@@ -58,7 +61,7 @@ def main(_: Sequence[str]) -> None:
     sampling = SamplingParams(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     unmasking = UnmaskingParams(_ORDER.value, _STEPS.value, _THRESHOLD.value, _BLOCK.value)
     texts = [*_PROMPT.value, *(read_prompts(_PROMPTS.value) if _PROMPTS.value else [])] or [""]
-    run = open_run(_WORKDIR.value, _CHECKPOINT.value)
+    run = open_run(_WORKDIR.value, _CHECKPOINT.value, _PARAMETERS.value)
     prompts = [encode_prompt(run.tokenizer, text) for text in texts]
     key_B = prompt_keys(_SEED.value, prompts)
     states = generate(run, prompts, _MODE.value, _TOKENS.value, sampling, unmasking, key_B)

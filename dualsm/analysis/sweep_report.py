@@ -115,6 +115,8 @@ def describe_metric(metric: str) -> tuple[str, str]:
     kind, name, rest = metric.split("/", 2)
     if kind == "task":
         return f"{'mean task' if name == 'mean' else name} score in {rest} mode", "0 guessing, 100 perfect"
+    if rest != "loss":  # valid/ema/<objective>/loss
+        name = f"{rest.removesuffix('/loss')} ({name})"
     return f"held-out {name} loss", "nats per token"
 
 

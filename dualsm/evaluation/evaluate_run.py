@@ -55,6 +55,8 @@ def _evaluate(
 ) -> Iterator[dict]:
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
     results: dict = {"workdir": str(run.workdir), "checkpoint": run.step, "tasks": {}}
+    if run.parameters != "last":
+        results["parameters"] = run.parameters
     for name, questions in tasks.items():
         results["tasks"][name] = {}
         for mode in spec.modes:

@@ -31,7 +31,7 @@ from dualsm.generation.diffusion import UnmaskingParams
 from dualsm.generation.generate import check_mode, generate
 from dualsm.process.errors import UserError, user_message
 from dualsm.process.progress import bar, escape_unprintable, warn
-from dualsm.rundir.trained_run import open_run
+from dualsm.rundir.trained_run import PARAMETERS, open_run
 
 NAME = "dualsm"
 _BATCH_SIZE = 16  # texts generated together
@@ -50,6 +50,7 @@ class HarnessModel:
         seed: int = 0,
         block: int = 32,
         steps: int = 0,
+        parameters: str = "last",
         **unknown,
     ):
         """
@@ -62,13 +63,14 @@ class HarnessModel:
           samples: draws per item in the mode monte_carlo.
           seed: seed of the mode monte_carlo and of sampling. A text depends only on the seed, its prompt, and
             the number of equal prompts before it.
+          parameters: "last" for the weights, "ema" for their moving average.
           block, steps: unmasking parameters, see `dualsm.generation.diffusion.UnmaskingParams`.
 
         Raises:
           UserError: if an argument is unknown or invalid, or the run or checkpoint does not exist.
         """
         if unknown or not workdir:
-            known = "workdir, checkpoint, mode, masks, samples, seed, block, steps"
+            known = "workdir, checkpoint, mode, masks, samples, seed, block, steps, parameters"
             wrong = f"unknown {', '.join(unknown)}" if unknown else "no workdir"
             raise UserError(f"--model_args: {wrong}; the arguments of {NAME} are {known}")
         checkpoint = None if checkpoint is None else read_integer("checkpoint", checkpoint)
@@ -78,7 +80,9 @@ class HarnessModel:
         self._unmasking = UnmaskingParams(
             block=read_integer("block", block), steps=read_integer("steps", steps)
         )
-        self._run = run = open_run(str(workdir), checkpoint)
+        if parameters not in PARAMETERS:
+            raise UserError(f"--model_args: parameters={parameters!r} must be {' or '.join(PARAMETERS)}")
+        self._run = run = open_run(str(workdir), checkpoint, parameters)
         check_mode(run, mode)
         self._scoring = ScoringParams(mode, read_masks(masks), samples, run.config.seq_len, seed)
         self._scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
@@ -88,6 +92,7 @@ class HarnessModel:
         return {
             "workdir": str(self._run.workdir),
             "checkpoint": self._run.step,
+            "parameters": self._run.parameters,
             "scoring": self._scoring.settings(),
         }
 

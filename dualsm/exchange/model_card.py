@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from dualsm.config import save_config
 from dualsm.data.corpus import MANIFEST
 from dualsm.objectives.pairs import Entry, entry
@@ -79,10 +81,19 @@ def _training(run: TrainedRun) -> list[tuple]:
         ("vocabulary size", f"{config.model.vocab_size:,}"),
         ("seed", config.seed),
     ]
+    if run.parameters == "ema":
+        rows.insert(0, ("weights", _average_text(config.ema)))
     source = _read(run.workdir / SOURCE)
     if source:
-        rows.insert(0, ("started from", f"{source['weights']} ({source['format']}, {source['sha256'][:12]})"))
+        details = ", ".join(filter(None, (source["format"], source.get("sha256", "")[:12])))
+        rows.insert(0, ("started from", f"{source['weights']} ({details})"))
     return rows + _data(config.data.path, config.data.identity)
+
+
+def _average_text(ema: ConfigDict) -> str:
+    return (
+        f"exponential moving average, decay {ema.decay:g} every {ema.every:,} steps from step {ema.start:,}"
+    )
 
 
 def _data(path: str, identity: str) -> list[tuple]:
@@ -116,15 +127,17 @@ def _entry_text(entry: Entry) -> str:
 
 def _scores(run: TrainedRun) -> str:
     rows = []
-    results = _read(results_file(run.workdir, run.step)) or {}
+    results = _read(results_file(run.workdir, run.step, run.parameters)) or {}
     for task, modes in results.get("tasks", {}).items():
         for mode, result in modes.items():
             rows.append((task, mode, _score(result)))
+    valid = ["valid"] if run.parameters == "last" else ["valid", run.parameters]
     for record in read_metrics(run.workdir):
         if record["step"] == run.step:
             for name, value in record.items():
-                if name.startswith("valid/") and name.endswith("/bits_per_byte"):
-                    rows.append(("held-out text", name.split("/")[1], f"{value:.3f} bits per byte"))
+                *kind, objective, metric = name.split("/")
+                if kind == valid and metric == "bits_per_byte":
+                    rows.append(("held-out text", objective, f"{value:.3f} bits per byte"))
     if not rows:
         return "## Scores\n\nNo scores were recorded; see `python -m dualsm.evaluate`."
     return "## Scores\n\n" + _table(["task", "mode or objective", "score"], rows)

@@ -30,10 +30,11 @@ def saved_part(manager: ocp.CheckpointManager, step: int, state):
       state: train state, or a dict of its fields.
 
     Returns:
-      `state` itself, or for a checkpoint without optimizer state a dict of the fields that it contains.
+      `state` itself, or for a checkpoint without optimizer state a dict of the fields that it contains. For a
+      dict, the fields that the checkpoint contains.
     """
     fields = {path.partition("/")[0] for path in _read(manager, step) or ()}
-    if fields != WEIGHTS_ALONE:
+    if not fields or (fields != WEIGHTS_ALONE and not isinstance(state, dict)):
         return state
     values = state if isinstance(state, dict) else state._asdict()
     return {name: value for name, value in values.items() if name in fields}

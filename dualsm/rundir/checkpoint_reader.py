@@ -16,6 +16,21 @@ def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
     Raises:
       UserError: if the run does not have this checkpoint.
     """
+    steps, folder = checkpoint_steps(workdir), checkpoints_folder(workdir)
+    if not steps:
+        raise UserError(f"{folder} has no checkpoint; train the run until its first save")
+    if step is not None and step not in steps:
+        listed = ", ".join(map(str, steps))
+        raise UserError(f"{folder} has no checkpoint of step {step}; choose one of {listed}")
+    return steps[-1] if step is None else step
+
+
+def checkpoint_steps(workdir: epath.PathLike) -> list[int]:
+    """Returns the steps of a run's checkpoints, ascending.
+
+    Raises:
+      UserError: if the run does not exist.
+    """
     folder = checkpoints_folder(workdir)
     try:
         missing = not folder.is_dir()
@@ -24,13 +39,7 @@ def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
     if missing:
         raise UserError(f"no run at {workdir}: {folder} is missing; check the path")
     with _reader(folder) as manager:
-        steps = manager.all_steps()
-    if not steps:
-        raise UserError(f"{folder} has no checkpoint; train the run until its first save")
-    if step is not None and step not in steps:
-        listed = ", ".join(map(str, sorted(steps)))
-        raise UserError(f"{folder} has no checkpoint of step {step}; choose one of {listed}")
-    return max(steps) if step is None else step
+        return sorted(manager.all_steps())
 
 
 def _reader(folder: epath.Path) -> ocp.CheckpointManager:
@@ -51,8 +60,8 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
 
     Args:
       workdir: the run directory.
-      abstract_parts: field name -> tree of shapes, dtypes and shardings. Fields that a checkpoint of weights
-        only lacks are not restored.
+      abstract_parts: field name -> tree of shapes, dtypes and shardings. Fields that the checkpoint lacks
+        are not restored.
       step: step of the checkpoint; None: the newest.
 
     Returns:
@@ -65,6 +74,8 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
     with _reader(folder) as manager:
         try:
             wanted = saved_part(manager, step, abstract_parts)
+            if not wanted:
+                return step, {}
             restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
             restore = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
             parts = manager.restore(step, args=restore)

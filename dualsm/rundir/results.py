@@ -9,9 +9,10 @@ from pathlib import Path
 from dualsm.process.errors import UserError
 
 
-def results_file(workdir: Path, step: int) -> Path:
-    """Returns the path of the results of a checkpoint."""
-    return workdir / "eval" / f"step_{step}.json"
+def results_file(workdir: Path, step: int, parameters: str = "last") -> Path:
+    """Returns the path of the results of a checkpoint, or of its moving average (`parameters` "ema")."""
+    folder = workdir / "eval"
+    return (folder if parameters == "last" else folder / parameters) / f"step_{step}.json"
 
 
 def read_results(path: Path) -> dict:

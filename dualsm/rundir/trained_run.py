@@ -14,8 +14,9 @@ from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.devices import sharding
 from dualsm.model.transformer import Transformer, bind, init_params
+from dualsm.process.errors import UserError
 from dualsm.rundir.checkpoint import abstract
-from dualsm.rundir.checkpoint_reader import restore_params
+from dualsm.rundir.checkpoint_reader import restore_parts
 from dualsm.rundir.workdir import read_config
 
 
@@ -30,6 +31,7 @@ class TrainedRun:
       step: step of the checkpoint.
       params: parameters, sharded over `mesh`.
       mesh: data-parallel mesh of all devices.
+      parameters: "last" for the weights, "ema" for their moving average.
     """
 
     workdir: Path
@@ -38,21 +40,26 @@ class TrainedRun:
     step: int
     params: dict
     mesh: jax.sharding.Mesh
+    parameters: str = "last"
 
     def model(self, params: dict | None = None) -> Transformer:
         """Returns the model with the run's parameters, or with `params` (tracers in a jitted function)."""
         return bind(self.config.model, self.params if params is None else params)
 
 
-def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
+PARAMETERS = {"last": "params", "ema": "ema"}  # --parameters -> field of the train state
+
+
+def open_run(workdir: str | Path, step: int | None = None, parameters: str = "last") -> TrainedRun:
     """Opens a run directory.
 
     Args:
       workdir: run directory, written by `python -m dualsm.train`.
       step: step of the checkpoint; None: the newest.
+      parameters: "last" for the weights, "ema" for their moving average.
 
     Raises:
-      UserError: if the run or the checkpoint does not exist or is damaged.
+      UserError: if the run or the checkpoint does not exist or is damaged, or has no moving average.
     """
     workdir = Path(workdir).expanduser()
     config = read_config(workdir)
@@ -61,5 +68,12 @@ def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
     mesh = sharding.make_mesh(mesh_config, jax.devices())
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     layout = sharding.tree_shardings(mesh, shapes)
-    step, params = restore_params(workdir, abstract(shapes, layout), step)
-    return TrainedRun(workdir, config, load_tokenizer(str(workdir / TOKENIZER)), step, params, mesh)
+    field = PARAMETERS[parameters]
+    step, parts = restore_parts(workdir, {field: abstract(shapes, layout)}, step)
+    if field not in parts:
+        raise UserError(
+            f"--parameters={parameters}: step {step} of {workdir} has no moving average of the weights "
+            "(config.ema); use --parameters=last"
+        )
+    tokenizer = load_tokenizer(str(workdir / TOKENIZER))
+    return TrainedRun(workdir, config, tokenizer, step, parts[field], mesh, parameters)

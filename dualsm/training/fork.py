@@ -13,7 +13,7 @@ from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import UserError
 from dualsm.rundir.checkpoint_reader import find_step, restore_parts
 from dualsm.rundir.workdir import CONFIG, read_config
-from dualsm.training.step import TrainState
+from dualsm.training.step import TrainState, with_params
 
 
 def start_step(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> int:
@@ -63,6 +63,8 @@ def forked_state(
     """
     start = read_config(workdir).start  # the same step in all processes
     parts = {name: getattr(abstract_state, name) for name in ("step", "params", "opt_state")}
+    if hasattr(abstract_state, "ema"):
+        parts["ema"] = abstract_state.ema
     step, parts = restore_parts(start.run, parts, start.step if start.step >= 0 else None)
     _check_end(step, config)  # the config of an older version may contain -1
     return with_initial(abstract_state, parts, init)
@@ -73,14 +75,15 @@ def with_initial(abstract_state: TrainState, parts: dict, init: Callable[[], Tra
 
     Args:
       abstract_state: shapes, dtypes and shardings of the state.
-      parts: values by name of the field.
+      parts: values by name of the field. A moving average that is not among them starts from `params`.
       init: returns the state before the first step.
     """
     # Initialise the other fields only: a complete second state would double the peak memory.
-    rest = [name for name in abstract_state._fields if name not in parts]
+    rest = [name for name in abstract_state._fields if name not in (*parts, "ema")]
     shardings = [jax.tree.map(lambda leaf: leaf.sharding, getattr(abstract_state, name)) for name in rest]
     make = jax.jit(lambda: [getattr(init(), name) for name in rest], out_shardings=shardings)
-    return abstract_state._replace(**parts, **dict(zip(rest, make(), strict=True)))
+    state = abstract_state._replace(**parts, **dict(zip(rest, make(), strict=True)))
+    return state if "ema" in parts or not hasattr(state, "ema") else with_params(state, state.params)
 
 
 def _check_end(step: int, config: ConfigDict) -> None:

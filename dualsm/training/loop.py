@@ -288,7 +288,19 @@ class _Run:
         """Returns the validation metrics after step `done`; None if the run was stopped during validation."""
         jax.block_until_ready(metrics)
         with clock.time("validating"):
-            return self.validation(state.params, stop=functools.partial(stop, done))
+            return self._scores(state, 1, functools.partial(stop, done))
+
+    def _scores(self, state: TrainState, every: int, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Returns the validation metrics of the weights, their average, or both; None if it was stopped."""
+        scores, chosen = {}, self.config.valid.parameters
+        for name, prefix in (("last", "valid"), ("ema", "valid/ema")):
+            if chosen in (name, "both"):
+                params = state.params if name == "last" else state.ema
+                found = self.validation(params, every=every, stop=stop, prefix=prefix)
+                if found is None:
+                    return None
+                scores |= found
+        return scores
 
     def _check_step(self, metrics: StepMetrics | None, step: int, checkpoints: Checkpoints) -> None:
         """Reports a spike or skipped update at `step`; raises `UserError` after too many skipped updates."""
@@ -326,7 +338,7 @@ class _Run:
         kind = f"model of step {first}" if first else f"{'untrained' if untrained else 'imported'} model"
         say(f"compiling and validating the {kind} ...")
         # All rows have nearly the same loss under an untrained model: an eighth of them is enough.
-        scores = self.validation(state.params, every=8 if untrained else 1, stop=lambda: stop(first))
+        scores = self._scores(state, 8 if untrained else 1, lambda: stop(first))
         if scores is None:
             return False
         log.write_first(first, state.metrics, scores)

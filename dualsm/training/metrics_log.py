@@ -133,7 +133,7 @@ def _train_line(done: int, steps: int, record: dict, names: list[str]) -> str:
 
 def _valid_line(done: int, steps: int, scores: dict) -> str:
     bits = "  ".join(
-        f"{name.split('/')[1]} {value:.3f}"
+        f"{name.removeprefix('valid/').removesuffix('/bits_per_byte')} {value:.3f}"
         for name, value in scores.items()
         if name.endswith("bits_per_byte")
     )

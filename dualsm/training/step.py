@@ -30,6 +30,7 @@ from dualsm.training.step_metrics import (
     init_metrics,
     step_metrics,
 )
+from dualsm.training.weight_average import update_average
 
 _DROPOUT = 2**31  # above the index of any row, whose keys of corruption are folded in too
 
@@ -68,18 +69,39 @@ class TrainState(NamedTuple):
     loss_stats: LossStats
 
 
+class AveragedTrainState(NamedTuple):
+    """A `TrainState` with `ema`, the moving average of the parameters.
+
+    A type of its own, because Orbax restores only checkpoints with exactly the fields of the state.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    metrics: StepMetrics
+    loss_stats: LossStats
+    ema: dict
+
+
+def with_params(state: TrainState | AveragedTrainState, params: dict) -> TrainState | AveragedTrainState:
+    """Returns the state with other parameters; a moving average starts from them."""
+    state = state._replace(params=params)
+    return state._replace(ema=jax.tree.map(jnp.copy, params)) if hasattr(state, "ema") else state
+
+
 def init_state(
     config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation, num_objectives: int
-) -> TrainState:
+) -> TrainState | AveragedTrainState:
     """Returns the state before the first step, determined by `config.seed`."""
     params = transformer.init_params(config.model, jax.random.key(config.seed))
-    return TrainState(
+    state = TrainState(
         step=jnp.int32(0),
         params=params,
         opt_state=optimizer.init(params),
         metrics=init_metrics(num_objectives),
         loss_stats=init_loss_stats(num_objectives),
     )
+    return AveragedTrainState(*state, ema=jax.tree.map(jnp.copy, params)) if config.ema.decay else state
 
 
 def make_train_step(
@@ -130,7 +152,11 @@ def make_train_step(
         new = step_metrics(stats, batch.objective_B, weights.nll_B, denominator, gradient_norm, len(members))
         restart = state.step % config.log.every == 0
         metrics, loss_stats = accumulate_metrics(state.metrics, state.loss_stats, new, finite, restart)
-        return TrainState(state.step + 1, params, opt_state, metrics, loss_stats), metrics
+        new_state = TrainState(state.step + 1, params, opt_state, metrics, loss_stats)
+        if config.ema.decay:
+            ema = update_average(config.ema, state.ema, params, new_state.step)
+            new_state = AveragedTrainState(*new_state, ema=ema)
+        return new_state, metrics
 
     return train_step
 

@@ -39,7 +39,12 @@ def _scores(before: dict, after: dict, corpus: Corpus | None) -> str:
     """Returns a table of the held-out bits per byte in two log lines."""
     names = [name for name in after if name.endswith("/bits_per_byte")]
     rows = [
-        [name.split("/")[1], f"{before.get(name, float('nan')):.3f}", f"{after[name]:.3f}"] for name in names
+        [
+            name.removeprefix("valid/").removesuffix("/bits_per_byte"),
+            f"{before.get(name, float('nan')):.3f}",
+            f"{after[name]:.3f}",
+        ]
+        for name in names
     ]
     if corpus is not None:
         held_out = corpus.manifest["splits"]["valid"]

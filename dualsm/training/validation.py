@@ -166,6 +166,7 @@ class Validation:
         names: Sequence[str] | None = None,
         every: int = 1,
         stop: Callable[[], bool] = lambda: False,
+        prefix: str = "valid",
     ) -> dict[str, float] | None:
         """Scores the held-out rows.
 
@@ -174,10 +175,11 @@ class Validation:
           names: objectives to score; None: all.
           every: scores only every n-th batch. Each batch is a sample of the whole split.
           stop: called before each batch; True ends the scoring.
+          prefix: of the metrics.
 
         Returns:
-          Metrics `valid/<objective>/loss` (nats per token) and `valid/<objective>/bits_per_byte`; None if
-          `stop` returned True.
+          Metrics `<prefix>/<objective>/loss` (nats per token) and `<prefix>/<objective>/bits_per_byte`; None
+          if `stop` returned True.
         """
         metrics = {}
         for name in self._names if names is None else names:
@@ -189,8 +191,8 @@ class Validation:
                 parts.append(self._score(params, *batch, jnp.int32(index)))
                 jax.block_until_ready(parts[-_MAX_IN_FLIGHT:][0])
             nats, denominator, bytes_ = np.array(jax.device_get(parts), np.float64).sum(0)
-            metrics[f"valid/{name}/loss"] = float(nats / max(denominator, 1))
-            metrics[f"valid/{name}/bits_per_byte"] = float(nats / math.log(2) / max(bytes_, 1))
+            metrics[f"{prefix}/{name}/loss"] = float(nats / max(denominator, 1))
+            metrics[f"{prefix}/{name}/bits_per_byte"] = float(nats / math.log(2) / max(bytes_, 1))
         return metrics
 
 

@@ -44,7 +44,7 @@ def scheduled_weight_decay(
 
     def rate(path) -> float:
         names = [key.key for key in path]
-        if _group(names) in exempt:
+        if (group := _group(names)) and group in exempt:
             return 0.0
         peak = config.learning_rate if uses_muon(names) else adamw_peak
         return config.weight_decay * (1.0 if schedule.independent else peak)

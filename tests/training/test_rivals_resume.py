@@ -1,25 +1,29 @@
-"""A run with everything that competes with mixtures resumes bit for bit."""
+"""A run with everything that competes with mixtures: it resumes bit for bit, and its averages can be used."""
 
 import jax
 import numpy as np
 import pytest
 
+from dualsm.exchange import average_checkpoints
 from dualsm.model.flops import train_flops
+from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import read_metrics
+from dualsm.rundir.trained_run import open_run
 from dualsm.rundir.workdir import read_config
 from dualsm.training.loop import train
 from tests.micro import micro_config
 
-from .test_resume import params_of
-
 
 def rival_config(corpus_path):
-    """A micro run of MIR pairs and causal rows."""
+    """A micro run of MIR pairs and causal rows, with dropout, its own weight decay and averaged weights."""
     config = micro_config(corpus_path)
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.25, 0.0, 0.0
     config.mixture.mir = 0.75
     config.model.num_layers, config.model.dropout = 1, 0.1
-    config.valid.objectives, config.mesh.data = "", 8
+    config.optimizer.weight_decay_schedule.name = "linear"
+    config.ema.decay, config.ema.start = 0.5, 2
+    config.valid.objectives, config.valid.parameters, config.mesh.data = "causal", "both", 8
+    config.checkpoint.max_to_keep = 3
     return config
 
 
@@ -30,18 +34,54 @@ def whole(corpus_path, tmp_path_factory):
     return workdir
 
 
-def test_a_stopped_run_ends_with_the_same_weights(whole, corpus_path, tmp_path):
-    workdir = tmp_path / "stopped"
+@pytest.mark.parametrize("parameters", ["last", "ema"])
+def test_a_stopped_run_ends_with_the_same_weights(whole, stopped, parameters):
+    a, b = (open_run(workdir, parameters=parameters).params for workdir in (whole, stopped))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def stopped(corpus_path, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("rivals") / "stopped"
     assert not train(rival_config(corpus_path), workdir, stop=lambda step: step == 5)
     assert train(rival_config(corpus_path), workdir)
-    jax.tree.map(np.testing.assert_array_equal, params_of(whole), params_of(workdir))
+    return workdir
 
 
 def test_tokens_of_a_pair_count_once_and_flops_twice(whole):
     lines = {line["step"]: line for line in read_metrics(whole)}
     assert lines[12]["tokens"] == 12 * (3 + 2) * 32  # of 8 rows: 3 pairs and 2 causal rows
     assert lines[12]["epoch"] == pytest.approx(1)
-    assert lines[12]["flops"] == pytest.approx(6 * lines[2]["flops"])
     config = read_config(whole)
     assert lines[12]["flops"] == pytest.approx(12 * 8 * train_flops(config.model, 32, 33 / 64))
     assert lines[12]["train/mir/masked_input_causal/loss"] != lines[12]["train/mir/causal/loss"]
+
+
+def test_both_the_weights_and_their_average_are_validated(whole):
+    last = read_metrics(whole)[-1]
+    assert last["valid/causal/loss"] != last["valid/ema/causal/loss"]
+    assert last["valid/ema/causal/bits_per_byte"] > 0
+
+
+def test_the_mean_of_checkpoints_is_exact(whole, tmp_path):
+    average_checkpoints.write(whole, [4, 12], 0, tmp_path / "two")
+    average_checkpoints.write(whole, [], 3, tmp_path / "three")
+    by_step = {step: jax.device_get(open_run(whole, step).params) for step in (4, 8, 12)}
+    for name, steps in (("two", (4, 12)), ("three", (4, 8, 12))):
+        run = open_run(tmp_path / name)
+        jax.tree.map(
+            lambda found, *parts: np.testing.assert_array_equal(
+                found, np.mean(np.stack(parts).astype(np.float64), 0).astype(np.float32)
+            ),
+            jax.device_get(run.params),
+            *(by_step[step] for step in steps),
+        )
+        assert run.step == 0 and run.tokenizer.sha256() == open_run(whole).tokenizer.sha256()
+
+
+def test_missing_checkpoints_and_averages_are_named(whole, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint of step 5"):
+        average_checkpoints.write(whole, [4, 5], 0, tmp_path / "new")
+    with pytest.raises(UserError, match=r"--last=9: .* has only 3 checkpoints \(4, 8, 12\)"):
+        average_checkpoints.write(whole, [], 9, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
