@@ -8,7 +8,7 @@ from flax import nnx
 
 from dualsm.model.attention import attend
 from dualsm.model.dropout import dropout, fold_layers, row_keys
-from dualsm.model.transformer import bind, init_params, rotary_angles
+from dualsm.model.transformer import bind, init_params
 from tests.micro import micro_config
 
 KEYS_Bx2 = row_keys(jax.random.key(3), 4)
@@ -80,7 +80,7 @@ def residual(model, part: str, x_TxD):
     if part == "mlp":
         return block.mlp(x_TxD)
     _, start_BxL, end_BxL = inputs()
-    angles = rotary_angles(jnp.arange(8), model.head_dim, model.theta)
+    angles = model.rope.angles(jnp.arange(8))
     return block.attention.merge(
         attend(*block.attention.project(x_TxD, 4, angles), start_BxL, end_BxL, "xla")
     )
