@@ -105,6 +105,7 @@ def make_report(
         "memory": {
             "parameters": device_bytes(state.params),
             "optimizer": device_bytes(state.opt_state),
+            **({"moving average": device_bytes(state.ema)} if config.ema.decay else {}),
             "activations": activations,
             "temporaries": memory.temp_size_in_bytes - activations,
             "code": memory.generated_code_size_in_bytes,
