@@ -14,10 +14,10 @@ from dualsm.training.loop import train
 from tests.micro import micro_config
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0")
-_PROCESSES = flags.DEFINE_integer("processes", None, "of the job")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process")
+_PROCESSES = flags.DEFINE_integer("processes", None, "number of processes")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "index of this process")
 _CORPUS = flags.DEFINE_string("corpus", None, "folder of the corpus")
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+_WORKDIR = flags.DEFINE_string("workdir", None, "run directory")
 
 
 def _limit_files(step: int) -> None:

@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 from dualsm.process import distributed
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0")
-_PROCESSES = flags.DEFINE_integer("processes", None, "of the job")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process")
+_PROCESSES = flags.DEFINE_integer("processes", None, "number of processes")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "index of this process")
 _FIRST_MEETING = 30  # seconds that Gloo waits for the processes of a collective to connect
 distributed.LEAVE_SECONDS = 3
 

@@ -188,7 +188,7 @@ def stale_corpus(jsonl, tmp_path_factory):
             "another config than process 0 (optimizer.learning_rate: 0.007",
         ),
         ("--config.checkpoint.every=7", "another config than process 0 (checkpoint.every: 10 -> 7)"),
-        ("--config.data.path={stale}", "the corpus {stale} is not that of process 0"),
+        ("--config.data.path={stale}", "the corpus {stale} differs from that of process 0"),
         ("--config.data.path=/nowhere", "no corpus at '/nowhere'"),
     ],
 )

@@ -117,7 +117,7 @@ def test_the_rules_come_first_with_and_without_scikit_learn(monkeypatch):
     assert [found.alpha for found in both] == [1 / 4, 1 / 2]
     for expected in (
         "arXiv 2512.14549", "models of 470,000,000 parameters", "the table that comes with dualsm",
-        "models of 230,336 parameters", "the answers differ: each holds for the model size",
+        "models of 230,336 parameters", "the answers differ: each is valid for the model size",
     ):  # fmt: skip
         assert expected in text
     assert [found["causal"] for found in flags(text)] == ["0.25", "0.5"]

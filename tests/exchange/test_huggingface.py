@@ -290,7 +290,7 @@ def test_generation_options_do_not_change_the_tokens(exported, theirs, mode, opt
     run, _ = exported
     prompts = padded_prompts(run, theirs)
     if mode == "prefix" and "prefill_chunk_size" in options:
-        with pytest.raises(ValueError, match="in one piece, without prefill_chunk_size"):
+        with pytest.raises(ValueError, match="in one call, without prefill_chunk_size"):
             theirs.generate(**prompts, mode=mode, **options)
         return
     if "num_beams" in options:  # beams change the text: compare them with beams without a cache
@@ -309,7 +309,7 @@ def test_unsupported_arguments_are_rejected(exported, theirs):
         theirs(ids, inputs_embeds=torch.zeros(1, 4, theirs.config.hidden_size))
     with pytest.raises(ValueError, match="packed sequences"):
         theirs(ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
-    with pytest.raises(ValueError, match="must be \\[batch, length\\]"):
+    with pytest.raises(ValueError, match="must have the shape \\[batch, length\\]"):
         theirs(ids, attention_mask=torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match="mode 'masked' is not supported"):
         theirs.generate(ids, mode="masked", max_new_tokens=1)
@@ -320,7 +320,7 @@ def test_masked_mode_rejects_a_cache(exported, theirs):
         pytest.skip("the stock class has no modes")
     ids = torch.tensor([[5, 6]])
     cache = theirs(input_ids=ids).past_key_values
-    with pytest.raises(ValueError, match="no use for a cache"):
+    with pytest.raises(ValueError, match="does not support a cache"):
         theirs(input_ids=ids, past_key_values=cache, mode="masked")
     empty = transformers.DynamicCache()
     assert theirs(input_ids=ids, past_key_values=empty, mode="masked").past_key_values is None

@@ -146,7 +146,7 @@ def test_bytes_summed_over_tokens_are_reported(bare, corpus_of_its_own, tmp_path
     config = recipe_for(older)
     load(bare / "model.safetensors", "", config, workdir)
     assert train(config, workdir)
-    assert "bits per byte divide by bytes summed over tokens" in capsys.readouterr().err
+    assert "bits per byte use the bytes of the tokens" in capsys.readouterr().err
     run = open_run(workdir)
     scores = dict(evaluate_held_out(run, open_held_out(run, str(older)), ["causal"], samples=1))
     assert scores["causal"]["bytes_of"] == "tokens"

@@ -105,7 +105,7 @@ def test_auto_returns_why_it_selects_xla_attention(monkeypatch, platform, length
 def test_run_on_an_accelerator_warns_of_xla_attention(micro, tmp_path, monkeypatch, capsys):
     micro.mesh.data = -1
     train(micro, tmp_path / "cpu", stop=lambda step: True)
-    assert "plain attention" not in capsys.readouterr().err
+    assert "uses XLA attention" not in capsys.readouterr().err
     monkeypatch.setattr("dualsm.devices.sharding.platform", lambda: "gpu")
     train(micro, tmp_path / "gpu", stop=lambda step: True)
     assert "config.model.attention=auto uses XLA attention, not a kernel: " in capsys.readouterr().err
