@@ -127,8 +127,8 @@ KEYS = [
     Key("optimizer.name", "muon", one_of(("muon", "adamw")), "Optimizer; see dualsm/training/optimizer.py."),
     Key("optimizer.learning_rate", 7e-3, POSITIVE, "Peak learning rate."),
     Key(
-        "optimizer.adamw_learning_rate", 0.0, at_least(0), "Peak learning rate of the parameters that Muon "
-        "leaves to AdamW; 0: learning_rate.",
+        "optimizer.adamw_learning_rate", 0.0, at_least(0), "Peak learning rate of the parameters that AdamW "
+        "updates under Muon; 0: learning_rate.",
     ),
     Key("optimizer.weight_decay", 0.1, at_least(0), "Weight decay, multiplied by the learning rate."),
     Key(

@@ -45,7 +45,7 @@ def find_inputs(pattern: str, flag: str = "--input") -> list[str]:
             raise UserError(f"{flag}: no files match {part!r}; check the path or quote the glob")
         paths += matches
     if not paths:
-        raise UserError(f"{flag} is empty; give files, globs or python-stdlib")
+        raise UserError(f"{flag} is empty; pass files, globs or python-stdlib")
     for path in paths:
         if file_suffix(path) not in SUFFIXES:
             raise UserError(
@@ -93,13 +93,13 @@ def _matches(part: str, flag: str) -> list[str]:
 def _saved_dataset(folder: str, flag: str) -> list[str]:
     """Returns the files of a dataset written by `Dataset.save_to_disk`, in the order of the dataset."""
     if (Path(folder) / "dataset_dict.json").exists():
-        raise UserError(f"{flag}: {folder} contains several splits; give one of them, such as {folder}/train")
+        raise UserError(f"{flag}: {folder} contains several splits; pass one of them, such as {folder}/train")
     try:
         state = json.loads((Path(folder) / "state.json").read_text("utf-8"))
         return [str(Path(folder) / Path(file["filename"]).name) for file in state["_data_files"]]
     except OSError as error:
         raise UserError(
-            f"{flag}: {folder} is a directory; give its files, for example '{folder}/*.jsonl'"
+            f"{flag}: {folder} is a directory; pass its files, for example '{folder}/*.jsonl'"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -21,13 +21,13 @@ _TIMEOUT = 20  # seconds
 
 
 def local_path(weights: str) -> Path:
-    """Returns the path of weights, after downloading them if they are on the Hub.
+    """Returns the local path of weights; downloads weights on the Hub.
 
     Args:
-      weights: a path, or `hf://OWNER/NAME`, with `@BRANCH` (or a tag or commit) for other than `main`.
+      weights: a path or `hf://OWNER/NAME`, optionally with `@BRANCH`, a tag or a commit (default `main`).
 
     Raises:
-      UserError: if there is no such repository, branch or file, or the Hub cannot be reached.
+      UserError: if the repository, branch or file does not exist, or the Hub cannot be reached.
     """
     if not weights.startswith(SCHEME):
         return Path(weights)
@@ -85,7 +85,7 @@ def _cached(prefix: str, repository: str, revision: str, error: Exception) -> Pa
             return Path(path).parent
     raise UserError(
         f"{prefix} cannot reach the Hugging Face Hub ({_reason(error)}), and the files were not downloaded "
-        "before; check the network, or download them on another machine and give their folder"
+        "before; check the network, or download them on another machine and pass their folder"
     ) from error
 
 

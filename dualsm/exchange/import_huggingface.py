@@ -39,7 +39,7 @@ def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path)
     """
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"--weights={folder} has no config.json; give a folder that save_pretrained of transformers wrote"
+            f"--weights={folder} has no config.json; pass a folder written by save_pretrained of transformers"
         )
     content = read_json_object(folder / "config.json")
     family = family_of_config(content)
@@ -77,7 +77,7 @@ def _check_vocab_size(content: Mapping[str, Any], weights: Weights, embedding: S
     if (content.get("vocab_size"),) != rows:
         raise UserError(
             f"config.json: vocab_size={content.get('vocab_size')} but {embedding.name} has {rows[0]} rows; "
-            "give the config.json that belongs to the weights"
+            "pass the config.json of the weights"
         )
 
 

@@ -117,7 +117,7 @@ def model_settings(
         name, value = _declared(declared, names)
         if key in from_shapes and value is not None and value != from_shapes[key]:
             found = from_shapes[key]
-            raise UserError(f"{name}={value:g} but the weights have {found}; give their config.json")
+            raise UserError(f"{name}={value:g} but the weights have {found}; pass their config.json")
         if value is not None:
             settings[key] = value
     settings |= from_shapes

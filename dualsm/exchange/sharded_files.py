@@ -1,4 +1,4 @@
-"""Writing weights as one safetensors file, or as several with an index."""
+"""Writes weights as one safetensors file, or as several with an index."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def write_shards(
       folder: folder to write to.
       tensors: tensors by name.
       dtype: type in the files, a key of `DTYPES`.
-      max_bytes: maximum size of the tensors in a file; a larger tensor gets a file of its own.
+      max_bytes: maximum size of the tensors in a file; a larger tensor gets a separate file.
 
     Raises:
-      UserError: if the type cannot hold a number.
+      UserError: if a number is not representable in the type.
     """
     if dtype == "float16":
         for name, tensor in tensors.items():
             if np.abs(tensor).max(initial=0) > np.finfo(np.float16).max:
-                raise UserError(f"--dtype=float16 cannot hold the numbers of {name}; use bfloat16")
+                raise UserError(f"--dtype=float16 cannot represent the numbers of {name}; use bfloat16")
     item = {"float32": 4}.get(dtype, 2)
     shards = _divide({name: tensor.size * item for name, tensor in tensors.items()}, max_bytes)
     names = ["model.safetensors"]

@@ -94,7 +94,7 @@ class TorchFile:
         except _DAMAGE as error:
             raise UserError(
                 f"--weights={path}: the weights-only reader rejects the file ({error}); it is damaged or "
-                "contains more than tensors; give a state_dict of torch 1.6 or later, or a safetensors file"
+                "contains more than tensors; pass a state_dict of torch 1.6 or later, or a safetensors file"
             ) from error
         self.ignored = tuple(ignored)
         self.tensors = {

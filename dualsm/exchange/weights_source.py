@@ -9,7 +9,7 @@ from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
 from dualsm.rundir.workdir import SOURCE, read_config
 
-_MAX_FORKS = 100  # a run that is forked from itself would be followed forever
+_MAX_FORKS = 100  # stops at a run that is forked from itself
 
 
 def read_source(run: TrainedRun) -> dict:
@@ -17,7 +17,7 @@ def read_source(run: TrainedRun) -> dict:
 
     Returns:
       The content of `source.json`; empty if the run started from random weights, or if the directory of the
-      run that it was forked from is gone.
+      run that it was forked from does not exist.
     """
     workdir, config = run.workdir, run.config
     for _ in range(_MAX_FORKS):

@@ -22,7 +22,7 @@ class TrainingRows(NamedTuple):
 
     Attributes:
       example: examples of the rows.
-      weights: their weights in the loss.
+      weights: weights of the rows in the loss.
       dropout_keys_Bx2: uint32; key of each row's dropout masks; None: no dropout.
     """
 

@@ -33,7 +33,7 @@ def make_muon(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> op
 
 
 def adamw_schedule(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.Schedule:
-    """Returns the learning rate of AdamW's parameters, with the shape of `schedule` and a peak of its own."""
+    """Returns the learning rate of AdamW's parameters: `schedule`, scaled to their peak."""
     if not config.adamw_learning_rate:
         return schedule
     return lambda step: schedule(step) * (config.adamw_learning_rate / config.learning_rate)

@@ -72,7 +72,7 @@ class TrainState(NamedTuple):
 class AveragedTrainState(NamedTuple):
     """A `TrainState` with `ema`, the moving average of the parameters.
 
-    A type of its own, because Orbax restores only checkpoints with exactly the fields of the state.
+    A separate type, because Orbax only restores checkpoints that have exactly the fields of the state.
     """
 
     step: jax.Array

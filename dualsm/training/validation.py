@@ -175,7 +175,7 @@ class Validation:
           names: objectives to score; None: all.
           every: scores only every n-th batch. Each batch is a sample of the whole split.
           stop: called before each batch; True ends the scoring.
-          prefix: of the metrics.
+          prefix: prefix of the metrics.
 
         Returns:
           Metrics `<prefix>/<objective>/loss` (nats per token) and `<prefix>/<objective>/bits_per_byte`; None

@@ -1,4 +1,4 @@
-"""Weight decay with a schedule of its own, and with exempt parameters."""
+"""Weight decay with a separate schedule and exempt parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import optax
 
 
 def is_scheduled(config: ml_collections.ConfigDict) -> bool:
-    """Returns False if the weight decay is that of AdamW: for all parameters, times the learning rate."""
+    """Returns False for AdamW's weight decay: all parameters, multiplied by the learning rate."""
     schedule = config.weight_decay_schedule
     return schedule.name != "learning_rate" or schedule.independent or bool(config.weight_decay_exempt)
 

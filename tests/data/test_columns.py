@@ -67,12 +67,12 @@ def test_a_saved_dataset_is_read_in_order(tmp_path):
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
     assert read(folder) == TEXTS[:2]
     (tmp_path / "dataset" / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    with pytest.raises(UserError, match="several splits; give one of them"):
+    with pytest.raises(UserError, match="several splits; pass one of them"):
         read(tmp_path / "dataset")
     (folder / "state.json").write_text("{}")
     with pytest.raises(UserError, match="state.json is damaged"):
         read(folder)
-    with pytest.raises(UserError, match="is a directory; give its files"):
+    with pytest.raises(UserError, match="is a directory; pass its files"):
         read(tmp_path)
 
 

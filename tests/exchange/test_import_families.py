@@ -195,7 +195,7 @@ def test_commands_import_and_export(folder, tmp_path):
 
 
 def test_float16_refuses_numbers_that_it_cannot_hold(tmp_path):
-    with pytest.raises(UserError, match="--dtype=float16 cannot hold the numbers of a"):
+    with pytest.raises(UserError, match="--dtype=float16 cannot represent the numbers of a"):
         write_shards(tmp_path, {"a": np.array([1e6], np.float32)}, "float16")
 
 

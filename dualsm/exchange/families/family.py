@@ -34,12 +34,12 @@ class Family(NamedTuple):
     """A model family.
 
     Attributes:
-      model_type: its name in `config.json`.
-      architecture: its class for causal language models in transformers.
+      model_type: name of the family in `config.json`.
+      architecture: name of the causal language model class in transformers.
       settings: returns values of `config.model`, by flattened key, for the content of a `config.json`.
       keys: returns the family's own keys of `config.json` for `config.model`.
       fixed: values of `config.model` that all models of the family have, by flattened key.
-      switches: keys of `dualsm.exchange.switches.SWITCHES` that the family can express, beside `fixed`.
+      switches: keys of `dualsm.exchange.switches.SWITCHES` that the family can express, besides `fixed`.
       block_names: name of the tensor within a layer by path of the parameter.
     """
 
@@ -56,7 +56,7 @@ def common_settings(config: HubConfig, *, tied: bool = False) -> dict[str, Any]:
     """Takes the keys that all families share; a family overrides values that it fixes.
 
     Args:
-      config: the config; the caller takes the family's own keys and calls `finish`.
+      config: the config; the caller takes the keys specific to the family and calls `finish`.
       tied: whether the embeddings are tied if the file does not say so; transformers leaves out the value if
         it is the default of the class.
 

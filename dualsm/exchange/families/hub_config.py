@@ -1,4 +1,4 @@
-"""Reading a `config.json` key by key, so that every key is either understood or refused by name."""
+"""Reads a `config.json` key by key, so that unknown keys are rejected by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NO_DEFAULT = object()
 
 
 class HubConfig:
-    """A `config.json` whose keys are taken one by one; a key with the value null counts as absent."""
+    """A `config.json` whose keys are read one by one; a key with the value null counts as absent."""
 
     def __init__(self, content: Mapping[str, Any]):
         self._left = {key: value for key, value in content.items() if value is not None}
@@ -48,7 +48,7 @@ class HubConfig:
         return float(value) if kind is float else value
 
     def positive(self, key: str, kind: type = int, default: Any = _NO_DEFAULT) -> Any:
-        """Like `take`, for numbers above 0."""
+        """Returns the value of a key that must be a number above 0; see `take`."""
         value = self.take(key, kind, default)
         if value is not default and value <= 0:
             raise UserError(f"config.json: {key}={value} must be positive; fix the file")

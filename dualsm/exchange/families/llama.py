@@ -28,7 +28,7 @@ def _llama_keys(model: ConfigDict) -> dict[str, Any]:
 
 def _mistral_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     config = HubConfig(content)
-    if "sliding_window" not in content:  # transformers would take 4096
+    if "sliding_window" not in content:  # the default of transformers is 4096
         raise UserError("config.json has no sliding_window; add null if the model attends to all keys")
     config.allow("sliding_window")
     settings = common_settings(config)

@@ -35,7 +35,7 @@ def _qwen3_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     config = HubConfig(content)
     take_full_attention(config)
     config.allow("attention_bias", False)
-    if "head_dim" not in content:  # transformers would take 128
+    if "head_dim" not in content:  # the default of transformers is 128
         raise UserError("config.json has no head_dim; add the size of an attention head")
     settings = common_settings(config)
     config.finish()

@@ -1,4 +1,4 @@
-"""The tensors of a model folder: where each parameter comes from, and under which name it leaves."""
+"""The tensors of a model folder: sources of each parameter, and names for export."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tensor_sources(
     layers = {int(m[1]) for name in tensors if (m := re.match(rf"{re.escape(LAYERS)}\.(\d+)\.", name))}
     if layers and len(layers) != num_layers:  # a damaged file may say a huge number
         raise UserError(
-            f"config.json: num_hidden_layers={num_layers} but the weights have {len(layers)} layers; give "
+            f"config.json: num_hidden_layers={num_layers} but the weights have {len(layers)} layers; pass "
             "the config.json that belongs to the weights"
         )
     outer = {path: name for path, name in OUTER_NAMES.items() if not (tied and name == OUTPUT)}
@@ -51,7 +51,7 @@ def tensor_sources(
         if names:
             others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(
-                f"--weights: {problem} {min(names)}{others}, unlike {family.architecture}; give the folder "
+                f"--weights: {problem} {min(names)}{others}, unlike {family.architecture}; pass the folder "
                 "of such a model"
             )
     sources: dict[str, Source | list[Source]] = {path: Source(name) for path, name in outer.items()}
