@@ -49,6 +49,9 @@ _CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "average: steps of the check
 _LAST = flags.DEFINE_integer("last", 0, "average: number of newest checkpoints", lower_bound=0)
 _OUTPUT = cli.DEFINE_path("output", "", "export: folder to create; average: run directory to create")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "export to huggingface: type of the weights")
+_OWN_CODE = flags.DEFINE_bool(
+    "own_code", False, "export to huggingface: with own code, for all modes, even if a stock class exists"
+)
 _MAX_SHARD_SIZE = flags.DEFINE_float(
     "max_shard_size", 5.0, "export to huggingface: gigabytes per file of weights", lower_bound=1e-6
 )
@@ -76,7 +79,8 @@ def export_run() -> str:
     run = open_run(_WORKDIR.value, _CHECKPOINT.value, _PARAMETERS.value)
     output = Path(_OUTPUT.value)
     if _FORMAT.value == "huggingface":
-        message = export_huggingface.export(run, output, _DTYPE.value, int(1e9 * _MAX_SHARD_SIZE.value))
+        max_bytes = int(1e9 * _MAX_SHARD_SIZE.value)
+        message = export_huggingface.export(run, output, _DTYPE.value, max_bytes, _OWN_CODE.value)
     else:
         message = export_reference.export(run, output)
     return f"step {run.step} of {run.workdir}: {message}"

@@ -1,9 +1,9 @@
 """Exports a run as a Hugging Face model folder: weights, configs, tokenizer, model card and, if needed, code.
 
-A run with the plain head is exported as a model of a family of transformers, which loads with stock classes:
-the family that it was imported from, or one that has its architecture. A run with the paper's head needs the
-two files of dualsm/exchange/remote and `trust_remote_code=True`. Token ids are external ids, see
-dualsm/exchange/token_ids.py.
+A run is exported as a model of a family of transformers, which loads with stock classes, if one has its
+architecture: the family that the run was imported from, or else the first one. Other runs, such as those with
+the paper's head, need the two files of dualsm/exchange/remote and `trust_remote_code=True`. Token ids are
+external ids, see dualsm/exchange/token_ids.py.
 """
 
 from __future__ import annotations
@@ -21,22 +21,28 @@ from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, Tokenizer
 from dualsm.exchange import token_ids
 from dualsm.exchange.families.family import BLOCK_NAMES, LAYERS, OUTER_NAMES, Family
 from dualsm.exchange.families.family_table import family_of_run
+from dualsm.exchange.families.qwen import QWEN2, QWEN3
 from dualsm.exchange.model_card import model_card
 from dualsm.exchange.sharded_files import MAX_SHARD_BYTES, write_shards
-from dualsm.exchange.switches import check_expressible
 from dualsm.exchange.tokenizer_export import external_special_ids, tokenizer_json
 from dualsm.exchange.weights_source import read_source
+from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.process.output import new_folder
 from dualsm.rundir.trained_run import TrainedRun
 
 _REMOTE = Path(__file__).parent / "remote"
 _CODE = ("configuration_dualsm.py", "modeling_dualsm.py")
-# Names of the parameters of the paper's head.
+# Names of parameters of models with their own code, with all switches and with the paper's head.
+_OWN_BLOCK_NAMES = {**QWEN2.block_names, **QWEN3.block_names}
 _HEAD_NAMES = {"head/projection/kernel": "head_proj.weight", "head/output/bias": "lm_head.bias"}
 
 
 def export(
-    run: TrainedRun, output: Path, dtype: str = "float32", max_shard_bytes: int = MAX_SHARD_BYTES
+    run: TrainedRun,
+    output: Path,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    own_code: bool = False,
 ) -> str:
     """Writes the model folder atomically.
 
@@ -45,25 +51,19 @@ def export(
       output: folder to create.
       dtype: type of the weights, see `write_shards`.
       max_shard_bytes: size above which the weights are divided into several files.
+      own_code: export with the files of dualsm/exchange/remote even if a stock class has the architecture.
 
     Returns:
       A message for the user.
 
     Raises:
-      UserError: if no class can express the run, or `output` is in use or cannot be written.
+      UserError: if `output` is in use or cannot be written.
     """
-    model, family = run.config.model, None
-    if model.head == "plain":
-        source = read_source(run)
-        family = family_of_run(model, source.get("model_type"))
-        longest = max(source.get("max_position_embeddings", 0), run.config.seq_len)
-        config = family_config(run, family, dtype, longest)
-    else:
-        check_expressible(
-            model, (), "the code of the paper's head", "only head=plain can be exported with it"
-        )
-        config = dualsm_config(run, dtype)
-    block_names = family.block_names if family else BLOCK_NAMES
+    source = read_source(run)
+    family = None if own_code else family_of_run(run.config.model, source.get("model_type"))
+    longest = max(source.get("max_position_embeddings", 0), run.config.seq_len)
+    config = family_config(run, family, dtype, longest) if family else dualsm_config(run, dtype, longest)
+    block_names = family.block_names if family else _OWN_BLOCK_NAMES
     params = token_ids.to_external(jax.device_get(run.params), run.tokenizer.external_ids_V)
     with new_folder(output, "--output") as folder:
         write_shards(folder, named_tensors(params, block_names), dtype, max_shard_bytes)
@@ -108,7 +108,7 @@ def _tokens_and_type(run: TrainedRun, dtype: str) -> dict:
 
 
 def family_config(run: TrainedRun, family: Family, dtype: str, max_position_embeddings: int) -> dict:
-    """Returns `config.json` of a run with the plain head."""
+    """Returns `config.json` of a model of a family of transformers."""
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -118,9 +118,10 @@ def family_config(run: TrainedRun, family: Family, dtype: str, max_position_embe
     }
 
 
-def dualsm_config(run: TrainedRun, dtype: str) -> dict:
-    """Returns `config.json` of a run with the paper's head."""
+def dualsm_config(run: TrainedRun, dtype: str, max_position_embeddings: int) -> dict:
+    """Returns `config.json` of a model with its own code."""
     model = run.config.model
+    scaling = {key: value for key, value in model.rope_scaling.items() if key != "name"}
     return {
         "architectures": ["DualSMForCausalLM"],
         "model_type": "dualsm",
@@ -132,10 +133,15 @@ def dualsm_config(run: TrainedRun, dtype: str) -> dict:
         "intermediate_size": model.d_ff,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
+        "num_key_value_heads": num_kv_heads(model),
+        "head_dim": head_dim(model),
+        **{key: model[key] for key in ("qkv_bias", "qk_norm", "norm_placement", "head")},
         "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": run.config.seq_len,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "max_position_embeddings": max_position_embeddings,
         "rotary_base": model.rope_theta,
+        "rotary_scaling": None if model.rope_scaling.name == "none" else scaling,
+        "no_rope_layer_interval": model.no_rope_layer_interval,
         "mask_token_id": external_special_ids(run.tokenizer)["mask"],
         **_tokens_and_type(run, dtype),
     }

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from ml_collections import ConfigDict
 
 from dualsm.config import default_config
 from dualsm.model.head_shapes import head_dim, num_kv_heads
-from dualsm.process.errors import UserError
 
 SWITCHES = (
     "num_kv_heads",
@@ -31,11 +28,3 @@ def switched_on(model: ConfigDict) -> list[str]:
         "rope_scaling": model.rope_scaling.name == "none",
     }
     return [key for key in SWITCHES if not without_effect.get(key, model[key] == defaults[key])]
-
-
-def check_expressible(model: ConfigDict, supported: Collection[str], name: str, advice: str) -> None:
-    """Raises `UserError`, naming the key, if `model` has a switch on that is not in `supported`."""
-    for key in switched_on(model):
-        if key not in supported:
-            value = model[key].name if key == "rope_scaling" else model[key]
-            raise UserError(f"{name} does not support config.model.{key}={value}; {advice}")

@@ -154,8 +154,8 @@ def test_a_run_leaves_as_the_family_that_can_express_it():
         ({"qk_norm": "head"}, "qwen3"), ({"qk_norm": "projection", "norm_placement": "post"}, "olmo2"),
         ({"no_rope_layer_interval": 4}, "smollm3"),
     ):  # fmt: skip
-        assert family_of_run(model_of(values)).model_type == expected
-    assert family_of_run(model_of({}), "mistral").model_type == "mistral"
-    assert family_of_run(model_of({"qkv_bias": True}), "mistral").model_type == "qwen2"
-    with pytest.raises(UserError, match=r"does not allow the run's config\.model\.q"):
-        family_of_run(model_of({"qk_norm": "head", "qkv_bias": True}))
+        assert family_of_run(model_of({"head": "plain"} | values)).model_type == expected
+    assert family_of_run(model_of({"head": "plain"}), "mistral").model_type == "mistral"
+    assert family_of_run(model_of({"head": "plain", "qkv_bias": True}), "mistral").model_type == "qwen2"
+    for values in ({"head": "projected"}, {"head": "plain", "qk_norm": "head", "qkv_bias": True}):
+        assert family_of_run(model_of(values)) is None

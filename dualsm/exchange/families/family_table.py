@@ -35,31 +35,18 @@ def family_of_config(content: Mapping[str, Any]) -> Family:
     return family
 
 
-def family_of_run(model: ConfigDict, imported_from: str | None = None) -> Family:
-    """Returns a family that can express a run with the plain head.
+def family_of_run(model: ConfigDict, imported_from: str | None = None) -> Family | None:
+    """Returns a family that has a run's architecture; None if there is none.
 
     Args:
       model: `config.model`.
       imported_from: model_type of the weights that the run was imported from, which is preferred.
-
-    Raises:
-      UserError: if no family can express the run.
     """
     names = sorted(FAMILIES, key=lambda name: name != imported_from)
-    for name in names:
-        if not _obstacles(FAMILIES[name], model):
-            return FAMILIES[name]
-    nearest = min(FAMILIES.values(), key=lambda family: len(_obstacles(family, model)))
-    settings = ", ".join(f"config.model.{key}" for key in _obstacles(nearest, model))
-    raise UserError(
-        f"no family of transformers has this architecture; the nearest, {nearest.model_type}, does not allow "
-        f"the run's {settings}"
-    )
+    return next((FAMILIES[name] for name in names if _can_express(FAMILIES[name], model)), None)
 
 
-def _obstacles(family: Family, model: ConfigDict) -> list[str]:
-    """Returns the keys of `config.model` that keep a family from expressing a run."""
-    missing = [key for key, value in family.fixed.items() if model[key] != value]
-    return missing + [
-        key for key in switched_on(model) if key not in family.switches and key not in family.fixed
-    ]
+def _can_express(family: Family, model: ConfigDict) -> bool:
+    if model.head != "plain" or any(model[key] != value for key, value in family.fixed.items()):
+        return False
+    return all(key in family.switches or key in family.fixed for key in switched_on(model))

@@ -60,26 +60,40 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: DualSMConfig, layer: int):
         super().__init__()
-        width = config.hidden_size
-        self.layer, self.heads = layer, config.num_attention_heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        width, self.head_dim, self.qk_norm = config.hidden_size, config.head_dim, config.qk_norm
+        self.layer, self.group = layer, config.num_attention_heads // config.num_key_value_heads
+        interval = config.no_rope_layer_interval
+        self.is_rotated = not interval or (layer + 1) % interval != 0
+        queries, keys = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(width, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, width, bias=False)
+        if self.qk_norm != "none":
+            sizes = (queries, keys) if self.qk_norm == "projection" else (self.head_dim, self.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(size, config.rms_norm_eps) for size in sizes)
 
     def forward(self, x, seen, position, cos, sin, cache):
-        batch, length, width = x.shape
-        shape = (batch, length, self.heads, width // self.heads)
-        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        batch, length, _ = x.shape
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.view(batch, length, -1, self.head_dim) for y in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        if self.is_rotated:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             # Static caches of transformers before version 5 need the positions.
             k, v = cache.update(k, v, self.layer, {"cache_position": position})
+        if self.group > 1:
+            k, v = (y.repeat_interleave(self.group, dim=1) for y in (k, v))
         # Padding queries may have no visible key; a finite bias prevents NaN.
         bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
         bias = bias.masked_fill(~seen, torch.finfo(q.dtype).min)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, width))
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
 class MLP(nn.Module):
@@ -96,12 +110,16 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: DualSMConfig, layer: int):
         super().__init__()
+        self.norm_placement = config.norm_placement
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, seen, position, cos, sin, cache):
+        if self.norm_placement == "post":
+            x = x + self.input_layernorm(self.self_attn(x, seen, position, cos, sin, cache))
+            return x + self.post_attention_layernorm(self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), seen, position, cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -118,13 +136,16 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
     config_class = DualSMConfig
     base_model_prefix = "model"
     _no_split_modules = ["Layer"]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # if config.tie_word_embeddings
     accepts_loss_kwargs = True  # Trainer passes `num_items_in_batch`: accumulation does not change the loss
 
     def __init__(self, config: DualSMConfig):
         super().__init__(config)
         self.model = Decoder(config)
-        self.head_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.is_projected = config.head == "projected"
+        if self.is_projected:
+            self.head_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.is_projected)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -178,9 +199,15 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
         return ends.reshape(-1, 1, 1)
 
     def _rotary(self, position: torch.Tensor):
-        width = self.config.hidden_size // self.config.num_attention_heads
+        width = self.config.head_dim
         powers = torch.arange(0, width, 2, dtype=torch.float32, device=position.device) / width
-        angles = position[:, None].float() * self.config.rotary_base**-powers
+        frequencies = self.config.rotary_base**-powers
+        if scaling := self.config.rotary_scaling:
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            cycles = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+            kept = ((cycles - low) / (high - low)).clamp(0, 1)
+            frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
+        angles = position[:, None].float() * frequencies
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def forward(
@@ -265,7 +292,7 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
         for layer in self.model.layers:
             x = layer(x, seen, position, cos, sin, cache)
         x = self.model.norm(x[:, -logits_to_keep:] if logits_to_keep else x)
-        logits = self.lm_head(F.gelu(self.head_proj(x), approximate="tanh"))
+        logits = self.lm_head(F.gelu(self.head_proj(x), approximate="tanh") if self.is_projected else x)
 
         loss = None
         if labels is not None:
