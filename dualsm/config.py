@@ -26,6 +26,10 @@ from dualsm.objectives.plan import count_sequences
 from dualsm.objectives.registry import OBJECTIVES, check_options, default_options
 from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
 from dualsm.objectives.shares import check_mixture
+from dualsm.optimizers.optimizer import OPTIMIZERS
+from dualsm.optimizers.schedules import SCHEDULES
+from dualsm.optimizers.weight_decay import EXEMPTIBLE
+from dualsm.optimizers.weight_decay import SCHEDULES as DECAY_SCHEDULES
 from dualsm.process.errors import UserError
 from dualsm.process.value_rules import (
     ANY,
@@ -124,7 +128,7 @@ KEYS = [
     Key("loss.z_loss", 1e-4, at_least(0), "Weight of the squared log normalizer."),
     Key("loss.chunk_size", 128, at_least(1), "Positions per row whose logits are in memory together."),
 
-    Key("optimizer.name", "muon", one_of(("muon", "adamw")), "Optimizer; see dualsm/training/optimizer.py."),
+    Key("optimizer.name", "muon", one_of(OPTIMIZERS), "See dualsm/optimizers/optimizer.py."),
     Key("optimizer.learning_rate", 7e-3, POSITIVE, "Peak learning rate."),
     Key(
         "optimizer.adamw_learning_rate", 0.0, at_least(0), "Peak learning rate of the parameters that AdamW "
@@ -133,7 +137,7 @@ KEYS = [
     Key("optimizer.weight_decay", 0.1, at_least(0), "Weight decay, multiplied by the learning rate."),
     Key(
         "optimizer.weight_decay_schedule.name", "learning_rate",
-        one_of(("learning_rate", "constant", "linear")),
+        one_of(DECAY_SCHEDULES),
         "Follows the learning rate; or is constant, or decreases linearly, from its peak.",
     ),
     Key("optimizer.weight_decay_schedule.final_fraction", 0.0, FRACTION, "Final over initial (linear)."),
@@ -142,7 +146,7 @@ KEYS = [
         "rate: a step removes the fraction weight_decay of a weight.",
     ),
     Key(
-        "optimizer.weight_decay_exempt", "", subset_of(("embeddings", "output", "vectors")), "Parameters "
+        "optimizer.weight_decay_exempt", "", subset_of(EXEMPTIBLE), "Parameters "
         "without weight decay: embeddings, output matrix, vectors (norms and biases).",
     ),
     Key("optimizer.momentum", 0.95, BELOW_ONE, "Momentum of Muon."),
@@ -151,8 +155,8 @@ KEYS = [
     Key("optimizer.epsilon", 1e-8, POSITIVE, "Epsilon of AdamW."),
     Key("optimizer.max_grad_norm", 0.0, at_least(0), "Clips the norm of the whole gradient; 0: no clipping."),
     Key(
-        "optimizer.schedule.name", "wsd", one_of(("wsd", "cosine", "infinite")),
-        "Learning-rate schedule; see dualsm/training/schedules.py.",
+        "optimizer.schedule.name", "wsd", one_of(SCHEDULES),
+        "Learning-rate schedule; see dualsm/optimizers/schedules.py.",
     ),
     Key("optimizer.schedule.warmup_steps", 0, at_least(0), "Steps of linear warmup."),
     Key("optimizer.schedule.decay_fraction", 0.25, FRACTION, "Last fraction of the steps (wsd, infinite)."),
@@ -277,6 +281,11 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(
                 f"config.valid.objectives: unknown objective {name!r}; choose from {', '.join(OBJECTIVES)}"
             )
+    if config.optimizer.adamw_learning_rate and config.optimizer.name != "muon":
+        raise UserError(
+            f"config.optimizer.adamw_learning_rate={config.optimizer.adamw_learning_rate} has an effect only "
+            "with config.optimizer.name=muon; set config.optimizer.learning_rate"
+        )
     if config.start.step >= 0 and not config.start.run:
         raise UserError(
             f"config.start.step={config.start.step} needs config.start.run; set it, or leave start.step at -1"

@@ -24,8 +24,8 @@ from dualsm.devices import sharding
 from dualsm.devices.chips import CHIPS
 from dualsm.model.flops import train_flops
 from dualsm.objectives.example import SpecialIds
+from dualsm.optimizers.optimizer import make_optimizer
 from dualsm.process.errors import UserError
-from dualsm.training.optimizer import make_optimizer
 from dualsm.training.program import activation_bytes, attended_share, batch_shapes, compile_train_step
 from tests.conftest import run_command
 from tests.micro import micro_config

@@ -16,6 +16,7 @@ STAGES = [
     "data",
     "objectives",
     "model",
+    "optimizers",
     "config",
     "rundir",
     "training",

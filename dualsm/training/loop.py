@@ -25,6 +25,7 @@ from dualsm.model.attention import why_not_kernel
 from dualsm.model.flops import train_flops
 from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.objectives.plan import MixturePlan
+from dualsm.optimizers.schedules import learning_rate
 from dualsm.process import distributed
 from dualsm.process.errors import UserError
 from dualsm.process.progress import bar, say, warn
@@ -36,7 +37,6 @@ from dualsm.training.fork import forked_state, start_step, with_initial
 from dualsm.training.metrics_log import MetricsLog
 from dualsm.training.profile import Profiler, Window, profiled
 from dualsm.training.program import attended_shares, compile_train_step
-from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, TrainState
 from dualsm.training.step_metrics import StepMetrics
 from dualsm.training.summary import summarize

@@ -22,10 +22,10 @@ from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds, single_row
 from dualsm.objectives.pairs import bind_members, members_of
 from dualsm.objectives.shares import step_shares, trained_entries
+from dualsm.optimizers.optimizer import make_optimizer
+from dualsm.optimizers.schedules import learning_rate
 from dualsm.rundir.checkpoint import abstract
 from dualsm.training.objective_loss import example_loss
-from dualsm.training.optimizer import make_optimizer
-from dualsm.training.schedules import learning_rate
 from dualsm.training.step import Batch, TrainState, init_state, make_train_step
 
 # By platform. By default the TPU compiler overlaps the all-gather of a sharded weight with the matmul

@@ -19,8 +19,8 @@ from dualsm.model import dropout, transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
 from dualsm.objectives.pairs import Entry, bind_members, members_of
+from dualsm.optimizers.optimizer import at_step
 from dualsm.training.gradients import TrainingRows, make_gradient_function
-from dualsm.training.optimizer import at_step
 from dualsm.training.row_weights import make_row_weights
 from dualsm.training.step_metrics import (
     LossStats,

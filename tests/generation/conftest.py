@@ -10,7 +10,7 @@ from dualsm.config import freeze
 from dualsm.objectives.example import SpecialIds
 from dualsm.objectives.mixture import assign, sequence_counts
 from dualsm.objectives.shares import trained_entries
-from dualsm.training.optimizer import make_optimizer
+from dualsm.optimizers.optimizer import make_optimizer
 from dualsm.training.step import Batch, init_state, make_train_step
 from tests.micro import micro_config
 

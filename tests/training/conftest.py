@@ -8,7 +8,7 @@ from dualsm.objectives.example import SpecialIds
 from dualsm.objectives.pairs import members_of
 from dualsm.objectives.plan import MixturePlan
 from dualsm.objectives.shares import trained_entries
-from dualsm.training.optimizer import make_optimizer
+from dualsm.optimizers.optimizer import make_optimizer
 from dualsm.training.step import Batch, init_state, make_train_step
 from tests.micro import micro_config
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from dualsm.config import default_config
+from dualsm.optimizers.optimizer import OPTIMIZERS
+from dualsm.optimizers.schedules import learning_rate
 from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
-from dualsm.training.optimizer import OPTIMIZERS
-from dualsm.training.schedules import learning_rate
 from dualsm.training.step_metrics import LossStats, update_loss_stats
 
 from .conftest import Micro

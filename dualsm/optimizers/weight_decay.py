@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+SCHEDULES = ("learning_rate", "constant", "linear")
+EXEMPTIBLE = ("embeddings", "output", "vectors")
+
 
 def is_scheduled(config: ml_collections.ConfigDict) -> bool:
     """Returns False for AdamW's weight decay: all parameters, multiplied by the learning rate."""
@@ -20,7 +23,7 @@ def scheduled_weight_decay(
     config: ml_collections.ConfigDict,
     learning_rate: optax.Schedule,
     steps: int,
-    uses_muon: Callable[[Sequence[str]], bool],
+    peak_learning_rate: Callable[[Sequence[str]], float],
 ) -> optax.GradientTransformation:
     """Returns the transformation that subtracts weight decay from the updates of any optimizer.
 
@@ -32,7 +35,7 @@ def scheduled_weight_decay(
       config: `config.optimizer`.
       learning_rate: learning rate by step.
       steps: number of steps of the run.
-      uses_muon: function from the path of a parameter to True if Muon updates it, else AdamW.
+      peak_learning_rate: function from the path of a parameter to its peak learning rate.
     """
     schedule, exempt = config.weight_decay_schedule, config.weight_decay_exempt.split(",")
     factor = {
@@ -40,14 +43,12 @@ def scheduled_weight_decay(
         "constant": lambda step: 1.0,
         "linear": optax.linear_schedule(1.0, schedule.final_fraction, steps),
     }[schedule.name]
-    adamw_peak = config.adamw_learning_rate or config.learning_rate
 
     def rate(path) -> float:
         names = [key.key for key in path]
         if (group := _group(names)) and group in exempt:
             return 0.0
-        peak = config.learning_rate if uses_muon(names) else adamw_peak
-        return config.weight_decay * (1.0 if schedule.independent else peak)
+        return config.weight_decay * (1.0 if schedule.independent else peak_learning_rate(names))
 
     def init(_):
         return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import jax
 import ml_collections
 import optax
 
-from dualsm.training.adamw import make_adamw
-from dualsm.training.muon import make_muon, uses_muon
-from dualsm.training.weight_decay import is_scheduled, scheduled_weight_decay
+from dualsm.optimizers.adamw import make_adamw
+from dualsm.optimizers.muon import make_muon, muon_peak
+from dualsm.optimizers.weight_decay import is_scheduled, scheduled_weight_decay
 
-# config.optimizer.name -> function (config.optimizer, schedule) -> optimizer
-OPTIMIZERS = {"muon": make_muon, "adamw": make_adamw}
+
+class Optimizer(NamedTuple):
+    """A row of the table of optimizers.
+
+    Attributes:
+      make: function (config.optimizer, learning rate by step) -> optimizer.
+      peak_learning_rate: function (config.optimizer, path of a parameter) -> peak learning rate.
+    """
+
+    make: Callable[[ml_collections.ConfigDict, optax.Schedule], optax.GradientTransformation]
+    peak_learning_rate: Callable[[ml_collections.ConfigDict, Sequence[str]], float] = lambda config, path: (
+        config.learning_rate
+    )
+
+
+# The keys are the values of config.optimizer.name.
+OPTIMIZERS = {"muon": Optimizer(make_muon, muon_peak), "adamw": Optimizer(make_adamw)}
 
 
 def make_optimizer(
@@ -24,15 +43,14 @@ def make_optimizer(
       schedule: learning rate by step.
       steps: number of steps of the run, for weight decay that decreases linearly.
     """
+    row = OPTIMIZERS[config.name]
     if is_scheduled(config):
         without = ml_collections.ConfigDict({**config, "weight_decay": 0.0})
-        is_muon = uses_muon if config.name == "muon" else lambda names: False
-        optimizer = optax.chain(
-            OPTIMIZERS[config.name](without, schedule),
-            scheduled_weight_decay(config, schedule, steps, is_muon),
-        )
+        peak = functools.partial(row.peak_learning_rate, config)
+        decay = scheduled_weight_decay(config, schedule, steps, peak)
+        optimizer = optax.chain(row.make(without, schedule), decay)
     else:
-        optimizer = OPTIMIZERS[config.name](config, schedule)
+        optimizer = row.make(config, schedule)
     if config.max_grad_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
     return optimizer

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 
 from dualsm.devices.sharding import RULES, spec
-from dualsm.training.adamw import make_adamw
+from dualsm.optimizers.adamw import make_adamw
 
 
 def make_muon(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -28,18 +30,17 @@ def make_muon(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> op
         consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrix_axes,
     )
-    adamw = make_adamw(config, adamw_schedule(config, schedule))
+    ratio = (config.adamw_learning_rate or config.learning_rate) / config.learning_rate
+    adamw = make_adamw(config, schedule if ratio == 1 else lambda step: schedule(step) * ratio)
     return optax.partition({"muon": _shard_layers(muon), "adamw": adamw}, _labels)
 
 
-def adamw_schedule(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.Schedule:
-    """Returns the learning rate of AdamW's parameters: `schedule`, scaled to their peak."""
-    if not config.adamw_learning_rate:
-        return schedule
-    return lambda step: schedule(step) * (config.adamw_learning_rate / config.learning_rate)
+def muon_peak(config: ml_collections.ConfigDict, names: Sequence[str]) -> float:
+    """Returns the peak learning rate of the parameter with the path `names`."""
+    return config.learning_rate if _uses_muon(names) else config.adamw_learning_rate or config.learning_rate
 
 
-def uses_muon(names: list[str]) -> bool:
+def _uses_muon(names: Sequence[str]) -> bool:
     """Returns True for the path of a kernel of the blocks or of the head's projection."""
     return names[-1] == "kernel" and (names[0] == "blocks" or names[:2] == ["head", "projection"])
 
@@ -81,5 +82,5 @@ def _matrix_axes(params):
 def _labels(params):
     """Returns "muon" or "adamw" for each parameter."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if uses_muon([key.key for key in path]) else "adamw", params
+        lambda path, _: "muon" if _uses_muon([key.key for key in path]) else "adamw", params
     )

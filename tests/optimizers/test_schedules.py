@@ -3,7 +3,7 @@
 import pytest
 
 from dualsm.config import default_config
-from dualsm.training.schedules import learning_rate
+from dualsm.optimizers.schedules import learning_rate
 
 
 def schedule(steps=100, **values):

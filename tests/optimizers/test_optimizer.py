@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from dualsm.config import default_config
 from dualsm.devices import sharding
 from dualsm.model.transformer import init_params
+from dualsm.optimizers.optimizer import OPTIMIZERS, Optimizer, make_optimizer
 from dualsm.process.errors import UserError
-from dualsm.training.optimizer import OPTIMIZERS, make_optimizer
 
 FIXTURE = Path(__file__).parents[1] / "data" / "muon_parity.safetensors"
 
@@ -115,7 +115,7 @@ def test_state_without_a_sharding_rule_is_an_error():
 
 def test_new_optimizer_needs_one_row_in_the_table(monkeypatch):
     config = default_config().optimizer
-    monkeypatch.setitem(OPTIMIZERS, "sgd", lambda config, schedule: optax.sgd(schedule))
+    monkeypatch.setitem(OPTIMIZERS, "sgd", Optimizer(lambda config, schedule: optax.sgd(schedule)))
     config.name, config.max_grad_norm = "sgd", 0.0
     params = {"weight": jnp.ones(2)}
     optimizer = make_optimizer(config, lambda _: 0.5)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dualsm.config import check_config, default_config
+from dualsm.optimizers.optimizer import at_step, make_optimizer
 from dualsm.process.errors import UserError
-from dualsm.training.optimizer import at_step, make_optimizer
 
 STEPS, PEAK, DECAY = 10, 0.02, 0.5
 

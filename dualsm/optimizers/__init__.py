@@ -1,0 +1,1 @@
+"""Optimizers and schedules: functions from `config.optimizer` to Optax transformations."""
