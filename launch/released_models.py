@@ -1,4 +1,4 @@
-"""Scores the paper's 50 released models as a sweep, from which `recommend` answers at 470M parameters.
+"""Scores the paper's 50 released models as a sweep, for recommendations at 470M parameters.
 
     python launch/released_models.py --sweep=runs/released --tasks=blimp,arc_easy --task_data=eval
     dualsm recommend --unique_tokens=1e9 --budget=3.2e10 --sweep=runs/released/table.csv \\

@@ -88,7 +88,8 @@ def test_commands_have_their_flags(document):
 
 @documents
 def test_flags_exist(document):
-    modules = [*(ROOT / "dualsm").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    folders = ("dualsm", "benchmarks", "launch")
+    modules = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     known = OTHERS.union(*map(defined_flags, modules))
     for line in code(document.read_text()):
         if line.startswith("--"):

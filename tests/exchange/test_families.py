@@ -1,4 +1,4 @@
-"""Pure functions between config.json and settings, for each family; needs neither torch nor transformers."""
+"""Conversion between config.json and settings for each family, without torch and transformers."""
 
 import json
 
@@ -51,7 +51,7 @@ def model_of(values: dict):
 
 @pytest.mark.parametrize("model_type", OWN)
 @pytest.mark.parametrize("scaling", [False, True])
-def test_settings_survive_the_way_to_config_json_and_back(model_type, scaling):
+def test_settings_round_trip_through_config_json(model_type, scaling):
     changes = {"rope_scaling": LLAMA3 | {"rope_type": "llama3"}} if scaling else {}
     before = settings(model_type, **changes)
     model = model_of(before)
@@ -61,7 +61,7 @@ def test_settings_survive_the_way_to_config_json_and_back(model_type, scaling):
     assert family_of_config(written).settings(written) == before
 
 
-def test_the_shape_is_read():
+def test_shape_is_read():
     found = settings("llama", head_dim=20)
     assert found == {
         "num_layers": 3, "d_model": 96, "num_heads": 6, "num_kv_heads": 2, "head_dim": 20, "d_ff": 200,
@@ -73,7 +73,7 @@ def test_the_shape_is_read():
     assert settings("llama", head_dim=16)["head_dim"] == 0
 
 
-def test_what_a_family_fixes():
+def test_fixed_settings_of_families():
     assert settings("qwen2")["qkv_bias"]
     assert settings("qwen3")["qk_norm"] == "head"
     olmo = settings("olmo2")
@@ -82,7 +82,7 @@ def test_what_a_family_fixes():
     assert settings("smollm3", no_rope_layers=[1, 1, 1])["no_rope_layer_interval"] == 0
 
 
-def test_ties_that_transformers_leaves_out():
+def test_tied_embeddings_that_config_json_does_not_state():
     assert settings("smollm3", tie_word_embeddings="absent")["tie_word_embeddings"]
     assert not settings("llama", tie_word_embeddings="absent")["tie_word_embeddings"]
 
@@ -136,19 +136,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_understood_is_refused_by_name(case):
+def test_unknown_keys_and_values_are_rejected_by_name(case):
     model_type, changes, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
         settings(model_type, **changes)
 
 
 @pytest.mark.parametrize("name", ["gpt2", None, 3, ["llama"]])
-def test_an_unknown_family_is_refused(name):
+def test_unknown_family_is_rejected(name):
     with pytest.raises(UserError, match="model_type"):
         family_of_config({"model_type": name})
 
 
-def test_a_run_leaves_as_the_family_that_can_express_it():
+def test_run_is_exported_as_a_family_that_can_express_it():
     for values, expected in (
         ({}, "llama"), ({"num_kv_heads": 2}, "llama"), ({"qkv_bias": True}, "qwen2"),
         ({"qk_norm": "head"}, "qwen3"), ({"qk_norm": "projection", "norm_placement": "post"}, "olmo2"),

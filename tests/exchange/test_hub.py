@@ -86,14 +86,14 @@ def server(tmp_path):
 
 @pytest.fixture
 def cache(server, tmp_path, monkeypatch):
-    """Makes this process use the server, and an empty cache."""
+    """Makes this process use the server and an empty cache."""
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
-def test_a_branch_becomes_a_run(server, released_alone, tmp_path):
-    """Only the files that the import needs are downloaded, and only once: then no network is needed."""
+def test_branch_is_imported_as_a_run(server, released_alone, tmp_path):
+    """Downloads only the required files, and only once; a second import needs no network."""
     tensors = read_all(released_alone / "model.safetensors")
     write_shards(server.folder, tensors)
     for name in ("tokenizer.json", "config.json"):
@@ -123,12 +123,12 @@ def test_a_branch_becomes_a_run(server, released_alone, tmp_path):
         ("hf://ltg", "must have the form hf://OWNER/NAME"),
     ],
 )
-def test_weights_that_do_not_exist_are_refused(cache, weights, message):
+def test_weights_that_do_not_exist_are_rejected(cache, weights, message):
     with pytest.raises(UserError, match=message):
         local_path(weights)
 
 
-def test_without_network_the_command_ends_in_one_line(tmp_path):
+def test_missing_network_is_one_line(tmp_path):
     settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     process = run_command(
         "dualsm.convert", "import", "--format=reference", f"--weights={WEIGHTS}",

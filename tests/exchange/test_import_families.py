@@ -49,7 +49,7 @@ LENGTH = 24
 
 
 def make_model(name: str, **changes):
-    """A tiny model whose parameters all differ from their initial values."""
+    """Returns a tiny model with random values of all parameters."""
     family, own = CASES[name]
     config = getattr(transformers, f"{family}Config")(**SHAPE | own | changes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -62,7 +62,7 @@ def make_model(name: str, **changes):
 
 @pytest.fixture(scope="module", params=CASES)
 def imported(request, tokenizer_json, tmp_path_factory):
-    """A model of transformers, its folder, and the run that it was imported as."""
+    """Returns a model of transformers, its folder, and the imported run."""
     folder = tmp_path_factory.mktemp(request.param)
     model = make_model(request.param)
     model.save_pretrained(folder / "model")
@@ -130,7 +130,7 @@ def tensors_of(folder) -> dict:
     return found
 
 
-def test_export_without_training_gives_back_every_tensor(imported, tmp_path):
+def test_export_of_an_imported_run_has_equal_tensors(imported, tmp_path):
     model, folder, run = imported
     export(run, tmp_path / "out")
     before, after = tensors_of(folder), tensors_of(tmp_path / "out")
@@ -150,7 +150,7 @@ def test_export_without_training_gives_back_every_tensor(imported, tmp_path):
     assert again.config.max_position_embeddings == SHAPE["max_position_embeddings"]
 
 
-def test_shards_in_bfloat16_come_and_go_bit_for_bit(tokenizer_json, tmp_path):
+def test_bfloat16_shards_round_trip_bit_for_bit(tokenizer_json, tmp_path):
     model = make_model("llama").bfloat16()
     model.save_pretrained(tmp_path / "model", max_shard_size="10KB")
     (tmp_path / "model" / "tokenizer.json").write_text(tokenizer_json)
@@ -194,14 +194,14 @@ def test_commands_import_and_export(folder, tmp_path):
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
 
 
-def test_float16_refuses_numbers_that_it_cannot_hold(tmp_path):
+def test_numbers_outside_float16_are_rejected(tmp_path):
     with pytest.raises(UserError, match="--dtype=float16 cannot represent the numbers of a"):
         write_shards(tmp_path, {"a": np.array([1e6], np.float32)}, "float16")
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer_json, tmp_path_factory):
-    """A sharded folder of a tiny Llama."""
+    """Returns a sharded folder of a tiny Llama."""
     folder = tmp_path_factory.mktemp("sharded")
     make_model("llama").save_pretrained(folder, max_shard_size="20KB")
     (folder / "tokenizer.json").write_text(tokenizer_json)
@@ -291,7 +291,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_folder_is_refused(case, folder, tmp_path):
+def test_malformed_folder_is_rejected(case, folder, tmp_path):
     change, message = MALFORMED[case]
     (tmp_path / "model").mkdir()
     for file in folder.iterdir():

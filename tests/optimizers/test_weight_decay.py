@@ -72,7 +72,7 @@ def test_schedules(name, independent, expected, step):
         assert fraction == pytest.approx(expected(step), rel=1e-5)
 
 
-def test_exempt_parameters_keep_their_size_and_others_do_not_change():
+def test_exempt_parameters_do_not_decay_and_others_are_unaffected():
     config = optimizer_config(weight_decay_exempt="embeddings,vectors")
     found, plain = updates(config, 3, gradient=0.1), updates(optimizer_config(), 3, gradient=0.1)
     without = updates(optimizer_config(weight_decay=0.0), 3, gradient=0.1)
@@ -90,7 +90,7 @@ def test_exempt_parameters_keep_their_size_and_others_do_not_change():
 
 @pytest.mark.parametrize("exempt", ["", "output"])
 def test_adamw_has_its_own_learning_rate(exempt):
-    """Both paths of weight decay, with and without exempt parameters, multiply it by that learning rate."""
+    """Weight decay, with and without exempt parameters, is multiplied by this learning rate."""
     config = optimizer_config(adamw_learning_rate=3 * PEAK, weight_decay_exempt=exempt)
     plain = updates(optimizer_config(weight_decay_exempt=exempt), 3, gradient=0.1)
     found = updates(config, 3, gradient=0.1)

@@ -1,4 +1,4 @@
-"""Dropout in the training step."""
+"""Dropout in the train step."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The moving average of the weights in the training step."""
+"""The moving average of the weights in the train step."""
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ def test_the_average_equals_its_recursion_in_float64(start, every):
         np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_step_averages_its_own_weights_and_shards_the_average_like_them():
+def test_average_is_updated_in_the_step_and_sharded_like_the_weights():
     config = micro_config().mesh
     config.update({"data": 2, "fsdp": 2})
     mesh = sharding.make_mesh(config, jax.devices()[:4])
@@ -54,7 +54,7 @@ def test_the_step_averages_its_own_weights_and_shards_the_average_like_them():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, fourth)
 
 
-def test_validating_an_average_that_does_not_exist_is_rejected():
+def test_validation_of_a_missing_average_is_rejected():
     config = micro_config()
     config.valid.parameters = "both"
     with pytest.raises(UserError, match="config.valid.parameters=both needs a moving average"):
