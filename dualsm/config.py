@@ -16,6 +16,7 @@ import ml_collections
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from dualsm.model import id_ranges
 from dualsm.model.attention import BACKENDS
 from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.model.remat import POLICIES
@@ -57,6 +58,7 @@ class Key(NamedTuple):
     doc: str
 
 
+_RANGES = Rule(id_ranges.is_valid, "be ranges of ids, such as 4-15,320")
 _AXIS = Rule(lambda v: v == -1 or v >= 1, "be at least 1, or -1 for all remaining devices")
 
 # Defaults are the paper's values (arXiv 2512.14549) where it has them.
@@ -102,6 +104,10 @@ KEYS = [
     Key("model.d_ff", 704, at_least(1), "F, inner width of SwiGLU."),
     Key("model.vocab_size", 0, at_least(0), "0: that of the corpus; other values must equal it."),
     Key("model.head", "projected", one_of(HEADS), "projected: as in the paper. plain: as in Llama, no bias."),
+    Key(
+        "model.never_predicted", "", _RANGES, "Ids whose logits are masked, such as '4-15,320'; set by an "
+        "import, and by the run.",
+    ),
     Key("model.tie_word_embeddings", False, ANY, "The output matrix is the transposed embedding."),
     Key("model.rope_theta", 160_000.0, POSITIVE, "Base of the rotary position embedding."),
     Key("model.rope_scaling.name", "none", one_of(SCALINGS), "llama3: by the next four keys."),
@@ -213,7 +219,7 @@ FREE_KEYS = (
 )  # fmt: skip
 
 # Keys that a run sets if they have these values.
-FILLED_IN = {"data.identity": "", "model.vocab_size": 0, "start.step": -1}
+FILLED_IN = {"data.identity": "", "model.vocab_size": 0, "model.never_predicted": "", "start.step": -1}
 
 
 def parse_arg(arg: str | None, **types: Callable) -> dict:

@@ -35,6 +35,9 @@ _WEIGHTS = cli.DEFINE_path(
 _TOKENIZER = cli.DEFINE_path(
     "tokenizer", "", "import: tokenizer file; default: tokenizer.json in the folder of the weights"
 )
+_MASK_TOKEN = flags.DEFINE_string(
+    "mask_token", "", "import from huggingface: existing token to use as the mask; default: a new <mask>"
+)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "import: config for further training; default: the paper's, with the shape of the weights"
 )
@@ -58,8 +61,7 @@ _MAX_SHARD_SIZE = flags.DEFINE_float(
 flags.mark_flags_as_required(["workdir"])
 
 
-IMPORTERS = {"huggingface": import_huggingface.load, "reference": import_reference.load}
-FORMATS = {"import": tuple(IMPORTERS), "export": ("huggingface", "reference")}
+FORMATS = dict.fromkeys(("import", "export"), ("huggingface", "reference"))
 VERBS = (*FORMATS, "average")
 
 
@@ -68,8 +70,12 @@ def import_run() -> str:
     if not _WEIGHTS.value:
         raise UserError("--weights is not set; import needs --weights=PATH")
     config = cli.config(_CONFIG) if _CONFIG.value is not None else None
-    load = IMPORTERS[_FORMAT.value]
-    return load(local_path(_WEIGHTS.value), _TOKENIZER.value, config, Path(_WORKDIR.value))
+    arguments = local_path(_WEIGHTS.value), _TOKENIZER.value, config, Path(_WORKDIR.value)
+    if _FORMAT.value == "huggingface":
+        return import_huggingface.load(*arguments, _MASK_TOKEN.value)
+    if _MASK_TOKEN.value:
+        raise UserError(f"--mask_token={_MASK_TOKEN.value} needs --format=huggingface")
+    return import_reference.load(*arguments)
 
 
 def export_run() -> str:

@@ -7,11 +7,13 @@ special. `dualsm.exchange` permutes imported and exported weights accordingly.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from dualsm.data.special_roles import SpecialRoles
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds, Tokenizer, check_not_negative
 from dualsm.process.errors import UserError
 
@@ -29,7 +31,13 @@ _PROBES = (
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` with renumbered ids."""
+    """A `tokenizer.json` with renumbered ids.
+
+    Attributes:
+      pieces: token of each special role.
+      num_ids: ids of the weights that the file was adapted to, see `SpecialRoles`; 0 for other files.
+      unused_ids: ids that no text and no end of a text contains, see `SpecialRoles.unused_ids`.
+    """
 
     def __init__(self, model: bytes):
         """Loads a tokenizer.
@@ -38,7 +46,8 @@ class JsonTokenizer(Tokenizer):
           model: content of the `tokenizer.json`.
 
         Raises:
-          UserError: if the content is not a tokenizer, or if `<mask>` or `<s>` is missing.
+          UserError: if the content is not a tokenizer, or if `<mask>` or `<s>` is missing and the file does
+            not say which tokens have their roles, see `SpecialRoles`.
         """
         try:
             import tokenizers
@@ -47,31 +56,39 @@ class JsonTokenizer(Tokenizer):
         self.model = model
         try:
             content = json.loads(model)
-            self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
+            roles = SpecialRoles.pop_from(content)
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
             self._inside = tokenizers.Tokenizer.from_str(json.dumps(_without_edges(content)))
             self._types = _types(content)
         except Exception as error:  # tokenizers raises plain Exception
             raise UserError(f"not a tokenizer.json ({error})") from error
-        for name in _REQUIRED:
-            if self._tokenizer.token_to_id(SPECIAL_PIECES[name]) is None:
-                raise UserError(
-                    f"no special token {SPECIAL_PIECES[name]}; add it to the file as a special token"
-                )
+        self.pieces = roles.pieces
+        self.num_ids = roles.num_ids
+        for name in () if roles.num_ids else _REQUIRED:
+            piece = self.pieces[name]
+            if self._tokenizer.token_to_id(piece) is None:
+                raise UserError(f"no special token {piece}; add it to the file as a special token")
+        own_ids = set(self._tokenizer.get_vocab().values())
         for tokenizer in (self._tokenizer, self._inside):
-            tokenizer.add_special_tokens(list(SPECIAL_PIECES.values()))  # existing ones keep their ids
+            tokenizer.add_special_tokens(list(dict.fromkeys(self.pieces.values())))  # existing ones keep ids
             tokenizer.no_padding()
             tokenizer.no_truncation()
             tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
 
-        named = {name: self._tokenizer.token_to_id(piece) for name, piece in SPECIAL_PIECES.items()}
+        named = {name: self._tokenizer.token_to_id(piece) for name, piece in self.pieces.items()}
+        special_ids = {}
+        if named["bos"] == named["eos"]:  # one token, so one id
+            del named["bos"]
+            special_ids["bos"] = SpecialIds().eos
         added = self._tokenizer.get_added_tokens_decoder()
         special = [token for token in sorted(added) if added[token].special]
-        ids = sorted(self._tokenizer.get_vocab().values())
+        ids = sorted({*self._tokenizer.get_vocab().values(), *range(roles.num_ids)})
         if ids[-1] > _MAX_ID:
             raise UserError(f"its largest id is {ids[-1]}; ids above {_MAX_ID} are not supported")
         self.external_ids_V = external_ids(named, special, ids)
         self.vocab_size = len(self.external_ids_V)
-        self.special = SpecialIds(vocab_size=self.vocab_size)
+        self.special = SpecialIds(vocab_size=self.vocab_size, **special_ids)
+        self.unused_ids = roles.unused_ids(self.external_ids_V, own_ids)
         known = np.flatnonzero(self.external_ids_V >= 0)
         self._internal_ids = np.full(self.external_ids_V.max() + 1, self.special.unk)
         self._internal_ids[self.external_ids_V[known]] = known
@@ -102,7 +119,7 @@ class JsonTokenizer(Tokenizer):
 
     def piece(self, token: int) -> str:
         external = int(self.external_ids_V[token])
-        return self._tokenizer.id_to_token(external) if external >= 0 else f"<reserved_{token}>"
+        return (self._tokenizer.id_to_token(external) if external >= 0 else None) or f"<reserved_{token}>"
 
     def token_bytes(self) -> np.ndarray:
         added = self._tokenizer.get_added_tokens_decoder()
@@ -113,11 +130,22 @@ class JsonTokenizer(Tokenizer):
                 content = "" if added[external].special else added[external].content
                 sizes_V[token] = len(content.encode("utf-8"))
             elif external >= 0:
-                sizes_V[token] = _piece_bytes(self._tokenizer.id_to_token(external), self._types)
+                sizes_V[token] = _piece_bytes(self._tokenizer.id_to_token(external) or "", self._types)
         return sizes_V
 
     def from_external_ids(self, external_S: np.ndarray) -> np.ndarray:
         return self._internal_ids[check_not_negative(external_S)]
+
+    def without_added(self) -> JsonTokenizer:
+        """Returns the tokenizer without the tokens whose ids the weights lack, as it was imported."""
+        import tokenizers
+
+        content = json.loads(self.file())
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < self.num_ids]
+        found = copy.copy(self)
+        found._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        found.external_ids_V = np.where(self.external_ids_V < self.num_ids, self.external_ids_V, -1)
+        return found
 
     def file(self) -> str:
         """Returns the `tokenizer.json` with external ids; missing special tokens are appended."""
@@ -139,8 +167,9 @@ def external_ids(named: dict[str, int], special: list[int], ids: list[int]) -> n
     reserved = np.full(RESERVED_IDS, -1, np.int32)
     for name, token in named.items():
         reserved[getattr(SpecialIds(), name)] = token
-    unnamed = [token for token in special if token not in named.values()][: RESERVED_IDS - len(named)]
-    reserved[len(named) : len(named) + len(unnamed)] = unnamed
+    first = len(SPECIAL_PIECES)
+    unnamed = [token for token in special if token not in named.values()][: RESERVED_IDS - first]
+    reserved[first : first + len(unnamed)] = unnamed
     taken = {*named.values(), *unnamed}
     text = [token for token in ids if token not in taken]
     padding = [-1] * (-(RESERVED_IDS + len(text)) % _VOCAB_MULTIPLE)

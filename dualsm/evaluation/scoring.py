@@ -188,7 +188,7 @@ def _score_batch(config, params, tokens_BxL, prefix_end_B, position_BxP, target_
     features_BxLxD = model.features(tokens_BxL, jnp.zeros_like(tokens_BxL), key_end_BxL)
     features_BxPxD = jnp.take_along_axis(features_BxLxD, position_BxP[..., None], axis=1)
     kernel_DxV = model.head.output.kernel[...].astype(features_BxPxD.dtype)
-    bias_V = model.head.output.bias[...].astype(jnp.float32)
+    bias_V = model.output_bias().astype(jnp.float32)
 
     def score(features_BxD, target_B):
         logits_BxV = jnp.dot(features_BxD, kernel_DxV, preferred_element_type=jnp.float32) + bias_V

@@ -8,6 +8,7 @@ external ids, see dualsm/exchange/token_ids.py.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,15 +18,21 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, Tokenizer
+from dualsm.data.tokenizer import RESERVED_IDS
 from dualsm.exchange import token_ids
 from dualsm.exchange.families.family import BLOCK_NAMES, LAYERS, OUTER_NAMES, Family
 from dualsm.exchange.families.family_table import family_of_run
 from dualsm.exchange.families.qwen import QWEN2, QWEN3
 from dualsm.exchange.model_card import model_card
 from dualsm.exchange.sharded_files import MAX_SHARD_BYTES, write_shards
-from dualsm.exchange.tokenizer_export import external_special_ids, tokenizer_json
+from dualsm.exchange.tokenizer_export import (
+    exported_tokenizer,
+    external_special_ids,
+    special_pieces,
+    tokenizer_json,
+)
 from dualsm.exchange.weights_source import read_source
+from dualsm.model import id_ranges
 from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.process.output import new_folder
 from dualsm.rundir.trained_run import TrainedRun
@@ -59,6 +66,7 @@ def export(
     Raises:
       UserError: if `output` is in use or cannot be written.
     """
+    run = dataclasses.replace(run, tokenizer=exported_tokenizer(run))
     source = read_source(run)
     family = None if own_code else family_of_run(run.config.model, source.get("model_type"))
     longest = max(source.get("max_position_embeddings", 0), run.config.seq_len)
@@ -68,7 +76,7 @@ def export(
     with new_folder(output, "--output") as folder:
         write_shards(folder, named_tensors(params, block_names), dtype, max_shard_bytes)
         _write(folder / "config.json", config)
-        _write(folder / "generation_config.json", generation_config(run.tokenizer))
+        _write(folder / "generation_config.json", generation_config(run))
         _write(folder / "tokenizer_config.json", tokenizer_config(run))
         (folder / "tokenizer.json").write_text(tokenizer_json(run.tokenizer), encoding="utf-8")
         (folder / "README.md").write_text(model_card(run, family is not None), encoding="utf-8")
@@ -143,19 +151,28 @@ def dualsm_config(run: TrainedRun, dtype: str, max_position_embeddings: int) -> 
         "rotary_scaling": None if model.rope_scaling.name == "none" else scaling,
         "no_rope_layer_interval": model.no_rope_layer_interval,
         "mask_token_id": external_special_ids(run.tokenizer)["mask"],
+        "never_predicted_ids": never_predicted_ids(run),
         **_tokens_and_type(run, dtype),
     }
 
 
-def generation_config(tokenizer: Tokenizer) -> dict:
-    """Returns `generation_config.json`, which suppresses all special tokens except `</s>`."""
+def never_predicted_ids(run: TrainedRun) -> list[int]:
+    """Returns the external ids whose logits are masked."""
+    masked_V = id_ranges.contains(run.config.model.never_predicted, np.arange(run.tokenizer.vocab_size))
+    external_M = run.tokenizer.external_ids_V[np.asarray(masked_V)]
+    return sorted({int(i) for i in external_M if i >= 0} - {external_special_ids(run.tokenizer)["eos"]})
+
+
+def generation_config(run: TrainedRun) -> dict:
+    """Returns `generation_config.json`, which suppresses masked ids and all special tokens except `</s>`."""
+    tokenizer = run.tokenizer
     special = external_special_ids(tokenizer)
     reserved = {int(i) for i in tokenizer.external_ids_V[:RESERVED_IDS] if i >= 0}
     return {
         "bos_token_id": special["bos"],
         "eos_token_id": special["eos"],
         "pad_token_id": special["pad"],
-        "suppress_tokens": sorted(reserved - {special["eos"]}),
+        "suppress_tokens": sorted((reserved | {*never_predicted_ids(run)}) - {special["eos"]}),
     }
 
 
@@ -168,6 +185,7 @@ def tokenizer_config(run: TrainedRun) -> dict:
         "unk_token": "unk",
         "mask_token": "mask",
     }
+    pieces, special = special_pieces(run.tokenizer), external_special_ids(run.tokenizer)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": run.config.seq_len,
@@ -175,7 +193,7 @@ def tokenizer_config(run: TrainedRun) -> dict:
         "split_special_tokens": True,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
-        **{key: SPECIAL_PIECES[name] for key, name in names.items()},
+        **{key: pieces[name] for key, name in names.items() if special[name] is not None},
     }
 
 

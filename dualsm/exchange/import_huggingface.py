@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dualsm.data.tokenizer_file import load_tokenizer
-from dualsm.exchange import imported_run
+from dualsm.exchange import imported_run, token_ids
 from dualsm.exchange.families.family import Family
 from dualsm.exchange.families.family_table import family_of_config
 from dualsm.exchange.families.tensor_sources import OUTPUT, tensor_sources
 from dualsm.exchange.parameter_sources import Source, load_params
+from dualsm.exchange.special_tokens import adapt_tokenizer
 from dualsm.exchange.weight_files import Weights, open_weights, read_json_object
 from dualsm.process.errors import UserError
 
 MAX_SEQ_LEN = 2048  # of a run that is imported without a config; models may allow far longer sequences
 
 
-def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path) -> str:
+def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path, mask_token: str = "") -> str:
     """Creates a run directory from a model folder.
 
     Args:
@@ -29,6 +29,7 @@ def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path)
       tokenizer: tokenizer file; empty: `tokenizer.json` in the folder.
       recipe: config for further training, see `imported_run.fit_config`.
       workdir: run directory to create.
+      mask_token: existing token to use as the mask, see `adapt_tokenizer`.
 
     Returns:
       A message for the user.
@@ -48,7 +49,10 @@ def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path)
     sources, dropped = tensor_sources(family, settings, weights.tensors)
     _check_vocab_size(content, weights, sources["embedding/embedding"])
     _check_copy_of_embedding(weights, sources)
-    known = load_tokenizer(tokenizer or str(folder / "tokenizer.json"))
+    size = weights.tensors[sources["embedding/embedding"].name].shape[0]
+    path = Path(tokenizer) if tokenizer else folder / "tokenizer.json"
+    known, notes = adapt_tokenizer(folder, path, size, mask_token)
+    settings["never_predicted"] = token_ids.never_predicted(known, size)
     longest = _max_position_embeddings(content)
     config = imported_run.fit_config(recipe, settings, known, min(longest, MAX_SEQ_LEN))
     params = load_params(weights, sources, imported_run.abstract_params(config), known.external_ids_V)
@@ -60,7 +64,7 @@ def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path)
         "max_position_embeddings": longest,
     }
     imported_run.write_run(config, params, known, workdir, source)
-    return _message(family, config, workdir, dropped)
+    return "\n".join([_message(family, config, workdir, dropped), *notes])
 
 
 def _max_position_embeddings(content: Mapping[str, Any]) -> int:

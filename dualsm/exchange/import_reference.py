@@ -8,7 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from dualsm.data.tokenizer_file import load_tokenizer
-from dualsm.exchange import imported_run, reference_format
+from dualsm.exchange import imported_run, reference_format, token_ids
 from dualsm.exchange.parameter_sources import load_params
 from dualsm.exchange.weight_files import open_weights, read_settings
 
@@ -33,6 +33,8 @@ def load(path: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path) -
     declared = read_settings(weights)
     settings = reference_format.model_settings(sources, weights.tensors, declared)
     known = load_tokenizer(tokenizer or str(weights.path.with_name("tokenizer.json")))
+    size = weights.tensors[sources["embedding/embedding"].name].shape[0]
+    settings["never_predicted"] = token_ids.never_predicted(known, size)
     config = imported_run.fit_config(recipe, settings, known, reference_format.sequence_length(declared))
     params = load_params(weights, sources, imported_run.abstract_params(config), known.external_ids_V)
     source = {"format": "reference", "weights": weights.path.name, "sha256": weights.sha256()}

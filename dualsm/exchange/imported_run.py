@@ -45,7 +45,7 @@ def fit_config(
         )
     for key, value in (settings | {"vocab_size": tokenizer.vocab_size}).items():
         found = operator.attrgetter(key)(config.model)
-        if recipe and found != value and (key, found) != ("vocab_size", 0):
+        if recipe and found != value and (key, found) not in (("vocab_size", 0), ("never_predicted", "")):
             raise UserError(f"config.model.{key}={found} but the weights have {value}; change the config")
         config.model.update_from_flattened_dict({key: value})
     if not recipe and seq_len:

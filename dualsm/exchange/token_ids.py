@@ -9,19 +9,21 @@ from __future__ import annotations
 import numpy as np
 from flax import traverse_util
 
-from dualsm.data.tokenizer import RESERVED_IDS
+from dualsm.data.tokenizer import RESERVED_IDS, Tokenizer
+from dualsm.data.tokenizer_json import JsonTokenizer
+from dualsm.model import id_ranges
 from dualsm.process.errors import UserError
 
 # Parameters with an axis of token ids, and that axis.
 VOCABULARY_AXIS = {"embedding/embedding": 0, "head/output/kernel": 1, "head/output/bias": 0}
-# Output bias of ids that imported weights lack: practically never generated, but training can raise it.
-_NEVER = -30.0
-_EMBEDDING_STD = 0.02  # of random embeddings for such ids
+_NOISE = 0.02  # of the rows of ids that imported weights lack, over the standard deviation of all rows
 _CHUNK = 4096  # ids whose rows are copied together
 
 
 def internal_array(path: str, array: np.ndarray, external_ids_V: np.ndarray) -> np.ndarray:
     """Converts a parameter of `VOCABULARY_AXIS` from external to internal ids.
+
+    The rows of ids that the weights lack are the mean of all rows plus a little noise.
 
     Args:
       path: key of `VOCABULARY_AXIS`.
@@ -49,11 +51,23 @@ def internal_array(path: str, array: np.ndarray, external_ids_V: np.ndarray) -> 
     known, unknown = np.flatnonzero(known_V), np.flatnonzero(~known_V)
     for part in np.split(known, range(_CHUNK, len(known), _CHUNK)):  # indexing copies
         by_id[part] = from_id[external_ids_V[part]]
-    if path.startswith("embedding"):
-        by_id[unknown] = np.random.default_rng(0).normal(0, _EMBEDDING_STD, (len(unknown), *shape[1:]))
-    else:
-        by_id[unknown] = _NEVER if path.endswith("bias") else 0
+    mean, std = from_id.mean(0, dtype=np.float32), from_id.std(dtype=np.float32)
+    noise = np.random.default_rng(0).standard_normal((len(unknown), *by_id.shape[1:]), np.float32)
+    by_id[unknown] = mean + _NOISE * std * noise
     return found
+
+
+def never_predicted(tokenizer: Tokenizer, size: int) -> str:
+    """Returns `config.model.never_predicted` of imported weights: padding, and tokens added to the weights.
+
+    Args:
+      tokenizer: tokenizer of the run.
+      size: rows of the embedding of the weights.
+    """
+    external_ids_V = tokenizer.external_ids_V
+    lacking = set(np.flatnonzero((external_ids_V < 0) | (external_ids_V >= size))) - {tokenizer.special.eos}
+    unused = tokenizer.unused_ids if isinstance(tokenizer, JsonTokenizer) else ()
+    return id_ranges.join({*lacking, *unused})
 
 
 def to_internal(params: dict, external_ids_V: np.ndarray) -> dict:

@@ -16,13 +16,27 @@ from dualsm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, Tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.process.errors import UserError
+from dualsm.rundir.trained_run import TrainedRun
 
 _SPACE_MARK = "\u2581"
 
 
-def external_special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the external ids of the named special tokens."""
-    return {name: int(tokenizer.external_ids_V[getattr(tokenizer.special, name)]) for name in SPECIAL_PIECES}
+def special_pieces(tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns the tokens of the special roles in the tokenizer's file."""
+    return tokenizer.pieces if isinstance(tokenizer, JsonTokenizer) else SPECIAL_PIECES
+
+
+def external_special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Returns the external ids of the named special tokens; None for those without."""
+    found = {name: int(tokenizer.external_ids_V[getattr(tokenizer.special, name)]) for name in SPECIAL_PIECES}
+    return {name: None if token < 0 else token for name, token in found.items()}
+
+
+def exported_tokenizer(run: TrainedRun) -> Tokenizer:
+    """Returns the tokenizer of an export, in which an untrained run has no added tokens."""
+    tokenizer = run.tokenizer
+    added = isinstance(tokenizer, JsonTokenizer) and tokenizer.num_ids
+    return tokenizer.without_added() if added and not run.step else tokenizer
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
@@ -34,7 +48,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     if not isinstance(tokenizer, JsonTokenizer):
         return to_json(tokenizer)
     content = json.loads(tokenizer.file())
-    content["post_processor"] = prepend_bos(external_special_ids(tokenizer)["bos"])
+    bos = external_special_ids(tokenizer)["bos"]
+    if bos is not None:
+        content["post_processor"] = prepend_bos(bos, special_pieces(tokenizer)["bos"])
     return json.dumps(content, ensure_ascii=False)
 
 
@@ -108,9 +124,8 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return found
 
 
-def prepend_bos(bos: int) -> dict:
-    """Returns a post-processor that prepends `<s>`, as training documents have it."""
-    piece = SPECIAL_PIECES["bos"]
+def prepend_bos(bos: int, piece: str = SPECIAL_PIECES["bos"]) -> dict:
+    """Returns a post-processor that prepends `<s>`, or another `piece`, as training documents have it."""
     start, a, b = ({"SpecialToken": {"id": piece, "type_id": 0}}, _sequence("A", 0), _sequence("B", 1))
     return {
         "type": "TemplateProcessing",

@@ -133,7 +133,7 @@ def prefill(
     )
     last_BxD = jnp.take_along_axis(features_BxPxD, length_B[:, None, None] - 1, axis=1)[:, 0]
     tokens_BxS = jnp.pad(prompts_BxP, [(0, 0), (0, size - prompt)], constant_values=special.pad)
-    logits_BxV = model.head.output(last_BxD).astype(jnp.float32)
+    logits_BxV = model.output_logits(last_BxD)
     return DecodeState(tokens_BxS, length_B, logits_BxV, length_B >= size, cache, key_B)
 
 
@@ -166,7 +166,7 @@ def decode(
         )
         length_B = state.length_B + ~state.done_B
         done_B = state.done_B | (token_B == special.eos) | (length_B >= state.tokens_BxS.shape[1])
-        logits_BxV = model.head.output(features_Bx1xD[:, 0]).astype(jnp.float32)
+        logits_BxV = model.output_logits(features_Bx1xD[:, 0])
         return DecodeState(tokens_BxS, length_B, logits_BxV, done_B, cache, state.key_B)
 
     def unfinished(carry):

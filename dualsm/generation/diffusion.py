@@ -95,7 +95,7 @@ def unmask(
 
     def draw(feature_D, key):
         """Returns the sampled token of a position, its probability, and the position's priority."""
-        logits_V = bind(config, params).head.output(feature_D).astype(jnp.float32)
+        logits_V = bind(config, params).output_logits(feature_D)
         logits_V = mask_reserved_ids(logits_V, special, allow_eos=False)
         draw_key, order_key = jax.random.split(key)
         token, log_p_V = sample(logits_V, draw_key, sampling), jax.nn.log_softmax(logits_V)

@@ -15,12 +15,13 @@ import ml_collections
 from flax import nnx
 
 from dualsm.devices.sharding import constrain, divided_by, platform
-from dualsm.model import remat
+from dualsm.model import id_ranges, remat
 from dualsm.model.attention import attend
 from dualsm.model.dropout import dropout, fold_layers
 from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.model.rope import Rope, layer_angles, rotate, rotated_layers
 
+MASKED = -1e30  # logit of ids that are never predicted; finite, for padding has them as targets of weight 0
 TENSOR_CORE_MULTIPLE = 64  # other matrix sizes halve the speed on GPUs, see docs/performance.md
 
 
@@ -233,6 +234,7 @@ class Transformer(nnx.Module):
 
         self.blocks = stacked_blocks(rngs)
         self.head = HEADS[config.head](config, self.embedding, rngs=rngs)
+        self.never_predicted = config.never_predicted
 
     @property
     def rotated_N(self) -> jax.Array | None:
@@ -275,8 +277,20 @@ class Transformer(nnx.Module):
 
         Only for small batches: training uses `features` with a loss that never stores all logits.
         """
-        features_BxLxD = self.features(tokens_BxL, key_start_BxL, key_end_BxL)
-        return self.head.output(features_BxLxD).astype(jnp.float32)
+        return self.output_logits(self.features(tokens_BxL, key_start_BxL, key_end_BxL))
+
+    def output_logits(self, features_BxD: jax.Array) -> jax.Array:
+        """Returns the logits for given features, float32 [..., V]."""
+        logits_BxV = self.head.output(features_BxD).astype(jnp.float32)
+        return jnp.where(self._is_masked(), MASKED, logits_BxV) if self.never_predicted else logits_BxV
+
+    def output_bias(self) -> jax.Array:
+        """Returns the bias of the logits, [V]; it masks the ids of `config.never_predicted`."""
+        bias_V = self.head.output.bias[...]
+        return jnp.where(self._is_masked(), MASKED, bias_V) if self.never_predicted else bias_V
+
+    def _is_masked(self) -> jax.Array:
+        return id_ranges.contains(self.never_predicted, jnp.arange(self.embedding.num_embeddings))
 
 
 def _apply_block(block: Block, is_rotated, x_TxD, key_start_BxL, key_end_BxL, angles, *keys) -> jax.Array:

@@ -47,6 +47,15 @@ def start_step(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> int:
     return step
 
 
+def never_predicted(config: ConfigDict, workdir: epath.Path) -> str:
+    """Returns `config.model.never_predicted`; if it is empty, that of the run to continue or to fork."""
+    if not config.model.never_predicted:
+        for run in (workdir, config.start.run):
+            if run and (epath.Path(run) / CONFIG).exists():
+                return read_config(run).model.never_predicted
+    return config.model.never_predicted
+
+
 def forked_state(
     config: ConfigDict, workdir: epath.Path, abstract_state: TrainState, init: Callable[[], TrainState]
 ) -> TrainState:

@@ -33,7 +33,7 @@ from dualsm.rundir.checkpoint import Checkpoints, check_not_lost
 from dualsm.rundir.metrics import MetricsWriter, NoMetrics, read_metrics
 from dualsm.rundir.workdir import CONFIG, check_config_of_run, check_same, lock, write_config
 from dualsm.training.clock import Clock
-from dualsm.training.fork import forked_state, start_step, with_initial
+from dualsm.training.fork import forked_state, never_predicted, start_step, with_initial
 from dualsm.training.metrics_log import MetricsLog
 from dualsm.training.profile import Profiler, Window, profiled
 from dualsm.training.program import attended_shares, compile_train_step
@@ -73,6 +73,7 @@ def train(
         corpus = Corpus(config.data.path)
         config = complete(config, corpus)
         config.start.step = start_step(config, workdir, corpus)
+        config.model.never_predicted = never_predicted(config, workdir)
     # Processes start at different times, and the run to fork may have saved a newer checkpoint in between.
     config.start.step = int(distributed.broadcast(str(config.start.step)))
     with distributed.together():

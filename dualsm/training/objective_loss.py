@@ -61,7 +61,7 @@ def example_loss(
     weighted_sum, nll_BxL = cross_entropy(
         model.features(example.inputs_L, example.key_start_L, example.key_end_L, dropout_keys_Bx2),
         model.head.output.kernel[...],
-        model.head.output.bias[...],
+        model.output_bias(),
         example.targets_L,
         example.weights_L * row_weights_Bx1,
         z_loss * has_loss,

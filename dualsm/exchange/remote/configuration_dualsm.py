@@ -19,6 +19,7 @@ class DualSMConfig(PretrainedConfig):
       norm_placement: RMS norms of the inputs ("pre") or outputs ("post") of attention and MLP.
       head: "projected" for the paper's head; "plain" for an output matrix only.
       mask_token_id: id of the mask token; in the mode "masked" it replaces the tokens to predict.
+      never_predicted_ids: ids whose logits are masked, such as that of the mask token.
       max_position_embeddings: sequence length of the training; longer inputs work but are untested.
     """
 
@@ -44,6 +45,7 @@ class DualSMConfig(PretrainedConfig):
         rms_norm_eps=1e-7,
         max_position_embeddings=2048,
         mask_token_id=4,
+        never_predicted_ids=(),
         use_cache=True,
         tie_word_embeddings=False,
         **kwargs,
@@ -65,5 +67,6 @@ class DualSMConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.mask_token_id = mask_token_id
+        self.never_predicted_ids = list(never_predicted_ids)
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -293,6 +293,9 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
             x = layer(x, seen, position, cos, sin, cache)
         x = self.model.norm(x[:, -logits_to_keep:] if logits_to_keep else x)
         logits = self.lm_head(F.gelu(self.head_proj(x), approximate="tanh") if self.is_projected else x)
+        if self.config.never_predicted_ids:
+            ids = torch.tensor(self.config.never_predicted_ids, device=logits.device)
+            logits = logits.index_fill(-1, ids, torch.finfo(logits.dtype).min)
 
         loss = None
         if labels is not None:

@@ -1,0 +1,73 @@
+"""The tokens that have the special roles, as an import writes them into a `tokenizer.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import numpy as np
+
+from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds
+
+KEY = "dualsm"  # of a `tokenizer.json`; other programs do not know it, so exports leave it out
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialRoles:
+    """Which tokens of a `tokenizer.json` have the special roles.
+
+    Attributes:
+      pieces: token by role; the tokens that the file lacks are added at its end. Roles may share a token,
+        except that of the mask.
+      num_ids: ids of the weights; those that the file has no token for are never used.
+    """
+
+    pieces: dict[str, str] = dataclasses.field(default_factory=lambda: dict(SPECIAL_PIECES))
+    num_ids: int = 0
+
+    @classmethod
+    def pop_from(cls, content: dict) -> SpecialRoles:
+        """Removes the roles from the content of a `tokenizer.json`; the default if it has none.
+
+        Raises:
+          ValueError: if they are damaged.
+        """
+        if KEY not in content:
+            return cls()
+        section = content.pop(KEY)
+        roles = cls(dict(section["special_tokens"]), section["num_ids"])
+        pieces = list(roles.pieces.values())
+        valid = roles.pieces.keys() == SPECIAL_PIECES.keys() and all(isinstance(p, str) and p for p in pieces)
+        if not valid or type(roles.num_ids) is not int or pieces.count(roles.pieces["mask"]) > 1:
+            raise ValueError(f"its key {KEY} is damaged")
+        return roles
+
+    def write_to(self, content: dict) -> None:
+        """Adds the roles to the content of a `tokenizer.json`."""
+        content[KEY] = {"special_tokens": self.pieces, "num_ids": self.num_ids}
+
+    def unused_ids(self, external_ids_V: np.ndarray, own_ids: Collection[int]) -> list[int]:
+        """Returns the internal ids that no text and no end of a text contains.
+
+        These are padding, tokens that the file lacks except `eos`, ids of the weights without a token, a mask
+        that these roles name, and second ids of a token that has several roles.
+
+        Args:
+          external_ids_V: see `Tokenizer`.
+          own_ids: external ids of the tokens in the file.
+        """
+        eos = SpecialIds().eos
+        of_eos = external_ids_V[eos]
+        found = []
+        for token, external in enumerate(external_ids_V.tolist()):
+            foreign = external not in own_ids and token != eos
+            repeated = token < eos and external == of_eos
+            named = self.num_ids and token == SpecialIds().mask
+            if foreign or repeated or named:
+                found.append(token)
+        seen: dict[int, int] = {}
+        for token in range(RESERVED_IDS):  # the first of several ids, except that of `eos`
+            external = int(external_ids_V[token])
+            if external >= 0 and external != of_eos and seen.setdefault(external, token) != token:
+                found.append(token)
+        return sorted(set(found))
