@@ -75,7 +75,8 @@ def test_commands_have_their_flags(document):
     for line in " && ".join(code(document.read_text())).split(" && "):
         line = line.strip()
         command = re.search(
-            r"python (?:-m (dualsm[\w.]*)|((?:benchmarks|launch)/\w+\.py))(?=\s|$)|^(?:\$ )?dualsm +([a-z]+)(?=\s|$)",
+            r"python (?:-m (dualsm[\w.]*)|((?:benchmarks|launch)/\w+\.py))(?=\s|$)"
+            r"|^(?:\$ )?dualsm +([a-z]+)(?=\s|$)",
             line,
         )
         if not command:
