@@ -1,4 +1,4 @@
-"""The tokens that have the special roles, as an import writes them into a `tokenizer.json`."""
+"""Special roles of tokens (BOS, mask, ...), which an import stores in `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds
 
-KEY = "dualsm"  # of a `tokenizer.json`; other programs do not know it, so exports leave it out
+KEY = "dualsm"  # key in `tokenizer.json`; not standard, so exports remove it
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialRoles:
-    """Which tokens of a `tokenizer.json` have the special roles.
+    """Special roles of the tokens of a `tokenizer.json`.
 
     Attributes:
       pieces: token by role; the tokens that the file lacks are added at its end. Roles may share a token,
         except that of the mask.
-      num_ids: ids of the weights; those that the file has no token for are never used.
+      num_ids: number of ids of the weights; ids without a token in the file are never used.
     """
 
     pieces: dict[str, str] = dataclasses.field(default_factory=lambda: dict(SPECIAL_PIECES))
@@ -27,10 +27,10 @@ class SpecialRoles:
 
     @classmethod
     def pop_from(cls, content: dict) -> SpecialRoles:
-        """Removes the roles from the content of a `tokenizer.json`; the default if it has none.
+        """Removes the roles from the content of a `tokenizer.json` and returns them, or the default.
 
         Raises:
-          ValueError: if they are damaged.
+          ValueError: if the roles are damaged.
         """
         if KEY not in content:
             return cls()
@@ -47,7 +47,7 @@ class SpecialRoles:
         content[KEY] = {"special_tokens": self.pieces, "num_ids": self.num_ids}
 
     def unused_ids(self, external_ids_V: np.ndarray, own_ids: Collection[int]) -> list[int]:
-        """Returns the internal ids that no text and no end of a text contains.
+        """Returns the internal ids that occur neither in text nor at the end of a text.
 
         These are padding, tokens that the file lacks except `eos`, ids of the weights without a token, a mask
         that these roles name, and second ids of a token that has several roles.

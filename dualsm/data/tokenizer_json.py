@@ -36,7 +36,7 @@ class JsonTokenizer(Tokenizer):
     Attributes:
       pieces: token of each special role.
       num_ids: ids of the weights that the file was adapted to, see `SpecialRoles`; 0 for other files.
-      unused_ids: ids that no text and no end of a text contains, see `SpecialRoles.unused_ids`.
+      unused_ids: ids that occur neither in text nor at its end, see `SpecialRoles.unused_ids`.
     """
 
     def __init__(self, model: bytes):
@@ -47,7 +47,7 @@ class JsonTokenizer(Tokenizer):
 
         Raises:
           UserError: if the content is not a tokenizer, or if `<mask>` or `<s>` is missing and the file does
-            not say which tokens have their roles, see `SpecialRoles`.
+            not assign their roles to other tokens, see `SpecialRoles`.
         """
         try:
             import tokenizers

@@ -1,4 +1,4 @@
-"""The special tokens of a Hugging Face model folder, and those that are added to it for dualsm.
+"""Special tokens of a Hugging Face model folder, and tokens that the import adds.
 
 Documents begin with BOS and end with EOS, and masked objectives need a mask. Models of transformers name the
 ids of BOS, EOS and PAD in their config files, and causal models have no mask.
@@ -23,7 +23,7 @@ _GROWS = ("bos", "eos", "mask")  # the other roles share the token of EOS if the
 
 
 class AdaptedTokenizer(NamedTuple):
-    """A tokenizer with all special roles, and what the import tells the user about them."""
+    """A tokenizer with all special roles, and messages for the user about them."""
 
     tokenizer: JsonTokenizer
     messages: list[str]
@@ -39,7 +39,7 @@ def adapt_tokenizer(folder: Path, path: Path, num_ids: int, mask_token: str = ""
       mask_token: existing token to use as the mask; empty: that of the config files, else `<mask>`.
 
     Returns:
-      The tokenizer, which is the file itself if it has all special tokens under the names that dualsm gives
+      The tokenizer: the file itself if it has all special tokens with dualsm's names,
       them. Otherwise its `model` is the file with a description of the roles, see `SpecialRoles`.
 
     Raises:
@@ -51,7 +51,7 @@ def adapt_tokenizer(folder: Path, path: Path, num_ids: int, mask_token: str = ""
     if max(token_of_id, default=-1) >= num_ids:
         raise UserError(
             f"tokenizer {path} has ids up to {max(token_of_id)} but the embedding has {num_ids} rows; "
-            "give the tokenizer that belongs to the weights"
+            "pass the tokenizer that belongs to the weights"
         )
     pieces, messages = _pieces(folder, token_of_id, mask_token)
     complete = set(pieces.values()) <= set(token_of_id.values()) and len(token_of_id) == num_ids
@@ -102,7 +102,7 @@ def _tokens(content: dict) -> dict[int, str]:
             int(added["id"]): str(added["content"]) for added in content.get("added_tokens") or ()
         }
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        return {}  # `JsonTokenizer` says what is wrong
+        return {}  # `JsonTokenizer` reports the damage
 
 
 def _pieces(
@@ -135,7 +135,7 @@ def _pieces(
 
 
 def _token(content: Mapping[str, Any], role: str, token_of_id: Mapping[int, str], path: Path) -> str | None:
-    """Returns the token of a role in a config file, None if the file does not name one."""
+    """Returns the token of a role in a config file, or None."""
     token = content.get(f"{role}_token_id")
     if isinstance(token, list):  # several ends of a text
         token = token[0] if token else None

@@ -23,7 +23,7 @@ _CHUNK = 4096  # ids whose rows are copied together
 def internal_array(path: str, array: np.ndarray, external_ids_V: np.ndarray) -> np.ndarray:
     """Converts a parameter of `VOCABULARY_AXIS` from external to internal ids.
 
-    The rows of ids that the weights lack are the mean of all rows plus a little noise.
+    The rows of ids that the weights lack are the mean of all rows plus small noise.
 
     Args:
       path: key of `VOCABULARY_AXIS`.
@@ -41,7 +41,7 @@ def internal_array(path: str, array: np.ndarray, external_ids_V: np.ndarray) -> 
     if external_ids_V[RESERVED_IDS:].max() >= size:  # the weights may lack special tokens, but no text
         raise UserError(
             f"the tokenizer has {external_ids_V.max() + 1} ids but the weights have {size}; "
-            "give the tokenizer that belongs to the weights"
+            "pass the tokenizer that belongs to the weights"
         )
     known_V = (external_ids_V >= 0) & (external_ids_V < size)
     shape = list(array.shape)

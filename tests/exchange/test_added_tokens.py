@@ -1,4 +1,4 @@
-"""Models without a mask become runs, and leave as they came, or with the tokens that training has used."""
+"""Import and export of models without a mask, with and without training in between."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ SPARE = {"grown": 0, "spare": 5}
 
 @pytest.fixture(scope="module", params=SPARE)
 def imported(request, documents, tmp_path_factory):
-    """A model of transformers without a mask, with as many spare rows, and its run."""
+    """Returns a model of transformers without a mask, with a number of spare rows, and its run."""
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
@@ -42,7 +42,7 @@ def imported(request, documents, tmp_path_factory):
     return model, folder, open_run(folder / "run"), message
 
 
-def test_the_import_says_what_it_did(imported):
+def test_import_reports_the_special_tokens(imported):
     model, _, _, message = imported
     spare = model.config.vocab_size - VOCABULARY
     how = "takes the unused id" if spare else "is added with the id"
@@ -69,7 +69,7 @@ def test_logits_of_text_are_those_of_transformers(imported):
     assert (np.asarray(logits)[..., others] == np.float32(MASKED)).all()
 
 
-def test_an_untrained_run_leaves_as_it_came(imported, tmp_path):
+def test_export_of_an_untrained_run_equals_the_import(imported, tmp_path):
     _, folder, run, _ = imported
     export(run, tmp_path / "out")
     before, after = (read_all(path / "model.safetensors") for path in (folder / "model", tmp_path / "out"))
@@ -83,7 +83,7 @@ def test_an_untrained_run_leaves_as_it_came(imported, tmp_path):
     assert len(tokenizer) <= config.vocab_size
 
 
-def test_a_trained_run_leaves_with_its_mask(imported, tmp_path):
+def test_export_of_a_trained_run_has_its_mask(imported, tmp_path):
     _, _, run, _ = imported
     export(dataclasses.replace(run, step=1), tmp_path / "out", own_code=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)

@@ -1,4 +1,4 @@
-"""Runs whose architecture no stock class has leave with their own code, in all modes."""
+"""Export of architectures that no stock class supports, with their own code, in all modes."""
 
 import os
 
@@ -45,7 +45,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def exported(request, tokenizer_json, tmp_path_factory):
-    """A run with random weights, and the model that it was exported as."""
+    """Returns a run with random weights, and the exported model."""
     folder = tmp_path_factory.mktemp("switches")
     (folder / "tokenizer.json").write_text(tokenizer_json)
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
@@ -108,7 +108,7 @@ def test_tied_weights_stay_tied(exported, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_the_reference_format_refuses_switches(exported, tmp_path):
+def test_reference_format_rejects_switches(exported, tmp_path):
     run, _, _ = exported
     with pytest.raises(UserError, match=r"does not support (config\.model\.num_kv_heads|the plain head)"):
         export_reference.export(run, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Model folders without `<s>` or `<mask>`: their tokens get the special roles, and the vocabulary grows."""
+"""Model folders without `<s>` or `<mask>`: special roles, added tokens and masked ids."""
 
 import json
 import types
@@ -32,7 +32,7 @@ CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|reserved|>"]
 
 @pytest.fixture(scope="module")
 def chat_json(documents) -> str:
-    """A tokenizer as that of SmolLM2: without `<s>`, `</s>` and `<mask>`."""
+    """Returns a tokenizer like that of SmolLM2, without `<s>`, `</s>` and `<mask>`."""
     return make_tokenizer_json(documents[:100], CHAT)
 
 
@@ -56,7 +56,7 @@ def external(tokenizer, role: str) -> int:
     return int(tokenizer.external_ids_V[getattr(tokenizer.special, role)])
 
 
-def test_roles_follow_from_the_config_files(folder):
+def test_roles_are_read_from_the_config_files(folder):
     tokenizer, messages = adapt(folder, config=CONFIG)
     assert [external(tokenizer, role) for role in ("bos", "eos", "mask")] == [1, 2, VOCABULARY]
     assert tokenizer.piece(tokenizer.special.bos) == "<|im_start|>"
@@ -77,13 +77,13 @@ def test_roles_follow_from_the_config_files(folder):
         ({}, (VOCABULARY, VOCABULARY + 1)),
     ],
 )
-def test_files_have_an_order(folder, files, expected):
+def test_precedence_of_config_files(folder, files, expected):
     tokenizer, messages = adapt(folder, **files)
     assert (external(tokenizer, "bos"), external(tokenizer, "eos")) == expected
     assert any("the first one is used" in message for message in messages) == (len(files) == 2)
 
 
-def test_ids_that_do_not_exist_are_refused(folder):
+def test_ids_that_do_not_exist_are_rejected(folder):
     with pytest.raises(UserError, match=r"config\.json: eos_token_id=9999 is not an id of the tokenizer"):
         adapt(folder, config={"eos_token_id": 9999})
 
@@ -99,12 +99,12 @@ def test_a_spare_token_can_be_the_mask(folder):
 @pytest.mark.parametrize(
     ("mask", "message"), [("<|nothing|>", "is not in the tokenizer"), ("<|im_end|>", "another special token")]
 )
-def test_masks_that_cannot_be_are_refused(folder, mask, message):
+def test_invalid_masks_are_rejected(folder, mask, message):
     with pytest.raises(UserError, match=message):
         adapt(folder, mask_token=mask, config=CONFIG)
 
 
-def test_one_token_can_begin_and_end_documents(folder):
+def test_bos_and_eos_can_be_one_token(folder):
     tokenizer, _ = adapt(folder, config={"bos_token_id": 0, "eos_token_id": 0})
     assert tokenizer.special.bos == tokenizer.special.eos
     assert external(tokenizer, "bos") == 0
@@ -115,7 +115,7 @@ def test_one_token_can_begin_and_end_documents(folder):
     assert (known == 0).sum() - (masked == 0).sum() == 1  # one way to predict it
 
 
-def test_text_is_encoded_as_before(folder, chat_json, documents):
+def test_text_is_encoded_as_by_the_original_file(folder, chat_json, documents):
     from tokenizers import Tokenizer
 
     tokenizer, _ = adapt(folder, config=CONFIG)
@@ -127,7 +127,7 @@ def test_text_is_encoded_as_before(folder, chat_json, documents):
     assert min(tokenizer.encode(["<|im_end|><mask><|endoftext|>"])[0]) >= RESERVED_IDS
 
 
-def test_the_adapted_file_is_a_tokenizer_of_its_own(folder):
+def test_adapted_file_is_a_complete_tokenizer(folder):
     tokenizer, _ = adapt(folder, num_ids=VOCABULARY + 9, config=CONFIG)
     again = JsonTokenizer(tokenizer.model)
     np.testing.assert_array_equal(again.external_ids_V, tokenizer.external_ids_V)
@@ -145,14 +145,14 @@ def test_a_mask_is_added_beside_tokens_with_the_usual_names(documents, tmp_path)
     assert messages[-1] == f"mask: <mask> is added with the id {VOCABULARY}"
 
 
-def test_a_file_with_all_special_tokens_is_left_alone(tokenizer_json, tmp_path):
+def test_file_with_all_special_tokens_is_unchanged(tokenizer_json, tmp_path):
     (tmp_path / "tokenizer.json").write_text(tokenizer_json)
     tokenizer, messages = adapt(tmp_path)
     assert tokenizer.model == tokenizer_json.encode()
     assert messages == []
 
 
-def test_damaged_roles_are_refused(chat_json):
+def test_damaged_roles_are_rejected(chat_json):
     content = json.loads(chat_json)
     SpecialRoles({"mask": "<mask>"}, 3).write_to(content)
     with pytest.raises(UserError, match="its key dualsm is damaged"):
@@ -160,8 +160,8 @@ def test_damaged_roles_are_refused(chat_json):
 
 
 @pytest.mark.parametrize("spare", [0, 5])
-def test_unused_ids_of_the_weights_survive_and_are_never_predicted(folder, spare):
-    """The mask takes the first spare id, where there is one."""
+def test_unused_ids_of_the_weights_are_kept_and_never_predicted(folder, spare):
+    """The mask gets the first spare id, if there is one."""
     tokenizer, _ = adapt(folder, num_ids=VOCABULARY + spare, config=CONFIG)
     assert external(tokenizer, "mask") == VOCABULARY
     rng = np.random.default_rng(0)
@@ -202,7 +202,7 @@ def test_ranges_of_ids(numbers):
 
 
 @pytest.mark.parametrize("text", ["a", "3-", "-3", "4-2", "1,,2", "1, 2"])
-def test_what_is_no_range_is_refused(text):
+def test_invalid_ranges_are_rejected(text):
     assert not id_ranges.is_valid(text)
 
 
@@ -213,7 +213,7 @@ HEADS = [("projected", False), ("plain", False), ("plain", True)]
 
 @pytest.fixture(scope="module", params=HEADS, ids=str)
 def masked_model(request):
-    """A model in which masked ids have the largest logits by far, but for the mask."""
+    """Returns a model in which masked ids would have the largest logits."""
     head, tied = request.param
     config = default_config().model
     config.num_layers, config.d_model, config.num_heads, config.d_ff = 1, 16, 2, 16
@@ -237,7 +237,7 @@ def inputs():
 
 
 def test_masked_ids_have_no_probability_and_no_gradient(masked_model):
-    """Every other logit stays the same; the switch off gives the logits of the model without it."""
+    """The other logits are unchanged; without masked ids the logits equal those of the plain model."""
     config, params = masked_model
     masked = sorted(ids(config.never_predicted))
     others = sorted(set(range(64)) - set(masked))
