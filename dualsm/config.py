@@ -1,4 +1,4 @@
-"""All config keys, with default, valid range and meaning, and the checks of a config.
+"""Configs: defaults, checks, and reading and writing.
 
 A config in `configs/` starts from `default_config()` and changes some keys. Every key can be overridden on
 the command line (`--config.model.d_model=512`); unknown keys are rejected.
@@ -10,196 +10,26 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from dualsm.model import id_ranges
-from dualsm.model.attention import BACKENDS
-from dualsm.model.head_shapes import head_dim, num_kv_heads
-from dualsm.model.remat import POLICIES
-from dualsm.model.rope import SCALINGS
-from dualsm.model.transformer import HEADS
+from dualsm.config_keys import FILLED_IN, FREE_KEYS, KEYS
+from dualsm.model.head_shapes import check_heads
+from dualsm.model.rope import check_rope_scaling
 from dualsm.objectives.pairs import check_pairs, default_member_options, default_pairs
 from dualsm.objectives.plan import count_sequences
 from dualsm.objectives.registry import OBJECTIVES, check_options, default_options
-from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
 from dualsm.objectives.shares import check_mixture
-from dualsm.optimizers.optimizer import OPTIMIZERS
-from dualsm.optimizers.schedules import SCHEDULES
-from dualsm.optimizers.weight_decay import EXEMPTIBLE
-from dualsm.optimizers.weight_decay import SCHEDULES as DECAY_SCHEDULES
+from dualsm.optimizers.optimizer import check_optimizer
+from dualsm.optimizers.schedules import check_schedule
 from dualsm.process.errors import UserError
-from dualsm.process.value_rules import (
-    ANY,
-    BELOW_ONE,
-    FRACTION,
-    POSITIVE,
-    Rule,
-    at_least,
-    between,
-    one_of,
-    subset_of,
-)
 
 
 class OldVersion(UserError):
     """A run was made by a version of dualsm that this one cannot read."""
-
-
-class Key(NamedTuple):
-    """A config key. The type of the default is the type of the key."""
-
-    name: str
-    default: Any
-    rule: Rule
-    doc: str
-
-
-_RANGES = Rule(id_ranges.is_valid, "be ranges of ids, such as 4-15,320")
-_AXIS = Rule(lambda v: v == -1 or v >= 1, "be at least 1, or -1 for all remaining devices")
-
-# Defaults are the paper's values (arXiv 2512.14549) where it has them.
-KEYS = [
-    Key("seed", 0, at_least(0), "Determines initial weights, document order and corruption."),
-    Key("steps", 1000, between(1, 10**7), "Optimizer steps of the run."),
-    Key("batch_size", 64, at_least(1), "Sequences per step, over all devices."),
-    Key("seq_len", 256, at_least(1), "L, tokens per sequence."),
-    Key("repetitions", 1, at_least(1), "R, number of passes over the unique tokens of the run."),
-    Key("gradient_accumulation_steps", 1, at_least(1), "Does not change the result."),
-    Key(
-        "per_device_batch_size", 0, at_least(0), "Maximum number of sequences per device. 0 derives it from "
-        "`gradient_accumulation_steps`, or from the cache size on a CPU (`sharding.accumulation_steps`).",
-    ),
-    Key("max_consecutive_skips", 20, at_least(1), "Stop after this many consecutive non-finite updates."),
-
-    Key("mixture_schedule.name", "constant", one_of(MIXTURE_SCHEDULES), "Interpolation between the points."),
-    Key(
-        "mixture_schedule.path", "", ANY, "Points after the start, at a fraction of the steps: "
-        "'0.5 causal=0.25 masked_diffusion=0.75; 1 causal=1'.",
-    ),
-
-    Key("data.path", "", ANY, "Corpus, the output of `python -m dualsm.prepare`."),
-    Key("data.identity", "", ANY, "Hash of the corpus; set by the run, which resumes only on this corpus."),
-    Key("data.verify", True, ANY, "Verify the hashes of all corpus files before the first step."),
-    Key("data.num_threads", 1, at_least(1), "Prefetch threads."),
-    Key("data.prefetch_steps", 4, at_least(1), "Steps that are prefetched."),
-
-    Key("model.num_layers", 4, at_least(1), "Transformer blocks."),
-    Key("model.d_model", 256, at_least(1), "D, width of the residual stream."),
-    Key("model.num_heads", 4, at_least(1), "H, query heads; must divide d_model unless head_dim is set."),
-    Key("model.num_kv_heads", 0, at_least(0), "Z, key and value heads; must divide num_heads. 0: num_heads."),
-    Key("model.head_dim", 0, at_least(0), "K, size of a head, even. 0: d_model / num_heads."),
-    Key("model.qkv_bias", False, ANY, "Queries, keys and values have a bias, as in Qwen2."),
-    Key(
-        "model.qk_norm", "none", one_of(("none", "head", "projection")), "RMS norm of queries and keys "
-        "before RoPE: of each head, as in Qwen3, or of the whole projection, as in OLMo2.",
-    ),
-    Key(
-        "model.norm_placement", "pre", one_of(("pre", "post")), "RMS norms of the inputs of attention and "
-        "MLP, or of their outputs, as in OLMo2.",
-    ),
-    Key("model.d_ff", 704, at_least(1), "F, inner width of SwiGLU."),
-    Key("model.vocab_size", 0, at_least(0), "0: that of the corpus; other values must equal it."),
-    Key("model.head", "projected", one_of(HEADS), "projected: as in the paper. plain: as in Llama, no bias."),
-    Key(
-        "model.never_predicted", "", _RANGES, "Ids whose logits are masked, such as '4-15,320'; set by an "
-        "import, and by the run.",
-    ),
-    Key("model.tie_word_embeddings", False, ANY, "The output matrix is the transposed embedding."),
-    Key("model.rope_theta", 160_000.0, POSITIVE, "Base of the rotary position embedding."),
-    Key("model.rope_scaling.name", "none", one_of(SCALINGS), "llama3: by the next four keys."),
-    Key("model.rope_scaling.factor", 8.0, at_least(1), "Divides low frequencies."),
-    Key("model.rope_scaling.low_freq_factor", 1.0, POSITIVE, "Cycles per original length; fewer: divided."),
-    Key("model.rope_scaling.high_freq_factor", 4.0, POSITIVE, "Cycles per original length; more: kept."),
-    Key("model.rope_scaling.original_max_position_embeddings", 8192, at_least(1), "The original length."),
-    Key("model.no_rope_layer_interval", 0, at_least(0), "n: every n-th layer has no RoPE. 0: none."),
-    Key("model.norm_eps", 1e-7, POSITIVE, "Epsilon of the RMS norms."),
-    Key(
-        "model.dtype", "float32", one_of(("float32", "bfloat16")), "Of the computation; parameters are "
-        "float32. Use bfloat16 on accelerators.",
-    ),
-    Key(
-        "model.remat", "matmuls", one_of(POLICIES), "What the backward pass reuses: results of matmuls and "
-        "attention; nothing (full); everything (none). matmuls is the fastest on CPU and saves memory.",
-    ),
-    Key(
-        "model.dropout", 0.0, BELOW_ONE, "Dropout rate of embeddings, attention output and MLP output in "
-        "training; 0: none.",
-    ),
-    Key("model.attention", "auto", one_of(BACKENDS), "auto: splash on TPUs, flash on GPUs, otherwise xla."),
-
-    Key("loss.z_loss", 1e-4, at_least(0), "Weight of the squared log normalizer."),
-    Key("loss.chunk_size", 128, at_least(1), "Positions per row whose logits are in memory together."),
-
-    Key("optimizer.name", "muon", one_of(OPTIMIZERS), "See dualsm/optimizers/optimizer.py."),
-    Key("optimizer.learning_rate", 7e-3, POSITIVE, "Peak learning rate."),
-    Key(
-        "optimizer.adamw_learning_rate", 0.0, at_least(0), "Peak learning rate of the parameters that AdamW "
-        "updates under Muon; 0: learning_rate.",
-    ),
-    Key("optimizer.weight_decay", 0.1, at_least(0), "Weight decay, multiplied by the learning rate."),
-    Key(
-        "optimizer.weight_decay_schedule.name", "learning_rate",
-        one_of(DECAY_SCHEDULES),
-        "Follows the learning rate; or is constant, or decreases linearly, from its peak.",
-    ),
-    Key("optimizer.weight_decay_schedule.final_fraction", 0.0, FRACTION, "Final over initial (linear)."),
-    Key(
-        "optimizer.weight_decay_schedule.independent", False, ANY, "Does not multiply by the peak learning "
-        "rate: a step removes the fraction weight_decay of a weight.",
-    ),
-    Key(
-        "optimizer.weight_decay_exempt", "", subset_of(EXEMPTIBLE), "Parameters "
-        "without weight decay: embeddings, output matrix, vectors (norms and biases).",
-    ),
-    Key("optimizer.momentum", 0.95, BELOW_ONE, "Momentum of Muon."),
-    Key("optimizer.beta1", 0.9, BELOW_ONE, "First-moment decay of AdamW."),
-    Key("optimizer.beta2", 0.95, BELOW_ONE, "Second-moment decay of AdamW."),
-    Key("optimizer.epsilon", 1e-8, POSITIVE, "Epsilon of AdamW."),
-    Key("optimizer.max_grad_norm", 0.0, at_least(0), "Clips the norm of the whole gradient; 0: no clipping."),
-    Key(
-        "optimizer.schedule.name", "wsd", one_of(SCHEDULES),
-        "Learning-rate schedule; see dualsm/optimizers/schedules.py.",
-    ),
-    Key("optimizer.schedule.warmup_steps", 0, at_least(0), "Steps of linear warmup."),
-    Key("optimizer.schedule.decay_fraction", 0.25, FRACTION, "Last fraction of the steps (wsd, infinite)."),
-    Key("optimizer.schedule.final_fraction", 0.0, at_least(0), "Final over peak learning rate."),
-    Key("optimizer.schedule.cooldown_steps", 0, at_least(0), "Steps from peak to constant (infinite)."),
-    Key("optimizer.schedule.constant_fraction", 0.5, at_least(0), "Constant over peak (infinite)."),
-
-    Key("ema.decay", 0.0, BELOW_ONE, "Decay of the moving average of the weights; 0: no average."),
-    Key("ema.start", 0, at_least(0), "Step after which averaging starts; until then it is the weights."),
-    Key("ema.every", 1, at_least(1), "Steps between updates of the average."),
-
-    Key("mesh.replica", 1, _AXIS, "Copies of the model across slices."),
-    Key("mesh.data", -1, _AXIS, "Copies of the model that share the batch."),
-    Key("mesh.fsdp", 1, _AXIS, "Devices that share the batch and shard the parameters."),
-    Key("mesh.tensor", 1, _AXIS, "Devices that shard heads, MLP and vocabulary."),
-
-    Key("start.run", "", ANY, "Fork this run directory: weights, optimizer state and step; empty: do not."),
-    Key("start.step", -1, at_least(-1), "Checkpoint of start.run; -1: the newest, set by the run."),
-
-    Key("checkpoint.every", 100, at_least(1), "Steps between checkpoints."),
-    Key("checkpoint.max_to_keep", 2, at_least(1), "Number of newest checkpoints that are kept."),
-    Key("checkpoint.max_failed_saves", 3, at_least(0), "Consecutive failed saves before the run stops."),
-    Key("checkpoint.final_retries", 8, at_least(0), "Retries of the last save, after 1, 2, 4, ... seconds."),
-    Key("checkpoint.keep_period", 0, at_least(0), "Also keep checkpoints at multiples of it; 0: none."),
-
-    Key("valid.every", 100, at_least(1), "Steps between validations; the first and last step also validate."),
-    Key("valid.num_sequences", 1024, at_least(0), "Maximum number of held-out sequences; 0: all."),
-    Key("valid.objectives", "causal,prefix,masked_diffusion", ANY, "Validated objectives; empty: none."),
-    Key(
-        "valid.parameters", "last", one_of(("last", "ema", "both")), "Validates the weights, their moving "
-        "average (valid/ema/...), or both.",
-    ),
-
-    Key("log.every", 10, at_least(1), "Steps per log line; losses are means over these steps."),
-    Key("log.tensorboard", True, ANY, "Write TensorBoard files."),
-    Key("log.wandb", "", ANY, "Weights & Biases project; empty: off."),
-]  # fmt: skip
 
 
 def default_config() -> ConfigDict:
@@ -209,17 +39,6 @@ def default_config() -> ConfigDict:
     config.mixture = ConfigDict(dict.fromkeys([*OBJECTIVES, *config.pairs], 0.0) | {"causal": 1.0})
     config.objectives = ConfigDict(default_options())
     return config
-
-
-# Keys that may change when a run is resumed, because they do not change what the model learns.
-FREE_KEYS = (
-    "checkpoint", "data.prefetch_steps", "data.path", "data.num_threads", "data.verify", "log", "mesh",
-    "per_device_batch_size", "gradient_accumulation_steps", "model.attention", "model.remat",
-    "max_consecutive_skips", "valid.every",
-)  # fmt: skip
-
-# Keys that a run sets if they have these values.
-FILLED_IN = {"data.identity": "", "model.vocab_size": 0, "model.never_predicted": "", "start.step": -1}
 
 
 def parse_arg(arg: str | None, **types: Callable) -> dict:
@@ -273,10 +92,10 @@ def check_config(config: ConfigDict) -> None:
     check_pairs(config)
     check_mixture(config)
     _check_batch(config)
-    _check_heads(config.model)
-    _check_rope(config.model.rope_scaling)
-    _check_schedule(config)
-    _check_adamw(config.optimizer)
+    check_heads(config.model)
+    check_rope_scaling(config.model.rope_scaling)
+    check_schedule(config.optimizer.schedule, config.steps)
+    check_optimizer(config.optimizer)
     if config.valid.parameters != "last" and not config.ema.decay:
         raise UserError(
             f"config.valid.parameters={config.valid.parameters} needs a moving average of the weights; set "
@@ -287,11 +106,6 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(
                 f"config.valid.objectives: unknown objective {name!r}; choose from {', '.join(OBJECTIVES)}"
             )
-    if config.optimizer.adamw_learning_rate and config.optimizer.name != "muon":
-        raise UserError(
-            f"config.optimizer.adamw_learning_rate={config.optimizer.adamw_learning_rate} has an effect only "
-            "with config.optimizer.name=muon; set config.optimizer.learning_rate"
-        )
     if config.start.step >= 0 and not config.start.run:
         raise UserError(
             f"config.start.step={config.start.step} needs config.start.run; set it, or leave start.step at -1"
@@ -305,7 +119,7 @@ def _check_keys(config: ConfigDict) -> None:
     if isinstance(pairs := config.get("pairs"), ConfigDict):
         defaults |= default_member_options(pairs.to_dict()) | {f"mixture.{name}": 0.0 for name in pairs}
     for key in values.keys() - defaults.keys():
-        raise UserError(f"unknown config key config.{key}; see dualsm/config.py for all keys")
+        raise UserError(f"unknown config key config.{key}; see dualsm/config_keys.py for all keys")
     for key, default in defaults.items():
         where = f"config.{key}"
         if key not in values:
@@ -344,54 +158,6 @@ def _check_batch(config: ConfigDict) -> None:
         raise UserError(
             f"config.gradient_accumulation_steps={config.gradient_accumulation_steps} must divide "
             f"config.batch_size={config.batch_size}"
-        )
-
-
-def _check_heads(model: ConfigDict) -> None:
-    if not model.head_dim and (model.d_model % model.num_heads or model.d_model // model.num_heads % 2):
-        raise UserError(
-            f"config.model.num_heads={model.num_heads} must divide config.model.d_model={model.d_model} "
-            "into heads of even width; change one of them, or set config.model.head_dim"
-        )
-    if head_dim(model) % 2:
-        raise UserError(f"config.model.head_dim={model.head_dim} must be even; change it")
-    if model.num_heads % num_kv_heads(model):
-        raise UserError(
-            f"config.model.num_kv_heads={model.num_kv_heads} must divide "
-            f"config.model.num_heads={model.num_heads}; change one of them"
-        )
-
-
-def _check_rope(scaling: ConfigDict) -> None:
-    if scaling.name != "none" and scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise UserError(
-            f"config.model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be less than "
-            f"high_freq_factor={scaling.high_freq_factor}; change one of them"
-        )
-
-
-def _check_schedule(config: ConfigDict) -> None:
-    schedule = config.optimizer.schedule
-    decay = round(schedule.decay_fraction * config.steps) if schedule.name != "cosine" else 0
-    cooldown = schedule.cooldown_steps if schedule.name == "infinite" else 0
-    if schedule.warmup_steps + cooldown + decay > config.steps:
-        raise UserError(
-            f"config.optimizer.schedule: warmup ({schedule.warmup_steps}), cooldown ({cooldown}) and decay "
-            f"({decay}) together exceed config.steps={config.steps}; shorten one of them"
-        )
-    if schedule.name == "infinite" and not 0 < schedule.final_fraction <= schedule.constant_fraction <= 1:
-        raise UserError(
-            f"config.optimizer.schedule: final_fraction={schedule.final_fraction} and "
-            f"constant_fraction={schedule.constant_fraction} must satisfy 0 < final_fraction <= "
-            "constant_fraction <= 1 for the infinite schedule"
-        )
-
-
-def _check_adamw(optimizer: ConfigDict) -> None:
-    if optimizer.adamw_learning_rate and optimizer.name == "adamw":
-        raise UserError(
-            f"config.optimizer.adamw_learning_rate={optimizer.adamw_learning_rate} has no effect with "
-            "config.optimizer.name=adamw; set config.optimizer.learning_rate"
         )
 
 

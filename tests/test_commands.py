@@ -48,7 +48,10 @@ def assert_one_line(process, *expected: str) -> None:
 BAD_CONFIGS = {
     "mixture": (["--config.mixture.causal=0.4"], ["config.mixture", "0.9"]),
     "unknown key": (["--config.model.widht=64"], ["unknown config key", "widht"]),
-    "unknown node": (["--config.modell.layers=3"], ["unknown config key", "'modell'", "dualsm/config.py"]),
+    "unknown node": (
+        ["--config.modell.layers=3"],
+        ["unknown config key", "'modell'", "dualsm/config_keys.py"],
+    ),
     "wrong type": (["--config.steps=many"], ["config.steps", "many"]),
     "rows and gradient_accumulation_steps": (
         ["--config.gradient_accumulation_steps=3"],

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from dualsm.config import KEYS, check_config, default_config, difference, load_config, parse_arg, set_alpha
+from dualsm.config import check_config, default_config, difference, load_config, parse_arg, set_alpha
+from dualsm.config_keys import KEYS
 from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError
 from tests.conftest import ROOT

@@ -17,6 +17,7 @@ STAGES = [
     "objectives",
     "model",
     "optimizers",
+    "config_keys",
     "config",
     "rundir",
     "training",

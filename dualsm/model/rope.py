@@ -7,6 +7,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+
+from dualsm.process.errors import UserError
 
 SCALINGS = ("none", "llama3")
 
@@ -76,3 +79,12 @@ def layer_angles(
         return angles
     cos, sin = angles
     return jnp.where(is_rotated, cos, 1), jnp.where(is_rotated, sin, 0)
+
+
+def check_rope_scaling(scaling: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` if the bounds of `config.model.rope_scaling` are in the wrong order."""
+    if scaling.name != "none" and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise UserError(
+            f"config.model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be less than "
+            f"high_freq_factor={scaling.high_freq_factor}; change one of them"
+        )

@@ -13,6 +13,7 @@ import optax
 from dualsm.optimizers.adamw import make_adamw
 from dualsm.optimizers.muon import make_muon, muon_peak
 from dualsm.optimizers.weight_decay import is_scheduled, scheduled_weight_decay
+from dualsm.process.errors import UserError
 
 
 class Optimizer(NamedTuple):
@@ -63,3 +64,12 @@ def at_step(state: optax.OptState, step: jax.Array) -> optax.OptState:
         return part._replace(count=step) if isinstance(part, optax.ScaleByScheduleState) else part
 
     return jax.tree.map(set_count, state, is_leaf=lambda part: isinstance(part, optax.ScaleByScheduleState))
+
+
+def check_optimizer(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` if keys of `config.optimizer` do not fit together."""
+    if config.adamw_learning_rate and config.name == "adamw":
+        raise UserError(
+            f"config.optimizer.adamw_learning_rate={config.adamw_learning_rate} has no effect with "
+            "config.optimizer.name=adamw; set config.optimizer.learning_rate"
+        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ml_collections
 import optax
 
+from dualsm.process.errors import UserError
+
 SCHEDULES = ("wsd", "cosine", "infinite")
 
 
@@ -41,3 +43,20 @@ def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
     ratio = schedule.final_fraction / schedule.constant_fraction
     anneal = optax.exponential_decay(peak * schedule.constant_fraction, max(1, decay), ratio)
     return optax.join_schedules([rise, cool, anneal], [warmup, steps - decay])
+
+
+def check_schedule(schedule: ml_collections.ConfigDict, steps: int) -> None:
+    """Raises `UserError` if the phases of `config.optimizer.schedule` do not fit into a run of `steps`."""
+    decay = round(schedule.decay_fraction * steps) if schedule.name != "cosine" else 0
+    cooldown = schedule.cooldown_steps if schedule.name == "infinite" else 0
+    if schedule.warmup_steps + cooldown + decay > steps:
+        raise UserError(
+            f"config.optimizer.schedule: warmup ({schedule.warmup_steps}), cooldown ({cooldown}) and decay "
+            f"({decay}) together exceed config.steps={steps}; shorten one of them"
+        )
+    if schedule.name == "infinite" and not 0 < schedule.final_fraction <= schedule.constant_fraction <= 1:
+        raise UserError(
+            f"config.optimizer.schedule: final_fraction={schedule.final_fraction} and "
+            f"constant_fraction={schedule.constant_fraction} must satisfy 0 < final_fraction <= "
+            "constant_fraction <= 1 for the infinite schedule"
+        )

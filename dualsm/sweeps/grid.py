@@ -156,7 +156,7 @@ def apply(config: ConfigDict, values: Mapping[str, Value]) -> ConfigDict:
         for folder in folders:
             section = section.get(folder) if isinstance(section, ConfigDict) else None
         if not isinstance(section, ConfigDict) or name not in section:
-            raise UserError(f"unknown config key {key!r} in the grid; see dualsm/config.py for all keys")
+            raise UserError(f"unknown config key {key!r} in the grid; see dualsm/config_keys.py for all keys")
         try:
             section[name] = value
         except TypeError as error:
