@@ -39,8 +39,8 @@ def adapt_tokenizer(folder: Path, path: Path, num_ids: int, mask_token: str = ""
       mask_token: existing token to use as the mask; empty: that of the config files, else `<mask>`.
 
     Returns:
-      The tokenizer: the file itself if it has all special tokens with dualsm's names,
-      them. Otherwise its `model` is the file with a description of the roles, see `SpecialRoles`.
+      The tokenizer. Its `model` is the file itself if the file has all special tokens with dualsm's names,
+      else the file with a description of the roles, see `SpecialRoles`.
 
     Raises:
       UserError: if the file is not a tokenizer, `mask_token` is not in it, it has more tokens than the
