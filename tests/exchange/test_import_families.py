@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dualsm.config import freeze
+from dualsm.data.build import Recipe, build
 from dualsm.exchange.export_huggingface import export
 from dualsm.exchange.import_huggingface import load
 from dualsm.exchange.sharded_files import write_shards
@@ -16,7 +17,9 @@ from dualsm.generation.autoregressive import generate
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import open_run
+from dualsm.training.loop import train
 from tests.conftest import ROOT, run_command
+from tests.micro import micro_config
 
 from .conftest import VOCABULARY
 
@@ -192,6 +195,35 @@ def test_commands_import_and_export(folder, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+
+
+def test_imported_model_trains_in_a_fork_and_keeps_its_family(tokenizer_json, jsonl, tmp_path):
+    model = make_model("qwen3")
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(tokenizer_json)
+    load(tmp_path / "model", "", None, tmp_path / "imported")
+    recipe = Recipe(input=str(jsonl), tokenizer=str(tmp_path / "model" / "tokenizer.json"))
+    build(recipe, str(tmp_path / "corpus"), workers=1, quiet=True)
+    config = micro_config(tmp_path / "corpus")
+    config.model = open_run(tmp_path / "imported").config.model
+    config.steps, config.optimizer.name, config.optimizer.learning_rate = 2, "adamw", 1e-3
+    config.valid.objectives, config.valid.num_sequences = "causal", 2
+    config.start.run, config.mesh.data = str(tmp_path / "imported"), -1
+    assert train(config, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    assert run.step == 2
+    export(run, tmp_path / "out")
+    before, after = tensors_of(tmp_path / "model"), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(trained) is type(model)
+    assert trained.config.max_position_embeddings == SHAPE["max_position_embeddings"]
+    ids_BxL = text_ids(run)
+    with torch.no_grad():
+        expected = trained(external(run, ids_BxL)).logits.numpy()
+    text = np.setdiff1d(np.arange(VOCABULARY), run.tokenizer.external_ids_V[:16])
+    np.testing.assert_allclose(our_logits(run, ids_BxL)[..., text], expected[..., text], atol=1e-4, rtol=0)
 
 
 def test_numbers_outside_float16_are_rejected(tmp_path):

@@ -210,10 +210,12 @@ def test_gradients_of_a_model_equal_those_of_xla_attention(backend, on_its_platf
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_remat_matmuls_saves_the_outputs_of_the_kernel(monkeypatch):
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_remat_matmuls_saves_the_outputs_of_the_kernel(kv_heads, monkeypatch):
     """The backward pass does not run the forward kernel again."""
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     config = tiny_model()
+    config.num_kv_heads = kv_heads
     config.attention = "splash"
     params = far_from_initial(config, 0.1)
     example = rewritten("causal", batch([packed([128], 128)]))
@@ -262,17 +264,16 @@ def test_unsupported_shapes_are_rejected(kernel, on_its_platform):
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="lowering for GPUs takes CUDA's plugin")
-def test_flash_can_be_lowered_for_gpus():
-    q, range_ = (
-        jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16),
-        jax.ShapeDtypeStruct((2, 1024), jnp.int32),
-    )
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flash_can_be_lowered_for_gpus(kv_heads):
+    q, k = (jax.ShapeDtypeStruct((2, 1024, heads, 64), jnp.bfloat16) for heads in (4, kv_heads))
+    range_ = jax.ShapeDtypeStruct((2, 1024), jnp.int32)
 
     def both_passes(q, k, v, start, end):
         out, pull = jax.vjp(lambda *qkv: flash.attend_flash(*qkv, start, end), q, k, v)
         return out, pull(out)
 
-    traced = jax.jit(both_passes).trace(q, q, q, range_, range_)
+    traced = jax.jit(both_passes).trace(q, k, k, range_, range_)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("flash_forward", "flash_backward_queries", "flash_backward_keys"):
         assert kernel in text
