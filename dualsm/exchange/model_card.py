@@ -135,9 +135,9 @@ def _scores(run: TrainedRun) -> str:
     for record in read_metrics(run.workdir):
         if record["step"] == run.step:
             for name, value in record.items():
-                *kind, objective, metric = name.split("/")
-                if kind == valid and metric == "bits_per_byte":
-                    rows.append(("held-out text", objective, f"{value:.3f} bits per byte"))
+                parts = name.split("/")
+                if parts[:-2] == valid and parts[-1] == "bits_per_byte":
+                    rows.append(("held-out text", parts[-2], f"{value:.3f} bits per byte"))
     if not rows:
         return "## Scores\n\nNo scores were recorded; see `python -m dualsm.evaluate`."
     return "## Scores\n\n" + _table(["task", "mode or objective", "score"], rows)

@@ -17,7 +17,10 @@ def test_scores_have_their_number_of_questions(micro, tmp_path):
         "masked": {"score": 1.0, "stderr": None, "n": 1},  # as from --limit=1
     }
     (tmp_path / "eval" / "step_12.json").write_text(json.dumps({"tasks": {"blimp": modes}}))
+    record = {"step": 12, "lr": 0.1, "valid/causal/loss": 3.0, "valid/causal/bits_per_byte": 1.25}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     card = model_card(TrainedRun(tmp_path, micro, None, 12, {}, None), plain=False)
     assert "| blimp | causal | 75.0 ± 3.1 % (n = 2,000) |" in card
     assert "| blimp | masked | 100.0 % (n = 1) |" in card
+    assert "| held-out text | causal | 1.250 bits per byte |" in card
     assert '"attention": "flash"' in card
