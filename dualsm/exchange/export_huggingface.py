@@ -38,7 +38,7 @@ from dualsm.process.output import new_folder
 from dualsm.rundir.trained_run import TrainedRun
 
 _REMOTE = Path(__file__).parent / "remote"
-_CODE = ("configuration_dualsm.py", "modeling_dualsm.py")
+_CODE = ("configuration_dualsm.py", "modeling_dualsm.py", "modeling_dualsm_masked.py")
 # Names of parameters of models with their own code, with all switches and with the paper's head.
 _OWN_BLOCK_NAMES = {**QWEN2.block_names, **QWEN3.block_names}
 _HEAD_NAMES = {"head/projection/kernel": "head_proj.weight", "head/output/bias": "lm_head.bias"}
@@ -136,6 +136,7 @@ def dualsm_config(run: TrainedRun, dtype: str, max_position_embeddings: int) -> 
         "auto_map": {
             "AutoConfig": "configuration_dualsm.DualSMConfig",
             "AutoModelForCausalLM": "modeling_dualsm.DualSMForCausalLM",
+            "AutoModelForMaskedLM": "modeling_dualsm_masked.DualSMForMaskedLM",
         },
         "hidden_size": model.d_model,
         "intermediate_size": model.d_ff,

@@ -67,6 +67,11 @@ def _use(plain: bool) -> str:
     else:
         lines += ["", "Modes of `model(...)`; `model.generate(...)` supports all except the last:", ""]
         lines += [f'- `mode="{mode}"`: {text}' for mode, text in _MODES.items()]
+        lines += [
+            "",
+            "`AutoModelForMaskedLM` loads the folder as a masked language model, whose logits at position i "
+            "predict token i. With `masked_lm_shifted=True` they predict token i + 1.",
+        ]
     return "\n".join(lines)
 
 

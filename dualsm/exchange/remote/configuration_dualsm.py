@@ -20,6 +20,7 @@ class DualSMConfig(PretrainedConfig):
       head: "projected" for the paper's head; "plain" for an output matrix only.
       mask_token_id: id of the mask token; in the mode "masked" it replaces the tokens to predict.
       never_predicted_ids: ids whose logits are masked, such as that of the mask token.
+      masked_lm_shifted: True if the logits at position i of `DualSMForMaskedLM` predict token i + 1.
       max_position_embeddings: sequence length of the training; longer inputs work but are untested.
     """
 
@@ -46,6 +47,7 @@ class DualSMConfig(PretrainedConfig):
         max_position_embeddings=2048,
         mask_token_id=4,
         never_predicted_ids=(),
+        masked_lm_shifted=False,
         use_cache=True,
         tie_word_embeddings=False,
         **kwargs,
@@ -68,5 +70,6 @@ class DualSMConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.mask_token_id = mask_token_id
         self.never_predicted_ids = list(never_predicted_ids)
+        self.masked_lm_shifted = masked_lm_shifted
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -210,6 +210,13 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
         angles = position[:, None].float() * frequencies
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
+    def mask_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Returns logits with those of `config.never_predicted_ids` masked."""
+        if not self.config.never_predicted_ids:
+            return logits
+        ids = torch.tensor(self.config.never_predicted_ids, device=logits.device)
+        return logits.index_fill(-1, ids, torch.finfo(logits.dtype).min)
+
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -293,9 +300,7 @@ class DualSMForCausalLM(GenerationMixin, PreTrainedModel):
             x = layer(x, seen, position, cos, sin, cache)
         x = self.model.norm(x[:, -logits_to_keep:] if logits_to_keep else x)
         logits = self.lm_head(F.gelu(self.head_proj(x), approximate="tanh") if self.is_projected else x)
-        if self.config.never_predicted_ids:
-            ids = torch.tensor(self.config.never_predicted_ids, device=logits.device)
-            logits = logits.index_fill(-1, ids, torch.finfo(logits.dtype).min)
+        logits = self.mask_logits(logits)
 
         loss = None
         if labels is not None:
