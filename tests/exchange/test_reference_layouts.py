@@ -12,7 +12,7 @@ from dualsm.exchange import imported_run
 from dualsm.exchange.import_reference import load
 from dualsm.exchange.weight_files import write_safetensors
 from dualsm.process.errors import UserError
-from tests.exchange.conftest import read_all
+from tests.exchange.conftest import SPECIAL, VOCABULARY, read_all
 from tests.exchange.test_weight_files import write_torch
 
 
@@ -180,3 +180,54 @@ def test_contradicting_settings_are_rejected(write, released_alone, tmp_path, ch
     settings = json.loads((released_alone / "config.json").read_text()) | changes
     with pytest.raises(UserError, match=message):
         imported(write(config=settings), tmp_path)
+
+
+def paper_tokenizer(texts) -> str:
+    """A tokenizer with the parts of the paper's: a blank in front, NFC, `ignore_merges`, ids 0 to 15."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", ignore_merges=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Prepend(" "),
+            normalizers.NFC(),
+            normalizers.Replace(Regex("\n"), "\n "),
+            normalizers.Replace(Regex(" *\n"), "\n"),
+        ]
+    )
+    split = pre_tokenizers.Split(Regex(r"\s?\p{L}+|\s?[^\s\p{L}]+|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Strip(" ", 1, 0), decoders.Replace("\n ", "\n")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
+
+
+def test_the_tokenizer_of_the_paper(write, documents, tmp_path):
+    from tokenizers import Tokenizer
+
+    content, folder = paper_tokenizer(documents[:200]), write()
+    assert [json.loads(content)["model"]["vocab"][piece] for piece in SPECIAL] == list(range(16))
+    (folder / "tokenizer.json").write_text(content)
+    with mock.patch.object(imported_run, "write_run") as written:
+        load(folder, "", None, tmp_path / "run")
+    _, params, tokenizer, *_ = written.call_args.args
+    theirs = Tokenizer.from_str(content)
+    for text in ["Hello world\nfoo  bar", "cafe\u0301 \u4e2d", "a\n\n b", *documents[:20]]:
+        (tokens,) = tokenizer.encode([text])
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizer.external_ids_V[tokens].tolist() == expected
+        assert tokenizer.decode(tokens) == theirs.decode(expected)
+    embedding = read_all(folder / "model.safetensors")["embedding.word_embedding.weight"]
+    for role, token in {"unk": 0, "bos": 1, "eos": 2, "pad": 3, "mask": 4}.items():
+        row = params["embedding"]["embedding"][getattr(tokenizer.special, role)]
+        np.testing.assert_array_equal(row, embedding[token])

@@ -9,23 +9,30 @@ import numpy as np
 import pytest
 
 from dualsm.config import default_config, freeze
+from dualsm.data.build import Recipe, build
+from dualsm.data.corpus import Corpus
 from dualsm.data.special_roles import SpecialRoles
 from dualsm.data.tokenizer import RESERVED_IDS, SpecialIds
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.devices.sharding import make_mesh
 from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Scorer
+from dualsm.exchange.imported_run import write_run
 from dualsm.exchange.special_tokens import adapt_tokenizer
 from dualsm.exchange.token_ids import internal_array, never_predicted, to_external, to_internal
 from dualsm.generation import autoregressive, diffusion
 from dualsm.generation.diffusion import UnmaskingParams
+from dualsm.generation.prompts import encode_prompt
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model import id_ranges
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import Row
 from dualsm.process.errors import UserError
+from dualsm.rundir.trained_run import open_run
+from dualsm.training.loop import train
 from dualsm.training.objective_loss import objective_loss
 from tests.exchange.conftest import VOCABULARY, make_tokenizer_json
+from tests.micro import micro_config
 
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|reserved|>"]
 
@@ -301,3 +308,58 @@ def test_masked_ids_are_never_decoded(masked_model):
     masked = [[*prompt, *[special.mask] * 6] for prompt in prompts]
     *_, found = diffusion.infill(freeze(config), params, masked, sampling, UnmaskingParams(), special)
     assert not {17, 40, 41} & {token for row in found for token in row}
+
+
+@pytest.fixture(scope="module")
+def forked(chat_json, jsonl, tmp_path_factory):
+    """A run of a model with one token for BOS and EOS, and a trained fork of it."""
+    folder = tmp_path_factory.mktemp("one_token")
+    (folder / "tokenizer.json").write_text(chat_json)
+    tokenizer, _ = adapt(folder, config={"bos_token_id": 0, "eos_token_id": 0})
+    config = micro_config()
+    config.model.vocab_size, config.model.tie_word_embeddings = tokenizer.vocab_size, False
+    config.model.never_predicted = never_predicted(tokenizer, VOCABULARY)
+    config.mesh.data, config.optimizer.name, config.optimizer.weight_decay = -1, "adamw", 0.0
+    params = init_params(config.model, jax.random.key(1))
+    write_run(config, params, tokenizer, folder / "run", {"format": "test", "weights": "w", "sha256": "0"})
+    recipe = Recipe(input=str(jsonl), tokenizer=str(folder / "run" / "tokenizer.model"), valid_fraction=0.05)
+    build(recipe, str(folder / "corpus"), workers=1, quiet=True)
+    fork = config.copy_and_resolve_references()
+    fork.data.path, fork.start.run = str(folder / "corpus"), str(folder / "run")
+    fork.model.never_predicted, fork.model.vocab_size = "", 0  # as in a config of a user
+    assert train(fork, folder / "fork")
+    return open_run(folder / "run"), open_run(folder / "fork"), Corpus(str(folder / "corpus"))
+
+
+def test_documents_begin_and_end_with_the_shared_token(forked):
+    run, _, corpus = forked
+    assert corpus.manifest["tokenizer_sha256"] == run.tokenizer.sha256()
+    special = run.tokenizer.special
+    assert special.bos == special.eos
+    (tokens,) = corpus.documents("valid").read([0])
+    assert (tokens[0], tokens[-1]) == (special.bos, special.eos)
+    assert min(tokens[1:-1]) >= RESERVED_IDS
+
+
+def test_a_fork_masks_the_same_ids_and_never_trains_them(forked):
+    run, fork, _ = forked
+    masked = sorted(ids(run.config.model.never_predicted))
+    assert run.tokenizer.special.mask in masked
+    assert fork.config.model.never_predicted == run.config.model.never_predicted
+    before, after = (r.params["head"]["output"] for r in (run, fork))
+    others = sorted(set(range(run.tokenizer.vocab_size)) - set(masked))
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(before[name][..., masked], after[name][..., masked])
+        assert np.abs(before[name] - after[name])[..., others].max() > 0
+
+
+def test_a_shared_token_ends_texts_and_does_not_end_prompts(forked):
+    """A model that always predicts the shared token stops at once."""
+    run, _, _ = forked
+    special, params = run.tokenizer.special, jax.tree.map(jnp.asarray, run.params)
+    params["head"]["output"]["bias"] = params["head"]["output"]["bias"].at[special.eos].set(1e3)
+    prompts = [encode_prompt(run.tokenizer, "def f(x):"), encode_prompt(run.tokenizer, "a")]
+    sampling = SamplingParams(temperature=0.0)
+    config = freeze(run.config.model)
+    *_, found = autoregressive.generate(config, params, prompts, 6, sampling, special, "causal")
+    assert [list(row) for row in found] == [[*prompt, special.eos] for prompt in prompts]
