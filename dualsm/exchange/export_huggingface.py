@@ -77,7 +77,7 @@ def export(
         write_shards(folder, named_tensors(params, block_names), dtype, max_shard_bytes)
         _write(folder / "config.json", config)
         _write(folder / "generation_config.json", generation_config(run))
-        _write(folder / "tokenizer_config.json", tokenizer_config(run))
+        _write(folder / "tokenizer_config.json", tokenizer_config(run, longest))
         (folder / "tokenizer.json").write_text(tokenizer_json(run.tokenizer), encoding="utf-8")
         (folder / "README.md").write_text(model_card(run, family is not None), encoding="utf-8")
         for name in () if family else _CODE:
@@ -177,7 +177,7 @@ def generation_config(run: TrainedRun) -> dict:
     }
 
 
-def tokenizer_config(run: TrainedRun) -> dict:
+def tokenizer_config(run: TrainedRun, model_max_length: int) -> dict:
     """Returns `tokenizer_config.json`; by default special tokens in a text are encoded as plain text."""
     names = {
         "bos_token": "bos",
@@ -189,7 +189,7 @@ def tokenizer_config(run: TrainedRun) -> dict:
     pieces, special = special_pieces(run.tokenizer), external_special_ids(run.tokenizer)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": run.config.seq_len,
+        "model_max_length": model_max_length,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "padding_side": "left",

@@ -13,7 +13,7 @@ LLAMA = {
     "intermediate_size": 200, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5, "rope_theta": 10000, "tie_word_embeddings": True, "max_position_embeddings": 512,
     "vocab_size": 320, "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16",
-    "rope_scaling": None, "pretraining_tp": 1,
+    "rope_scaling": None, "pretraining_tp": 1, "_model_name_or_path": "a name",
 }  # fmt: skip
 OWN = {
     "llama": {},

@@ -151,6 +151,8 @@ def test_export_of_an_imported_run_has_equal_tensors(imported, tmp_path):
     with torch.no_grad():
         assert torch.equal(again.eval()(ids).logits, model(ids).logits)
     assert again.config.max_position_embeddings == SHAPE["max_position_embeddings"]
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == SHAPE["max_position_embeddings"]
 
 
 def test_bfloat16_shards_round_trip_bit_for_bit(tokenizer_json, tmp_path):

@@ -8,14 +8,15 @@ from typing import Any
 
 from dualsm.process.errors import UserError
 
-# Keys that do not change the logits. Token ids are read separately.
+# Keys that do not change the logits, beside all that begin with "_". Token ids are read separately.
 _WITHOUT_EFFECT = {
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "finetuning_task", "id2label",
-    "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "keys_to_ignore_at_inference",
-    "label2id", "license", "max_position_embeddings", "max_window_layers", "model_type", "name_or_path",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
-    "return_dict", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers.js_config",
-    "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache", "vocab_size",
+    "architectures", "attn_implementation", "bos_token_id", "dtype", "eos_token_id", "finetuning_task",
+    "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config",
+    "keys_to_ignore_at_inference", "label2id", "license", "max_position_embeddings", "max_window_layers",
+    "model_type", "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "return_dict", "task_specific_params", "tokenizer_class",
+    "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_cache", "vocab_size",
 }  # fmt: skip
 _NO_DEFAULT = object()
 
@@ -63,7 +64,7 @@ class HubConfig:
 
     def finish(self) -> None:
         """Raises `UserError` if a key is left that was not understood."""
-        for key in sorted(self._left.keys() - _WITHOUT_EFFECT):
+        for key in sorted(key for key in self._left if key not in _WITHOUT_EFFECT and key[:1] != "_"):
             raise UserError(
                 f"config.json: {key}={self._left[key]!r} is not understood; remove the key if it does not "
                 "change the model's logits"
