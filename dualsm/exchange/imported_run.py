@@ -19,7 +19,7 @@ from dualsm.process.output import new_folder
 from dualsm.rundir.checkpoint import abstract
 from dualsm.rundir.weights_checkpoint import save_weights
 from dualsm.rundir.workdir import CONFIG, SOURCE
-from dualsm.training.loop import complete
+from dualsm.training.start import complete
 
 
 def fit_config(

@@ -21,22 +21,20 @@ from dualsm.data.corpus import Corpus
 from dualsm.data.sequence_order import SequenceOrder
 from dualsm.devices import sharding
 from dualsm.devices.chips import Peak
-from dualsm.model.attention import why_not_kernel
 from dualsm.model.flops import train_flops
-from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.objectives.plan import MixturePlan
 from dualsm.optimizers.schedules import learning_rate
 from dualsm.process import distributed
 from dualsm.process.errors import UserError
 from dualsm.process.progress import bar, say, warn
-from dualsm.rundir.checkpoint import Checkpoints, check_not_lost
+from dualsm.rundir.checkpoint import Checkpoints
 from dualsm.rundir.metrics import MetricsWriter, NoMetrics, read_metrics
-from dualsm.rundir.workdir import CONFIG, check_config_of_run, check_same, lock, write_config
 from dualsm.training.clock import Clock
-from dualsm.training.fork import forked_state, never_predicted, start_step, with_initial
+from dualsm.training.fork import forked_state, with_initial
 from dualsm.training.metrics_log import MetricsLog
 from dualsm.training.profile import Profiler, Window, profiled
 from dualsm.training.program import attended_shares, compile_train_step
+from dualsm.training.start import locked_workdir, open_job, print_start, warn_without_kernel
 from dualsm.training.step import Batch, TrainState
 from dualsm.training.step_metrics import StepMetrics
 from dualsm.training.summary import summarize
@@ -67,68 +65,14 @@ def train(
         diverges.
     """
     workdir = epath.Path(workdir).expanduser()
+    config, corpus, mesh = open_job(config, workdir)
     with distributed.together():
-        configs.check_config(config)
-        configs.check_installed(config)
-        corpus = Corpus(config.data.path)
-        config = complete(config, corpus)
-        config.start.step = start_step(config, workdir, corpus)
-        config.model.never_predicted = never_predicted(config, workdir)
-    # Processes start at different times, and the run to fork may have saved a newer checkpoint in between.
-    config.start.step = int(distributed.broadcast(str(config.start.step)))
-    with distributed.together():
-        mesh = sharding.make_mesh(config.mesh, jax.devices())
-        config.gradient_accumulation_steps = sharding.accumulation_steps(config, mesh)
-    main_config = distributed.broadcast(configs.save_config(config))
-    with distributed.together():
-        check_same(config, main_config)
         run = _Run(config, workdir, corpus, mesh)
-    is_first_on_host = distributed.is_first_on_host()
-    with contextlib.ExitStack() as stack:
-        with distributed.together():  # before anything is written
-            if distributed.is_main_process():
-                check_config_of_run(workdir, config, corpus)
-                stack.enter_context(lock(workdir))
-                check_config_of_run(workdir, config, corpus)  # another run may have started before the lock
-                check_not_lost(workdir)
-            if config.data.verify and is_first_on_host:
-                corpus.verify("train")
-                corpus.verify("valid")
-        with distributed.together():
-            if distributed.is_main_process():
-                write_config(workdir, config, corpus)
-        with distributed.together():
-            if not (workdir / CONFIG).exists():
-                raise UserError(
-                    f"--workdir={workdir} is not visible to all processes; use a bucket or a shared disk"
-                )
-        with jax.set_mesh(mesh), profiled(profile, workdir) as profiler:
-            finished = run.go(stop, profiler)
+    with locked_workdir(config, workdir, corpus), jax.set_mesh(mesh), profiled(profile, workdir) as profiler:
+        finished = run.go(stop, profiler)
     if finished and distributed.is_main_process():
         say("\n" + summarize(workdir, corpus if run.scores_all else None))
     return finished
-
-
-def complete(config: ConfigDict, corpus: Corpus) -> ConfigDict:
-    """Returns the config with `model.vocab_size` and `data.identity` set from the corpus.
-
-    Raises:
-      UserError: if the config has another value for either of them.
-    """
-    config = config.copy_and_resolve_references()
-    if config.model.vocab_size not in (0, corpus.vocab_size):
-        raise UserError(
-            f"config.model.vocab_size={config.model.vocab_size} differs from the vocabulary of the corpus "
-            f"{corpus.folder}, {corpus.vocab_size} ids; leave it at 0"
-        )
-    if config.data.identity not in ("", corpus.identity):
-        raise UserError(
-            f"config.data.identity={config.data.identity} is not the identity of the corpus {corpus.folder}, "
-            f"{corpus.identity}; leave it empty"
-        )
-    config.model.vocab_size = corpus.vocab_size
-    config.data.identity = corpus.identity
-    return config
 
 
 class _Run:
@@ -185,7 +129,12 @@ class _Run:
             if not resumed and self.config.start.run:
                 state = forked_state(self.config, self.workdir, self.abstract_state, self.init)
             first = 0 if state is None else int(state.step)
-            self._print_start(first)
+            num_parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
+            print_start(self.config, self.mesh, self.plan, self.order, num_parameters)
+            if first:
+                say(f"resuming {self.workdir} at step {first} of {self.config.steps}")
+            if distributed.is_main_process():
+                warn_without_kernel(self.config)
             unscored = resumed and self._is_unscored(first)
             if first == self.config.steps and not unscored:
                 return True
@@ -344,33 +293,3 @@ class _Run:
             return False
         log.write_first(first, state.metrics, scores)
         return True
-
-    def _print_start(self, first: int) -> None:
-        config, device = self.config, self.mesh.devices.flat[0]
-        parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
-        listed = ", ".join(
-            f"{name} {first:g}" if first == last else f"{name} {first:g} to {last:g}"
-            for name, first, last in zip(
-                [entry.name for entry in self.plan.entries],
-                self.plan.shares_SxE[0],
-                self.plan.shares_SxE[-1],
-                strict=True,
-            )
-        )
-        say(
-            f"model: {parameters:,} parameters on {self.mesh.size} x {device.device_kind}\n"
-            f"data: {self.order.budget:,} tokens = {self.order.unique:,} unique x {config.repetitions} "
-            f"repetitions, from {config.data.path}\n"
-            f"mixture: {listed}"
-        )
-        if first:
-            say(f"resuming {self.workdir} at step {first} of {config.steps}")
-        model = config.model
-        if model.attention == "auto" and sharding.platform() != "cpu" and distributed.is_main_process():
-            rows = config.batch_size // config.gradient_accumulation_steps
-            q_shape, k_shape = (
-                (rows, config.seq_len, heads, head_dim(model))
-                for heads in (model.num_heads, num_kv_heads(model))
-            )
-            if reason := why_not_kernel(q_shape, k_shape):
-                warn(f"config.model.attention=auto uses XLA attention, not a kernel: {reason}")

@@ -10,7 +10,7 @@ import pytest
 
 from dualsm.process.errors import UserError
 from dualsm.rundir.workdir import CONFIG, check_config_of_run, lock, read_config, write_config
-from dualsm.training import loop
+from dualsm.training import loop, start
 from tests.conftest import ROOT, command_env
 
 HOLD = """
@@ -119,7 +119,7 @@ def test_run_that_starts_first_is_kept(micro, corpus, tmp_path, monkeypatch):
         with lock(workdir):
             yield
 
-    monkeypatch.setattr(loop, "lock", late)
+    monkeypatch.setattr(start, "lock", late)
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     with pytest.raises(UserError, match="contains a run with another config .*seed: 7 -> 0"):
         loop.train(micro, tmp_path)
