@@ -79,6 +79,11 @@ def test_gradient_of_a_pair_is_the_weighted_sum_of_its_members(pair, accumulatio
 def test_a_pair_and_an_objective_are_weighted_by_their_sequences():
     micro = PairedMicro(**{"mixture.nemotron": 0.5, "mixture.causal": 0.5, "loss.z_loss": 0.0})
     params, gradient, _ = difference(micro)
+    step = jax.jit(micro.step)
+    for objective_B in (micro.batch().objective_B, [1, 2] * 4, [0] * 8):  # other shares
+        batch = micro.batch()._replace(objective_B=np.array(objective_B, np.int32))
+        step(jax.jit(micro.init)(), batch)
+    assert step._cache_size() == 1
 
     @jax.jit
     @jax.grad

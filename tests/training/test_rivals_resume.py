@@ -10,6 +10,7 @@ from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.trained_run import open_run
 from dualsm.rundir.workdir import read_config
+from dualsm.sweeps.cells import read_curve
 from dualsm.training.loop import train
 from tests.micro import micro_config
 
@@ -57,6 +58,13 @@ def test_tokens_of_a_pair_count_once_and_flops_twice(whole):
     assert lines[12]["train/mir/masked_input_causal/loss"] != lines[12]["train/mir/causal/loss"]
 
 
+def test_curves_are_over_tokens_or_flops(whole):
+    tokens, losses = read_curve(whole, "valid/causal/loss")
+    flops, same = read_curve(whole, "valid/causal/loss", "flops")
+    assert losses == same and len(losses) == 3
+    assert flops[2] / flops[1] == tokens[2] / tokens[1] == 2
+
+
 def test_both_the_weights_and_their_average_are_validated(whole):
     last = read_metrics(whole)[-1]
     assert last["valid/causal/loss"] != last["valid/ema/causal/loss"]
@@ -79,7 +87,19 @@ def test_the_mean_of_checkpoints_is_exact(whole, tmp_path):
         assert run.step == 0 and run.tokenizer.sha256() == open_run(whole).tokenizer.sha256()
 
 
+def test_a_fork_continues_the_average(whole, corpus_path, tmp_path):
+    config = rival_config(corpus_path)
+    config.start.run, config.start.step = str(whole), 8
+    assert train(config, tmp_path / "fork")
+    for parameters in ("last", "ema"):
+        a, b = (open_run(workdir, parameters=parameters).params for workdir in (whole, tmp_path / "fork"))
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
 def test_missing_checkpoints_and_averages_are_named(whole, tmp_path):
+    average_checkpoints.write(whole, [4], 0, tmp_path / "one")
+    with pytest.raises(UserError, match="--parameters=ema: step 0 .* has no moving average"):
+        open_run(tmp_path / "one", parameters="ema")
     with pytest.raises(UserError, match="no checkpoint of step 5"):
         average_checkpoints.write(whole, [4, 5], 0, tmp_path / "new")
     with pytest.raises(UserError, match=r"--last=9: .* has only 3 checkpoints \(4, 8, 12\)"):
