@@ -28,6 +28,7 @@ from dualsm.devices import sharding
 from dualsm.devices.chips import peak_flops
 from dualsm.model.attention import KERNELS
 from dualsm.model.flops import train_flops
+from dualsm.model.head_shapes import head_dim
 from dualsm.objectives.example import SpecialIds
 from dualsm.process import cli
 from dualsm.process.errors import UserError
@@ -58,7 +59,7 @@ def check_attention(config: ConfigDict) -> None:
     shape = [
         f"--length={config.seq_len}",
         f"--heads={model.num_heads}",
-        f"--width={model.d_model // model.num_heads}",
+        f"--width={head_dim(model)}",
     ]
     if subprocess.run([*script, *shape, f"--dtype={model.dtype}", "--queries=128"], check=False).returncode:
         raise UserError(
