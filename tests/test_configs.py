@@ -6,7 +6,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from dualsm.config import check_config, default_config, difference, load_config, parse_arg, set_alpha
+from dualsm.config import (
+    check_config,
+    default_config,
+    difference,
+    load_config,
+    parse_arg,
+    save_config,
+    set_alpha,
+)
 from dualsm.config_keys import KEYS
 from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError
@@ -35,6 +43,18 @@ def test_alpha_and_repetitions_are_arguments(path):
     shares = {name: share for name, share in config.mixture.items() if share}
     assert shares == {"causal": 0.75, "masked_diffusion": 0.25}
     assert config.repetitions == 32
+
+
+def test_adapt_takes_the_architecture_of_the_imported_run(tmp_path):
+    imported = default_config()
+    imported.model.update({"d_model": 96, "num_heads": 6, "num_kv_heads": 2, "tie_word_embeddings": True})
+    (tmp_path / "config.json").write_text(save_config(imported))
+    config = load(ROOT / "configs" / "adapt.py", f"run={tmp_path}")
+    check_config(config)
+    assert config.model.to_dict() == imported.model.to_dict()
+    assert config.start.run == str(tmp_path)
+    with pytest.raises(UserError, match="no run at"):
+        load(ROOT / "configs" / "adapt.py", f"run={tmp_path / 'missing'}")
 
 
 def test_the_config_of_the_paper():
