@@ -100,14 +100,14 @@ else:
     import signal
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     distributed.on_hangup(lambda: signals.append(1))
-with bar(total=1000, mininterval=0) as progress:
+with bar(total=6000, mininterval=0) as progress:
     say("ready")
-    for step in range(1000):
+    for step in range(6000):  # a minute
         progress.update()
         say(f"step {step}")
         warn("warning")
         time.sleep(0.01)
-        if signals or step == 300:
+        if signals or (sys.argv[2] == "ignored" and step == 300):
             break
 open(sys.argv[1], "w").write(f"saved {len(signals)}")
 """

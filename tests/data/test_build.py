@@ -259,7 +259,7 @@ def test_unusable_input_raises_before_all_of_it_is_read(tmp_path):
         ({"input": "python-stdlib", "vocab_size": 0}, "--vocab_size"),
         ({"input": "python-stdlib", "vocab_size": 512, "tokenizer": "x.model"}, "--vocab_size"),
         ({"input": "python-stdlib", "valid_fraction": 1.5}, "--valid_fraction"),
-        ({"input": "python-stdlib", "valid_fraction": 0.0}, "no held-out documents.*--valid_input"),
+        ({"input": "python-stdlib", "valid_fraction": 0.0}, "holds out no documents.*--valid_input"),
         ({"input": "python-stdlib", "tokenizer": "nowhere.model", "vocab_size": 0}, "nowhere.model"),
     ],
 )

@@ -249,7 +249,10 @@ def test_pickle_is_rejected_in_one_line(tmp_path):
     ("arguments", "expected"),
     [
         ([], "import, export"),
-        (["import", "--format=gguf", "--workdir=x"], "--format=gguf: import supports huggingface, reference"),
+        (
+            ["import", "--format=gguf", "--workdir=x"],
+            "--format=gguf: import does not support it; choose huggingface or reference",
+        ),
         (["import", "--format=huggingface", "--workdir=x"], "--weights is not set"),
         (
             ["import", "--format=huggingface", "--workdir=x", "--weights=nowhere"],
