@@ -103,7 +103,7 @@ def _message(family: Family, config: ConfigDict, workdir: Path, dropped: list[st
         + (
             ""
             if config.data.path
-            else "; to train it further, import it with --config and --config.data.path"
+            else "; to train it further, fork it with configs/adapt.py"
         )
     ]
     if dropped:

@@ -40,7 +40,7 @@ def load(path: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path) -
     source = {"format": "reference", "weights": weights.path.name, "sha256": weights.sha256()}
     imported_run.write_run(config, params, known, workdir, source)
     model = config.model
-    hint = "" if config.data.path else "; to train it further, import it with --config and --config.data.path"
+    hint = "" if config.data.path else "; to train it further, fork it with configs/adapt.py"
     patterns = {re.sub(r"\.\d+\.", ".*.", name): None for name in [*dropped, *weights.ignored]}
     unused = ", ".join(patterns)
     return f"{model.num_layers} layers with d_model={model.d_model}, at step 0, in {workdir}{hint}" + (
