@@ -100,11 +100,7 @@ def _message(family: Family, config: ConfigDict, workdir: Path, dropped: list[st
     lines = [
         f"{family.architecture} with {model.num_layers} layers, d_model={model.d_model} and "
         f"seq_len={config.seq_len}, at step 0, in {workdir}"
-        + (
-            ""
-            if config.data.path
-            else "; to train it further, fork it with configs/adapt.py"
-        )
+        + ("" if config.data.path else "; to train it further, fork it with configs/adapt.py")
     ]
     if dropped:
         lines.append(f"not used: {', '.join(dropped)}")
