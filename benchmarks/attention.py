@@ -28,6 +28,8 @@ from dualsm.config import default_config
 from dualsm.model import attention
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
+from dualsm.objectives.pairs import bind_members, entry, members_of
+from dualsm.objectives.registry import OBJECTIVES
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.progress import say, table
@@ -50,8 +52,8 @@ VOCABULARY = 512  # the tokens do not affect attention
 
 def key_ranges(rows: int, length: int) -> tuple[jax.Array, jax.Array]:
     """Returns the key ranges, [B, L] each, for documents of various lengths and all objectives."""
-    names, special = list(mixture.OBJECTIVES), SpecialIds(vocab_size=VOCABULARY)
-    objectives = mixture.bind(names, default_config().objectives, special)
+    names, special = list(OBJECTIVES), SpecialIds(vocab_size=VOCABULARY)
+    objectives = bind_members(members_of([entry(name, default_config()) for name in names]), special)
     random = np.random.default_rng(0)
     tokens_BxL1 = random.integers(16, VOCABULARY, (rows, length + 1)).astype(np.int32)
     starts_BxL1 = random.random((rows, length + 1)) < 4 / length  # about four documents per sequence

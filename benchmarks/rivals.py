@@ -1,4 +1,4 @@
-"""Measures what the optional parts of a training step cost, relative to the step without them.
+"""Measures the cost of optional parts of the train step, relative to the step without them.
 
     python benchmarks/rivals.py --shape=micro
 
@@ -34,7 +34,7 @@ RIVALS = {
     "pair mir": {"mixture.causal": 0.0, "mixture.mir": 1.0},
 }
 
-_RIVALS = flags.DEFINE_list("rivals", list(RIVALS), "parts to measure")
+_RIVALS = flags.DEFINE_multi_enum("rivals", list(RIVALS), list(RIVALS), "part to measure; can be repeated")
 FLAGS = flags.FLAGS  # of benchmarks/train_step.py
 
 
@@ -53,8 +53,9 @@ def main(_: Sequence[str]) -> None:
     keep_freed_memory(one_arena=jax.config.jax_num_cpu_devices <= 1)
     mesh = sharding.make_mesh(plain.mesh, jax.devices())
     steps = {}
-    for name in ("causal", "causal again", *_RIVALS.value):
-        config = rival_config(RIVALS.get(name, {}))
+    changes = {"causal": {}, "causal again": {}} | {name: RIVALS[name] for name in _RIVALS.value}
+    for name, change in changes.items():
+        config = rival_config(change)
         config.gradient_accumulation_steps = sharding.accumulation_steps(config, mesh)
         steps[name] = Steps(config, mesh)
         steps[name]()

@@ -5,20 +5,22 @@ python -m dualsm.prepare --input='texts/*.jsonl' --output=runs/adapt_corpus \\
     --tokenizer=runs/imported/tokenizer.model
 python -m dualsm.train --config=configs/adapt.py:run=runs/imported --workdir=runs/adapted
 
-`run` is the imported run, whose architecture the config takes. `--config.start.run=''` trains the same
-architecture from random weights.
+`run` (default: runs/imported) is the imported run; the config takes its architecture.
+`--config.start.run=''` trains the same architecture from random weights.
 """
 
+from pathlib import Path
+
 from dualsm.config import default_config, parse_arg, set_alpha
-from dualsm.rundir.workdir import read_config
+from dualsm.rundir.workdir import CONFIG, read_config
 
 
 def get_config(arg: str = ""):
     args = parse_arg(arg, run=str, alpha=float, repetitions=int)
     config = default_config()
     config.start.run = args.get("run", "runs/imported")
-    if "run" in args:
-        config.model = read_config(args["run"]).model
+    if "run" in args or Path(config.start.run, CONFIG).exists():
+        config.model = read_config(config.start.run).model
     config.data.path = "runs/adapt_corpus"
     config.steps = 1000
     config.batch_size = 32

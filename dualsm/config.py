@@ -80,7 +80,12 @@ def add_pair(config: ConfigDict, name: str, share: float = 0.0, **members: Mappi
       name: name of the pair.
       share: share of the rows; the shares of the mixture must sum to 1.
       **members: objective -> its loss weight `weight`, and options that differ from `config.objectives`.
+
+    Raises:
+      UserError: if `name` is a predefined pair.
     """
+    if name in default_pairs():
+        raise UserError(f"config.pairs.{name} is predefined; change its options or choose another name")
     config.pairs[name] = ConfigDict({objective: dict(options) for objective, options in members.items()})
     config.mixture[name] = share
 
@@ -143,8 +148,9 @@ def _same_type(default, value) -> bool:
 
 
 def _check_batch(config: ConfigDict) -> None:
-    sequences = count_sequences(config)
-    if config.repetitions > sequences:
+    rows = config.steps * config.batch_size
+    # Counting takes seconds for a long run with pairs, each of whose sequences has two rows.
+    if config.repetitions > rows // 2 and config.repetitions > (sequences := count_sequences(config)):
         raise UserError(
             f"config.repetitions={config.repetitions} must not exceed the {sequences} sequences of the run "
             "(steps * batch_size; the two rows of a pair count once)"

@@ -88,11 +88,20 @@ KEYS = [
     ),
     Key("model.tie_word_embeddings", False, ANY, "The output matrix is the transposed embedding."),
     Key("model.rope_theta", 160_000.0, POSITIVE, "Base of the rotary position embedding."),
-    Key("model.rope_scaling.name", "none", one_of(SCALINGS), "llama3: by the next four keys."),
-    Key("model.rope_scaling.factor", 8.0, at_least(1), "Divides low frequencies."),
-    Key("model.rope_scaling.low_freq_factor", 1.0, POSITIVE, "Cycles per original length; fewer: divided."),
-    Key("model.rope_scaling.high_freq_factor", 4.0, POSITIVE, "Cycles per original length; more: kept."),
-    Key("model.rope_scaling.original_max_position_embeddings", 8192, at_least(1), "The original length."),
+    Key("model.rope_scaling.name", "none", one_of(SCALINGS), "llama3 uses the four keys below."),
+    Key("model.rope_scaling.factor", 8.0, at_least(1), "Divisor of low frequencies."),
+    Key(
+        "model.rope_scaling.low_freq_factor", 1.0, POSITIVE, "Frequencies with fewer cycles per original "
+        "length are divided.",
+    ),
+    Key(
+        "model.rope_scaling.high_freq_factor", 4.0, POSITIVE, "Frequencies with more cycles per original "
+        "length are unchanged.",
+    ),
+    Key(
+        "model.rope_scaling.original_max_position_embeddings", 8192, at_least(1), "Original length: tokens "
+        "per sequence before the context was extended.",
+    ),
     Key("model.no_rope_layer_interval", 0, at_least(0), "n: every n-th layer has no RoPE. 0: none."),
     Key("model.norm_eps", 1e-7, POSITIVE, "Epsilon of the RMS norms."),
     Key(
@@ -118,7 +127,7 @@ KEYS = [
         "optimizer.adamw_learning_rate", 0.0, at_least(0), "Peak learning rate of the parameters that AdamW "
         "updates under Muon; 0: learning_rate.",
     ),
-    Key("optimizer.weight_decay", 0.1, at_least(0), "Weight decay, multiplied by the learning rate."),
+    Key("optimizer.weight_decay", 0.1, at_least(0), "Multiplied as weight_decay_schedule says."),
     Key(
         "optimizer.weight_decay_schedule.name", "learning_rate",
         one_of(DECAY_SCHEDULES),
@@ -127,7 +136,7 @@ KEYS = [
     Key("optimizer.weight_decay_schedule.final_fraction", 0.0, FRACTION, "Final over initial (linear)."),
     Key(
         "optimizer.weight_decay_schedule.independent", False, ANY, "Does not multiply by the peak learning "
-        "rate: a step removes the fraction weight_decay of a weight.",
+        "rate: at the peak, a step removes the fraction weight_decay of each weight.",
     ),
     Key(
         "optimizer.weight_decay_exempt", "", subset_of(EXEMPTIBLE), "Parameters "
@@ -149,7 +158,7 @@ KEYS = [
     Key("optimizer.schedule.constant_fraction", 0.5, at_least(0), "Constant over peak (infinite)."),
 
     Key("ema.decay", 0.0, BELOW_ONE, "Decay of the moving average of the weights; 0: no average."),
-    Key("ema.start", 0, at_least(0), "Step after which averaging starts; until then it is the weights."),
+    Key("ema.start", 0, at_least(0), "Until this step the average equals the weights."),
     Key("ema.every", 1, at_least(1), "Steps between updates of the average."),
 
     Key("mesh.replica", 1, _AXIS, "Copies of the model across slices."),

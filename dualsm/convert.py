@@ -30,7 +30,7 @@ from dualsm.rundir.trained_run import PARAMETERS, open_run
 _FORMAT = flags.DEFINE_string("format", None, "huggingface or reference")
 _WORKDIR = cli.DEFINE_path("workdir", None, "run directory; import creates it")
 _WEIGHTS = cli.DEFINE_path(
-    "weights", "", "import: model folder; for reference also a safetensors file or a state dict of torch"
+    "weights", "", "import: model folder or hf://OWNER/NAME@BRANCH; for reference also a file of weights"
 )
 _TOKENIZER = cli.DEFINE_path(
     "tokenizer", "", "import: tokenizer file; default: tokenizer.json in the folder of the weights"

@@ -23,13 +23,13 @@ from absl import flags
 
 from dualsm.analysis.scales import ALPHAS
 from dualsm.analysis.table import TABLE, load, write_table
-from dualsm.exchange.hub import SCHEME
+from dualsm.exchange.hub import SCHEME, list_branches
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
 from dualsm.process.progress import say
 from dualsm.rundir.checkpoint import CHECKPOINTS
-from dualsm.sweeps.cells import CELL, CELLS, SWEEP
+from dualsm.sweeps.cells import CELL, CELLS, SWEEP, read_sweep
 
 _BRANCH = re.compile(r"alpha_(\d\.\d{3})_n-reps=(\d+)")
 
@@ -37,7 +37,7 @@ _SWEEP = cli.DEFINE_path("sweep", None, "folder of the sweep, which is created")
 _MODELS = cli.DEFINE_path(
     "models", "hf://ltg/dual-lm-470m", "repository on the Hub, or a folder with one folder per branch"
 )
-_CONFIG = flags.DEFINE_string("recipe", "dualsm:dual_470m", "config that takes alpha and repetitions")
+_CONFIG = flags.DEFINE_string("config", "dualsm:dual_470m", "config that takes alpha and repetitions")
 _TASKS = flags.DEFINE_string("tasks", None, "tasks of `dualsm evaluate`, separated by commas")
 _TASK_DATA = cli.DEFINE_path("task_data", "", "folder with the tasks' files")
 _MODES = flags.DEFINE_string("modes", "causal,prefix,masked", "scoring modes")
@@ -56,7 +56,7 @@ def branches(models: str) -> dict[str, dict]:
       UserError: if there is no such branch, or the Hub cannot be reached.
     """
     if models.startswith(SCHEME):
-        names = _hub_branches(models.removeprefix(SCHEME))
+        names = list_branches(models, "--models")
     else:
         names = sorted(path.name for path in Path(models).glob("alpha_*"))
     found = {name: cell_values(name) for name in names if _BRANCH.fullmatch(name)}
@@ -78,24 +78,12 @@ def cell_values(branch: str) -> dict:
     return {"repetitions": int(repetitions), "alpha": float(nearest)}
 
 
-def _hub_branches(repository: str) -> list[str]:
-    try:
-        import huggingface_hub
-
-        refs = huggingface_hub.HfApi().list_repo_refs(repository)
-    except ImportError as error:
-        raise UserError("huggingface_hub is not installed; run pip install 'dualsm[hub]'") from error
-    except Exception as error:  # the network libraries, and their errors, depend on the version
-        raise UserError(f"--models={SCHEME}{repository}: cannot list the branches ({error})") from error
-    return sorted(branch.name for branch in refs.branches)
-
-
 def import_command(weights: str, values: dict, workdir: Path) -> list[str]:
-    """Returns the arguments of `dualsm convert` that import a released model with its recipe."""
-    recipe = f"{_CONFIG.value}:alpha={values['alpha']!r},repetitions={values['repetitions']}"
+    """Returns the arguments of `dualsm convert` that import a released model with its config."""
+    config = f"{_CONFIG.value}:alpha={values['alpha']!r},repetitions={values['repetitions']}"
     return [
         "dualsm.convert", "import", "--format=reference", f"--weights={weights}", f"--workdir={workdir}",
-        f"--config={recipe}", "--config.objectives.causal.weight=2.0",  # see configs/dual_470m.py
+        f"--config={config}", "--config.objectives.causal.weight=2.0",  # see configs/dual_470m.py
     ]  # fmt: skip
 
 
@@ -121,8 +109,6 @@ def score(weights: str, values: dict, workdir: Path) -> None:
         shutil.rmtree(workdir, ignore_errors=True)  # nothing was scored
         run(import_command(weights, values, workdir))
     run(evaluate_command(workdir))
-    if not _KEEP.value:
-        shutil.rmtree(workdir / CHECKPOINTS)
     outcome = {"status": "done", "reason": "", "seconds": time.perf_counter() - start}
     write_atomically(workdir / CELL, json.dumps(outcome))
 
@@ -131,16 +117,25 @@ def main(_: Sequence[str]) -> None:
     sweep, models = Path(_SWEEP.value), _MODELS.value
     cells = branches(models)
     (sweep / CELLS).mkdir(parents=True, exist_ok=True)
-    description = {"config": _CONFIG.value, "given": [], "grid": {}, "cells": cells}
+    given = {flag.name: flag.value for flag in (_MODELS, _TASKS, _MODES, _LIMIT)}
+    if (sweep / SWEEP).exists():
+        old = read_sweep(sweep)
+        if (old.get("config"), old.get("given")) != (_CONFIG.value, given):
+            raise UserError(
+                f"--sweep={sweep} was made with config {old.get('config')} and {old.get('given')}; use the "
+                "same flags, or choose another --sweep"
+            )
+    description = {"config": _CONFIG.value, "given": given, "grid": {}, "cells": cells}
     write_atomically(sweep / SWEEP, json.dumps(description))
     for number, (name, values) in enumerate(cells.items(), 1):
         workdir = sweep / CELLS / name
-        if (workdir / CELL).exists():
-            continue
-        say(f"{number} of {len(cells)}: {name}")
-        separator = "@" if models.startswith(SCHEME) else "/"
-        score(f"{models}{separator}{name}", values, workdir)
-        write_table(sweep / TABLE, load(sweep))
+        if not (workdir / CELL).exists():
+            say(f"{number} of {len(cells)}: {name}")
+            separator = "@" if models.startswith(SCHEME) else "/"
+            score(f"{models}{separator}{name}", values, workdir)
+            write_table(sweep / TABLE, load(sweep))
+        if not _KEEP.value:  # after `cell.json`: a checkpoint that is deleted in part cannot be evaluated
+            shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
     write_table(sweep / TABLE, load(sweep))
     say(f"{len(cells)} models: {sweep / TABLE}")
 

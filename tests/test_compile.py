@@ -79,7 +79,7 @@ def test_full_remat_saves_one_array_per_layer():
 def newton_schulz(devices: int, layers: int, **mesh) -> tuple[Work, dict]:
     """Returns the work per device of Muon's update of a stack of matrices, and the updates."""
     config, mesh = config_on(devices, **mesh)
-    optimizer = make_optimizer(config.optimizer, lambda _: 1e-2)
+    optimizer = make_optimizer(config.optimizer, lambda _: 1e-2, config.steps)
     shape = (layers, 32, 64)
     grads = {"blocks": {"mlp": {"gate": {"kernel": np.random.default_rng(0).normal(size=shape).astype("f")}}}}
     layout = sharding.tree_shardings(mesh, grads)

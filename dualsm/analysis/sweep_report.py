@@ -168,6 +168,11 @@ def curves_figure(table: DataFrame, folder: Path, cost: str) -> Figure:
         if panels:
             curves[objective] = panels
     if not curves:
+        if cost != "tokens":
+            raise TooFewCells(
+                f"no cell has log lines with {cost} and a held-out loss after its first step; runs of "
+                f"earlier versions did not log {cost}, use --cost=tokens"
+            )
         raise TooFewCells("no cell has a held-out loss after its first step")
     columns = len({repetitions for panels in curves.values() for repetitions in panels})
     figure = plots.new_figure(2.6 * columns + 1.6, 2.7 * len(curves) + 0.7)

@@ -9,6 +9,7 @@ import numpy as np
 
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds
 
+MAX_ID = (1 << 24) - 1  # bounds the size of arrays indexed by id
 KEY = "dualsm"  # key in `tokenizer.json`; not standard, so exports remove it
 
 
@@ -38,7 +39,8 @@ class SpecialRoles:
         roles = cls(dict(section["special_tokens"]), section["num_ids"])
         pieces = list(roles.pieces.values())
         valid = roles.pieces.keys() == SPECIAL_PIECES.keys() and all(isinstance(p, str) and p for p in pieces)
-        if not valid or type(roles.num_ids) is not int or pieces.count(roles.pieces["mask"]) > 1:
+        valid = valid and type(roles.num_ids) is int and 0 < roles.num_ids <= MAX_ID + 1
+        if not valid or pieces.count(roles.pieces["mask"]) > 1:
             raise ValueError(f"its key {KEY} is damaged")
         return roles
 

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dualsm.data.special_roles import SpecialRoles
+from dualsm.data.special_roles import MAX_ID, SpecialRoles
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, SpecialIds, Tokenizer, check_not_negative
 from dualsm.process.errors import UserError
 
 _REQUIRED = ("bos", "mask")  # without these, only the causal objective works
-_MAX_ID = (1 << 24) - 1  # bounds the size of arrays indexed by id
 _NESTED = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers", "decoder", "decoders")
 _IDENTITY = {"type": "Sequence", "normalizers": [], "decoders": []}  # as a normalizer or decoder
 _VOCAB_MULTIPLE = 128  # vocabularies are padded to a multiple of this
@@ -83,8 +82,8 @@ class JsonTokenizer(Tokenizer):
         added = self._tokenizer.get_added_tokens_decoder()
         special = [token for token in sorted(added) if added[token].special]
         ids = sorted({*self._tokenizer.get_vocab().values(), *range(roles.num_ids)})
-        if ids[-1] > _MAX_ID:
-            raise UserError(f"its largest id is {ids[-1]}; ids above {_MAX_ID} are not supported")
+        if ids[-1] > MAX_ID:
+            raise UserError(f"its largest id is {ids[-1]}; ids above {MAX_ID} are not supported")
         self.external_ids_V = external_ids(named, special, ids)
         self.vocab_size = len(self.external_ids_V)
         self.special = SpecialIds(vocab_size=self.vocab_size, **special_ids)

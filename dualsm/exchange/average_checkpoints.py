@@ -9,7 +9,9 @@ import jax
 import numpy as np
 
 from dualsm.exchange.imported_run import write_run
+from dualsm.exchange.weights_source import read_source
 from dualsm.process.errors import UserError
+from dualsm.process.output import check_empty
 from dualsm.process.progress import say
 from dualsm.rundir.checkpoint_reader import checkpoint_steps
 from dualsm.rundir.trained_run import open_run
@@ -33,6 +35,7 @@ def write(workdir: Path, steps: Sequence[int], last: int, output: Path) -> str:
     Raises:
       UserError: if a checkpoint does not exist or `output` is in use.
     """
+    check_empty(output, "--output")
     found = checkpoint_steps(workdir)
     if len(found) < last:
         raise UserError(
@@ -49,10 +52,16 @@ def write(workdir: Path, steps: Sequence[int], last: int, output: Path) -> str:
         params = jax.tree.map(lambda p: np.asarray(p, np.float64), jax.device_get(run.params))
         total = params if total is None else jax.tree.map(np.add, total, params)
     mean = jax.tree.map(lambda sums: (sums / len(steps)).astype(np.float32), total)
-    source = {"format": f"mean of checkpoints {_listed(steps)}", "weights": workdir.name}
+    origin = read_source(run)
+    source = {
+        "format": f"mean of checkpoints {_listed(steps)}",
+        "weights": workdir.name,
+        "steps": list(steps),
+    }
+    source |= {key: origin[key] for key in ("model_type", "max_position_embeddings") if key in origin}
     config = read_config(workdir)
     config.ema.decay, config.valid.parameters = 0.0, "last"  # there is no moving average of this mean
-    write_run(config, mean, run.tokenizer, output, source)
+    write_run(config, mean, run.tokenizer, output, source, "--output")
     return f"mean of the checkpoints of steps {_listed(steps)}, at step 0, in {output}"
 
 

@@ -2,7 +2,7 @@
 
 A run is exported as a model of a family of transformers, which loads with stock classes, if one has its
 architecture: the family that the run was imported from, or else the first one. Other runs, such as those with
-the paper's head, need the two files of dualsm/exchange/remote and `trust_remote_code=True`. Token ids are
+the paper's head, need the code in dualsm/exchange/remote and `trust_remote_code=True`. Token ids are
 external ids, see dualsm/exchange/token_ids.py.
 """
 
@@ -20,7 +20,7 @@ from flax import traverse_util
 
 from dualsm.data.tokenizer import RESERVED_IDS
 from dualsm.exchange import token_ids
-from dualsm.exchange.families.family import BLOCK_NAMES, LAYERS, OUTER_NAMES, Family
+from dualsm.exchange.families.family import BLOCK_NAMES, LAYERS, OUTER_NAMES, Family, shape_keys
 from dualsm.exchange.families.family_table import family_of_run
 from dualsm.exchange.families.qwen import QWEN2, QWEN3
 from dualsm.exchange.model_card import model_card
@@ -33,7 +33,6 @@ from dualsm.exchange.tokenizer_export import (
 )
 from dualsm.exchange.weights_source import read_source
 from dualsm.model import id_ranges
-from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.process.output import new_folder
 from dualsm.rundir.trained_run import TrainedRun
 
@@ -138,15 +137,8 @@ def dualsm_config(run: TrainedRun, dtype: str, max_position_embeddings: int) -> 
             "AutoModelForCausalLM": "modeling_dualsm.DualSMForCausalLM",
             "AutoModelForMaskedLM": "modeling_dualsm_masked.DualSMForMaskedLM",
         },
-        "hidden_size": model.d_model,
-        "intermediate_size": model.d_ff,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": num_kv_heads(model),
-        "head_dim": head_dim(model),
+        **shape_keys(model),
         **{key: model[key] for key in ("qkv_bias", "qk_norm", "norm_placement", "head")},
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tie_word_embeddings,
         "max_position_embeddings": max_position_embeddings,
         "rotary_base": model.rope_theta,
         "rotary_scaling": None if model.rope_scaling.name == "none" else scaling,

@@ -8,7 +8,6 @@ import jax
 
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.exchange import reference_format, token_ids
-from dualsm.exchange.switches import switched_on
 from dualsm.exchange.tokenizer_export import tokenizer_json
 from dualsm.exchange.weight_files import write_safetensors
 from dualsm.process.errors import UserError
@@ -28,10 +27,7 @@ def export(run: TrainedRun, output: Path) -> str:
     model = run.config.model
     if model.head != "projected":
         raise UserError("the reference format does not support the plain head; use --format=huggingface")
-    if keys := switched_on(model):
-        raise UserError(
-            f"the reference format does not support config.model.{keys[0]}; use --format=huggingface"
-        )
+    reference_format.check_switches(model, "use --format=huggingface")
     params = token_ids.to_external(jax.device_get(run.params), run.tokenizer.external_ids_V)
     metadata = {names[0]: str(model[key]) for key, names in reference_format.SETTINGS.items()}
     metadata["vocab_size"] = str(len(params["embedding"]["embedding"]))

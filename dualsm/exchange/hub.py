@@ -31,30 +31,75 @@ def local_path(weights: str) -> Path:
     """
     if not weights.startswith(SCHEME):
         return Path(weights)
-    match = _ADDRESS.fullmatch(weights)
+    repository, revision = _parse(weights, "--weights")
+    return _download(f"--weights={weights}:", repository, revision)
+
+
+def list_branches(address: str, flag: str) -> list[str]:
+    """Returns the branches of the repository `hf://OWNER/NAME`, sorted.
+
+    Args:
+      address: of the repository.
+      flag: flag that sets the address, for messages.
+
+    Raises:
+      UserError: if the repository does not exist, or the Hub cannot be reached.
+    """
+    repository, _ = _parse(address, flag)
+    prefix = f"{flag}={address}:"
+    try:
+        info = _model_info(prefix, repository, "main")
+    except UserError:
+        raise
+    except Exception as error:  # the network libraries, and their errors, depend on the version
+        raise UserError(
+            f"{prefix} cannot reach the Hugging Face Hub ({_reason(error)}); check the network, or download "
+            "the branches on another machine and pass the folder that contains them"
+        ) from error
+    return sorted(branch.name for branch in _hub().HfApi().list_repo_refs(info.id).branches)
+
+
+def _parse(address: str, flag: str) -> tuple[str, str]:
+    """Returns the repository and the revision."""
+    match = _ADDRESS.fullmatch(address)
     if not match:
-        raise UserError(f"--weights={weights}: must have the form hf://OWNER/NAME or hf://OWNER/NAME@BRANCH")
-    return _download(weights, match[1], match[2] or "main")
+        raise UserError(f"{flag}={address}: must have the form hf://OWNER/NAME or hf://OWNER/NAME@BRANCH")
+    return match[1], match[2] or "main"
 
 
-def _download(weights: str, repository: str, revision: str) -> Path:
-    """Returns the folder in the cache of the Hub that contains the files of a revision."""
+def _hub():
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        import huggingface_hub.errors
     except ImportError as error:
         raise UserError(
             "huggingface_hub is not installed; run pip install 'dualsm[hub]', or download the files"
         ) from error
-    prefix = f"--weights={weights}:"
+    return huggingface_hub
+
+
+def _model_info(prefix: str, repository: str, revision: str):
+    """Returns the Hub's description of a revision; raises `UserError` if it does not exist."""
+    errors = _hub().errors
     try:
-        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT)
+        return _hub().HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT)
+    except errors.HFValidationError as error:
+        raise UserError(f"{prefix} {repository} is not a valid repository name; check the name") from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{prefix} {repository} has no branch {revision}; check the name") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"{prefix} no public repository {repository}; check the name, or log in with `hf auth login`"
         ) from error
+
+
+def _download(prefix: str, repository: str, revision: str) -> Path:
+    """Returns the folder in the cache of the Hub that contains the files of a revision."""
+    huggingface_hub = _hub()
+    try:
+        info = _model_info(prefix, repository, revision)
+    except UserError:
+        raise
     except Exception as error:  # the network libraries, and their errors, depend on the version
         return _cached(prefix, repository, revision, error)
     names = {sibling.rfilename for sibling in info.siblings or ()}

@@ -10,13 +10,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dualsm.exchange import imported_run, token_ids
-from dualsm.exchange.families.family import Family
 from dualsm.exchange.families.family_table import family_of_config
 from dualsm.exchange.families.tensor_sources import OUTPUT, tensor_sources
-from dualsm.exchange.parameter_sources import Source, load_params
+from dualsm.exchange.parameter_sources import Source, load_params, num_ids
 from dualsm.exchange.special_tokens import adapt_tokenizer
 from dualsm.exchange.weight_files import Weights, open_weights, read_json_object
 from dualsm.process.errors import UserError
+from dualsm.process.output import check_empty
 
 MAX_SEQ_LEN = 2048  # of a run that is imported without a config; models may allow far longer sequences
 
@@ -38,6 +38,7 @@ def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path,
       UserError: if a file is missing or damaged, the model is not supported, weights, tokenizer and recipe do
         not match, or `workdir` is in use.
     """
+    check_empty(workdir, "--workdir")
     if not (folder / "config.json").is_file():
         raise UserError(
             f"--weights={folder} has no config.json; pass a folder written by save_pretrained of transformers"
@@ -47,9 +48,13 @@ def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path,
     settings = family.settings(content)
     weights = open_weights(folder)
     sources, dropped = tensor_sources(family, settings, weights.tensors)
-    _check_vocab_size(content, weights, sources["embedding/embedding"])
+    size = num_ids(weights, sources)
+    if content.get("vocab_size") != size:
+        raise UserError(
+            f"config.json: vocab_size={content.get('vocab_size')} but the embedding has {size} rows; pass "
+            "the config.json of the weights"
+        )
     _check_copy_of_embedding(weights, sources)
-    size = weights.tensors[sources["embedding/embedding"].name].shape[0]
     path = Path(tokenizer) if tokenizer else folder / "tokenizer.json"
     known, notes = adapt_tokenizer(folder, path, size, mask_token)
     settings["never_predicted"] = token_ids.never_predicted(known, size)
@@ -64,7 +69,8 @@ def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path,
         "max_position_embeddings": longest,
     }
     imported_run.write_run(config, params, known, workdir, source)
-    return "\n".join([_message(family, config, workdir, dropped), *notes])
+    unused = [*dropped, *weights.ignored]
+    return "\n".join([imported_run.message(family.architecture, config, workdir, unused), *notes])
 
 
 def _max_position_embeddings(content: Mapping[str, Any]) -> int:
@@ -76,15 +82,6 @@ def _max_position_embeddings(content: Mapping[str, Any]) -> int:
     return longest
 
 
-def _check_vocab_size(content: Mapping[str, Any], weights: Weights, embedding: Source) -> None:
-    rows = weights.tensors[embedding.name].shape[:1]
-    if (content.get("vocab_size"),) != rows:
-        raise UserError(
-            f"config.json: vocab_size={content.get('vocab_size')} but {embedding.name} has {rows[0]} rows; "
-            "pass the config.json of the weights"
-        )
-
-
 def _check_copy_of_embedding(weights: Weights, sources: Mapping[str, Source | list[Source]]) -> None:
     """Raises `UserError` if the weights of a model with tied embeddings have another output matrix."""
     if "head/output/kernel" in sources or OUTPUT not in weights.tensors:
@@ -93,15 +90,3 @@ def _check_copy_of_embedding(weights: Weights, sources: Mapping[str, Source | li
         raise UserError(
             f"config.json: tie_word_embeddings=true but {OUTPUT} differs from the embedding; fix the file"
         )
-
-
-def _message(family: Family, config: ConfigDict, workdir: Path, dropped: list[str]) -> str:
-    model = config.model
-    lines = [
-        f"{family.architecture} with {model.num_layers} layers, d_model={model.d_model} and "
-        f"seq_len={config.seq_len}, at step 0, in {workdir}"
-        + ("" if config.data.path else "; to train it further, fork it with configs/adapt.py")
-    ]
-    if dropped:
-        lines.append(f"not used: {', '.join(dropped)}")
-    return "\n".join(lines)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.exchange import imported_run, reference_format, token_ids
-from dualsm.exchange.parameter_sources import load_params
+from dualsm.exchange.parameter_sources import load_params, num_ids
 from dualsm.exchange.weight_files import open_weights, read_settings
+from dualsm.process.output import check_empty
 
 
 def load(path: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path) -> str:
@@ -28,21 +28,17 @@ def load(path: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path) -
     Raises:
       UserError: if a file is damaged, weights, tokenizer and recipe do not match, or `workdir` is in use.
     """
+    check_empty(workdir, "--workdir")
     weights = open_weights(path)
     sources, dropped = reference_format.parameter_sources(weights.tensors)
     declared = read_settings(weights)
     settings = reference_format.model_settings(sources, weights.tensors, declared)
     known = load_tokenizer(tokenizer or str(weights.path.with_name("tokenizer.json")))
-    size = weights.tensors[sources["embedding/embedding"].name].shape[0]
-    settings["never_predicted"] = token_ids.never_predicted(known, size)
+    settings["never_predicted"] = token_ids.never_predicted(known, num_ids(weights, sources))
     config = imported_run.fit_config(recipe, settings, known, reference_format.sequence_length(declared))
+    reference_format.check_switches(config.model, "remove it from --config")
     params = load_params(weights, sources, imported_run.abstract_params(config), known.external_ids_V)
     source = {"format": "reference", "weights": weights.path.name, "sha256": weights.sha256()}
     imported_run.write_run(config, params, known, workdir, source)
-    model = config.model
-    hint = "" if config.data.path else "; to train it further, fork it with configs/adapt.py"
-    patterns = {re.sub(r"\.\d+\.", ".*.", name): None for name in [*dropped, *weights.ignored]}
-    unused = ", ".join(patterns)
-    return f"{model.num_layers} layers with d_model={model.d_model}, at step 0, in {workdir}{hint}" + (
-        f"\nnot used: {unused}" if unused else ""
-    )
+    unused = [*dropped, *weights.ignored]
+    return imported_run.message("a model with the paper's head", config, workdir, unused)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import operator
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -62,6 +64,25 @@ def fit_config(
     return config
 
 
+def message(name: str, config: ConfigDict, workdir: Path, unused: Iterable[str]) -> str:
+    """Returns the message about an imported run.
+
+    Args:
+      name: name of the model's class.
+      config: config of the run.
+      workdir: the run directory.
+      unused: tensors and entries of the weights that are not parameters.
+    """
+    text = (
+        f"{name} with {config.model.num_layers} layers, d_model={config.model.d_model} and "
+        f"seq_len={config.seq_len}, at step 0, in {workdir}"
+    )
+    if not config.data.path:
+        text += "; to train it further, fork it with configs/adapt.py"
+    patterns = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in unused})
+    return f"{text}\nnot used: {', '.join(patterns)}" if patterns else text
+
+
 def abstract_params(config: ConfigDict) -> dict:
     """Returns the shapes, dtypes and shardings of a run's parameters on this machine's devices."""
     mesh = sharding.make_mesh(configs.default_config().mesh, jax.devices())
@@ -69,7 +90,14 @@ def abstract_params(config: ConfigDict) -> dict:
     return abstract(shapes, sharding.tree_shardings(mesh, shapes))
 
 
-def write_run(config: ConfigDict, params: dict, tokenizer: Tokenizer, workdir: Path, source: dict) -> None:
+def write_run(
+    config: ConfigDict,
+    params: dict,
+    tokenizer: Tokenizer,
+    workdir: Path,
+    source: dict,
+    flag: str = "--workdir",
+) -> None:
     """Writes a run directory with the parameters as the checkpoint of step 0.
 
     Args:
@@ -78,13 +106,14 @@ def write_run(config: ConfigDict, params: dict, tokenizer: Tokenizer, workdir: P
       tokenizer: tokenizer of the run.
       workdir: run directory to create; must not exist or be empty.
       source: origin of the weights, written to source.json.
+      flag: flag that sets `workdir`, for messages.
 
     Raises:
       UserError: if `workdir` is in use.
     """
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config))
     params = jax.device_put(params, layout)
-    with new_folder(workdir, "--workdir") as folder:
+    with new_folder(workdir, flag) as folder:
         (folder / TOKENIZER).write_bytes(tokenizer.model)
         (folder / CONFIG).write_text(configs.save_config(config))
         (folder / SOURCE).write_text(json.dumps(source, indent=1) + "\n")

@@ -9,17 +9,19 @@ from ml_collections import ConfigDict
 
 from dualsm.config import save_config
 from dualsm.data.corpus import MANIFEST
+from dualsm.exchange.tokenizer_export import exported_tokenizer, external_special_ids, special_pieces
+from dualsm.exchange.weights_source import read_source
 from dualsm.objectives.pairs import Entry, entry
 from dualsm.objectives.plan import count_sequences
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.results import results_file
 from dualsm.rundir.trained_run import TrainedRun
-from dualsm.rundir.workdir import SOURCE, read_config
+from dualsm.rundir.workdir import read_config
 
 _MODES = {
     "causal": "each token attends to itself and earlier tokens",
     "prefix": "attention is bidirectional within the prompt and causal after it",
-    "masked": "attention is bidirectional; the model predicts the tokens at `<mask>`",
+    "masked": "attention is bidirectional; the model predicts the tokens at `{mask}`",
 }
 
 
@@ -28,14 +30,14 @@ def model_card(run: TrainedRun, plain: bool) -> str:
 
     Args:
       run: the exported run.
-      plain: True if the run is exported as a stock Llama.
+      plain: True if the run is exported for a stock class of transformers.
     """
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dualsm]\n---",
         f"# {run.workdir.name}",
         "A language model trained with dualsm on the mixture of objectives below "
         "([Dual-objective Language Models](https://arxiv.org/abs/2512.14549)).",
-        _use(plain),
+        _use(run, plain),
         "## Training\n\n" + _table(["", ""], _training(run)),
         _mixture(run),
         _scores(run),
@@ -44,7 +46,9 @@ def model_card(run: TrainedRun, plain: bool) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _use(plain: bool) -> str:
+def _use(run: TrainedRun, plain: bool) -> str:
+    tokenizer = exported_tokenizer(run)
+    bos, mask = (special_pieces(tokenizer)[role] for role in ("bos", "mask"))
     trust = "" if plain else ", trust_remote_code=True"
     lines = [
         "## Use",
@@ -59,14 +63,16 @@ def _use(plain: bool) -> str:
         "```",
         "",
         "Position i always predicts token i + 1, so the prediction for a masked token is the output at the "
-        "position before it. The tokenizer prepends `<s>`. By default it encodes special tokens in a text as "
-        "plain text; for `<mask>` as the mask token, call `tokenizer(text, split_special_tokens=False)`.",
+        f"position before it. The tokenizer prepends `{bos}`. By default it encodes special tokens in a text "
+        "as plain text.",
     ]
+    if external_special_ids(tokenizer)["mask"] is not None:
+        lines += [f"For `{mask}` as the mask token, call `tokenizer(text, split_special_tokens=False)`."]
     if plain:
         lines += ["", "The stock class supports causal attention only; for the other modes use dualsm."]
     else:
         lines += ["", "Modes of `model(...)`; `model.generate(...)` supports all except the last:", ""]
-        lines += [f'- `mode="{mode}"`: {text}' for mode, text in _MODES.items()]
+        lines += [f'- `mode="{mode}"`: {text.format(mask=mask)}' for mode, text in _MODES.items()]
         lines += [
             "",
             "`AutoModelForMaskedLM` loads the folder as a masked language model, whose logits at position i "
@@ -88,7 +94,7 @@ def _training(run: TrainedRun) -> list[tuple]:
     ]
     if run.parameters == "ema":
         rows.insert(0, ("weights", _average_text(config.ema)))
-    source = _read(run.workdir / SOURCE)
+    source = read_source(run)
     if source:
         details = ", ".join(filter(None, (source["format"], source.get("sha256", "")[:12])))
         rows.insert(0, ("started from", f"{source['weights']} ({details})"))

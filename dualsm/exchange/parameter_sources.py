@@ -56,6 +56,16 @@ def load_params(
     return traverse_util.unflatten_dict(loaded, sep="/")
 
 
+def num_ids(weights: Weights, sources: Sources) -> int:
+    """Returns the number of rows of the embedding. Raises `UserError` if it is not a matrix."""
+    info = weights.tensors[sources["embedding/embedding"].name]
+    if len(info.shape) != 2:
+        raise UserError(
+            f"--weights: the embedding has the shape {info.shape} but must be a matrix; pass other weights"
+        )
+    return info.shape[0]
+
+
 def _parameter(
     weights: Weights, source: Source | Sequence[Source], path: str, shape: tuple[int, ...], external_ids_V
 ) -> np.ndarray:
@@ -79,13 +89,13 @@ def _check(weights: Weights, sources: Sources, flat: Mapping[str, jax.ShapeDtype
     """Checks the types and shapes of all tensors."""
     if sources.keys() != flat.keys():
         raise ValueError(f"sources and parameters differ: {sorted(sources.keys() ^ flat.keys())}")
-    vocab_size = weights.tensors[sources["embedding/embedding"].name].shape[:1]
+    vocab_size = num_ids(weights, sources)
     for path, leaf in flat.items():
         source = sources[path]
         layered = not isinstance(source, Source)
         expected = list(leaf.shape[1:] if layered else leaf.shape)
         if path in token_ids.VOCABULARY_AXIS:
-            expected[token_ids.VOCABULARY_AXIS[path]] = (*vocab_size, 0)[0]
+            expected[token_ids.VOCABULARY_AXIS[path]] = vocab_size
         if path.endswith("kernel"):
             expected.reverse()
         if layered and len(source) != leaf.shape[0]:

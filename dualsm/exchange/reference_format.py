@@ -11,8 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from dualsm.exchange.parameter_sources import Source
+from dualsm.exchange.switches import switched_on
 from dualsm.exchange.tensor_info import TensorInfo
 from dualsm.process.errors import UserError
 
@@ -206,3 +208,9 @@ def _set_num_heads(settings: dict, declared: Mapping[str, float]) -> None:
 def _transposed(path: str, tensor: np.ndarray) -> np.ndarray:
     """Transposes matrices; returns other tensors, and the embedding, unchanged."""
     return tensor.T if path.endswith("kernel") else tensor
+
+
+def check_switches(model: ConfigDict, advice: str) -> None:
+    """Raises `UserError`, with advice, if `config.model` has a switch that the format lacks."""
+    if keys := switched_on(model):
+        raise UserError(f"the reference format does not support config.model.{keys[0]}; {advice}")

@@ -48,6 +48,8 @@ def adapt_tokenizer(folder: Path, path: Path, num_ids: int, mask_token: str = ""
     """
     content = _read_tokenizer(path)
     token_of_id = _tokens(content)
+    if not token_of_id:
+        return AdaptedTokenizer(_load(path.read_bytes(), path), [])  # reports the damage
     if max(token_of_id, default=-1) >= num_ids:
         raise UserError(
             f"tokenizer {path} has ids up to {max(token_of_id)} but the embedding has {num_ids} rows; "

@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from dualsm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, Tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
+from dualsm.exchange.weights_source import read_source
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
 
@@ -36,7 +37,9 @@ def exported_tokenizer(run: TrainedRun) -> Tokenizer:
     """Returns the tokenizer of an export, in which an untrained run has no added tokens."""
     tokenizer = run.tokenizer
     added = isinstance(tokenizer, JsonTokenizer) and tokenizer.num_ids
-    return tokenizer.without_added() if added and not run.step else tokenizer
+    averaged_steps = read_source(run).get("steps", ())  # a mean of checkpoints is at step 0 too
+    untrained = not run.step and not any(averaged_steps)
+    return tokenizer.without_added() if added and untrained else tokenizer
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from dualsm.process.errors import UserError
+from dualsm.exchange.weight_files import read_json_object
 from dualsm.rundir.trained_run import TrainedRun
 from dualsm.rundir.workdir import SOURCE, read_config
 
@@ -23,17 +22,9 @@ def read_source(run: TrainedRun) -> dict:
     for _ in range(_MAX_FORKS):
         path = workdir / SOURCE
         if path.exists():
-            return _read(path)
+            return read_json_object(path)
         if not config.start.run or not Path(config.start.run).is_dir():
             break
         workdir = Path(config.start.run)
         config = read_config(workdir)
     return {}
-
-
-def _read(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it") from error
-    return content if isinstance(content, dict) else {}

@@ -6,12 +6,6 @@ import jax
 import jax.numpy as jnp
 
 
-def row_keys(key: jax.Array, rows: int) -> jax.Array:
-    """Returns one key per row, uint32 [B, 2]; the key of a row does not depend on the number of rows."""
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
-    return jax.random.key_data(keys_B)
-
-
 def fold_layers(keys_Bx2: jax.Array, layers: int) -> tuple[jax.Array, jax.Array]:
     """Returns the keys of the embedding, [B, 2], and of attention and MLP of each layer, [N, 2, B, 2]."""
     keys_B = jax.random.wrap_key_data(keys_Bx2, impl="threefry2x32")

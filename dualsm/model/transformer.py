@@ -21,7 +21,9 @@ from dualsm.model.dropout import dropout, fold_layers
 from dualsm.model.head_shapes import head_dim, num_kv_heads
 from dualsm.model.rope import Rope, layer_angles, rotate, rotated_layers
 
-MASKED = -1e30  # logit of ids that are never predicted; finite, for padding has them as targets of weight 0
+# Logit of ids that are never predicted; finite, because padding positions may have these ids as targets of
+# weight 0.
+MASKED = -1e30
 TENSOR_CORE_MULTIPLE = 64  # other matrix sizes halve the speed on GPUs, see docs/performance.md
 
 
@@ -115,7 +117,7 @@ class Block(nnx.Module):
     """One layer: attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
-        self.backend, self.dropout = config.attention, config.get("dropout", 0.0)
+        self.backend, self.dropout = config.attention, config.dropout
         self.attention = Attention(config, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
@@ -217,7 +219,7 @@ class Transformer(nnx.Module):
         self.rope = Rope(self.head_dim, config.rope_theta, **config.rope_scaling)
         self.no_rope_layer_interval = config.no_rope_layer_interval
         self.remat = config.remat
-        self.dropout = config.get("dropout", 0.0)
+        self.dropout = config.dropout
         self.layers = config.num_layers
         self.embedding = nnx.Embed(
             config.vocab_size,

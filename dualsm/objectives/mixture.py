@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualsm.objectives.example import Example, Row, SpecialIds
+from dualsm.objectives.example import Example, Row
 from dualsm.objectives.registry import OBJECTIVES
 from dualsm.process.errors import UserError
 
@@ -134,23 +134,6 @@ def make_examples(
     return jax.vmap(lambda row, index, key: jax.lax.switch(index, objectives, row, key))(
         rows, objective_B, keys_B
     )
-
-
-def bind(
-    names: Sequence[str], options: Mapping, special: SpecialIds
-) -> list[Callable[[Row, jax.Array], Example]]:
-    """Returns the named objectives as functions of (row, key), with their options bound.
-
-    Args:
-      names: names of objectives.
-      options: `config.objectives`, or a part of it; `weight` is ignored, because the train step applies it.
-      special: special ids of the tokenizer.
-    """
-    bound = []
-    for name in names:
-        keywords = {key: value for key, value in options[name].items() if key != "weight"}
-        bound.append(functools.partial(OBJECTIVES[name], special=special, **keywords))
-    return bound
 
 
 def row_keys(key: jax.Array, rows: int) -> jax.Array:

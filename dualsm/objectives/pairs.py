@@ -83,7 +83,9 @@ def default_member_options(pairs: Mapping[str, Mapping]) -> dict[str, Any]:
                 raise UserError(
                     f"{where}.{name}={options!r} must set weight and options of {', '.join(known)}"
                 )
-            found |= {f"pairs.{pair}.{name}.{key}": known[key] for key in {"weight", *options}}
+            if "weight" not in options:
+                raise UserError(f"{where}.{name} has no weight; set {where}.{name}.weight")
+            found |= {f"pairs.{pair}.{name}.{key}": known[key] for key in options}
     return found
 
 
@@ -121,7 +123,9 @@ def entry(name: str, config: Mapping) -> Entry:
 
 
 def _member(name: str, objective: str, options: Mapping) -> Member:
-    return Member(name, objective, {k: v for k, v in options.items() if k != "weight"}, options["weight"])
+    return Member(
+        name, objective, {k: v for k, v in options.items() if k != "weight"}, options.get("weight", 1.0)
+    )
 
 
 def members_of(entries: Sequence[Entry]) -> list[Member]:

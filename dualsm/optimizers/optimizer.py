@@ -35,7 +35,7 @@ OPTIMIZERS = {"muon": Optimizer(make_muon, muon_peak), "adamw": Optimizer(make_a
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, schedule: optax.Schedule, steps: int = 1
+    config: ml_collections.ConfigDict, schedule: optax.Schedule, steps: int
 ) -> optax.GradientTransformation:
     """Returns the optimizer of a run, with gradient clipping if `config.max_grad_norm` is not 0.
 
@@ -68,8 +68,8 @@ def at_step(state: optax.OptState, step: jax.Array) -> optax.OptState:
 
 def check_optimizer(config: ml_collections.ConfigDict) -> None:
     """Raises `UserError` if keys of `config.optimizer` do not fit together."""
-    if config.adamw_learning_rate and config.name == "adamw":
+    if config.adamw_learning_rate and config.name != "muon":
         raise UserError(
             f"config.optimizer.adamw_learning_rate={config.adamw_learning_rate} has no effect with "
-            "config.optimizer.name=adamw; set config.optimizer.learning_rate"
+            f"config.optimizer.name={config.name}; set config.optimizer.learning_rate"
         )

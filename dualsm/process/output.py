@@ -96,7 +96,7 @@ def new_folder(target: Path, flag: str) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         for lock in target.parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
             _remove_if_abandoned(lock)
-        _check_empty(target, flag)
+        check_empty(target, flag)
         partial = target.parent / f"{prefix}{secrets.token_hex(4)}"
         partial.mkdir()
     except OSError as error:
@@ -110,7 +110,7 @@ def new_folder(target: Path, flag: str) -> Iterator[Path]:
             (partial / f"{_LOCK}.new").rename(partial / _LOCK)
             yield partial
             (partial / _LOCK).unlink()
-            _check_empty(target, flag)
+            check_empty(target, flag)
             partial.rename(target)  # over an empty folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -132,7 +132,8 @@ def try_lock(file: IO) -> bool | None:
     return True
 
 
-def _check_empty(target: Path, flag: str) -> None:
+def check_empty(target: Path, flag: str) -> None:
+    """Raises `UserError`, naming the flag, unless the folder is empty or does not exist."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{flag}={target} already exists; remove it or choose another")
 

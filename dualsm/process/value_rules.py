@@ -47,4 +47,8 @@ def one_of(names: Iterable[str]) -> Rule:
 def subset_of(names: Iterable[str]) -> Rule:
     """Returns the rule of a text that lists some of `names`, separated by commas."""
     names = tuple(names)
-    return Rule(lambda v: not v or set(v.split(",")) <= set(names), f"list some of {', '.join(names)}")
+    text = f"list some of {','.join(names)}, separated by commas without spaces"
+    return Rule(
+        lambda v: not v or set(v.split(",")) <= set(names),
+        text,
+    )

@@ -16,7 +16,7 @@ from dualsm.process import distributed
 from dualsm.process.errors import UserError
 from dualsm.process.progress import warn
 from dualsm.rundir import checksums
-from dualsm.rundir.checkpoint_metadata import CHECKSUMS, saved_part, verify, whole
+from dualsm.rundir.checkpoint_metadata import CHECKSUMS, fill_missing_fields, saved_part, verify
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest_checkpoint"  # file with the step of the newest intact checkpoint; reveals lost checkpoints
@@ -195,7 +195,7 @@ class Checkpoints:
                 wanted = saved_part(self._manager, step, abstract_state)
                 restored = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
                 verify(self._manager, step, restored)
-                state = whole(abstract_state, restored)
+                state = fill_missing_fields(abstract_state, restored)
             except Exception as error:  # damaged files raise various errors
                 reason = error_reason(error)
             if distributed.all_agree(state is not None):

@@ -8,7 +8,7 @@ from dualsm.process.errors import UserError
 from dualsm.rundir import checksums
 
 CHECKSUMS = "checksums"  # key in the custom metadata of a checkpoint
-WEIGHTS_ALONE = {"step", "params"}  # fields of the train state in a checkpoint of weights alone
+WEIGHTS_ONLY = {"step", "params"}  # fields of the train state in a checkpoint of weights only
 
 
 def verify(manager: ocp.CheckpointManager, step: int, restored) -> None:
@@ -34,13 +34,13 @@ def saved_part(manager: ocp.CheckpointManager, step: int, state):
       dict, the fields that the checkpoint contains.
     """
     fields = {path.partition("/")[0] for path in _read(manager, step) or ()}
-    if not fields or (fields != WEIGHTS_ALONE and not isinstance(state, dict)):
+    if not fields or (fields != WEIGHTS_ONLY and not isinstance(state, dict)):
         return state
     values = state if isinstance(state, dict) else state._asdict()
     return {name: value for name, value in values.items() if name in fields}
 
 
-def whole(state, restored):
+def fill_missing_fields(state, restored):
     """Returns `restored` with the structure of `state`; fields that it lacks are None."""
     if isinstance(restored, dict) and hasattr(state, "_fields"):
         return type(state)(**dict.fromkeys(state._fields) | restored)

@@ -72,8 +72,8 @@ def open_run(workdir: str | Path, step: int | None = None, parameters: str = "la
     step, parts = restore_parts(workdir, {field: abstract(shapes, layout)}, step)
     if field not in parts:
         raise UserError(
-            f"--parameters={parameters}: step {step} of {workdir} has no moving average of the weights "
-            "(config.ema); use --parameters=last"
+            f"parameters={parameters}: step {step} of {workdir} has no moving average of the weights "
+            "(config.ema); use parameters=last"
         )
     tokenizer = load_tokenizer(str(workdir / TOKENIZER))
     return TrainedRun(workdir, config, tokenizer, step, parts[field], mesh, parameters)

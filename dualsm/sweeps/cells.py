@@ -9,6 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from dualsm.config import default_config, load_config
+from dualsm.model.transformer import init_params
+from dualsm.objectives.plan import count_sequences
 from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import METRICS, read_metrics
 from dualsm.rundir.workdir import CONFIG
@@ -163,9 +168,6 @@ def _budget_tokens(config: dict) -> int:
     path = config.get("mixture_schedule", {}).get("path", "")
     if not any(config["mixture"].get(name) or name in path for name in config.get("pairs", {})):
         return steps * batch_size * seq_len
-    from dualsm.config import default_config  # reading a table without pairs does not need JAX
-    from dualsm.objectives.plan import count_sequences
-
     complete = default_config()
     complete.update(config)
     return count_sequences(complete) * seq_len
@@ -195,12 +197,6 @@ def causal_share(config: dict) -> float | None:
 @functools.lru_cache(maxsize=64)
 def _parameters(model: str) -> int:
     """Returns the number of parameters of a model, given `config.model` as JSON."""
-    # Imported here because reading a table.csv does not need JAX.
-    import jax
-
-    from dualsm.config import load_config
-    from dualsm.model.transformer import init_params
-
     shapes = jax.eval_shape(lambda: init_params(load_config(model), jax.random.key(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 

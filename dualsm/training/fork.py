@@ -87,7 +87,7 @@ def with_initial(abstract_state: TrainState, parts: dict, init: Callable[[], Tra
       parts: values by name of the field. A moving average that is not among them starts from `params`.
       init: returns the state before the first step.
     """
-    # Initialise the other fields only: a complete second state would double the peak memory.
+    # Initialize the other fields only: a complete second state would double the peak memory.
     rest = [name for name in abstract_state._fields if name not in (*parts, "ema")]
     shardings = [jax.tree.map(lambda leaf: leaf.sharding, getattr(abstract_state, name)) for name in rest]
     make = jax.jit(lambda: [getattr(init(), name) for name in rest], out_shardings=shardings)

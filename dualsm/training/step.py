@@ -15,7 +15,7 @@ import ml_collections
 import optax
 
 from dualsm.devices.sharding import constrain
-from dualsm.model import dropout, transformer
+from dualsm.model import transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
 from dualsm.objectives.pairs import Entry, bind_members, members_of
@@ -32,7 +32,7 @@ from dualsm.training.step_metrics import (
 )
 from dualsm.training.weight_average import update_average
 
-_DROPOUT = 2**31  # above the index of any row, whose keys of corruption are folded in too
+_DROPOUT = 2**31  # folded into the key of a step; larger than the row indices folded in for corruption
 
 
 class Batch(NamedTuple):
@@ -138,7 +138,8 @@ def make_train_step(
         weights = row_weights(batch.objective_B, example.loss_denominator_L)
         dropout_keys_Bx2 = None
         if config.model.dropout:
-            dropout_keys_Bx2 = dropout.row_keys(jax.random.fold_in(key, _DROPOUT), rows)
+            dropout_key = jax.random.fold_in(key, _DROPOUT)
+            dropout_keys_Bx2 = jax.random.key_data(mixture.row_keys(dropout_key, rows))
         grads, stats = gradients(state.params, TrainingRows(example, weights, dropout_keys_Bx2))
         denominator_B = stats.loss_denominator_B
         if weights.denominator_B is not None:

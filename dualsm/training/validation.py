@@ -18,6 +18,7 @@ from dualsm.devices.sharding import constrain, replicated, shard_batch
 from dualsm.model import transformer
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
+from dualsm.objectives.pairs import bind_members, entry, members_of
 from dualsm.objectives.registry import valid_options
 from dualsm.training.objective_loss import example_loss
 
@@ -139,7 +140,8 @@ class Validation:
             for batch in _batches(arrays, batch_size, special.pad)
         ]
         self._strata = len(arrays[0])
-        objectives = mixture.bind(names, valid_options(config.objectives), special)
+        options = {"objectives": valid_options(config.objectives)}
+        objectives = bind_members(members_of([entry(name, options) for name in names]), special)
         token_bytes_V = jnp.asarray(rows.token_bytes_V)
 
         def score(params: dict, tokens_BxL1, documents_BxL1, scale_BxL1, stratum_B, objective: jax.Array):

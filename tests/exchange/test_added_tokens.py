@@ -1,14 +1,18 @@
 """Import and export of models without a mask, with and without training in between."""
 
 import dataclasses
+import json
 import os
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dualsm.exchange import average_checkpoints
 from dualsm.exchange.export_huggingface import export
 from dualsm.exchange.import_huggingface import load
+from dualsm.exchange.tokenizer_export import exported_tokenizer
+from dualsm.exchange.weights_source import read_source
 from dualsm.model.transformer import MASKED
 from dualsm.rundir.trained_run import open_run
 from tests.conftest import ROOT
@@ -81,6 +85,19 @@ def test_export_of_an_untrained_run_equals_the_import(imported, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("a")["input_ids"][0] == 1
     assert len(tokenizer) <= config.vocab_size
+
+
+def test_mean_of_trained_checkpoints_keeps_its_mask_and_origin(imported, tmp_path):
+    """A mean of checkpoints is at step 0, as an import is; that of step 0 alone is untrained."""
+    _, _, run, _ = imported
+    average_checkpoints.write(run.workdir, [0], 0, tmp_path / "mean")
+    mean = open_run(tmp_path / "mean")
+    assert exported_tokenizer(mean) is not mean.tokenizer
+    source = read_source(mean)
+    for key in ("model_type", "max_position_embeddings"):
+        assert source[key] == read_source(run)[key]
+    (tmp_path / "mean" / "source.json").write_text(json.dumps(source | {"steps": [0, 4]}))
+    assert exported_tokenizer(mean) is mean.tokenizer
 
 
 def test_export_of_a_trained_run_has_its_mask(imported, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dualsm.exchange.hub import local_path
+from dualsm.exchange.hub import list_branches, local_path
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import open_run
 from tests.conftest import run_command
@@ -20,6 +20,7 @@ from tests.test_commands import assert_one_line
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra hub")
 
 REPOSITORY, BRANCH, COMMIT = "ltg/dual-lm-470m", "alpha_0.750_n-reps=32", "c" * 40
+BRANCHES = ["main", BRANCH]
 WEIGHTS = f"hf://{REPOSITORY}@{BRANCH}"
 
 
@@ -28,7 +29,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self, body: bool = True):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-        if path == f"/api/models/{REPOSITORY}/revision/{BRANCH}":
+        if path == f"/api/models/{REPOSITORY}/refs":
+            refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": COMMIT} for name in BRANCHES]
+            content = json.dumps({"branches": refs, "tags": [], "converts": []}).encode()
+            self.answer(200, content, {"Content-Type": "application/json"}, body)
+            return
+        if path in [f"/api/models/{REPOSITORY}/revision/{branch}" for branch in BRANCHES]:
             siblings = [{"rfilename": str(p.relative_to(self.server.folder))} for p in self.server.files()]
             content = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode()
             self.answer(200, content, {"Content-Type": "application/json"}, body)
@@ -121,11 +127,18 @@ def test_branch_is_imported_as_a_run(server, released_alone, tmp_path):
         ("hf://ltg/another", "no public repository ltg/another"),
         (WEIGHTS, "contains none of model.safetensors"),
         ("hf://ltg", "must have the form hf://OWNER/NAME"),
+        ("hf://ltg/dual.git", "is not a valid repository name"),
     ],
 )
 def test_weights_that_do_not_exist_are_rejected(cache, weights, message):
     with pytest.raises(UserError, match=message):
         local_path(weights)
+
+
+def test_branches_are_listed(cache, server):
+    assert list_branches(f"hf://{REPOSITORY}", "--models") == sorted(BRANCHES)
+    with pytest.raises(UserError, match="--models=hf://ltg/another: no public repository"):
+        list_branches("hf://ltg/another", "--models")
 
 
 def test_missing_network_is_one_line(tmp_path):

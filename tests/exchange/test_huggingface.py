@@ -1,6 +1,5 @@
 """Exported models in transformers have the logits, generated tokens and tokenizer of the run."""
 
-import copy
 import json
 import os
 import random
@@ -37,6 +36,7 @@ CASES = {
     "foreign": ("json", "projected"),
     "llama": ("sentencepiece", "plain"),
 }
+OWN = ["ours", "foreign"]  # exported with dualsm's own code, which has more modes than the stock class
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -137,11 +137,13 @@ def test_logits_are_equal_in_every_mode(exported, theirs):
     assert all(np.abs(seen[0] - other).max() > 0.1 for other in seen[1:])
 
 
-@pytest.mark.parametrize("mode", ["causal", "prefix"])
+@pytest.mark.parametrize(
+    ("exported", "mode"),
+    [*((case, "causal") for case in CASES), *((case, "prefix") for case in OWN)],
+    indirect=["exported"],
+)
 def test_greedy_generation_is_equal_token_for_token(exported, theirs, mode):
     run, _ = exported
-    if mode == "prefix" and theirs.config.model_type == "llama":
-        pytest.skip("the stock class attends causally only")
     prompts = [list(row[: 5 + 3 * i]) for i, row in enumerate(ids_of_text(run, rows=3))]
     sampling, special = SamplingParams(temperature=0), run.tokenizer.special
     *_, expected = generate(freeze(run.config.model), run.params, prompts, 20, sampling, special, mode)
@@ -174,11 +176,13 @@ def test_cache_does_not_change_the_logits(exported, theirs):
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize(
+    ("exported", "name"),
+    [*((case, "past_key_values") for case in CASES), *((case, "cache") for case in OWN)],
+    indirect=["exported"],
+)
 def test_passed_cache_is_filled_and_used(exported, theirs, name):
     """Also if it is empty, and with `use_cache=False`, which only determines whether it is returned."""
-    if name == "cache" and theirs.config.model_type == "llama":
-        pytest.skip("the stock class knows the name that its version has")
     run, _ = exported
     own_BxL = own_ids_of_text(run, rows=2)
     cache = transformers.DynamicCache()
@@ -239,6 +243,8 @@ def test_labels_are_shifted_once(exported, theirs):
 def test_trainer_accumulates_the_gradient_of_one_large_batch(exported, theirs, batches, tmp_path):
     """Rows have different numbers of labels, so that the mean of means differs from the mean."""
     pytest.importorskip("accelerate", reason="Trainer needs accelerate (extra test-hf)")
+    from tests.exchange.trainer import check_accumulation
+
     run, _ = exported
     ids_BxL = own_ids_of_text(run, rows=4)
     labels_BxL = ids_BxL.clone()
@@ -246,26 +252,9 @@ def test_trainer_accumulates_the_gradient_of_one_large_batch(exported, theirs, b
         labels_BxL[row, :start] = -100
     rows = [{"input_ids": i, "labels": label} for i, label in zip(ids_BxL, labels_BxL, strict=True)]
 
-    def train_once(accumulated):
-        model = copy.deepcopy(theirs)
-        arguments = transformers.TrainingArguments(
-            str(tmp_path / str(accumulated)), max_steps=1, use_cpu=True, report_to=[], save_strategy="no",
-            per_device_train_batch_size=len(rows) // accumulated, gradient_accumulation_steps=accumulated,
-            optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0,
-        )  # fmt: skip
-        loss = transformers.Trainer(model, arguments, train_dataset=rows).train().training_loss
-        before, after = theirs.state_dict(), model.state_dict()
-        return loss, {name: before[name] - after[name] for name in before}
-
-    loss, gradients = train_once(batches)
-    expected_loss, expected = train_once(1)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    loss = check_accumulation(theirs, rows, batches, tmp_path)
     with torch.no_grad():
         assert loss == pytest.approx(theirs(ids_BxL, labels=labels_BxL).loss.item(), rel=1e-5)
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    assert largest > 0.01
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5 * largest.item(), rtol=1e-4)
 
 
 def padded_prompts(run, theirs):
@@ -278,6 +267,7 @@ def padded_prompts(run, theirs):
     return {"inputs": ids_BxP, "attention_mask": mask_BxP, "max_new_tokens": 12, "do_sample": False}
 
 
+@pytest.mark.parametrize("exported", OWN, indirect=True)
 @pytest.mark.parametrize("mode", ["causal", "prefix"])
 @pytest.mark.parametrize(
     "options",
@@ -285,8 +275,6 @@ def padded_prompts(run, theirs):
     ids=lambda options: next(iter(options)),
 )
 def test_generation_options_do_not_change_the_tokens(exported, theirs, mode, options):
-    if theirs.config.model_type == "llama":
-        pytest.skip("the stock class is not ours")
     run, _ = exported
     prompts = padded_prompts(run, theirs)
     if mode == "prefix" and "prefill_chunk_size" in options:
@@ -301,9 +289,8 @@ def test_generation_options_do_not_change_the_tokens(exported, theirs, mode, opt
     assert len(set(expected[0, 12:].tolist())) > 2
 
 
+@pytest.mark.parametrize("exported", OWN, indirect=True)
 def test_unsupported_arguments_are_rejected(exported, theirs):
-    if theirs.config.model_type == "llama":
-        pytest.skip("the stock class is not ours")
     ids = torch.tensor([[5, 6, 7, 8]])
     with pytest.raises(ValueError, match="does not support inputs_embeds"):
         theirs(ids, inputs_embeds=torch.zeros(1, 4, theirs.config.hidden_size))
@@ -315,9 +302,8 @@ def test_unsupported_arguments_are_rejected(exported, theirs):
         theirs.generate(ids, mode="masked", max_new_tokens=1)
 
 
+@pytest.mark.parametrize("exported", OWN, indirect=True)
 def test_masked_mode_rejects_a_cache(exported, theirs):
-    if theirs.config.model_type == "llama":
-        pytest.skip("the stock class has no modes")
     ids = torch.tensor([[5, 6]])
     cache = theirs(input_ids=ids).past_key_values
     with pytest.raises(ValueError, match="does not support a cache"):

@@ -1,6 +1,5 @@
 """An exported run as a masked language model of transformers."""
 
-import copy
 import os
 
 import jax
@@ -85,6 +84,15 @@ def test_logits_predict_their_own_position(exported):
     assert np.ptp(np.delete(first, [0, 4], axis=1)) == 0
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+def test_last_logits_are_the_last_of_all(exported, shifted):
+    run, folder = exported
+    tokens_BxL = torch.tensor(masked_text(run)[0])
+    model = open_masked(folder, masked_lm_shifted=shifted)
+    with torch.no_grad():
+        assert torch.equal(model(tokens_BxL, logits_to_keep=3).logits, model(tokens_BxL).logits[:, -3:])
+
+
 def test_logits_predict_the_next_position_if_shifted(exported):
     run, folder = exported
     tokens_BxL, _ = masked_text(run)
@@ -153,27 +161,12 @@ def test_pipelines_fill_masks(exported):
 @pytest.mark.parametrize("batches", [2])
 def test_trainer_accumulates_the_gradient_of_one_large_batch(exported, batches, tmp_path):
     pytest.importorskip("accelerate", reason="Trainer needs accelerate (extra test-hf)")
+    from tests.exchange.trainer import check_accumulation
+
     run, folder = exported
     tokens_BxL, labels_BxL = masked_text(run, rows=4)
     rows = [
         {"input_ids": torch.tensor(i), "labels": torch.tensor(label)}
         for i, label in zip(tokens_BxL, labels_BxL, strict=True)
     ]
-    before = open_masked(folder)
-
-    def train_once(accumulated):
-        model = copy.deepcopy(before)
-        arguments = transformers.TrainingArguments(
-            str(tmp_path / str(accumulated)), max_steps=1, use_cpu=True, report_to=[], save_strategy="no",
-            per_device_train_batch_size=len(rows) // accumulated, gradient_accumulation_steps=accumulated,
-            optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0,
-        )  # fmt: skip
-        loss = transformers.Trainer(model, arguments, train_dataset=rows).train().training_loss
-        return loss, {name: before.state_dict()[name] - x for name, x in model.state_dict().items()}
-
-    loss, gradients = train_once(batches)
-    expected_loss, expected = train_once(1)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5 * largest, rtol=1e-4)
+    check_accumulation(open_masked(folder), rows, batches, tmp_path)

@@ -3,11 +3,13 @@
 import json
 
 from dualsm.config import save_config
+from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.exchange.model_card import model_card
 from dualsm.rundir.trained_run import TrainedRun
 
 
-def test_scores_have_their_number_of_questions(micro, tmp_path):
+def test_scores_have_their_number_of_questions(micro, corpus_path, tmp_path):
+    tokenizer = load_tokenizer(str(corpus_path / "tokenizer.model"))
     trained = micro.copy_and_resolve_references()
     trained.model.attention = "flash"  # an opened run resets this key
     (tmp_path / "config.json").write_text(save_config(trained))
@@ -19,7 +21,7 @@ def test_scores_have_their_number_of_questions(micro, tmp_path):
     (tmp_path / "eval" / "step_12.json").write_text(json.dumps({"tasks": {"blimp": modes}}))
     record = {"step": 12, "lr": 0.1, "valid/causal/loss": 3.0, "valid/causal/bits_per_byte": 1.25}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    card = model_card(TrainedRun(tmp_path, micro, None, 12, {}, None), plain=False)
+    card = model_card(TrainedRun(tmp_path, micro, tokenizer, 12, {}, None), plain=False)
     assert "| blimp | causal | 75.0 ± 3.1 % (n = 2,000) |" in card
     assert "| blimp | masked | 100.0 % (n = 1) |" in card
     assert "| held-out text | causal | 1.250 bits per byte |" in card

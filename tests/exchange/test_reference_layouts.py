@@ -182,6 +182,14 @@ def test_contradicting_settings_are_rejected(write, released_alone, tmp_path, ch
         imported(write(config=settings), tmp_path)
 
 
+def test_switches_that_the_format_lacks_are_rejected(plain, released_alone, tmp_path):
+    recipe = plain[0].copy_and_resolve_references()
+    recipe.model.norm_placement = "post"
+    with pytest.raises(UserError, match="does not support config.model.norm_placement; remove"):
+        load(released_alone, "", recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def paper_tokenizer(texts) -> str:
     """A tokenizer with the parts of the paper's: a blank in front, NFC, `ignore_merges`, ids 0 to 15."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers

@@ -152,6 +152,12 @@ def test_a_mask_is_added_beside_tokens_with_the_usual_names(documents, tmp_path)
     assert messages[-1] == f"mask: <mask> is added with the id {VOCABULARY}"
 
 
+def test_damaged_tokenizer_is_reported_as_such(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(UserError, match="tokenizer.json: not a tokenizer.json"):
+        adapt(tmp_path, config={"bos_token_id": 1})
+
+
 def test_file_with_all_special_tokens_is_unchanged(tokenizer_json, tmp_path):
     (tmp_path / "tokenizer.json").write_text(tokenizer_json)
     tokenizer, messages = adapt(tmp_path)
@@ -159,9 +165,18 @@ def test_file_with_all_special_tokens_is_unchanged(tokenizer_json, tmp_path):
     assert messages == []
 
 
-def test_damaged_roles_are_rejected(chat_json):
+@pytest.mark.parametrize(
+    "roles",
+    [
+        SpecialRoles({"mask": "<mask>"}, 3),
+        SpecialRoles(num_ids=10**12),
+        SpecialRoles(num_ids=-1),
+        SpecialRoles(num_ids="3"),
+    ],
+)
+def test_damaged_roles_are_rejected(chat_json, roles):
     content = json.loads(chat_json)
-    SpecialRoles({"mask": "<mask>"}, 3).write_to(content)
+    roles.write_to(content)
     with pytest.raises(UserError, match="its key dualsm is damaged"):
         JsonTokenizer(json.dumps(content).encode())
 

@@ -28,7 +28,7 @@ class Memorized:
         text = [2, *rng.integers(16, VOCABULARY, 31).tolist(), 3]
         config.seq_len = len(text) - 1
         entries = trained_entries(config)
-        optimizer = make_optimizer(config.optimizer, lambda _: 7e-3)
+        optimizer = make_optimizer(config.optimizer, lambda _: 7e-3, config.steps)
         step = jax.jit(make_train_step(config, entries, SpecialIds(), optimizer), donate_argnums=0)
         state = jax.jit(functools.partial(init_state, config, optimizer, len(entries)))()
         counts = sequence_counts(

@@ -55,14 +55,25 @@ def test_recommendation_from_the_sweep(script, tmp_path, monkeypatch):
         workdir = next(part for part in command if part.startswith("--workdir=")).removeprefix("--workdir=")
         name = workdir.rpartition("/")[2]
         if command[0] == "dualsm.convert":
+            values = script.cell_values(name)
             assert f"--weights={models / name}" in command
+            assert "--config.objectives.causal.weight=2.0" in command
+            assert (
+                f"--config=dualsm:dual_470m:alpha={values['alpha']!r},repetitions={values['repetitions']}"
+                in command
+            )
             write_cell(tmp_path / "made", script.cell_values(name), name=name)
             made = tmp_path / "made" / "cells" / name
             (made / "cell.json").unlink()
             (made / "checkpoints").mkdir()
             shutil.move(made, workdir)
-        elif len(commands) == 4:
-            raise UserError("stopped")
+        else:
+            assert {"--tasks=blimp", "--modes=causal,prefix,masked"} <= set(command)
+            if len(commands) == 4:
+                raise UserError("stopped")
+
+    def interrupt(path, **_):
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(script, "run", run)
     script.flags.FLAGS.mark_as_parsed()
@@ -70,7 +81,12 @@ def test_recommendation_from_the_sweep(script, tmp_path, monkeypatch):
                              (script._TASKS, "blimp")):  # fmt: skip
         with pytest.raises(UserError, match="stopped"):
             script.main([])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(script.shutil, "rmtree", interrupt)
+            script.main([])
         script.main([])
+        with flagsaver.flagsaver((script._LIMIT, 3)), pytest.raises(UserError, match="was made with"):
+            script.main([])
     assert len(commands) == 2 * len(NAMES) + 1  # the cell that was stopped is not imported again
     assert not list(sweep.rglob("checkpoints"))
     table = load(sweep / "table.csv")

@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 
 from dualsm.model.attention import attend
-from dualsm.model.dropout import dropout, fold_layers, row_keys
+from dualsm.model.dropout import dropout, fold_layers
 from dualsm.model.transformer import bind, init_params
+from dualsm.objectives.mixture import row_keys
 from tests.micro import micro_config
 
-KEYS_Bx2 = row_keys(jax.random.key(3), 4)
+KEYS_Bx2 = jax.random.key_data(row_keys(jax.random.key(3), 4))
 
 
 def model_config(**changes):
@@ -39,7 +40,7 @@ def test_the_mask_has_the_rate_and_keeps_the_mean(rate):
 
 def test_the_mask_of_a_row_does_not_depend_on_the_other_rows():
     x_TxD = jnp.ones((4 * 8, 16))
-    np.testing.assert_array_equal(row_keys(jax.random.key(3), 9)[:4], KEYS_Bx2)
+    np.testing.assert_array_equal(jax.random.key_data(row_keys(jax.random.key(3), 9))[:4], KEYS_Bx2)
     whole = dropout(x_TxD, KEYS_Bx2, 0.5)
     np.testing.assert_array_equal(dropout(x_TxD[8:16], KEYS_Bx2[1:2], 0.5), whole[8:16])
 

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from dualsm.objectives.mixture import assign, bind, check_shares, make_examples, row_keys, sequence_counts
+from dualsm.objectives.mixture import assign, check_shares, make_examples, row_keys, sequence_counts
+from dualsm.objectives.pairs import bind_members, entry, members_of
 from dualsm.process.errors import UserError
 
 from .conftest import SPECIAL, batch, packed, rewritten
@@ -53,7 +54,8 @@ def test_each_slice_of_a_batch_has_about_the_mixture():
 
 def test_each_row_uses_its_objective_and_key():
     names = ["causal", "next_all", "prefix", "masked_diffusion"]
-    objectives = bind(names, {name: {"weight": 1.0} for name in names}, SPECIAL)
+    options = {"objectives": {name: {"weight": 1.0} for name in names}}
+    objectives = bind_members(members_of([entry(name, options) for name in names]), SPECIAL)
     rows = batch([packed([9, 30], 24, seed) for seed in range(32)])
     objective_B = np.arange(32) * 7 // 2 % len(names)
     together = jax.jit(lambda *a: make_examples(objectives, *a))(

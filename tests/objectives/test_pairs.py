@@ -86,12 +86,17 @@ def test_pairs_can_be_added_and_scheduled():
     ]
 
 
+def test_predefined_pairs_cannot_be_added():
+    with pytest.raises(UserError, match="config.pairs.mir is predefined"):
+        add_pair(paired(causal=1.0), "mir", causal={"weight": 1.0}, prefix={"weight": 1.0})
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
         ({"causal": {"weight": 1.0}}, "config.pairs.new has causal; set exactly two"),
         ({"causal": {"weight": 1.0}, "telepathy": {"weight": 1.0}}, "telepathy; set exactly two"),
-        ({"causal": {}, "masked": {"weight": 1.0}}, "config.pairs.new.causal.weight is missing"),
+        ({"causal": {}, "masked": {"weight": 1.0}}, "config.pairs.new.causal has no weight; set"),
         ({"causal": {"weight": 1.0}, "masked": {"weight": 1.0, "low": 0.1}}, "masked={.*} must set"),
         ({"causal": {"weight": -1.0}, "masked": {"weight": 1.0}}, "config.pairs.new.causal.weight=-1.0"),
         ({"causal": {"weight": "1"}, "masked": {"weight": 1.0}}, "must be of type float"),

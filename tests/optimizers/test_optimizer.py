@@ -37,7 +37,7 @@ def relative_error(ours, theirs) -> float:
 def test_five_updates_equal_the_reference():
     tensors = load_file(FIXTURE)
     config = default_config().optimizer
-    optimizer = make_optimizer(config, lambda _: 7e-3)
+    optimizer = make_optimizer(config, lambda _: 7e-3, 1)
     params = as_params(tensors, "init.")
     state = optimizer.init(params)
     for step in range(5):
@@ -58,7 +58,7 @@ def test_tied_embeddings_biases_and_norms_are_updated_by_adamw():
     for name in ("muon", "adamw"):
         config = default_config().optimizer
         config.name, config.weight_decay = name, 0.0
-        optimizer = make_optimizer(config, lambda _: 1e-2)
+        optimizer = make_optimizer(config, lambda _: 1e-2, 1)
         grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
         updates.append(optimizer.update(grads, optimizer.init(params), params)[0])
     same = jax.tree.map(lambda a, b: bool(jnp.allclose(a, b)), *updates)
@@ -77,7 +77,7 @@ def test_stacked_matrices_are_updated_independently():
     key = jax.random.key(0)
     stack_NxAxB = jax.random.normal(key, (3, 8, 12))
     grads_NxAxB = jax.random.normal(jax.random.fold_in(key, 1), stack_NxAxB.shape)
-    optimizer = make_optimizer(default_config().optimizer, lambda _: 1e-2)
+    optimizer = make_optimizer(default_config().optimizer, lambda _: 1e-2, 1)
 
     def update(weights, grads):
         params, grads = ({"blocks": {"m": {"kernel": w}}} for w in (weights, grads))
@@ -93,7 +93,7 @@ def test_clipping_limits_the_gradient_norm(name):
     config = default_config().optimizer
     config.name, config.max_grad_norm, config.weight_decay = name, 1.0, 0.0
     params = {"embedding": {"embedding": jnp.ones((4, 4))}}
-    optimizer = make_optimizer(config, lambda _: 1.0)
+    optimizer = make_optimizer(config, lambda _: 1.0, 1)
     # Adam's first moment depends on the scale of the gradient; its first update does not.
     _, state = optimizer.update(jax.tree.map(lambda p: 100 * p, params), optimizer.init(params), params)
     first_moments = [m for m in jax.tree.leaves(state) if m.shape == (4, 4)]
@@ -118,6 +118,6 @@ def test_new_optimizer_needs_one_row_in_the_table(monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "sgd", Optimizer(lambda config, schedule: optax.sgd(schedule)))
     config.name, config.max_grad_norm = "sgd", 0.0
     params = {"weight": jnp.ones(2)}
-    optimizer = make_optimizer(config, lambda _: 0.5)
+    optimizer = make_optimizer(config, lambda _: 0.5, 1)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     np.testing.assert_array_equal(updates["weight"], [-0.5, -0.5])

@@ -63,6 +63,7 @@ def removed(config, step: int) -> dict:
         ("linear", False, lambda step: DECAY * PEAK * (1 - 0.8 * step / STEPS)),
         ("learning_rate", True, lambda step: DECAY * learning_rate(step) / PEAK),
         ("constant", True, lambda step: DECAY),
+        ("linear", True, lambda step: DECAY * (1 - 0.8 * step / STEPS)),
     ],
 )
 def test_schedules(name, independent, expected, step):

@@ -32,7 +32,7 @@ class Micro:
         self.entries = trained_entries(config)
         self.names = [member.name for member in members_of(self.entries)]
         schedule = schedule or (lambda _: config.optimizer.learning_rate)
-        self.optimizer = make_optimizer(config.optimizer, schedule)
+        self.optimizer = make_optimizer(config.optimizer, schedule, config.steps)
         self.step = make_train_step(config, self.entries, SpecialIds(), self.optimizer)
         self.init = lambda: init_state(config, self.optimizer, len(self.names))
 

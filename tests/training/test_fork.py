@@ -10,6 +10,7 @@ from dualsm.data.build import Recipe, build
 from dualsm.process.errors import UserError
 from dualsm.rundir.checkpoint_reader import restore_params
 from dualsm.rundir.metrics import read_metrics
+from dualsm.rundir.trained_run import open_run
 from dualsm.rundir.workdir import read_config
 from dualsm.training.loop import train
 
@@ -27,8 +28,6 @@ def original(corpus_path, tmp_path_factory):
 
 
 def final_params(folder, like) -> list[np.ndarray]:
-    from dualsm.rundir.trained_run import open_run
-
     run = open_run(folder)
     assert run.step == like.steps
     return [np.asarray(p) for p in jax.tree.leaves(run.params)]
@@ -44,6 +43,16 @@ def test_fork_with_the_same_config_is_bit_identical(original, tmp_path):
     ):
         np.testing.assert_array_equal(ours, theirs)
     assert [record["step"] for record in read_metrics(tmp_path / "fork")] == [6, 8, 10, 12]
+
+
+def test_fork_of_a_run_without_an_average_starts_it_from_the_weights(original, tmp_path):
+    config, folder = original
+    fork = config.copy_and_resolve_references()
+    fork.start.run, fork.start.step = str(folder), 8
+    fork.ema.decay, fork.ema.every = 0.5, 100  # no update after the fork
+    assert train(fork, tmp_path / "fork")
+    average, start = open_run(tmp_path / "fork", parameters="ema").params, open_run(folder, 8).params
+    jax.tree.map(np.testing.assert_array_equal, average, start)
 
 
 def test_fork_can_change_schedule_and_mixture(original, tmp_path):

@@ -98,10 +98,12 @@ def test_a_fork_continues_the_average(whole, corpus_path, tmp_path):
 
 def test_missing_checkpoints_and_averages_are_named(whole, tmp_path):
     average_checkpoints.write(whole, [4], 0, tmp_path / "one")
-    with pytest.raises(UserError, match="--parameters=ema: step 0 .* has no moving average"):
+    with pytest.raises(UserError, match="parameters=ema: step 0 .* has no moving average"):
         open_run(tmp_path / "one", parameters="ema")
     with pytest.raises(UserError, match="no checkpoint of step 5"):
         average_checkpoints.write(whole, [4, 5], 0, tmp_path / "new")
     with pytest.raises(UserError, match=r"--last=9: .* has only 3 checkpoints \(4, 8, 12\)"):
         average_checkpoints.write(whole, [], 9, tmp_path / "new")
+    with pytest.raises(UserError, match="--output=.*one already exists"):
+        average_checkpoints.write(whole, [4], 0, tmp_path / "one")
     assert not (tmp_path / "new").exists()

@@ -86,8 +86,8 @@ def common_settings(config: HubConfig, *, tied: bool = False) -> dict[str, Any]:
     }
 
 
-def common_keys(model: ConfigDict) -> dict[str, Any]:
-    """Returns the keys of `config.json` that all families share. `model` is `config.model`."""
+def shape_keys(model: ConfigDict) -> dict[str, Any]:
+    """Returns the keys of `config.json` that all models share. `model` is `config.model`."""
     return {
         "hidden_size": model.d_model,
         "intermediate_size": model.d_ff,
@@ -95,9 +95,16 @@ def common_keys(model: ConfigDict) -> dict[str, Any]:
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": num_kv_heads(model),
         "head_dim": head_dim(model),
-        "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tie_word_embeddings,
+    }
+
+
+def common_keys(model: ConfigDict) -> dict[str, Any]:
+    """Returns the keys of `config.json` that all families share. `model` is `config.model`."""
+    return {
+        **shape_keys(model),
+        "hidden_act": "silu",
         "attention_dropout": 0.0,
         **rope_keys(model),
     }

@@ -57,4 +57,4 @@ def tensor_sources(
     sources: dict[str, Source | list[Source]] = {path: Source(name) for path, name in outer.items()}
     for path, name in family.block_names.items():
         sources[f"blocks/{path}"] = [Source(f"{LAYERS}.{i}.{name}") for i in numbers]
-    return sources, sorted({re.sub(r"\.\d+\.", ".*.", name) for name in unused})
+    return sources, sorted(unused)

@@ -24,6 +24,7 @@ class DualSMForMaskedLM(DualSMForCausalLM):
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         return_dict: bool | None = None,
+        logits_to_keep: int = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **others,
     ) -> MaskedLMOutput:
@@ -35,6 +36,7 @@ class DualSMForMaskedLM(DualSMForCausalLM):
           labels: [batch, length]; the original tokens at masked positions, -100 elsewhere. They are not
             shifted, with either value of `config.masked_lm_shifted`. The first token cannot be predicted.
           return_dict: False returns a tuple.
+          logits_to_keep: return the logits of this many last positions only; 0: of all.
           num_items_in_batch: see `DualSMForCausalLM.forward`.
           others: see `DualSMForCausalLM.forward`.
         """
@@ -52,6 +54,8 @@ class DualSMForMaskedLM(DualSMForCausalLM):
             # Nothing precedes the first token: all tokens that can be predicted are equally likely.
             first = self.mask_logits(torch.zeros_like(logits[:, :1]))
             logits = torch.cat([first, logits[:, :-1]], dim=1)
+        if logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
         found = MaskedLMOutput(loss=output.loss, logits=logits)
         return found.to_tuple() if return_dict is False else found
 
