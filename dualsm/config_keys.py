@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from dualsm.model import id_ranges
 from dualsm.model.attention import BACKENDS
+from dualsm.model.output_heads import HEADS
 from dualsm.model.remat import POLICIES
 from dualsm.model.rope import SCALINGS
-from dualsm.model.transformer import HEADS
 from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
 from dualsm.optimizers.optimizer import OPTIMIZERS
 from dualsm.optimizers.schedules import SCHEDULES

@@ -37,7 +37,7 @@ from dualsm.process.output import new_folder
 from dualsm.rundir.trained_run import TrainedRun
 
 _REMOTE = Path(__file__).parent / "remote"
-_CODE = ("configuration_dualsm.py", "modeling_dualsm.py", "modeling_dualsm_masked.py")
+_CODE = ("configuration_dualsm.py", "decoder_dualsm.py", "modeling_dualsm.py", "modeling_dualsm_masked.py")
 # Names of parameters of models with their own code, with all switches and with the paper's head.
 _OWN_BLOCK_NAMES = {**QWEN2.block_names, **QWEN3.block_names}
 _HEAD_NAMES = {"head/projection/kernel": "head_proj.weight", "head/output/bias": "lm_head.bias"}

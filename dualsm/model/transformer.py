@@ -19,32 +19,14 @@ from dualsm.model import id_ranges, remat
 from dualsm.model.attention import attend
 from dualsm.model.dropout import dropout, fold_layers
 from dualsm.model.head_shapes import head_dim, num_kv_heads
+from dualsm.model.layers import initializer, linear, norm
+from dualsm.model.output_heads import HEADS
 from dualsm.model.rope import Rope, layer_angles, rotate, rotated_layers
 
 # Logit of ids that are never predicted; finite, because padding positions may have these ids as targets of
 # weight 0.
 MASKED = -1e30
 TENSOR_CORE_MULTIPLE = 64  # other matrix sizes halve the speed on GPUs, see docs/performance.md
-
-
-def _initializer(fan_in: int, scale: float = 1.0):
-    """Truncated normal with standard deviation scale * sqrt(2 / (5 * fan_in)), as in GPT-BERT."""
-    return nnx.initializers.truncated_normal(scale * (2 / (5 * fan_in)) ** 0.5)
-
-
-def _linear(config, inputs: int, outputs: int, *, scale: float = 1.0, bias: bool = False, rngs: nnx.Rngs):
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=bias,
-        kernel_init=_initializer(config.d_model, scale),
-        dtype=config.dtype,
-        rngs=rngs,
-    )
-
-
-def _norm(config, size: int | None = None, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(size or config.d_model, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -54,14 +36,14 @@ class Attention(nnx.Module):
         d_model, self.head_dim = config.d_model, head_dim(config)
         width, kv_width = (heads * self.head_dim for heads in (config.num_heads, num_kv_heads(config)))
         self.norm_placement, self.qk_norm = config.norm_placement, config.qk_norm
-        self.norm = _norm(config, rngs=rngs)
-        self.query = _linear(config, d_model, width, bias=config.qkv_bias, rngs=rngs)
-        self.key = _linear(config, d_model, kv_width, bias=config.qkv_bias, rngs=rngs)
-        self.value = _linear(config, d_model, kv_width, bias=config.qkv_bias, rngs=rngs)
-        self.output = _linear(config, width, d_model, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
+        self.norm = norm(config, rngs=rngs)
+        self.query = linear(config, d_model, width, bias=config.qkv_bias, rngs=rngs)
+        self.key = linear(config, d_model, kv_width, bias=config.qkv_bias, rngs=rngs)
+        self.value = linear(config, d_model, kv_width, bias=config.qkv_bias, rngs=rngs)
+        self.output = linear(config, width, d_model, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
         if self.qk_norm != "none":
             sizes = (width, kv_width) if self.qk_norm == "projection" else (self.head_dim,) * 2
-            self.query_norm, self.key_norm = (_norm(config, size, rngs=rngs) for size in sizes)
+            self.query_norm, self.key_norm = (norm(config, size, rngs=rngs) for size in sizes)
 
     def project(self, x_TxD: jax.Array, rows: int, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns rotated queries, [B, L, H, K] with B = `rows`; rotated keys, and values, [B, L, Z, K]."""
@@ -88,10 +70,10 @@ class MLP(nnx.Module):
     def __init__(self, config: ml_collections.ConfigDict, *, rngs: nnx.Rngs):
         d_model, d_ff = config.d_model, config.d_ff
         self.norm_placement = config.norm_placement
-        self.norm = _norm(config, rngs=rngs)
-        self.value = _linear(config, d_model, d_ff, rngs=rngs)
-        self.gate = _linear(config, d_model, d_ff, rngs=rngs)
-        self.down = _linear(config, d_ff, d_model, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
+        self.norm = norm(config, rngs=rngs)
+        self.value = linear(config, d_model, d_ff, rngs=rngs)
+        self.gate = linear(config, d_model, d_ff, rngs=rngs)
+        self.down = linear(config, d_ff, d_model, scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
 
     def __call__(self, x_TxD: jax.Array) -> jax.Array:
         if self.norm_placement == "post":
@@ -129,87 +111,6 @@ class Block(nnx.Module):
         return constrain(x_TxD + dropout(self.mlp(x_TxD), keys_2xBx2[1], self.dropout), "batch", None)
 
 
-class ProjectedHead(nnx.Module):
-    """Head of the paper: RMSNorm -> Linear -> GELU -> output matrix with bias."""
-
-    def __init__(self, config: ml_collections.ConfigDict, embedding: nnx.Embed, *, rngs: nnx.Rngs):
-        self.norm = _norm(config, rngs=rngs)
-        self.projection = _linear(config, config.d_model, config.d_model, rngs=rngs)
-        if config.tie_word_embeddings:
-            self.output = Tied(embedding)
-        else:
-            self.output = _linear(config, config.d_model, config.vocab_size, bias=True, rngs=rngs)
-
-    def features(self, x_TxD: jax.Array) -> jax.Array:
-        """Returns the input of the output matrix, [T, D]."""
-        return jax.nn.gelu(self.projection(self.norm(x_TxD)), approximate=True)
-
-
-class PlainHead(nnx.Module):
-    """Head of Llama: RMSNorm -> output matrix."""
-
-    def __init__(self, config: ml_collections.ConfigDict, embedding: nnx.Embed, *, rngs: nnx.Rngs):
-        self.norm = _norm(config, rngs=rngs)
-        if config.tie_word_embeddings:
-            self.output = TiedUnbiased(embedding)
-        else:
-            self.output = Unbiased(_linear(config, config.d_model, config.vocab_size, rngs=rngs))
-
-    def features(self, x_TxD: jax.Array) -> jax.Array:
-        """Returns the input of the output matrix, [T, D]."""
-        return self.norm(x_TxD)
-
-
-class Unbiased(nnx.Module):
-    """Output layer without a bias parameter; `bias` is zero, because the loss requires one."""
-
-    def __init__(self, linear: nnx.Linear):
-        self.kernel, self.dtype = linear.kernel, linear.dtype
-
-    @property
-    def bias(self) -> jax.Array:
-        return jnp.zeros(self.kernel.shape[-1], jnp.float32)
-
-    def __call__(self, x_BxD: jax.Array) -> jax.Array:
-        return x_BxD @ self.kernel[...].astype(self.dtype)
-
-
-class Tied(nnx.Module):
-    """Output layer whose matrix is the transposed embedding, with a bias."""
-
-    def __init__(self, embedding: nnx.Embed):
-        self.embedding, self.dtype = embedding.embedding, embedding.dtype
-        self.bias = nnx.Param(jnp.zeros(embedding.num_embeddings, jnp.float32))
-
-    @property
-    def kernel(self) -> jax.Array:
-        return self.embedding[...].T
-
-    def __call__(self, x_BxD: jax.Array) -> jax.Array:
-        return x_BxD @ self.kernel.astype(self.dtype) + self.bias[...].astype(self.dtype)
-
-
-class TiedUnbiased(nnx.Module):
-    """Output layer whose matrix is the transposed embedding; `bias` is zero, as in `Unbiased`."""
-
-    def __init__(self, embedding: nnx.Embed):
-        self.embedding, self.dtype = embedding.embedding, embedding.dtype
-
-    @property
-    def kernel(self) -> jax.Array:
-        return self.embedding[...].T
-
-    @property
-    def bias(self) -> jax.Array:
-        return jnp.zeros(self.embedding.shape[0], jnp.float32)
-
-    def __call__(self, x_BxD: jax.Array) -> jax.Array:
-        return x_BxD @ self.kernel.astype(self.dtype)
-
-
-HEADS = {"projected": ProjectedHead, "plain": PlainHead}
-
-
 class Transformer(nnx.Module):
     """The language model."""
 
@@ -224,7 +125,7 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.d_model,
-            embedding_init=_initializer(config.d_model),
+            embedding_init=initializer(config.d_model),
             dtype=config.dtype,
             rngs=rngs,
         )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dualsm.data.tokenizer import SpecialIds
-from dualsm.model.transformer import HEADS, bind, init_params
+from dualsm.model.output_heads import HEADS
+from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import single_row
 from dualsm.training.objective_loss import objective_loss
 from tests.micro import micro_config

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dualsm.devices import sharding
-from dualsm.model import attention, flash, splash
+from dualsm.model import attention, block_ranges, flash, splash
 from dualsm.model.attention import attend, range_mask
 from dualsm.model.transformer import bind
 from dualsm.objectives.mixture import OBJECTIVES
@@ -132,7 +132,7 @@ def test_skipped_blocks_contain_no_visible_keys(kernel, ranges):
         check(splash.seen_blocks(*ranges, 128), 128, 128)
         return
     for blocks in (flash.FORWARD, flash.BACKWARD_QUERIES):
-        visited = flash.key_blocks(*ranges, blocks)
+        visited = block_ranges.key_blocks(*ranges, blocks)
         number_J = np.arange(L // blocks.keys)
         check(
             (visited.first[..., None] <= number_J) & (number_J < visited.end[..., None]),
@@ -140,7 +140,7 @@ def test_skipped_blocks_contain_no_visible_keys(kernel, ranges):
             blocks.keys,
         )
     blocks = flash.BACKWARD_KEYS
-    visited = flash.query_blocks(*ranges, blocks)
+    visited = block_ranges.query_blocks(*ranges, blocks)
     number_Ix1 = np.arange(L // blocks.queries)[:, None]
     check(
         (visited.first[:, None] <= number_Ix1) & (number_Ix1 < visited.end[:, None]),
@@ -155,10 +155,10 @@ def test_flash_omits_the_mask_only_in_fully_visible_blocks(ranges, any_ranges):
     for starts, ends in (ranges, any_ranges):
         shape = (-1, L // blocks.queries, blocks.queries, L // blocks.keys, blocks.keys)
         full_BxIxJ = np.asarray(range_mask(starts, ends, L)).reshape(shape).all((2, 4))
-        keys = flash.key_blocks(starts, ends, blocks)
+        keys = block_ranges.key_blocks(starts, ends, blocks)
         unmasked_BxIxJ = (keys.full_first[..., None] <= j_J) & (j_J < keys.full_end[..., None])
         np.testing.assert_array_equal(unmasked_BxIxJ, full_BxIxJ)
-        queries = flash.query_blocks(starts, ends, blocks)
+        queries = block_ranges.query_blocks(starts, ends, blocks)
         unmasked_BxIxJ = (queries.full_first[:, None] <= i_Ix1) & (i_Ix1 < queries.full_end[:, None])
         assert not (unmasked_BxIxJ & ~full_BxIxJ).any()
         assert (unmasked_BxIxJ.any(1) == full_BxIxJ.any(1)).all()
