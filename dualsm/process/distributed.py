@@ -99,16 +99,37 @@ def gather(text: str) -> dict[int, str]:
     """
     if jax.process_count() == 1:
         return {0: text} if text else {}
-    client, folder = global_state.client, f"dualsm/{next(_barriers)}/"
+    return exchange(f"dualsm/{next(_barriers)}/", text, WAIT_SECONDS * 1000)
+
+
+def exchange(folder: str, text: str, timeout_ms: int) -> dict[int, str]:
+    """Returns the texts of all processes by process index, without empty ones. Thread-safe.
+
+    Args:
+      folder: unique name of this exchange, ending in "/"; the same in all processes.
+      text: text of this process.
+      timeout_ms: limit for all processes to arrive.
+    """
+    client = global_state.client
     if text:
         client.key_value_set(f"{folder}{jax.process_index()}", text)
-    client.wait_at_barrier(folder, WAIT_SECONDS * 1000)
+    client.wait_at_barrier(folder, timeout_ms)
     return {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(folder)}
+
+
+def forget(folder: str) -> None:
+    """Deletes the texts of an exchange from the memory of the coordinator."""
+    global_state.client.key_value_delete(folder)
 
 
 def all_agree(condition: bool) -> bool:
     """Returns True if `condition` is true in every process."""
     return not gather("" if condition else "no")
+
+
+def any_process(condition: bool) -> bool:
+    """Returns True if `condition` is true in at least one process."""
+    return bool(gather("yes" if condition else ""))
 
 
 def barrier() -> None:

@@ -17,13 +17,20 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import warn
 from dualsm.rundir import checksums
 from dualsm.rundir.checkpoint_metadata import CHECKSUMS, fill_missing_fields, saved_part, verify
+from dualsm.rundir.save_barrier import SaveBarrier, align_operations
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest_checkpoint"  # file with the step of the newest intact checkpoint; reveals lost checkpoints
+_MAX_PAUSE = 60  # seconds between a failed save during training and its repetition
 
 
 class Checkpoints:
-    """Saves and restores the checkpoints of a run; saves are atomic and run in the background."""
+    """Saves and restores the checkpoints of a run; saves are atomic and run in the background.
+
+    A failed save does not end the run: the processes of a job agree on the failure and continue. During
+    training it is repeated after 1, 2, 4, ... seconds, with the state of the step that has been reached then
+    (`repeat_due`). At the end of a run `finish` waits for the repetitions.
+    """
 
     def __init__(self, workdir: epath.PathLike, config: ml_collections.ConfigDict):
         """
@@ -35,11 +42,22 @@ class Checkpoints:
         self._folder, self._latest = checkpoints_folder(workdir), epath.Path(workdir) / LATEST
         self._damaged: set[int] = set()  # on disk, skipped by `restore`
         self._writing: int | None = None
-        self._failed: list[int] = []  # steps of consecutive failed saves
-        self._lost = False  # True while the folder does not exist
-        self._manager = self._open()
+        self._repeats = False  # the save in the background repeats a failed one
+        self._failed: list[int] = []  # steps of consecutive failed saves, without repetitions
+        self._attempts, self._next_attempt = 0, 0.0  # consecutive failures with repetitions; time of the next
+        self._lost = False  # True while the folder does not exist or cannot be opened
+        self._opened = 0
+        with distributed.together():
+            self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        self._opened += 1
+        self._barrier = SaveBarrier(self._opened)
+        align_operations()
+        with self._barrier.replaces_orbax():
+            return self._new_manager()
+
+    def _new_manager(self) -> ocp.CheckpointManager:
         keep = [policies.LatestN(self._config.max_to_keep)]
         if self._config.keep_period:
             keep.append(policies.EveryNSteps(self._config.keep_period))
@@ -48,12 +66,20 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 save_decision_policy=policies.FixedIntervalPolicy(1),
+                async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,  # reads metadata at restore, which skips damaged checkpoints
             ),
         )
 
-    def save(self, step: int, state, before: Callable[[], None] = lambda: None, last: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state,
+        before: Callable[[], None] = lambda: None,
+        last: bool = False,
+        repeats: bool = False,
+    ) -> None:
         """Starts to write `state`; returns when the arrays may be donated again.
 
         Deletes the damaged checkpoints that `restore` skipped.
@@ -64,27 +90,46 @@ class Checkpoints:
           before: called before the checkpoint is written, to write files that must not be older than the
             checkpoint. If it raises OSError, the save has failed.
           last: True if the run ends with this checkpoint; `finish` repeats a failed last save.
+          repeats: True if this call repeats a failed save; its failure does not count as another one.
 
         Raises:
           UserError: after more than `max_failed_saves` consecutive failures. Earlier failures are warnings.
         """
         self._wait(last)
-        with self._report_failure(step, last):
+        with self._report_failure(step, last, repeats):
             sums = checksums.start_checksums(state)  # computed while the disk is probed
             with distributed.together():
                 before()
                 self._probe()
             if self._lost:
                 self._reopen()
-            # Orbax does not save steps before its latest one, and counts damaged ones towards max_to_keep.
-            for damaged in sorted(self._damaged.intersection(self._manager.all_steps())):
-                self._manager.delete(damaged)
-            self._damaged.clear()
+            if self._lost:
+                raise FileNotFoundError(f"the folder {self._folder} cannot be opened")
             save, metadata = ocp.args.StandardSave(state), {CHECKSUMS: sums()}
-            # Not inside `together`: if one process fails here, the others wait in a collective of Orbax.
-            if not self._manager.save(step, args=save, custom_metadata=metadata):
-                raise FileExistsError(f"a checkpoint of step {self._manager.latest_step()} already exists")
-            self._writing = step
+            with distributed.together(), self._barrier.replaces_orbax():
+                # Orbax does not save steps before its latest one, and counts damaged ones in max_to_keep.
+                for damaged in sorted(self._damaged.intersection(self._manager.all_steps())):
+                    self._manager.delete(damaged)
+                if not self._manager.save(step, args=save, custom_metadata=metadata):
+                    raise FileExistsError(
+                        f"a checkpoint of step {self._manager.latest_step()} already exists"
+                    )
+            self._damaged.clear()
+            self._writing, self._repeats = step, repeats
+
+    def repeat_due(self, step: int) -> bool:
+        """Returns True if a failed save should be repeated after this step; the same in all processes.
+
+        Call it after every step. It looks at the save in the background 1, 2, 4, ... steps after its start.
+        """
+        if self._writing is not None and _is_power_of_two(step - self._writing):
+            ended = self._barrier.broken or not self._manager.is_saving_in_progress()
+            if distributed.any_process(ended):
+                self._wait()
+        if not self._attempts:
+            return False
+        due = distributed.is_main_process() and time.monotonic() >= self._next_attempt
+        return distributed.any_process(due)
 
     def _probe(self) -> None:
         """Raises OSError if the folder is not writable; Orbax's threads would wait for minutes instead."""
@@ -118,10 +163,10 @@ class Checkpoints:
         """Waits for the save in the background."""
         step, self._writing = self._writing, None
         if step is not None:
-            with self._report_failure(step, last):
+            with self._report_failure(step, last, self._repeats):
                 with distributed.together():
                     self._manager.wait_until_finished()
-                self._failed = []
+                self._failed, self._attempts = [], 0
                 self._write_latest(step)
 
     def _write_latest(self, step: int) -> None:
@@ -131,8 +176,10 @@ class Checkpoints:
                 self._latest.write_text(f"{step}\n")
 
     @contextlib.contextmanager
-    def _report_failure(self, step: int, last: bool) -> Iterator[None]:
+    def _report_failure(self, step: int, last: bool, repeats: bool) -> Iterator[None]:
         """Turns any exception inside the context into a warning that the save of `step` has failed.
+
+        In a job of several processes all of them must have agreed on the exception, see `together`.
 
         Raises:
           UserError: after too many consecutive failures.
@@ -140,18 +187,20 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a full disk or a lost mount raises various errors
-            self._failed.append(step)
+            if last or not repeats:
+                self._failed.append(step)
             count, allowed = len(self._failed), self._config.max_failed_saves
-            # If only this process failed, the others may wait for it in the same save.
-            alone = jax.process_count() > 1 and not getattr(error, "agreed", False)
-            if alone or (count > allowed and not last):
+            pause = min(2**self._attempts, _MAX_PAUSE)
+            self._attempts, self._next_attempt = self._attempts + 1, time.monotonic() + pause
+            if count > allowed and not last:
                 raise UserError(
                     f"the checkpoint of step {step} could not be saved ({error_reason(error)}), {count} "
                     f"consecutive failures; {self._how_to_resume()}"
                 ) from error
-            next_ = "retrying" if last else f"training continues; {allowed - count} more may fail"
+            next_ = f"training continues; the next attempt is in {pause} s; {allowed - count} more may fail"
             warn(
-                f"the checkpoint of step {step} could not be saved ({error_reason(error)}); {next_} "
+                f"the checkpoint of step {step} could not be saved ({error_reason(error)}); "
+                f"{'retrying' if last else next_} "
                 f"(config.checkpoint.{'final_retries' if last else 'max_failed_saves'})"
             )
             with contextlib.suppress(Exception):
@@ -165,10 +214,13 @@ class Checkpoints:
         back: a new manager would create the folder on the disk below the mount point.
         """
         local = "://" not in str(self._folder)  # buckets have no folders
-        self._lost = local and not self._folder.is_dir()
+        self._lost = distributed.any_process(local and not self._folder.is_dir())
         if not self._lost:
-            with contextlib.suppress(OSError):
-                self._manager = self._open()
+            try:
+                with distributed.together():
+                    self._manager = self._open()
+            except Exception:  # the next save tries again
+                self._lost = True
 
     def _how_to_resume(self) -> str:
         newest = self.newest()
@@ -218,6 +270,10 @@ class Checkpoints:
         """Waits for the save in the background."""
         with contextlib.suppress(Exception):  # failed saves are reported elsewhere
             self._manager.close()
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 def error_reason(error: Exception) -> str:

@@ -79,7 +79,7 @@ class _Run:
     """A run, as seen by one of its processes."""
 
     def __init__(self, config: ConfigDict, workdir: epath.Path, corpus: Corpus, mesh: jax.sharding.Mesh):
-        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.config, self.workdir, self.corpus, self.mesh = config, workdir, corpus, mesh
         self.plan = MixturePlan(config)
         tokenizer = corpus.tokenizer()
         special = tokenizer.special
@@ -190,7 +190,7 @@ class _Run:
         )
         log.clock = clock = Clock()  # excludes the first validation
         metrics, quiet = None, not distributed.is_main_process()
-        done, save, unscored = first, False, False
+        done, save, repeat, unscored = first, False, False, False
         with bar(total=config.steps, initial=first, desc="training", unit="step", disable=quiet) as progress:
             for done in range(first + 1, config.steps + 1):
                 # Wait here, so that the duration of `next(batches)` is the time in which devices are idle.
@@ -209,7 +209,8 @@ class _Run:
                 log_due = last or done % config.log.every == 0
                 validate = self.validation and (last or done % config.valid.every == 0)
                 save |= last or stopped or done % config.checkpoint.every == 0
-                if not (validate or save):
+                repeat |= checkpoints.repeat_due(done)
+                if not (validate or save or repeat):
                     if log_due:
                         log.defer(done, metrics)
                     continue
@@ -223,11 +224,14 @@ class _Run:
                 if (log_due or validate) and not unscored:
                     log.write(done, metrics if log_due else None, scores, progress)
                 # While updates are skipped, the weights may be the cause: keep the older checkpoints.
-                if save and (last or stopped or not metrics.consecutive_skips):
+                if (save or repeat) and (last or stopped or not metrics.consecutive_skips):
                     with clock.time("saving"):
+                        if not stopped:  # a preempted job has no time to wait
+                            with distributed.together():
+                                self.corpus.finish_verification()
                         # A checkpoint must not be newer than the metrics file.
-                        checkpoints.save(done, state, before=log.sync, last=last or stopped)
-                    save = False
+                        checkpoints.save(done, state, before=log.sync, last=last or stopped, repeats=not save)
+                    save = repeat = False
                 if stopped:
                     break
         self._check_step(metrics, done, checkpoints)
