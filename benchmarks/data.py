@@ -111,15 +111,29 @@ def reading(corpus: Corpus, rows: int, seq_len: int) -> dict:
 
 
 def first_batches(corpus: Corpus) -> dict:
-    """Returns the seconds from opening the corpus to the first batch, for step 0 and for a late step."""
+    """Returns the seconds from opening the corpus to the first batch, for step 0 and for a late step.
+
+    At step 0 also with a verification of all hashes, in the background as in training, or before the batch.
+    """
     rows, seq_len = SHAPES[0]
 
     def first(step: int) -> None:
         next(read_batches(batch_source(corpus, rows, seq_len, FAR + 2), step, THREADS, PREFETCH))
 
+    def first_after(verify: Callable[[], None]) -> None:
+        verify()
+        first(0)
+
     first(0)
+    background, before = [], []
+    for _ in range(_ROUNDS.value):
+        background.append(timed(lambda: first_after(corpus.start_verification)).clock)
+        corpus.finish_verification()
+        before.append(timed(lambda: first_after(lambda: corpus.verify("train"))).clock)
     pairs = [(timed(lambda: first(0)).clock, timed(lambda: first(FAR)).clock) for _ in range(_ROUNDS.value)]
     return {
+        "verified_in_background_seconds": statistics.median(background),
+        "verified_before_seconds": statistics.median(before),
         "first_step_seconds": statistics.median(near for near, _ in pairs),
         "far_step_seconds": statistics.median(far for _, far in pairs),
         "difference_seconds": statistics.median(far - near for near, far in pairs),
@@ -179,7 +193,9 @@ def main(_: Sequence[str]) -> None:
     start = results["start"]
     say(
         f"first batch at step 0: {start['first_step_seconds']:.3f} s, at step {FAR:,}: "
-        f"{start['far_step_seconds']:.3f} s; difference {start['difference_seconds']:+.3f} s"
+        f"{start['far_step_seconds']:.3f} s; difference {start['difference_seconds']:+.3f} s\n"
+        f"with verification in the background {start['verified_in_background_seconds']:.3f} s, before the "
+        f"batch {start['verified_before_seconds']:.3f} s"
     )
     if _PREPARES.value:
         r = results["prepare"] = preparing(corpus)

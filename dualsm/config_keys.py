@@ -61,7 +61,7 @@ KEYS = [
 
     Key("data.path", "", ANY, "Corpus, the output of `python -m dualsm.prepare`."),
     Key("data.identity", "", ANY, "Hash of the corpus; set by the run, which resumes only on this corpus."),
-    Key("data.verify", True, ANY, "Verify the hashes of all corpus files before the first step."),
+    Key("data.verify", True, ANY, "Verify the hashes of all corpus files before the first checkpoint."),
     Key("data.num_threads", 1, at_least(1), "Prefetch threads."),
     Key("data.prefetch_steps", 4, at_least(1), "Steps that are prefetched."),
 

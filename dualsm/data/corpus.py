@@ -7,7 +7,6 @@ of a split is a random sample of it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from concurrent import futures
@@ -17,27 +16,27 @@ from etils import epath
 from dualsm.data.documents import Documents, token_dtype
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
+from dualsm.data.verification import Verification, check_hash, sha256
 from dualsm.process.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "valid")
-_HASH_THREADS = 8
-
-
-def sha256(path: epath.PathLike) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+_THREADS = 8  # for hashes, and for the latency of a bucket
 
 
 def _array_keys(split: dict) -> list[str]:
     """Returns the manifest keys of the files with one number per document."""
     return ["lengths", *(["document_bytes"] if "document_bytes" in split else [])]
+
+
+def _size(path: epath.Path) -> int | None:
+    """Returns the size of a file; None if it cannot be read."""
+    try:
+        return path.stat().length
+    except OSError:
+        return None
 
 
 def _positive(value) -> int:
@@ -71,6 +70,7 @@ class Corpus:
           UserError: if `path` is not a complete corpus.
         """
         self.folder = epath.Path(path).expanduser()
+        self._verification: Verification | None = None
         try:
             self.manifest = json.loads((self.folder / MANIFEST).read_text())
         except OSError as error:
@@ -109,8 +109,12 @@ class Corpus:
                     )
             for shard in split["shards"]:
                 _text(shard["sha256"])
-                path = self.folder / shard["file"]
-                if not path.exists() or path.stat().length != shard["size"]:
+        shards = [shard for name in SPLITS for shard in self.manifest["splits"][name]["shards"]]
+        with futures.ThreadPoolExecutor(_THREADS) as pool:
+            sizes = pool.map(lambda shard: _size(self.folder / shard["file"]), shards)
+            for shard, size in zip(shards, sizes, strict=True):
+                if size != shard["size"]:
+                    path = self.folder / shard["file"]
                     raise UserError(f"corpus shard {path} is missing or truncated; prepare the corpus again")
 
     def verify(self, split: str) -> None:
@@ -122,22 +126,36 @@ class Corpus:
         Raises:
           UserError: if the hash of a shard has changed. The message names the shard.
         """
-        expected = {shard["file"]: shard["sha256"] for shard in self.manifest["splits"][split]["shards"]}
-        with futures.ThreadPoolExecutor(_HASH_THREADS) as pool:
-            found = pool.map(lambda name: sha256(self.folder / name), expected)
-            for name, digest in zip(expected, found, strict=True):
-                if digest != expected[name]:
-                    raise UserError(
-                        f"corpus shard {self.folder / name} is damaged (its hash has changed); "
-                        "copy or prepare the corpus again"
-                    )
+        with futures.ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(check_hash, *zip(*self._hashes(split).items(), strict=True)):
+                pass
+
+    def start_verification(self) -> None:
+        """Starts to check the hashes of all shards in the background, so that training need not wait.
+
+        `Documents.read` raises `UserError` once a damaged shard has been found.
+        """
+        self._verification = Verification(self._hashes("valid") | self._hashes("train"))
+
+    def finish_verification(self) -> None:
+        """Waits for the verification, if it was started; see `Verification.finish`."""
+        if self._verification is not None:
+            self._verification.finish()
+
+    def _check_verification(self) -> None:
+        if self._verification is not None:
+            self._verification.check()
+
+    def _hashes(self, split: str) -> dict[epath.Path, str]:
+        shards = self.manifest["splits"][split]["shards"]
+        return {self.folder / shard["file"]: shard["sha256"] for shard in shards}
 
     def documents(self, split: str) -> Documents:
         """Returns the documents of the split "train" or "valid"."""
         entry = self.manifest["splits"][split]
         for key in _array_keys(entry):
             self._check_array(self.folder / entry[key], entry[f"{key}_sha256"])
-        return Documents(self.folder, entry, token_dtype(self.vocab_size))
+        return Documents(self.folder, entry, token_dtype(self.vocab_size), self._check_verification)
 
     @staticmethod
     def _check_array(path: epath.Path, expected: str) -> None:

@@ -7,7 +7,7 @@ records of `RECORD_TOKENS` tokens, so that a segment of a long document can be r
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
@@ -40,13 +40,16 @@ class Documents:
         versions.
     """
 
-    def __init__(self, folder: epath.Path, split: dict, dtype: np.dtype):
+    def __init__(
+        self, folder: epath.Path, split: dict, dtype: np.dtype, check: Callable[[], None] = lambda: None
+    ):
         """Opens the files of a split.
 
         Args:
           folder: folder of the corpus.
           split: entry of the split in the manifest.
           dtype: dtype of the stored tokens.
+          check: called before each read; raises `UserError` if damage has been found in the meantime.
 
         Raises:
           UserError: if a file is damaged, or the files do not match.
@@ -54,7 +57,8 @@ class Documents:
         self.tokens: int = split["tokens"]
         self.bytes: int = split["bytes"]
         self.bytes_N = None
-        self._dtype, self._remote = dtype, "://" in str(folder)
+        self._dtype, self._remote, self._check = dtype, "://" in str(folder), check
+        self._shards = [folder / shard["file"] for shard in split["shards"]]
         if not self._remote:
             _allow_open_files(len(split["shards"]))
         try:
@@ -64,10 +68,14 @@ class Documents:
                 self.bytes_N = np.frombuffer((folder / split["document_bytes"]).read_bytes(), "<i8")
             records = len(self._source)
         except (RuntimeError, ValueError, OSError) as error:
+            damaged = next((shard for shard in self._shards if not _is_readable(shard)), None)
+            name = f"corpus {folder}" if damaged is None else f"corpus shard {damaged}"
             raise UserError(
-                f"corpus {folder} is damaged ({_first_line(error)}); copy or prepare it again"
+                f"{name} is damaged ({_first_line(error)}); copy or prepare the corpus again"
             ) from error
         records_N = record_count(self.lengths_N)
+        last_S = np.cumsum([shard["documents"] for shard in split["shards"]])
+        self._end_of_shard_S = np.cumsum(records_N)[last_S - 1]  # in records
         self._first_record_N = np.cumsum(records_N) - records_N
         if records_N.sum() != records or self.lengths_N.sum(dtype=np.int64) != self.tokens:
             raise UserError(
@@ -92,8 +100,9 @@ class Documents:
           One array of tokens per segment.
 
         Raises:
-          UserError: if the checksum of a record is wrong.
+          UserError: if the checksum of a record is wrong; the message names the shard.
         """
+        self._check()
         document_S = np.asarray(document_S, np.int64)
         start_S = np.zeros_like(document_S) if start_S is None else np.asarray(start_S)
         stop_S = self.lengths_N[document_S] if stop_S is None else np.asarray(stop_S)
@@ -105,7 +114,8 @@ class Documents:
             records = iter(self._read_records(indices))
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(
-                f"corpus shard damaged or missing ({_first_line(error)}); copy or prepare the corpus again"
+                f"corpus shard {self._damaged_shard(indices)} is damaged or missing ({_first_line(error)}); "
+                "copy or prepare the corpus again"
             ) from error
         tokens_S = []
         offset_S = skipped_S * RECORD_TOKENS
@@ -113,6 +123,15 @@ class Documents:
             content = next(records) if count == 1 else b"".join(next(records) for _ in range(count))
             tokens_S.append(np.frombuffer(content, self._dtype)[start:stop])
         return tokens_S
+
+    def _damaged_shard(self, indices: list[int]) -> epath.Path | str:
+        """Returns the shard of the first record that cannot be read."""
+        for index in indices:
+            try:
+                self._source[index]
+            except (RuntimeError, ValueError, OSError):
+                return self._shards[np.searchsorted(self._end_of_shard_S, index, "right")]
+        return "(unknown)"  # the next attempt to read it succeeded
 
     def _read_records(self, indices: list[int]) -> Sequence[bytes]:
         # `__getitems__` starts threads in each call. The threads hide the latency of a bucket, but cost
@@ -137,6 +156,15 @@ def _allow_open_files(count: int) -> None:
             f"with `ulimit -Hn {count + _OTHER_FILES}` or more"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + count, hard), hard))
+
+
+def _is_readable(shard: epath.Path) -> bool:
+    """Returns False if the index of a shard cannot be read."""
+    try:
+        ArrayRecordDataSource([str(shard)])
+    except (RuntimeError, ValueError, OSError):
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

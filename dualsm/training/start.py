@@ -72,11 +72,10 @@ def complete(config: ConfigDict, corpus: Corpus) -> ConfigDict:
 
 @contextlib.contextmanager
 def locked_workdir(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> Iterator[None]:
-    """Locks the run directory inside the context, verifies the corpus, and writes the config.
+    """Locks the run directory inside the context, starts to verify the corpus, and writes the config.
 
     Raises:
-      UserError: if the directory is in use or contains another run, or if the corpus is damaged. Then nothing
-        has been written.
+      UserError: if the directory is in use or contains another run. Then nothing has been written.
     """
     is_first_on_host = distributed.is_first_on_host()
     with contextlib.ExitStack() as stack:
@@ -87,8 +86,7 @@ def locked_workdir(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> I
                 check_config_of_run(workdir, config, corpus)  # another run may have started before the lock
                 check_not_lost(workdir)
             if config.data.verify and is_first_on_host:
-                corpus.verify("train")
-                corpus.verify("valid")
+                corpus.start_verification()
         with distributed.together():
             if distributed.is_main_process():
                 write_config(workdir, config, corpus)

@@ -50,6 +50,42 @@ def test_a_flipped_bit_in_a_shard_is_detected(small, copy):
     assert detected > 50
 
 
+@pytest.mark.parametrize("part", ["record", "index"])
+def test_an_unreadable_record_or_index_is_reported_with_its_shard(small, copy, part):
+    entry = Corpus(str(small)).manifest["splits"]["train"]
+    shard = max(entry["shards"], key=lambda shard: shard["size"])
+    content = bytearray((copy / shard["file"]).read_bytes())
+    content[{"record": 128, "index": (1 << 16) + 32}[part]] ^= 1  # the index starts a block of 64 KiB
+    (copy / shard["file"]).write_bytes(content)
+    with pytest.raises(UserError, match=f"corpus shard {copy / shard['file']} is damaged"):
+        read_all(copy)
+
+
+def test_damage_found_in_the_background_ends_reading_and_names_the_shard(small, copy):
+    """A shard that was replaced by another one is readable, so only its hash reveals it."""
+    names = [shard["file"] for shard in Corpus(str(small)).manifest["splits"]["train"]["shards"]]
+    (copy / names[0]).write_bytes((small / names[1]).read_bytes())
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["train"]["shards"][0]["size"] = (copy / names[0]).stat().st_size
+    path.write_text(json.dumps(manifest))
+    corpus = Corpus(str(copy))
+    documents = corpus.documents("valid")
+    documents.read([0])
+    corpus.start_verification()
+    with pytest.raises(UserError, match=f"{names[0]} is damaged .its hash has changed"):
+        corpus.finish_verification()
+    with pytest.raises(UserError, match=f"{names[0]} is damaged"):
+        documents.read([0])
+
+
+def test_an_intact_corpus_passes_the_verification(small):
+    corpus = Corpus(str(small))
+    corpus.start_verification()
+    corpus.finish_verification()
+    assert corpus.documents("train").read([0])
+
+
 def test_changed_lengths_are_detected(copy):
     lengths = copy / "train-lengths.int32"
     content = bytearray(lengths.read_bytes())

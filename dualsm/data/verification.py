@@ -1,0 +1,80 @@
+"""Verification of a corpus in the background: the hash of every shard, while training has begun."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+
+from etils import epath
+
+from dualsm.devices.chips import usable_cores
+from dualsm.process.errors import UserError
+
+_CORES_PER_THREAD, _MAX_THREADS = 4, 8  # leave most cores to training
+
+
+def sha256(path: epath.PathLike) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_hash(path: epath.Path, expected: str) -> None:
+    """Raises `UserError`, naming the shard, if its hash has changed or it cannot be read."""
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise UserError(
+            f"corpus shard {path} cannot be read ({error}); check the disk, or copy the corpus again"
+        ) from error
+    if found != expected:
+        raise UserError(
+            f"corpus shard {path} is damaged (its hash has changed); copy or prepare the corpus again"
+        )
+
+
+class Verification:
+    """Checks the hashes of shards in daemon threads.
+
+    A training run reads records that are not verified yet. ArrayRecord checks each record by a checksum of
+    its own, which detects flipped bytes; the hashes also detect a shard that was replaced by another one.
+    """
+
+    def __init__(self, sha256_by_path: Mapping[epath.Path, str]):
+        """Starts the threads.
+
+        Args:
+          sha256_by_path: expected hash of each shard.
+        """
+        self._todo, self._lock = iter(sha256_by_path.items()), threading.Lock()
+        self._damage: UserError | None = None
+        count = min(max(int(usable_cores()) // _CORES_PER_THREAD, 1), _MAX_THREADS)
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def check(self) -> None:
+        """Raises `UserError`, naming the shard, if damage has been found so far."""
+        if self._damage is not None:
+            raise self._damage
+
+    def finish(self) -> None:
+        """Waits until all shards are verified. Raises `UserError`, naming the shard, if one is damaged."""
+        for thread in self._threads:
+            thread.join()
+        self.check()
+
+    def _run(self) -> None:
+        while self._damage is None:
+            with self._lock:
+                shard = next(self._todo, None)
+            if shard is None:
+                return
+            try:
+                check_hash(*shard)
+            except UserError as error:
+                self._damage = error
