@@ -24,7 +24,7 @@ from absl import flags
 from grain.sources import ArrayRecordDataSource
 
 from dualsm.data import inputs, readers
-from dualsm.data.batches import BatchSource, read_batches
+from dualsm.data.batches import BatchSource, OrderedDocuments, read_batches
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.data.documents import RECORD_TOKENS
@@ -65,12 +65,14 @@ def batch_source(corpus: Corpus, batch_size: int, seq_len: int, steps: int) -> B
     documents = corpus.documents("train")
     budget = steps * batch_size * seq_len
     order = SequenceOrder(documents.lengths_N, budget, seq_len, -(-budget // documents.tokens), seed=0)
-    return BatchSource(documents, order, batch_size, seq_len, pad=0, local_rows=range(batch_size))
+    return BatchSource(
+        [OrderedDocuments(documents, order)], batch_size, seq_len, pad=0, local_rows=range(batch_size)
+    )
 
 
 def records_of(source: BatchSource, step: int) -> int:
     """Returns the number of records that a step reads."""
-    segments = source.order.segments(step * source.batch_size + np.arange(source.batch_size))
+    segments = source.corpora[0].order.segments(step * source.batch_size + np.arange(source.batch_size))
     return int(((segments.stop_S - 1) // RECORD_TOKENS - segments.start_S // RECORD_TOKENS + 1).sum())
 
 

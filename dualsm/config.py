@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from dualsm.objectives.pairs import check_pairs, default_member_options, default
 from dualsm.objectives.plan import count_sequences
 from dualsm.objectives.registry import OBJECTIVES, check_options, default_options
 from dualsm.objectives.shares import check_mixture
+from dualsm.objectives.sources import check_sources, default_source_options
 from dualsm.optimizers.optimizer import check_optimizer
 from dualsm.optimizers.schedules import check_schedule
 from dualsm.process.errors import UserError
@@ -38,6 +40,7 @@ def default_config() -> ConfigDict:
     config.pairs = ConfigDict(default_pairs())
     config.mixture = ConfigDict(dict.fromkeys([*OBJECTIVES, *config.pairs], 0.0) | {"causal": 1.0})
     config.objectives = ConfigDict(default_options())
+    config.sources = ConfigDict()
     return config
 
 
@@ -90,11 +93,40 @@ def add_pair(config: ConfigDict, name: str, share: float = 0.0, **members: Mappi
     config.mixture[name] = share
 
 
+def add_source(
+    config: ConfigDict,
+    name: str,
+    corpus: str = "",
+    share: float = 0.0,
+    repetitions: int = 0,
+    unique_tokens: float = 0,
+    mixture: Mapping[str, float] | None = None,
+) -> None:
+    """Adds a source to `config.sources`, with all its keys, so that each can be overridden.
+
+    Args:
+      config: modified in place; call `add_pair` before.
+      name: name of the source.
+      corpus: path of its corpus.
+      share: share of the rows of the batch; the shares of all sources must sum to 1.
+      repetitions: R of the source.
+      unique_tokens: its number of unique tokens; set either this or `repetitions`.
+      mixture: its own mixture; None for `config.mixture`.
+    """
+    defaults = unflatten_dict(default_source_options({name: {}}, [*config.mixture]), sep=".")
+    config.sources[name] = ConfigDict(defaults["sources"][name])
+    config.sources[name].update(
+        corpus=corpus, share=float(share), repetitions=repetitions, unique_tokens=float(unique_tokens)
+    )
+    config.sources[name].mixture.update({key: float(value) for key, value in (mixture or {}).items()})
+
+
 def check_config(config: ConfigDict) -> None:
     """Raises `UserError`, naming the key, for invalid values and for values that do not fit together."""
     _check_keys(config)
     check_options(config.objectives)
     check_pairs(config)
+    check_sources(config)
     check_mixture(config)
     _check_batch(config)
     check_heads(config.model)
@@ -123,6 +155,8 @@ def _check_keys(config: ConfigDict) -> None:
     values = flatten_dict(config.to_dict(), sep=".")
     if isinstance(pairs := config.get("pairs"), ConfigDict):
         defaults |= default_member_options(pairs.to_dict()) | {f"mixture.{name}": 0.0 for name in pairs}
+    source_defaults = _source_defaults(config)
+    defaults |= {key: value for key, value in source_defaults.items() if key in values}
     for key in values.keys() - defaults.keys():
         raise UserError(f"unknown config key config.{key}; see dualsm/config_keys.py for all keys")
     for key, default in defaults.items():
@@ -139,6 +173,14 @@ def _check_keys(config: ConfigDict) -> None:
             raise UserError(f"{where}={value!r} must be less than 2^31")
     for key in KEYS:
         key.rule.check(f"config.{key.name}", values[key.name])
+
+
+def _source_defaults(config: ConfigDict) -> dict[str, Any]:
+    """Returns the default of every key of the sources of a config, by dotted key."""
+    sources = config.get("sources")
+    if not isinstance(sources, ConfigDict):
+        return {}
+    return default_source_options(sources.to_dict(), [*OBJECTIVES, *config.get("pairs", {})])
 
 
 def _same_type(default, value) -> bool:
@@ -211,13 +253,15 @@ def difference(a: ConfigDict, b: ConfigDict, free: Sequence[str] = FREE_KEYS) ->
     Returns:
       One text "key: old -> new" per changed key.
     """
-    flat_a, flat_b = (flatten_dict(config.to_dict(), sep=".") for config in (a, b))
-    return [
-        f"{key}: {flat_a.get(key)} -> {flat_b.get(key)}"
-        for key in sorted(flat_a.keys() | flat_b.keys())
-        if flat_b.get(key) not in (flat_a.get(key), FILLED_IN.get(key, flat_a.get(key)))
-        and not any(key == name or key.startswith(name + ".") for name in free)
-    ]
+    flat_a, flat_b = (_source_defaults(config) | flatten_dict(config.to_dict(), sep=".") for config in (a, b))
+    changes = []
+    for key in sorted(flat_a.keys() | flat_b.keys()):
+        old, new = flat_a.get(key), flat_b.get(key)
+        pattern = re.sub(r"^sources\.\w+\.", "sources.*.", key)
+        is_free = any(pattern == name or pattern.startswith(name + ".") for name in free)
+        if new not in (old, FILLED_IN.get(pattern, old)) and not is_free:
+            changes.append(f"{key}: {old} -> {new}")
+    return changes
 
 
 def freeze(config: ConfigDict) -> ml_collections.FrozenConfigDict:

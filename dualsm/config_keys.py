@@ -9,7 +9,7 @@ from dualsm.model.attention import BACKENDS
 from dualsm.model.output_heads import HEADS
 from dualsm.model.remat import POLICIES
 from dualsm.model.rope import SCALINGS
-from dualsm.objectives.shares import SCHEDULES as MIXTURE_SCHEDULES
+from dualsm.objectives.share_schedule import SCHEDULES as SHARE_SCHEDULES
 from dualsm.optimizers.optimizer import OPTIMIZERS
 from dualsm.optimizers.schedules import SCHEDULES
 from dualsm.optimizers.weight_decay import EXEMPTIBLE
@@ -39,7 +39,8 @@ class Key(NamedTuple):
 _RANGES = Rule(id_ranges.is_valid, "be ranges of ids, such as 4-15,320")
 _AXIS = Rule(lambda v: v == -1 or v >= 1, "be at least 1, or -1 for all remaining devices")
 
-# Defaults are the paper's values (arXiv 2512.14549) where it has them.
+# Defaults are the paper's values (arXiv 2512.14549) where it has them. The keys of the mixture, of pairs,
+# of sources and of the options of objectives are defined in dualsm/objectives/.
 KEYS = [
     Key("seed", 0, at_least(0), "Determines initial weights, document order and corruption."),
     Key("steps", 1000, between(1, 10**7), "Optimizer steps of the run."),
@@ -53,10 +54,16 @@ KEYS = [
     ),
     Key("max_consecutive_skips", 20, at_least(1), "Stop after this many consecutive non-finite updates."),
 
-    Key("mixture_schedule.name", "constant", one_of(MIXTURE_SCHEDULES), "Interpolation between the points."),
+    Key("mixture_schedule.name", "constant", one_of(SHARE_SCHEDULES), "Interpolation between the points."),
     Key(
         "mixture_schedule.path", "", ANY, "Points after the start, at a fraction of the steps: "
         "'0.5 causal=0.25 masked_diffusion=0.75; 1 causal=1'.",
+    ),
+
+    Key("sources_schedule.name", "constant", one_of(SHARE_SCHEDULES), "Of the shares of the sources."),
+    Key(
+        "sources_schedule.path", "", ANY, "Points after the start, as in mixture_schedule.path: "
+        "'0.5 small=0.25 large=0.75'.",
     ),
 
     Key("data.path", "", ANY, "Corpus, the output of `python -m dualsm.prepare`."),
@@ -176,7 +183,10 @@ KEYS = [
     Key("checkpoint.keep_period", 0, at_least(0), "Also keep checkpoints at multiples of it; 0: none."),
 
     Key("valid.every", 100, at_least(1), "Steps between validations; the first and last step also validate."),
-    Key("valid.num_sequences", 1024, at_least(0), "Maximum number of held-out sequences; 0: all."),
+    Key(
+        "valid.num_sequences", 1024, at_least(0), "Maximum number of held-out sequences, of each source; 0: "
+        "all.",
+    ),
     Key("valid.objectives", "causal,prefix,masked_diffusion", ANY, "Validated objectives; empty: none."),
     Key(
         "valid.parameters", "last", one_of(("last", "ema", "both")), "Validates the weights, their moving "
@@ -192,8 +202,11 @@ KEYS = [
 FREE_KEYS = (
     "checkpoint", "data.prefetch_steps", "data.path", "data.num_threads", "data.verify", "log", "mesh",
     "per_device_batch_size", "gradient_accumulation_steps", "model.attention", "model.remat",
-    "max_consecutive_skips", "valid.every",
+    "max_consecutive_skips", "valid.every", "sources.*.corpus",
 )  # fmt: skip
 
 # Keys that a run sets if they have these values.
-FILLED_IN = {"data.identity": "", "model.vocab_size": 0, "model.never_predicted": "", "start.step": -1}
+FILLED_IN = {
+    "data.identity": "", "sources.*.identity": "", "model.vocab_size": 0, "model.never_predicted": "",
+    "start.step": -1,
+}  # fmt: skip

@@ -54,6 +54,20 @@ def corpus_path(jsonl, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_corpus_path(corpus_path, tmp_path_factory) -> Path:
+    """Returns the path of a corpus of other text with the tokenizer of `corpus_path`."""
+    path = tmp_path_factory.mktemp("other")
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(root.glob("unittest/*.py")):
+        (path / f"{file.stem}.txt").write_text(file.read_text(encoding="utf-8"))
+    recipe = Recipe(
+        input=str(path / "*.txt"), tokenizer=str(corpus_path / "tokenizer.model"), valid_fraction=0.1
+    )
+    build(recipe, str(path / "corpus"), workers=1, quiet=True)
+    return path / "corpus"
+
+
+@pytest.fixture(scope="session")
 def corpus(corpus_path) -> Corpus:
     return Corpus(str(corpus_path))
 

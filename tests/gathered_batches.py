@@ -8,7 +8,7 @@ from absl import app, flags
 from jax.experimental import multihost_utils
 
 from dualsm.config import default_config
-from dualsm.data.batches import BatchSource
+from dualsm.data.batches import BatchSource, OrderedDocuments
 from dualsm.data.corpus import Corpus
 from dualsm.data.sequence_order import SequenceOrder
 from dualsm.devices import sharding
@@ -29,8 +29,8 @@ def main(_) -> None:
         documents = Corpus(_CORPUS.value).documents("train")
         order = SequenceOrder(documents.lengths_N, 20_000, 32, seed=0)
         mine = sharding.process_rows(mesh, ROWS)
-        part = BatchSource(documents, order, ROWS, 32, 0, mine)
-        whole = BatchSource(documents, order, ROWS, 32, 0, np.arange(ROWS))
+        part = BatchSource([OrderedDocuments(documents, order)], ROWS, 32, 0, mine)
+        whole = BatchSource([OrderedDocuments(documents, order)], ROWS, 32, 0, np.arange(ROWS))
         for step in (0, 7):
             for name in ("tokens", "documents"):
                 placed = sharding.shard_batch(mesh, part[step][name], ROWS)

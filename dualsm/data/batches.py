@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -51,42 +51,52 @@ def read_sequences(
     return tokens_BxL1, documents_BxL1
 
 
+class OrderedDocuments(NamedTuple):
+    """The training split of a corpus, and the order of its sequences in a run."""
+
+    documents: Documents
+    order: SequenceOrder
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchSource:
     """A random-access Grain source: element s is this process's part of the batch of step s.
 
     Attributes:
-      documents: the training split.
-      order: the order of its sequences.
+      corpora: the corpora that the run reads; several if it has several sources.
       batch_size: B, sequences per step over all processes.
       seq_len: L.
-      pad: id of `<pad>`, which fills the one position after the end of the run.
+      pad: id of `<pad>`, which fills the one position after the end of each corpus's sequences.
       local_rows: rows of the batch that this process reads, in [0, B).
       steps: number of steps; 0: the number of complete batches.
-      row_sequences: step -> index of the sequence in each row of the batch, int64 [B]; None: step s reads
-        the sequences s * B to s * B + B - 1.
+      row_sources: step -> index of the corpus of each row of the batch, and index of the row's sequence in
+        the order of that corpus, int64 [B] each; None: step s reads the sequences s * B to s * B + B - 1 of
+        the first corpus.
     """
 
-    documents: Documents
-    order: SequenceOrder
+    corpora: Sequence[OrderedDocuments]
     batch_size: int
     seq_len: int
     pad: int
     local_rows: Sequence[int] | np.ndarray
     steps: int = 0
-    row_sequences: Callable[[int], np.ndarray] | None = None
+    row_sources: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def __len__(self) -> int:
-        return self.steps or self.order.num_sequences // self.batch_size
+        return self.steps or self.corpora[0].order.num_sequences // self.batch_size
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        index_B = np.asarray(self.local_rows)
-        index_B = (
-            self.row_sequences(step)[index_B] if self.row_sequences else step * self.batch_size + index_B
-        )
-        tokens_BxL1, documents_BxL1 = read_sequences(
-            self.documents, self.order, index_B, self.seq_len, self.pad
-        )
+        row_B = np.asarray(self.local_rows)
+        if self.row_sources:
+            corpus_B, index_B = (array_B[row_B] for array_B in self.row_sources(step))
+        else:
+            corpus_B, index_B = np.zeros_like(row_B), step * self.batch_size + row_B
+        tokens_BxL1, documents_BxL1 = (np.empty((len(row_B), self.seq_len + 1), np.int32) for _ in range(2))
+        for corpus in np.unique(corpus_B).tolist():
+            mine_B = corpus_B == corpus
+            tokens_BxL1[mine_B], documents_BxL1[mine_B] = read_sequences(
+                *self.corpora[corpus], index_B[mine_B], self.seq_len, self.pad
+            )
         return {"step": step, "tokens": tokens_BxL1, "documents": documents_BxL1}
 
 

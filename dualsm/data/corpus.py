@@ -150,6 +150,10 @@ class Corpus:
         shards = self.manifest["splits"][split]["shards"]
         return {self.folder / shard["file"]: shard["sha256"] for shard in shards}
 
+    def tokens(self, split: str) -> int:
+        """Returns the number of tokens of a split."""
+        return self.manifest["splits"][split]["tokens"]
+
     def documents(self, split: str) -> Documents:
         """Returns the documents of the split "train" or "valid"."""
         entry = self.manifest["splits"][split]

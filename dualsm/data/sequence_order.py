@@ -54,6 +54,7 @@ class SequenceOrder:
         seq_len: int,
         repetitions: int = 1,
         seed: int | None = None,
+        unique: int = 0,
     ):
         """Selects the documents and checks that the corpus is large enough.
 
@@ -64,11 +65,13 @@ class SequenceOrder:
           repetitions: R, passes over the first ceil(D / R) tokens. If R does not divide D, the last pass ends
             up to R - 1 tokens early.
           seed: seed of the order of documents and sequences in each pass; None keeps the corpus order.
+          unique: U, at most D, in place of ceil(D / R); 0: ceil(D / R). If U does not divide D, the last pass
+            is incomplete.
 
         Raises:
           UserError: if the corpus has fewer than ceil(D / R) tokens.
         """
-        self.budget, self.unique = budget, -(-budget // repetitions)
+        self.budget, self.unique = budget, unique or -(-budget // repetitions)
         self.num_sequences = -(-budget // seq_len)
         self._seq_len, self._seed = seq_len, seed
         ends_N = np.cumsum(lengths_N, dtype=np.int64)

@@ -18,9 +18,11 @@ from dualsm.evaluation.task_formats import Question
 from dualsm.evaluation.task_metrics import evaluate_task
 from dualsm.evaluation.tasks import load_task
 from dualsm.generation.generate import check_mode
+from dualsm.objectives.sources import Source
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
-from dualsm.training.validation import Validation, valid_rows
+from dualsm.training.run_corpora import RunCorpus, open_corpora
+from dualsm.training.validation import SourceValidation, Validation, rows_by_source
 
 
 def load_tasks(spec: EvalSpec) -> dict[str, list[Question]]:
@@ -46,12 +48,12 @@ def evaluate_run(run: TrainedRun, spec: EvalSpec, tasks: Mapping[str, Sequence[Q
     spec.check()
     for mode in spec.modes if tasks else ():
         check_mode(run, mode)
-    corpus = open_held_out(run, spec.data) if HELD_OUT in spec.tasks else None
-    return _evaluate(run, spec, tasks, corpus)
+    corpora = open_held_out(run, spec.data) if HELD_OUT in spec.tasks else []
+    return _evaluate(run, spec, tasks, corpora)
 
 
 def _evaluate(
-    run: TrainedRun, spec: EvalSpec, tasks: Mapping[str, Sequence[Question]], corpus: Corpus | None
+    run: TrainedRun, spec: EvalSpec, tasks: Mapping[str, Sequence[Question]], corpora: list[RunCorpus]
 ) -> Iterator[dict]:
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
     results: dict = {"workdir": str(run.workdir), "checkpoint": run.step, "tasks": {}}
@@ -63,75 +65,95 @@ def _evaluate(
             scoring = ScoringParams(mode, tuple(spec.masks), spec.samples, run.config.seq_len)
             results["tasks"][name][mode] = evaluate_task(name, questions, scorer, scoring, spec.limit)
             yield results
-    if corpus:
+    if corpora:
         results["held_out"] = {}
-        for name, result in evaluate_held_out(run, corpus, spec.objectives(), spec.valid_samples):
+        for name, result in evaluate_held_out(run, corpora, spec.objectives(), spec.valid_samples):
             results["held_out"][name] = result
             yield results
 
 
-def open_held_out(run: TrainedRun, path: str = "") -> Corpus:
-    """Opens and verifies the corpus whose held-out documents are scored.
+def open_held_out(run: TrainedRun, path: str = "") -> list[RunCorpus]:
+    """Opens and verifies the corpora whose held-out documents are scored.
 
     Args:
       run: the run.
-      path: path of the corpus; empty for the corpus that the run was trained on.
+      path: path of a corpus; empty for the corpora that the run was trained on.
 
     Raises:
-      UserError: if the corpus is damaged, has no held-out documents, or was made with another tokenizer.
+      UserError: if a corpus is damaged, has no held-out documents, or was made with another tokenizer.
     """
-    path = path or run.config.data.path
-    corpus = Corpus(path)
-    if corpus.manifest["tokenizer_sha256"] != run.tokenizer.sha256():
-        raise UserError(f"--data={path} was prepared with another tokenizer than the run's; prepare it again")
-    corpus.verify("valid")
-    corpus.documents("valid")  # reads the document lengths, and fails if there are none
-    return corpus
+    corpora = [RunCorpus(Source("", path, 1), Corpus(path))] if path else open_corpora(run.config)
+    for source, corpus in corpora:
+        if corpus.manifest["tokenizer_sha256"] != run.tokenizer.sha256():
+            raise UserError(
+                f"--data={source.corpus} was prepared with another tokenizer than the run's; prepare it again"
+            )
+        corpus.verify("valid")
+        corpus.documents("valid")  # reads the document lengths, and fails if there are none
+    return corpora
 
 
 def evaluate_held_out(
-    run: TrainedRun, corpus: Corpus, objectives: Sequence[str], samples: int
+    run: TrainedRun, corpora: Sequence[RunCorpus], objectives: Sequence[str], samples: int
 ) -> Iterator[tuple[str, dict]]:
     """Scores held-out text under several objectives.
 
     Args:
       run: the run.
-      corpus: from `open_held_out`.
+      corpora: from `open_held_out`.
       objectives: names of the objectives.
       samples: draws of the corruption per packed sequence.
 
     Yields:
-      The name of each objective and its entry in the results file.
+      The name of each objective and its entry in the results file, over all corpora. If the run has sources,
+      "<source>/<objective>" and the entry of each source follow.
 
     Raises:
       UserError: if a loss is not finite or too large for its perplexity to be represented.
     """
     seq_len, special = run.config.seq_len, run.tokenizer.special
-    rows = valid_rows(corpus.documents("valid"), seq_len, 0, special, run.tokenizer.token_bytes())
-    num_devices = batch_devices(run.mesh)
-    needed = -(-len(rows[0]) * samples // num_devices) * num_devices  # a multiple of the number of devices
-    validation = Validation(
-        run.config, objectives, special, rows, run.mesh, samples,
-        batch_size=min(scoring_batch_size(run.mesh, seq_len), needed),
+    rows = rows_by_source(corpora, seq_len, 0)
+    validation = SourceValidation(
+        {
+            name: Validation(
+                run.config, objectives, special, part, run.mesh, samples,
+                batch_size=_batch_size(run, len(part[0]) * samples),
+            )
+            for name, part in rows.items()
+        }
     )  # fmt: skip
+    folders = {source.name: str(corpus.folder) for source, corpus in corpora}
     for name in objectives:
         start = time.perf_counter()
         with jax.set_mesh(run.mesh):
             scores = validation(run.params, [name])
-        loss = scores[f"valid/{name}/loss"]
-        if not loss < 700:  # exp(loss) overflows above
-            raise UserError(
-                f"the held-out loss of {name} is {loss} nats per token, because training diverged; "
-                "use an earlier checkpoint"
-            )
-        result = {
-            "nats_per_token": loss,
-            "perplexity": math.exp(loss),
-            "bits_per_byte": scores[f"valid/{name}/bits_per_byte"],
-            "bytes_of": "documents" if rows.exact else "tokens",
-            "n": len(rows[0]),
-            "samples": samples,
-            "seconds": time.perf_counter() - start,
-            "settings": {"data": str(corpus.folder), "seq_len": seq_len, "samples": samples},
-        }
-        yield name, result
+        seconds = time.perf_counter() - start
+        parts = {name: list(rows)} | {f"{source}/{name}": [source] for source in rows if source}
+        for key, sources in parts.items():
+            loss = scores[f"valid/{key}/loss"]
+            if not loss < 700:  # exp(loss) overflows above
+                raise UserError(
+                    f"the held-out loss of {key} is {loss} nats per token, because training diverged; "
+                    "use an earlier checkpoint"
+                )
+            result = {
+                "nats_per_token": loss,
+                "perplexity": math.exp(loss),
+                "bits_per_byte": scores[f"valid/{key}/bits_per_byte"],
+                "bytes_of": "documents" if all(rows[source].exact for source in sources) else "tokens",
+                "n": sum(len(rows[source][0]) for source in sources),
+                "samples": samples,
+                "seconds": seconds,
+                "settings": {
+                    "data": ", ".join(folders[source] for source in sources),
+                    "seq_len": seq_len,
+                    "samples": samples,
+                },
+            }
+            yield key, result
+
+
+def _batch_size(run: TrainedRun, rows: int) -> int:
+    """Returns the batch size for scoring a number of rows, a multiple of the number of devices."""
+    num_devices = batch_devices(run.mesh)
+    return min(scoring_batch_size(run.mesh, run.config.seq_len), -(-rows // num_devices) * num_devices)

@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dualsm import config as configs
-from dualsm.data.corpus import TOKENIZER, Corpus
+from dualsm.data.corpus import TOKENIZER
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.devices import sharding
 from dualsm.model.transformer import init_params
@@ -21,6 +21,7 @@ from dualsm.process.output import new_folder
 from dualsm.rundir.checkpoint import abstract
 from dualsm.rundir.weights_checkpoint import save_weights
 from dualsm.rundir.workdir import CONFIG, SOURCE
+from dualsm.training.run_corpora import open_corpora
 from dualsm.training.start import complete
 
 
@@ -53,14 +54,14 @@ def fit_config(
     if not recipe and seq_len:
         config.seq_len = seq_len
     configs.check_config(config)
-    if config.data.path:
-        corpus = Corpus(config.data.path)
-        if corpus.manifest["tokenizer_sha256"] != tokenizer.sha256():
+    if config.data.path or config.sources:
+        corpora = open_corpora(config)
+        if corpora[0].corpus.manifest["tokenizer_sha256"] != tokenizer.sha256():
             raise UserError(
-                f"config.data.path={config.data.path} was not prepared with the tokenizer of the weights; "
+                f"the corpus {corpora[0].source.corpus} was not prepared with the tokenizer of the weights; "
                 "prepare it again with --tokenizer set to that file"
             )
-        config = complete(config, corpus)
+        config = complete(config, corpora)
     return config
 
 
@@ -77,7 +78,7 @@ def message(name: str, config: ConfigDict, workdir: Path, unused: Iterable[str])
         f"{name} with {config.model.num_layers} layers, d_model={config.model.d_model} and "
         f"seq_len={config.seq_len}, at step 0, in {workdir}"
     )
-    if not config.data.path:
+    if not (config.data.path or config.sources):
         text += "; to train it further, fork it with configs/adapt.py"
     patterns = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in unused})
     return f"{text}\nnot used: {', '.join(patterns)}" if patterns else text

@@ -12,7 +12,8 @@ from dualsm.data.corpus import MANIFEST
 from dualsm.exchange.tokenizer_export import exported_tokenizer, external_special_ids, special_pieces
 from dualsm.exchange.weights_source import read_source
 from dualsm.objectives.pairs import Entry, entry
-from dualsm.objectives.plan import count_sequences
+from dualsm.objectives.plan import MixturePlan, count_sequences
+from dualsm.objectives.sources import Source, trained_sources
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.results import results_file
 from dualsm.rundir.trained_run import TrainedRun
@@ -87,8 +88,7 @@ def _training(run: TrainedRun) -> list[tuple]:
     rows = [
         ("steps", f"{run.step:,} of {config.steps:,}"),
         ("tokens seen", f"{tokens:,} (sequence length {config.seq_len:,}, batch size {config.batch_size:,})"),
-        ("repetitions of the data", f"{config.repetitions:,}"),
-        ("unique tokens", f"{count_sequences(config) * config.seq_len // config.repetitions:,}"),
+        *_repetition(config),
         ("vocabulary size", f"{config.model.vocab_size:,}"),
         ("seed", config.seed),
     ]
@@ -98,7 +98,27 @@ def _training(run: TrainedRun) -> list[tuple]:
     if source:
         details = ", ".join(filter(None, (source["format"], source.get("sha256", "")[:12])))
         rows.insert(0, ("started from", f"{source['weights']} ({details})"))
-    return rows + _data(config.data.path, config.data.identity)
+    for source in trained_sources(config):
+        rows += _data(source, (config.sources[source.name] if source.name else config.data).identity)
+    return rows
+
+
+def _repetition(config: ConfigDict) -> list[tuple]:
+    """Returns table rows about the unique tokens of a run and of each source."""
+    if not config.sources:
+        unique = count_sequences(config) * config.seq_len // config.repetitions
+        return [("repetitions of the data", f"{config.repetitions:,}"), ("unique tokens", f"{unique:,}")]
+    rows, plan = [], MixturePlan(config)
+    for source, sequences in zip(plan.sources, plan.source_sequences(config.steps), strict=True):
+        budget = sequences * config.seq_len
+        unique = source.unique(budget)
+        rows.append(
+            (
+                f"source {source.name}",
+                f"{budget:,} tokens of the run, {unique:,} unique tokens x {budget / unique:.4g} repetitions",
+            )
+        )
+    return rows
 
 
 def _average_text(ema: ConfigDict) -> str:
@@ -107,9 +127,10 @@ def _average_text(ema: ConfigDict) -> str:
     )
 
 
-def _data(path: str, identity: str) -> list[tuple]:
-    """Returns table rows about the corpus; only its name and identity if it was moved or changed."""
-    rows = [("corpus", f"`{Path(path).name}`, identity {identity[:12]}")] if identity else []
+def _data(source: Source, identity: str) -> list[tuple]:
+    """Returns table rows about a corpus; only its name and identity if it was moved or changed."""
+    path, name = source.corpus, f"corpus of {source.name}" if source.name else "corpus"
+    rows = [(name, f"`{Path(path).name}`, identity {identity[:12]}")] if identity else []
     manifest = _read(Path(path) / MANIFEST) if path else None
     if manifest and manifest.get("identity") == identity:
         train, inputs = manifest["splits"]["train"], manifest["arguments"]["input"]
@@ -122,10 +143,19 @@ def _data(path: str, identity: str) -> list[tuple]:
 
 def _mixture(run: TrainedRun) -> str:
     config = run.config
-    rows = [
-        (_entry_text(entry(name, config)), f"{share:g}") for name, share in config.mixture.items() if share
-    ]
-    return "## Mixture\n\n" + _table(["objective", "share of sequences"], rows)
+    rows = []
+    for source in trained_sources(config):
+        mixture = source.mixture or config.mixture
+        first = [source.name] if source.name else []
+        rows += [
+            (*first, _entry_text(entry(name, config)), f"{share:g}")
+            for name, share in mixture.items()
+            if share
+        ]
+    header = ["objective", "share of sequences"]
+    if config.sources:
+        header = ["source", "objective", "share of the source's sequences"]
+    return "## Mixture\n\n" + _table(header, rows)
 
 
 def _entry_text(entry: Entry) -> str:

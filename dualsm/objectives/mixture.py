@@ -18,24 +18,26 @@ from dualsm.objectives.registry import OBJECTIVES
 from dualsm.process.errors import UserError
 
 
-def check_shares(shares: Mapping[str, float], pairs: Sequence[str] = ()) -> None:
+def check_shares(
+    shares: Mapping[str, float], pairs: Sequence[str] = (), where: str = "config.mixture"
+) -> None:
     """Raises `UserError` unless the shares are a probability distribution over objectives and `pairs`."""
     for name, share in shares.items():
         if name not in OBJECTIVES and name not in pairs:
             known = ", ".join([*OBJECTIVES, *pairs])
-            raise UserError(f"config.mixture.{name}: unknown objective or pair; choose from {known}")
+            raise UserError(f"{where}.{name}: unknown objective or pair; choose from {known}")
         if not 0 <= share <= 1:
-            raise UserError(f"config.mixture.{name}={share:g} must be in [0, 1]")
+            raise UserError(f"{where}.{name}={share:g} must be in [0, 1]")
     total = sum(shares.values())
     if abs(total - 1) > 1e-6:
         listed = ", ".join(f"{name}={share:g}" for name, share in shares.items() if share)
         raise UserError(
-            f"config.mixture sums to {total:g} ({listed or 'all shares are 0'}); the shares must sum to 1"
+            f"{where} sums to {total:g} ({listed or 'all shares are 0'}); the shares must sum to 1"
         )
 
 
 def sequence_counts(
-    shares_SxE: np.ndarray, batch_size: int, rows_E: Sequence[int] | None = None
+    shares_SxE: np.ndarray, batch_size: int | np.ndarray, rows_E: Sequence[int] | None = None
 ) -> np.ndarray:
     """Returns the number of sequences of each entry at each step, by error diffusion.
 
@@ -45,22 +47,23 @@ def sequence_counts(
 
     Args:
       shares_SxE: share of each entry of the rows of each step; sums to 1 at each step.
-      batch_size: rows per step, B; even if there are pairs.
+      batch_size: rows per step, B, or int [S], rows of each step; even if there are pairs.
       rows_E: rows per sequence of each entry, 1 or 2; None: 1.
 
     Returns:
-      int64 [S, E]; times `rows_E`, sums to B at each step.
+      int64 [S, E]; times `rows_E`, sums to the rows of each step.
     """
     counts_SxE = np.empty(shares_SxE.shape, np.int64)
     entries = range(shares_SxE.shape[1])
     rows_E = [1] * len(entries) if rows_E is None else list(rows_E)
+    rows_S = np.broadcast_to(batch_size, len(shares_SxE)).tolist()
     owed = [0.0 for _ in entries]
-    for step, shares in enumerate(shares_SxE.tolist()):
-        due = [o + batch_size * share for o, share in zip(owed, shares, strict=True)]
-        paid = [max(int(d / rows), 0) for d, rows in zip(due, rows_E, strict=True)]
-        short = batch_size - sum(n * rows for n, rows in zip(paid, rows_E, strict=True))
+    for step, (rows, shares) in enumerate(zip(rows_S, shares_SxE.tolist(), strict=True)):
+        due = [o + rows * share for o, share in zip(owed, shares, strict=True)]
+        paid = [max(int(d / size), 0) for d, size in zip(due, rows_E, strict=True)]
+        short = rows - sum(n * size for n, size in zip(paid, rows_E, strict=True))
         # In sequences; rounded, so that floating-point errors do not break exact ties.
-        rest = [round(d / rows - n, 6) for d, n, rows in zip(due, paid, rows_E, strict=True)]
+        rest = [round(d / size - n, 6) for d, n, size in zip(due, paid, rows_E, strict=True)]
         while short:
             if short > 0:  # the sequence of a pair may be one row too many
                 e, sign = max(entries, key=lambda e: rest[e]), 1
@@ -70,7 +73,7 @@ def sequence_counts(
             paid[e] += sign
             rest[e] -= sign
             short -= sign * rows_E[e]
-        owed = [d - n * rows for d, n, rows in zip(due, paid, rows_E, strict=True)]
+        owed = [d - n * size for d, n, size in zip(due, paid, rows_E, strict=True)]
         counts_SxE[step] = paid
     return counts_SxE
 
@@ -90,7 +93,7 @@ def assign(
       objective_B, stratum_B, strata_B, int32: index of each row's member among those of all entries;
       `Row.stratum`; `Row.strata`.
     """
-    entry_I, stratum_I = _sequences(counts_E)
+    entry_I, stratum_I = sequence_entries(counts_E)
     rows_E = np.ones(len(counts_E), np.int64) if rows_E is None else np.asarray(rows_E)
     sequence_B = np.repeat(np.arange(len(entry_I)), rows_E[entry_I])
     entry_B = entry_I[sequence_B]
@@ -102,11 +105,11 @@ def assign(
 
 def row_sequences(counts_E: np.ndarray, rows_E: Sequence[int]) -> np.ndarray:
     """Returns the index of each row's sequence among the sequences of its step, int64 [B]; see `assign`."""
-    entry_I, _ = _sequences(counts_E)
+    entry_I, _ = sequence_entries(counts_E)
     return np.repeat(np.arange(len(entry_I)), np.asarray(rows_E)[entry_I])
 
 
-def _sequences(counts_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sequence_entries(counts_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the entry of each of the I sequences of a step, and its index among those of the entry."""
     entry_I = np.repeat(np.arange(len(counts_E)), counts_E)
     stratum_I = np.concatenate([np.arange(count) for count in counts_E])

@@ -34,10 +34,17 @@ class Member(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An entry of the mixture: one member, or two members that train on the same sequences."""
+    """An entry of the mixture: one member, or two members that train on the same sequences.
+
+    Attributes:
+      name: name of the objective or pair.
+      members: its members.
+      source: name of the source that the entry belongs to; "" in a run without `config.sources`.
+    """
 
     name: str
     members: tuple[Member, ...]
+    source: str = ""
 
     @property
     def rows(self) -> int:

@@ -1,4 +1,4 @@
-"""The plan of a run: entry, objective and sequence of every row of every step."""
+"""The plan of a run: source, entry, objective and sequence of every row of every step."""
 
 from __future__ import annotations
 
@@ -7,31 +7,53 @@ from ml_collections import ConfigDict
 
 from dualsm.objectives import mixture
 from dualsm.objectives.pairs import members_of
-from dualsm.objectives.shares import step_shares, trained_entries
+from dualsm.objectives.shares import shares_by_source, trained_entries
 
 
 class MixturePlan:
-    """Assigns entries and sequences to the rows of each step; a function of the config alone.
+    """Assigns sources, entries and sequences to the rows of each step; a function of the config alone.
+
+    The rows of a step are divided between the sources, and the rows of a source between its entries, both by
+    `mixture.sequence_counts`.
 
     Attributes:
-      entries: trained entries of the mixture.
+      sources: the run's sources; one without a name if there is no `config.sources`.
+      entries: trained entries of the mixture, source by source.
       members: members of all entries; `Batch.objective_B` refers to them.
+      member_sources: name of the source of each member.
       shares_SxE: share of each entry of the rows of each step.
       num_sequences: number of sequences of the run. The two rows of a pair's sequence count once.
     """
 
     def __init__(self, config: ConfigDict):
-        self.entries = trained_entries(config)
+        parts = shares_by_source(config)
+        # A source that trains a pair gets an even number of rows.
+        rows_K = [max(entry.rows for entry in part.entries) for part in parts]
+        share_SxK = np.stack([part.share_S for part in parts], 1)
+        rows_SxK = mixture.sequence_counts(share_SxK, config.batch_size, rows_K) * rows_K
+        counts = [
+            mixture.sequence_counts(part.within_SxE, rows_S, [entry.rows for entry in part.entries])
+            for part, rows_S in zip(parts, rows_SxK.T, strict=True)
+        ]
+        self.sources = [part.source for part in parts]
+        self.entries = [entry for part in parts for entry in part.entries]
         self.members = members_of(self.entries)
-        self.shares_SxE = step_shares(config, [entry.name for entry in self.entries])
+        self.member_sources = [entry.source for entry in self.entries for _ in entry.members]
+        self.shares_SxE = np.concatenate([part.share_SxE for part in parts], 1)
         self._rows_E = [entry.rows for entry in self.entries]
-        self._counts_SxE = mixture.sequence_counts(self.shares_SxE, config.batch_size, self._rows_E)
+        self._source_E = np.repeat(np.arange(len(parts)), [len(part.entries) for part in parts])
+        self._counts_SxE = np.concatenate(counts, 1)
         self._totals_S1xE = np.concatenate([[[0] * len(self.entries)], self._counts_SxE.cumsum(0)])
         self.num_sequences = self.sequences(config.steps)
 
     def sequences(self, step: int) -> int:
         """Returns the number of sequences that the first `step` steps read."""
         return int(self._totals_S1xE[step].sum())
+
+    def source_sequences(self, step: int) -> list[int]:
+        """Returns the number of sequences of each source that the first `step` steps read."""
+        total_E = self._totals_S1xE[step]
+        return [int(total_E[self._source_E == k].sum()) for k in range(len(self.sources))]
 
     def member_rows(self, step: int) -> np.ndarray:
         """Returns the number of rows of each member in the first `step` steps, int64 [J]."""
@@ -45,6 +67,21 @@ class MixturePlan:
         """Returns the index of each row's sequence among the sequences of the run, int64 [B]."""
         within_step_B = mixture.row_sequences(self._counts_SxE[step], self._rows_E)
         return self.sequences(step) + within_step_B
+
+    def row_sources(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where each row of a step is read.
+
+        Returns:
+          source_B: index of the row's source in `sources`.
+          index_B: int64; index of the row's sequence among the sequences of that source.
+        """
+        entry_I, _ = mixture.sequence_entries(self._counts_SxE[step])
+        source_I, index_I = self._source_E[entry_I], np.empty(len(entry_I), np.int64)
+        for k, first in enumerate(self.source_sequences(step)):
+            mine_I = source_I == k
+            index_I[mine_I] = first + np.arange(mine_I.sum())
+        sequence_B = mixture.row_sequences(self._counts_SxE[step], self._rows_E)
+        return source_I[sequence_B], index_I[sequence_B]
 
 
 def count_sequences(config: ConfigDict, steps: int | None = None) -> int:

@@ -6,6 +6,7 @@ change of the shares never recompiles the train step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,68 +16,33 @@ from ml_collections import ConfigDict
 from dualsm.objectives.mixture import check_shares
 from dualsm.objectives.pairs import Entry, entry, members_of
 from dualsm.objectives.registry import OBJECTIVES, check_mode_tokens
+from dualsm.objectives.share_schedule import Point, schedule_points, shares_of_steps
+from dualsm.objectives.sources import Source, source_shares, trained_sources
 from dualsm.process.errors import UserError
 
-SCHEDULES = ("constant", "linear", "steps")
+_EXAMPLE = "0.5 causal=0.25 masked_diffusion=0.75; 1 masked_diffusion=1"
 
 
-class Point(NamedTuple):
-    """The shares at a point of the schedule; progress is the completed fraction of the steps."""
+def points(config: ConfigDict, source: Source | None = None) -> list[Point]:
+    """Returns the points of the schedule of a source's mixture; the first is the mixture at progress 0.
 
-    progress: float
-    shares: Mapping[str, float]
-
-
-def points(config: ConfigDict) -> list[Point]:
-    """Returns the points of the schedule; the first is `config.mixture` at progress 0.
+    The mixture of a source of its own is constant.
 
     Raises:
       UserError: if `config.mixture` or a point of `config.mixture_schedule.path` is not a distribution over
         objectives and pairs, or if the points are not in order.
     """
-    check_shares(config.mixture, [*config.pairs])
-    path = [Point(0.0, dict(config.mixture))]
-    if config.mixture_schedule.name == "constant":
-        if config.mixture_schedule.path:
-            raise UserError(
-                f"config.mixture_schedule.path={config.mixture_schedule.path!r} has no effect with the "
-                "schedule 'constant'; set config.mixture_schedule.name to linear or steps, or clear the path"
-            )
-        return path
-    for text in filter(str.strip, config.mixture_schedule.path.split(";")):
-        point = _point(text.strip(), [*config.pairs])
-        if not path[-1].progress < point.progress <= 1:
-            raise UserError(
-                f"config.mixture_schedule.path: progress {point.progress:g} must be above "
-                f"{path[-1].progress:g} and at most 1"
-            )
-        path.append(point)
-    if len(path) == 1:
-        raise UserError(
-            f"config.mixture_schedule.name={config.mixture_schedule.name} needs a path, such as "
-            "'0.5 causal=0.25 masked_diffusion=0.75; 1 masked_diffusion=1'"
-        )
-    return path
-
-
-def _point(text: str, pairs: Sequence[str]) -> Point:
-    progress, *shares = text.split()
-    try:
-        parts = [share.split("=") for share in shares]
-        point = Point(float(progress), {name: float(value) for name, value in parts})
-    except ValueError as error:
-        raise UserError(
-            f"config.mixture_schedule.path: cannot parse {text!r}; write 'PROGRESS OBJECTIVE=SHARE ...'"
-        ) from error
-    try:
-        check_shares(point.shares, pairs)
-    except UserError as error:
-        raise UserError(f"config.mixture_schedule.path at {progress}: {error}") from error
-    return point
+    if source and source.mixture:
+        return [Point(0.0, source.mixture)]
+    check = functools.partial(check_shares, pairs=[*config.pairs])
+    return schedule_points(
+        config.mixture, config.mixture_schedule, "config.mixture_schedule", _EXAMPLE, check
+    )
 
 
 def check_mixture(config: ConfigDict) -> None:
     """Raises `UserError` for an invalid mixture or schedule, and for objectives that cannot be mixed."""
+    points(config)  # also if every source has a mixture of its own
     check_mode_tokens(trained_objectives(config))
     if config.batch_size % 2 and (pairs := [e.name for e in trained_entries(config) if e.rows > 1]):
         raise UserError(
@@ -85,14 +51,19 @@ def check_mixture(config: ConfigDict) -> None:
         )
 
 
-def trained_entries(config: ConfigDict) -> list[Entry]:
-    """Returns the entries that have a share at some step: objectives in the table's order, then pairs."""
-    path = points(config)
+def source_entries(config: ConfigDict, source: Source) -> list[Entry]:
+    """Returns the trained entries of a source: objectives in the table's order, then pairs."""
+    path = points(config, source)
     return [
-        entry(name, config)
+        entry(name, config)._replace(source=source.name)
         for name in [*OBJECTIVES, *sorted(config.pairs)]
         if any(point.shares.get(name, 0) > 0 for point in path)
     ]
+
+
+def trained_entries(config: ConfigDict) -> list[Entry]:
+    """Returns the entries that have a share at some step, source by source."""
+    return [entry for source in trained_sources(config) for entry in source_entries(config, source)]
 
 
 def trained_objectives(config: ConfigDict) -> list[str]:
@@ -101,20 +72,40 @@ def trained_objectives(config: ConfigDict) -> list[str]:
     return [name for name in OBJECTIVES if name in trained]
 
 
-def step_shares(config: ConfigDict, names: Sequence[str]) -> np.ndarray:
-    """Returns the share of each named entry at each step, float64 [S, E]; sums to 1 at each step.
+def step_shares(config: ConfigDict, names: Sequence[str], source: Source | None = None) -> np.ndarray:
+    """Returns the share of each named entry of the rows of a source at each step, float64 [S, E]."""
+    return shares_of_steps(points(config, source), config.mixture_schedule.name, config.steps, names)
 
-    The schedule is evaluated at the middle of each step, so that the mean share of a linear run is the mean
-    of its end points. "linear" interpolates between the points and is constant after the last one; "steps"
-    keeps the shares of each point until the next one.
+
+class SourceShares(NamedTuple):
+    """A source, its entries, and their shares at each step.
+
+    Attributes:
+      source: the source.
+      entries: trained entries of the source.
+      share_S: share of the source of the rows of a step.
+      within_SxE: share of each entry of the rows of the source.
     """
-    path = points(config)
-    progress_S = (np.arange(config.steps) + 0.5) / config.steps
-    known_K = [point.progress for point in path]
-    shares_KxE = np.array([[point.shares.get(name, 0.0) for name in names] for point in path])
-    if config.mixture_schedule.name == "linear":
-        return np.stack([np.interp(progress_S, known_K, shares_K) for shares_K in shares_KxE.T], axis=1)
-    return shares_KxE[np.searchsorted(known_K, progress_S, side="right") - 1]
+
+    source: Source
+    entries: list[Entry]
+    share_S: np.ndarray
+    within_SxE: np.ndarray
+
+    @property
+    def share_SxE(self) -> np.ndarray:
+        """Share of each entry of the rows of a step."""
+        return self.share_S[:, None] * self.within_SxE
+
+
+def shares_by_source(config: ConfigDict) -> list[SourceShares]:
+    """Returns the shares of all sources and of their entries, in the order of `trained_entries`."""
+    sources, found = trained_sources(config), []
+    for source, share_S in zip(sources, source_shares(config, sources).T, strict=True):
+        entries = source_entries(config, source)
+        within_SxE = step_shares(config, [entry.name for entry in entries], source)
+        found.append(SourceShares(source, entries, share_S, within_SxE))
+    return found
 
 
 def set_phases(config: ConfigDict, phases: Sequence[tuple[float, Mapping[str, float]]]) -> None:

@@ -21,7 +21,9 @@ SOURCE = "source.json"  # origin of imported weights
 LOCK = ".lock"
 
 # Keys that may differ between the processes of a job, because they do not change the computation.
-PROCESS_KEYS = ("data.prefetch_steps", "data.path", "data.num_threads", "data.verify")
+PROCESS_KEYS = (
+    "data.prefetch_steps", "data.path", "data.num_threads", "data.verify", "sources.*.corpus",
+)  # fmt: skip
 
 _REQUIRED = {"steps", "model", "data", "mixture"}  # keys that all versions write
 _DAMAGE = (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError, UserError)
@@ -50,15 +52,22 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     return config
 
 
-def check_config_of_run(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> None:
+def _other_corpus(changes: list[str], config: ConfigDict) -> str:
+    """Returns the path of a corpus whose identity is among the changes of a config, or ""."""
+    changed = {change.partition(":")[0] for change in changes}
+    paths = {"data.identity": config.data.path} | {
+        f"sources.{name}.identity": source.corpus for name, source in config.sources.items()
+    }
+    return next((path for key, path in paths.items() if key in changed), "")
+
+
+def check_config_of_run(workdir: epath.Path, config: ConfigDict) -> None:
     """Raises `UserError` unless the directory is new or contains a run with the same config and corpus."""
     path = workdir / CONFIG
     if path.exists():
         changes = configs.difference(read_config(workdir), config)
-        if any(change.startswith("data.identity") for change in changes):
-            raise UserError(
-                f"{workdir} was trained on another corpus than {corpus.folder}; choose another --workdir"
-            )
+        if found := _other_corpus(changes, config):
+            raise UserError(f"{workdir} was trained on another corpus than {found}; choose another --workdir")
         if changes:
             raise UserError(
                 f"{workdir} contains a run with another config ({'; '.join(changes)}); choose another "
@@ -81,10 +90,8 @@ def check_same(config: ConfigDict, main: str) -> None:
       UserError: if they differ in a key that is not in `PROCESS_KEYS`.
     """
     changes = configs.difference(configs.load_config(main), config, free=PROCESS_KEYS)
-    if any(change.startswith("data.identity") for change in changes):
-        raise UserError(
-            f"the corpus {config.data.path} differs from that of process 0; copy it to this host again"
-        )
+    if found := _other_corpus(changes, config):
+        raise UserError(f"the corpus {found} differs from that of process 0; copy it to this host again")
     if changes:
         raise UserError(
             f"this process has another config than process 0 ({'; '.join(changes)}); start all processes of "

@@ -152,12 +152,14 @@ def _config_columns(workdir: Path, record: Record, keys: Iterable[str]) -> Recor
         return {}
     config = _read_object(path)
     repetitions, budget = _count(config, "repetitions"), _budget_tokens(config)
+    if config.get("sources"):  # each source has its own R
+        repetitions = None
     return {key: _config_value(config, key, record[key]) for key in keys} | {
         "repetitions": repetitions,
         "alpha": causal_share(config),
         "seed": config["seed"],
         "budget_tokens": budget,
-        "unique_tokens": -(-budget // repetitions),
+        "unique_tokens": -(-budget // repetitions) if repetitions else None,
         "parameters": _parameters(json.dumps(config["model"])),
     }
 
@@ -166,7 +168,8 @@ def _budget_tokens(config: dict) -> int:
     """Returns the training tokens of a run; the two rows of a pair's sequence count once."""
     steps, batch_size, seq_len = (_count(config, key) for key in ("steps", "batch_size", "seq_len"))
     path = config.get("mixture_schedule", {}).get("path", "")
-    if not any(config["mixture"].get(name) or name in path for name in config.get("pairs", {})):
+    pairs = config.get("pairs", {})
+    if not config.get("sources") and not any(config["mixture"].get(name) or name in path for name in pairs):
         return steps * batch_size * seq_len
     complete = default_config()
     complete.update(config)
@@ -185,9 +188,11 @@ def _config_value(config: dict, key: str, default: Any) -> Any:
 def causal_share(config: dict) -> float | None:
     """Returns alpha, the share of causal rows, if all other rows are masked diffusion; else None.
 
-    A run whose mixture changes during training has no single alpha.
+    A run whose mixture changes during training, or differs between sources, has no single alpha.
     """
     if config.get("mixture_schedule", {}).get("name", "constant") != "constant":
+        return None
+    if any(any(source.get("mixture", {}).values()) for source in config.get("sources", {}).values()):
         return None
     mixture = config["mixture"]
     causal, masked = float(mixture.get("causal", 0)), float(mixture.get("masked_diffusion", 0))

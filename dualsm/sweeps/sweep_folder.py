@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dualsm.config import check_config, difference, valid_objectives
 from dualsm.data.corpus import Corpus
 from dualsm.evaluation.spec import EvalSpec
+from dualsm.objectives.sources import trained_sources
 from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
 from dualsm.process.progress import warn
@@ -114,7 +115,8 @@ class Sweep:
         for cell in self.cells:
             self._check_cell(cell)
         to_train = [cell for cell in self.cells if not self.outcome(cell) and not self._trained(cell)]
-        for path in dict.fromkeys(self.configs[cell.name].data.path for cell in to_train):
+        sources = (source for cell in to_train for source in trained_sources(self.configs[cell.name]))
+        for path in dict.fromkeys(source.corpus for source in sources):
             Corpus(path)
 
     def _check_cell(self, cell: Cell) -> None:

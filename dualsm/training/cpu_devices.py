@@ -16,6 +16,7 @@ from dualsm.data.corpus import Corpus
 from dualsm.devices.chips import usable_cores
 from dualsm.devices.sharding import CORE_TOKENS
 from dualsm.model.flops import matrix_parameters
+from dualsm.objectives.sources import trained_sources
 
 # Matrix parameters; above this, replicating the parameters costs more than data parallelism saves.
 MAX_PARAMETERS = 2_000_000
@@ -42,7 +43,7 @@ def cpu_devices(config: ml_collections.ConfigDict) -> int:
         return 1
     model = config.model.copy_and_resolve_references()
     if not model.vocab_size and matrix_parameters(model) <= MAX_PARAMETERS:  # opening a corpus can be slow
-        model.vocab_size = Corpus(config.data.path).vocab_size
+        model.vocab_size = Corpus(trained_sources(config)[0].corpus).vocab_size
     if matrix_parameters(model) > MAX_PARAMETERS:
         return 1
     limit = min(_whole_cores(), config.batch_size * config.seq_len // CORE_TOKENS)

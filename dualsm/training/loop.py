@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -17,8 +17,6 @@ from ml_collections import ConfigDict
 
 from dualsm import config as configs
 from dualsm.data.batches import BatchSource, read_batches
-from dualsm.data.corpus import Corpus
-from dualsm.data.sequence_order import SequenceOrder
 from dualsm.devices import sharding
 from dualsm.devices.chips import Peak
 from dualsm.model.flops import train_flops
@@ -34,11 +32,12 @@ from dualsm.training.fork import forked_state, with_initial
 from dualsm.training.metrics_log import MetricsLog
 from dualsm.training.profile import Profiler, Window, profiled
 from dualsm.training.program import attended_shares, compile_train_step
+from dualsm.training.run_corpora import RunCorpus, order_documents
 from dualsm.training.start import locked_workdir, open_job, print_start, warn_without_kernel
 from dualsm.training.step import Batch, TrainState
 from dualsm.training.step_metrics import StepMetrics
 from dualsm.training.summary import summarize
-from dualsm.training.validation import INEXACT_BYTES, Validation, valid_rows
+from dualsm.training.validation import INEXACT_BYTES, SourceValidation, Validation, rows_by_source
 
 
 def train(
@@ -65,39 +64,34 @@ def train(
         diverges.
     """
     workdir = epath.Path(workdir).expanduser()
-    config, corpus, mesh = open_job(config, workdir)
+    config, corpora, mesh = open_job(config, workdir)
     with distributed.together():
-        run = _Run(config, workdir, corpus, mesh)
-    with locked_workdir(config, workdir, corpus), jax.set_mesh(mesh), profiled(profile, workdir) as profiler:
+        run = _Run(config, workdir, corpora, mesh)
+    with locked_workdir(config, workdir, corpora), jax.set_mesh(mesh), profiled(profile, workdir) as profiler:
         finished = run.go(stop, profiler)
     if finished and distributed.is_main_process():
-        say("\n" + summarize(workdir, corpus if run.scores_all else None))
+        say("\n" + summarize(workdir, [corpus for _, corpus in corpora] if run.scores_all else []))
     return finished
 
 
 class _Run:
     """A run, as seen by one of its processes."""
 
-    def __init__(self, config: ConfigDict, workdir: epath.Path, corpus: Corpus, mesh: jax.sharding.Mesh):
-        self.config, self.workdir, self.corpus, self.mesh = config, workdir, corpus, mesh
+    def __init__(
+        self, config: ConfigDict, workdir: epath.Path, corpora: Sequence[RunCorpus], mesh: jax.sharding.Mesh
+    ):
+        self.config, self.workdir, self.corpora, self.mesh = config, workdir, corpora, mesh
         self.plan = MixturePlan(config)
-        tokenizer = corpus.tokenizer()
-        special = tokenizer.special
-
-        documents = corpus.documents("train")
-        budget = self.plan.num_sequences * config.seq_len
-        self.order = SequenceOrder(
-            documents.lengths_N, budget, config.seq_len, config.repetitions, config.seed
-        )
+        special = corpora[0].corpus.tokenizer().special
+        self.ordered = order_documents(config, corpora, self.plan)
         self.batch_source = BatchSource(
-            documents=documents,
-            order=self.order,
+            corpora=self.ordered,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             pad=special.pad,
             local_rows=sharding.process_rows(mesh, config.batch_size),
             steps=config.steps,
-            row_sequences=self.plan.row_sequences,
+            row_sources=self.plan.row_sources,
         )
 
         self.schedule = learning_rate(config.optimizer, config.steps)
@@ -108,15 +102,17 @@ class _Run:
         self.peak = Peak(mesh.local_devices[0], mesh.size)
         self.validation, self.scores_all = None, False
         if scored := configs.valid_objectives(config):
-            held_out = corpus.documents("valid")
-            rows = valid_rows(
-                held_out, config.seq_len, config.valid.num_sequences, special, tokenizer.token_bytes()
-            )
-            if not rows.exact and distributed.is_main_process():
+            rows = rows_by_source(corpora, config.seq_len, config.valid.num_sequences)
+            if not all(part.exact for part in rows.values()) and distributed.is_main_process():
                 warn(INEXACT_BYTES)
             # The gzip baseline of the summary is comparable only if all held-out documents are scored.
-            self.scores_all = rows.documents_VxL1.shape[0] * config.seq_len >= held_out.tokens
-            self.validation = Validation(config, scored, special, rows, mesh)
+            self.scores_all = all(
+                rows[source.name].documents_VxL1.shape[0] * config.seq_len >= corpus.tokens("valid")
+                for source, corpus in corpora
+            )
+            self.validation = SourceValidation(
+                {name: Validation(config, scored, special, part, mesh) for name, part in rows.items()}
+            )
 
     def go(self, stop: Callable[[int], bool], profiler: Profiler) -> bool:
         """Trains from the newest checkpoint until the end or until `stop`; returns True at the end."""
@@ -130,7 +126,7 @@ class _Run:
                 state = forked_state(self.config, self.workdir, self.abstract_state, self.init)
             first = 0 if state is None else int(state.step)
             num_parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
-            print_start(self.config, self.mesh, self.plan, self.order, num_parameters)
+            print_start(self.config, self.mesh, self.plan, self.ordered, num_parameters)
             if first:
                 say(f"resuming {self.workdir} at step {first} of {self.config.steps}")
             if distributed.is_main_process():
@@ -147,7 +143,7 @@ class _Run:
                     self.config,
                     self.plan,
                     self.schedule,
-                    self.order.unique,
+                    [order.unique for _, order in self.ordered],
                     self.peak,
                     self.flops_J,
                     writer,
@@ -228,7 +224,8 @@ class _Run:
                     with clock.time("saving"):
                         if not stopped:  # a preempted job has no time to wait
                             with distributed.together():
-                                self.corpus.finish_verification()
+                                for _, corpus in self.corpora:
+                                    corpus.finish_verification()
                         # A checkpoint must not be newer than the metrics file.
                         checkpoints.save(done, state, before=log.sync, last=last or stopped, repeats=not save)
                     save = repeat = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ class MetricsLog:
         config: ConfigDict,
         plan: MixturePlan,
         schedule: optax.Schedule,
-        unique_tokens: int,
+        unique_K: Sequence[int],
         peak: Peak,
         flops_J: np.ndarray,
         writer: MetricsWriter | NoMetrics,
@@ -39,14 +40,14 @@ class MetricsLog:
           config: the run's config.
           plan: objectives and sequences of the run.
           schedule: learning rate by step.
-          unique_tokens: tokens of one epoch.
+          unique_K: unique tokens of each source.
           peak: peak performance of all devices.
           flops_J: floating-point operations of a train step per row of each member of the mixture.
           writer: destination of the metrics.
         """
         self._config, self._plan, self._schedule = config, plan, schedule
-        self._names = [member.name for member in plan.members]
-        self._unique_tokens, self._peak, self._flops_J = unique_tokens, peak, flops_J
+        self._names = list(dict.fromkeys(member.name for member in plan.members))
+        self._unique_K, self._peak, self._flops_J = unique_K, peak, flops_J
         self._writer, self._deferred = writer, None
         self.clock = Clock()
 
@@ -92,7 +93,12 @@ class MetricsLog:
 
     def _position(self, step: int) -> dict[str, float]:
         tokens = self._plan.sequences(step) * self._config.seq_len
-        return {"tokens": tokens, "epoch": tokens / self._unique_tokens, "flops": self._flops(step)}
+        record = {"tokens": tokens, "epoch": tokens / sum(self._unique_K), "flops": self._flops(step)}
+        sequences_K = self._plan.source_sequences(step)
+        for source, sequences, unique in zip(self._plan.sources, sequences_K, self._unique_K, strict=True):
+            if source.name:
+                record[f"epoch/{source.name}"] = sequences * self._config.seq_len / unique
+        return record
 
     def _flops(self, step: int) -> float:
         """Returns the floating-point operations of the first `step` steps."""
@@ -103,12 +109,27 @@ class MetricsLog:
         if not metrics.steps:
             return record
         record["train/loss"] = float(metrics.loss / max(metrics.weight, 1))
-        for name, nll, tokens in zip(self._names, metrics.nll_J, metrics.loss_denominator_J, strict=True):
-            if tokens:
-                record[f"train/{name}/loss"] = float(nll / tokens)
+        record |= self._losses(metrics)
         record["train/gradient_norm"] = float(metrics.gradient_norm / metrics.steps)
         record["train/learning_rate"] = float(self._schedule(step - 1))
         return record
+
+    def _losses(self, metrics: StepMetrics) -> dict[str, float]:
+        """Returns the losses of each member over all sources, then those of each source with a name."""
+        by_name: dict[str, tuple] = {}
+        plan = self._plan
+        for member, source, nll, tokens in zip(
+            plan.members, plan.member_sources, metrics.nll_J, metrics.loss_denominator_J, strict=True
+        ):
+            for name in dict.fromkeys((member.name, f"{source}/{member.name}".lstrip("/"))):
+                total, denominator = by_name.get(name, (0, 0))
+                by_name[name] = (total + nll, denominator + tokens)
+        names = sorted(by_name, key=lambda name: name not in self._names)
+        return {
+            f"train/{name}/loss": float(nll / tokens)
+            for name, (nll, tokens) in ((name, by_name[name]) for name in names)
+            if tokens
+        }
 
     def _perf_metrics(self, step: int) -> dict[str, float]:
         interval = self.clock.interval()
@@ -124,8 +145,13 @@ class MetricsLog:
 
 def _train_line(done: int, steps: int, record: dict, names: list[str]) -> str:
     losses = "  ".join(f"{n} {record[f'train/{n}/loss']:.3f}" for n in names if f"train/{n}/loss" in record)
+    epochs = "".join(
+        f"{name.removeprefix('epoch/')} epoch {value:.2f}  "
+        for name, value in record.items()
+        if name.startswith("epoch/")
+    )
     return (
-        f"step {done:>{len(str(steps))}}/{steps}  {losses or 'all updates skipped'}  "
+        f"step {done:>{len(str(steps))}}/{steps}  {losses or 'all updates skipped'}  {epochs}"
         f"lr {record.get('train/learning_rate', math.nan):.2g}  "
         f"{record['perf/tokens_per_second']:,.0f} tokens/s  mfu {record['perf/mfu']:.0%}"
     )

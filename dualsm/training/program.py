@@ -21,7 +21,7 @@ from dualsm.model.splash import block_ranges
 from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds, single_row
 from dualsm.objectives.pairs import bind_members, members_of
-from dualsm.objectives.shares import step_shares, trained_entries
+from dualsm.objectives.shares import shares_by_source, trained_entries
 from dualsm.optimizers.optimizer import make_optimizer
 from dualsm.optimizers.schedules import learning_rate
 from dualsm.rundir.checkpoint import abstract
@@ -115,9 +115,9 @@ def attended_shares(config: ml_collections.ConfigDict, special: SpecialIds, bloc
 
 def attended_share(config: ml_collections.ConfigDict, special: SpecialIds, block: int = 1) -> float:
     """Returns the mean of `attended_shares`, weighted with the mixture."""
-    entries = trained_entries(config)
-    rows_E = [entry.rows for entry in entries]
-    share_E = step_shares(config, [entry.name for entry in entries]).mean(0)
+    parts = shares_by_source(config)
+    share_E = np.concatenate([part.share_SxE for part in parts], 1).mean(0)
+    rows_E = [entry.rows for part in parts for entry in part.entries]
     return float(np.repeat(share_E / rows_E, rows_E) @ attended_shares(config, special, block))
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from dualsm import config as configs
-from dualsm.data.corpus import Corpus
-from dualsm.data.sequence_order import SequenceOrder
+from dualsm.data.batches import OrderedDocuments
 from dualsm.devices import sharding
 from dualsm.model.attention import why_not_kernel
 from dualsm.model.head_shapes import head_dim, num_kv_heads
@@ -22,10 +21,13 @@ from dualsm.process.progress import say, warn
 from dualsm.rundir.checkpoint import check_not_lost
 from dualsm.rundir.workdir import CONFIG, check_config_of_run, check_same, lock, write_config
 from dualsm.training.fork import never_predicted, start_step
+from dualsm.training.run_corpora import RunCorpus, open_corpora
 
 
-def open_job(config: ConfigDict, workdir: epath.Path) -> tuple[ConfigDict, Corpus, jax.sharding.Mesh]:
-    """Returns the complete config, the corpus and the mesh, the same in all processes of a job.
+def open_job(
+    config: ConfigDict, workdir: epath.Path
+) -> tuple[ConfigDict, list[RunCorpus], jax.sharding.Mesh]:
+    """Returns the complete config, the corpora and the mesh, the same in all processes of a job.
 
     Raises:
       UserError: if the config is invalid or incomplete, or differs between the processes.
@@ -33,9 +35,9 @@ def open_job(config: ConfigDict, workdir: epath.Path) -> tuple[ConfigDict, Corpu
     with distributed.together():
         configs.check_config(config)
         configs.check_installed(config)
-        corpus = Corpus(config.data.path)
-        config = complete(config, corpus)
-        config.start.step = start_step(config, workdir, corpus)
+        corpora = open_corpora(config)
+        config = complete(config, corpora)
+        config.start.step = start_step(config, workdir, corpora[0].corpus)
         config.model.never_predicted = never_predicted(config, workdir)
     # Processes start at different times, and the run to fork may have saved a newer checkpoint in between.
     config.start.step = int(distributed.broadcast(str(config.start.step)))
@@ -45,34 +47,40 @@ def open_job(config: ConfigDict, workdir: epath.Path) -> tuple[ConfigDict, Corpu
     main_config = distributed.broadcast(configs.save_config(config))
     with distributed.together():
         check_same(config, main_config)
-    return config, corpus, mesh
+    return config, corpora, mesh
 
 
-def complete(config: ConfigDict, corpus: Corpus) -> ConfigDict:
-    """Returns the config with `model.vocab_size` and `data.identity` set from the corpus.
+def complete(config: ConfigDict, corpora: Sequence[RunCorpus]) -> ConfigDict:
+    """Returns the config with `model.vocab_size` and the identity of each corpus set.
 
     Raises:
-      UserError: if the config has another value for either of them.
+      UserError: if the config has another value for one of them.
     """
-    config = config.copy_and_resolve_references()
+    config, corpus = config.copy_and_resolve_references(), corpora[0].corpus
     if config.model.vocab_size not in (0, corpus.vocab_size):
         raise UserError(
             f"config.model.vocab_size={config.model.vocab_size} differs from the vocabulary of the corpus "
             f"{corpus.folder}, {corpus.vocab_size} ids; leave it at 0"
         )
-    if config.data.identity not in ("", corpus.identity):
-        raise UserError(
-            f"config.data.identity={config.data.identity} is not the identity of the corpus {corpus.folder}, "
-            f"{corpus.identity}; leave it empty"
+    for source, corpus in corpora:
+        section, key = (
+            (config.sources[source.name], source.key) if source.name else (config.data, "config.data")
         )
+        found = section.get("identity", "")
+        if found not in ("", corpus.identity):
+            raise UserError(
+                f"{key}.identity={found} is not the identity of the corpus {corpus.folder}, "
+                f"{corpus.identity}; leave it empty"
+            )
+        with section.unlocked():
+            section.identity = corpus.identity
     config.model.vocab_size = corpus.vocab_size
-    config.data.identity = corpus.identity
     return config
 
 
 @contextlib.contextmanager
-def locked_workdir(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> Iterator[None]:
-    """Locks the run directory inside the context, starts to verify the corpus, and writes the config.
+def locked_workdir(config: ConfigDict, workdir: epath.Path, corpora: Sequence[RunCorpus]) -> Iterator[None]:
+    """Locks the run directory inside the context, starts to verify the corpora, and writes the config.
 
     Raises:
       UserError: if the directory is in use or contains another run. Then nothing has been written.
@@ -81,15 +89,16 @@ def locked_workdir(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> I
     with contextlib.ExitStack() as stack:
         with distributed.together():  # before anything is written
             if distributed.is_main_process():
-                check_config_of_run(workdir, config, corpus)
+                check_config_of_run(workdir, config)
                 stack.enter_context(lock(workdir))
-                check_config_of_run(workdir, config, corpus)  # another run may have started before the lock
+                check_config_of_run(workdir, config)  # another run may have started before the lock
                 check_not_lost(workdir)
             if config.data.verify and is_first_on_host:
-                corpus.start_verification()
+                for _, corpus in corpora:
+                    corpus.start_verification()
         with distributed.together():
             if distributed.is_main_process():
-                write_config(workdir, config, corpus)
+                write_config(workdir, config, corpora[0].corpus)
         with distributed.together():
             if not (workdir / CONFIG).exists():
                 raise UserError(
@@ -99,18 +108,34 @@ def locked_workdir(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> I
 
 
 def print_start(
-    config: ConfigDict, mesh: jax.sharding.Mesh, plan: MixturePlan, order: SequenceOrder, num_parameters: int
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    plan: MixturePlan,
+    ordered: Sequence[OrderedDocuments],
+    num_parameters: int,
 ) -> None:
     """Prints the model, data and mixture of a run."""
-    listed = ", ".join(
-        f"{entry.name} {first:g}" if first == last else f"{entry.name} {first:g} to {last:g}"
+    shares_E = [
+        (f"{entry.source}/{entry.name}" if entry.source else entry.name, first, last)
         for entry, first, last in zip(plan.entries, plan.shares_SxE[0], plan.shares_SxE[-1], strict=True)
+    ]
+    listed = ", ".join(
+        f"{name} {first:g}" if first == last else f"{name} {first:g} to {last:g}"
+        for name, first, last in shares_E
     )
+    data = [
+        f"data{' ' * bool(source.name)}{source.name}: {order.budget:,} tokens = {order.unique:,} unique x "
+        f"{source.repetitions or order.budget / order.unique:g} repetitions, from {source.corpus}"
+        for source, (_, order) in zip(plan.sources, ordered, strict=True)
+    ]
     say(
-        f"model: {num_parameters:,} parameters on {mesh.size} x {mesh.devices.flat[0].device_kind}\n"
-        f"data: {order.budget:,} tokens = {order.unique:,} unique x {config.repetitions} repetitions, from "
-        f"{config.data.path}\n"
-        f"mixture: {listed}"
+        "\n".join(
+            [
+                f"model: {num_parameters:,} parameters on {mesh.size} x {mesh.devices.flat[0].device_kind}",
+                *data,
+                f"mixture: {listed}",
+            ]
+        )
     )
 
 

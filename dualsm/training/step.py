@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from dualsm.devices.sharding import constrain
@@ -123,7 +124,10 @@ def make_train_step(
       while the next step donates the state.
     """
     members = members_of(entries)
-    objectives = bind_members(members, special)
+    # Sources share their objectives: an objective of several sources is computed once.
+    distinct = [member for j, member in enumerate(members) if member not in members[:j]]
+    distinct_J = np.array([distinct.index(member) for member in members], np.int32)
+    objectives = bind_members(distinct, special)
     row_weights = make_row_weights(entries)
     gradients = make_gradient_function(config)
 
@@ -132,7 +136,10 @@ def make_train_step(
         rows = batch.tokens_BxL1.shape[0]
         progress_B = jnp.full(rows, state.step / config.steps, jnp.float32)
         row = Row(batch.tokens_BxL1, batch.documents_BxL1, batch.stratum_B, batch.strata_B, progress_B)
-        example = mixture.make_examples(objectives, row, batch.objective_B, mixture.row_keys(key, rows))
+        objective_B = batch.objective_B
+        if len(distinct) < len(members):
+            objective_B = jnp.asarray(distinct_J)[objective_B]
+        example = mixture.make_examples(objectives, row, objective_B, mixture.row_keys(key, rows))
         example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
 
         weights = row_weights(batch.objective_B, example.loss_denominator_L)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from dualsm.data.corpus import Corpus
@@ -13,7 +14,7 @@ from dualsm.rundir.trackers import TENSORBOARD
 from dualsm.rundir.workdir import CONFIG
 
 
-def summarize(workdir: str | Path, corpus: Corpus | None = None) -> str:
+def summarize(workdir: str | Path, corpora: Sequence[Corpus] = ()) -> str:
     """Returns the held-out bits per byte before and after training, the speed, and the paths of the outputs.
 
     The values before training are those of a sample of the rows (see `dualsm.training.loop`). Values that
@@ -21,13 +22,13 @@ def summarize(workdir: str | Path, corpus: Corpus | None = None) -> str:
 
     Args:
       workdir: the run directory.
-      corpus: adds the bits per byte of `gzip -9` on the held-out split of this corpus. None unless the run
-        scored the whole split, because the values are not comparable otherwise.
+      corpora: adds the bits per byte of `gzip -9` on the held-out splits of these corpora. Empty unless the
+        run scored the whole splits, because the values are not comparable otherwise.
     """
     records, lines = read_metrics(workdir), []
     validated = [r for r in records if any(name.startswith("valid/") for name in r)]
     if validated:
-        lines.append(_scores(validated[0], validated[-1], corpus))
+        lines.append(_scores(validated[0], validated[-1], corpora))
     speeds = [r["perf/tokens_per_second"] for r in records if "perf/tokens_per_second" in r]
     if speeds:
         lines.append(f"{records[-1]['tokens']:,} tokens, {statistics.median(speeds):,.0f} tokens per second")
@@ -35,7 +36,7 @@ def summarize(workdir: str | Path, corpus: Corpus | None = None) -> str:
     return "\n".join(lines)
 
 
-def _scores(before: dict, after: dict, corpus: Corpus | None) -> str:
+def _scores(before: dict, after: dict, corpora: Sequence[Corpus]) -> str:
     """Returns a table of the held-out bits per byte in two log lines."""
     names = [name for name in after if name.endswith("/bits_per_byte")]
     rows = [
@@ -46,7 +47,8 @@ def _scores(before: dict, after: dict, corpus: Corpus | None) -> str:
         ]
         for name in names
     ]
-    if corpus is not None:
-        held_out = corpus.manifest["splits"]["valid"]
-        rows.append(["(gzip -9)", "", f"{8 * held_out['gzip_bytes'] / held_out['bytes']:.3f}"])
+    if corpora:
+        held_out = [corpus.manifest["splits"]["valid"] for corpus in corpora]
+        compressed, size = (sum(split[key] for split in held_out) for key in ("gzip_bytes", "bytes"))
+        rows.append(["(gzip -9)", "", f"{8 * compressed / size:.3f}"])
     return table(["held-out bits per byte", "before", "after"], rows)

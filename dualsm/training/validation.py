@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from dualsm.objectives.example import Row, SpecialIds
 from dualsm.objectives.pairs import bind_members, entry, members_of
 from dualsm.objectives.registry import valid_options
 from dualsm.training.objective_loss import example_loss
+from dualsm.training.run_corpora import RunCorpus
 
 _SEED = 20251214  # of the corruption; independent of the run's seed, so that runs are comparable
 # Maximum number of dispatched batches: enough to keep devices busy. Above 32, XLA's CPU client can deadlock,
@@ -83,6 +84,17 @@ def valid_rows(
     )
 
 
+def rows_by_source(corpora: Sequence[RunCorpus], seq_len: int, rows: int) -> dict[str, ValidRows]:
+    """Returns the held-out rows of each source by its name; see `valid_rows`."""
+    found = {}
+    for source, corpus in corpora:
+        tokenizer = corpus.tokenizer()
+        found[source.name] = valid_rows(
+            corpus.documents("valid"), seq_len, rows, tokenizer.special, tokenizer.token_bytes()
+        )
+    return found
+
+
 def _fit_to_documents(
     documents: Documents, count: int, unk: int, token_bytes_V: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +122,11 @@ def _fit_to_documents(
 
 
 class Validation:
-    """Computes the held-out loss of several objectives with one compiled function."""
+    """Scores the held-out rows of one corpus under several objectives with one compiled function.
+
+    Attributes:
+      names: the objectives.
+    """
 
     def __init__(
         self,
@@ -132,7 +148,7 @@ class Validation:
           samples: number of times that each row is scored, each time with a new corruption.
           batch_size: rows per batch, over all devices; None: the rows of a gradient accumulation step.
         """
-        self._names = list(names)
+        self.names = list(names)
         arrays = tuple(np.tile(a, (samples, 1)) for a in rows[:3])
         batch_size = batch_size or config.batch_size // config.gradient_accumulation_steps
         self._batches = [
@@ -163,6 +179,42 @@ class Validation:
         self._score = jax.jit(score, out_shardings=replicated(mesh))
 
     def __call__(
+        self, params: dict, name: str, every: int = 1, stop: Callable[[], bool] = lambda: False
+    ) -> np.ndarray | None:
+        """Scores the held-out rows under one objective.
+
+        Args:
+          params: parameters.
+          name: the objective.
+          every: scores only every n-th batch. Each batch is a sample of the whole split.
+          stop: called before each batch; True ends the scoring.
+
+        Returns:
+          Loss in nats, loss denominator and bytes of the scored targets, float64 [3]; None if `stop` returned
+          True.
+        """
+        index = self.names.index(name)
+        parts = []
+        for batch in self._batches[::every]:
+            if stop():
+                return None
+            parts.append(self._score(params, *batch, jnp.int32(index)))
+            jax.block_until_ready(parts[-_MAX_IN_FLIGHT:][0])
+        return np.array(jax.device_get(parts), np.float64).sum(0)
+
+
+class SourceValidation:
+    """Computes the held-out loss of each objective on each source, and on all of them."""
+
+    def __init__(self, by_source: Mapping[str, Validation]):
+        """
+        Args:
+          by_source: name of the source -> its held-out rows; one name "" for a run without `config.sources`.
+        """
+        self._by_source = by_source
+        self._names = next(iter(by_source.values())).names
+
+    def __call__(
         self,
         params: dict,
         names: Sequence[str] | None = None,
@@ -175,27 +227,35 @@ class Validation:
         Args:
           params: parameters.
           names: objectives to score; None: all.
-          every: scores only every n-th batch. Each batch is a sample of the whole split.
+          every: see `Validation`.
           stop: called before each batch; True ends the scoring.
           prefix: prefix of the metrics.
 
         Returns:
-          Metrics `<prefix>/<objective>/loss` (nats per token) and `<prefix>/<objective>/bits_per_byte`; None
-          if `stop` returned True.
+          Metrics `<prefix>/<objective>/loss` (nats per token) and `<prefix>/<objective>/bits_per_byte` over
+          the rows of all sources, and `<prefix>/<source>/<objective>/...` of each source with a name; None if
+          `stop` returned True.
         """
         metrics = {}
         for name in self._names if names is None else names:
-            index = self._names.index(name)
-            parts = []
-            for batch in self._batches[::every]:
-                if stop():
+            sums = {}
+            for source, validation in self._by_source.items():
+                sums[source] = validation(params, name, every, stop)
+                if sums[source] is None:
                     return None
-                parts.append(self._score(params, *batch, jnp.int32(index)))
-                jax.block_until_ready(parts[-_MAX_IN_FLIGHT:][0])
-            nats, denominator, bytes_ = np.array(jax.device_get(parts), np.float64).sum(0)
-            metrics[f"{prefix}/{name}/loss"] = float(nats / max(denominator, 1))
-            metrics[f"{prefix}/{name}/bits_per_byte"] = float(nats / math.log(2) / max(bytes_, 1))
+            metrics |= _as_metrics(f"{prefix}/{name}", sum(sums.values()))
+            for source, found in sums.items():
+                if source:
+                    metrics |= _as_metrics(f"{prefix}/{source}/{name}", found)
         return metrics
+
+
+def _as_metrics(name: str, sums: np.ndarray) -> dict[str, float]:
+    nats, denominator, bytes_ = sums
+    return {
+        f"{name}/loss": float(nats / max(denominator, 1)),
+        f"{name}/bits_per_byte": float(nats / math.log(2) / max(bytes_, 1)),
+    }
 
 
 def _batches(rows: tuple[np.ndarray, np.ndarray, np.ndarray], size: int, pad: int):

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from dualsm.data.batches import PAD_DOCUMENT, BatchSource, read_batches, read_sequences
+from dualsm.data.batches import PAD_DOCUMENT, BatchSource, OrderedDocuments, read_batches, read_sequences
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
 from dualsm.data.documents import RECORD_TOKENS
@@ -22,7 +22,7 @@ def source(corpus):
 def make_source(corpus, local_rows, seed=0):
     documents = corpus.documents("train")
     order = SequenceOrder(documents.lengths_N, STEPS * BATCH_SIZE * SEQ_LEN, SEQ_LEN, 4, seed)
-    return BatchSource(documents, order, BATCH_SIZE, SEQ_LEN, 0, local_rows)
+    return BatchSource([OrderedDocuments(documents, order)], BATCH_SIZE, SEQ_LEN, 0, local_rows)
 
 
 class InMemoryDocuments:

@@ -21,12 +21,12 @@ import numpy as np
 from etils import epath
 from dualsm.data.documents import Documents
 from dualsm.data.sequence_order import SequenceOrder
-from dualsm.data.batches import BatchSource
+from dualsm.data.batches import BatchSource, OrderedDocuments
 
 folder, split = epath.Path(sys.argv[1]), json.loads(sys.argv[2])
 documents = Documents(folder, split, np.dtype("<u2"))
 order = SequenceOrder(documents.lengths_N, documents.tokens - 1, 2048, seed=0)
-source = BatchSource(documents, order, 16, 2048, 0, np.arange(8))
+source = BatchSource([OrderedDocuments(documents, order)], 16, 2048, 0, np.arange(8))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 total = sum(int(source[step]["tokens"].size) for step in range(len(source)))
 print(total, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)

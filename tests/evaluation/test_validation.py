@@ -14,7 +14,7 @@ from dualsm.data.corpus import Corpus
 from dualsm.devices import sharding
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.mixture import OBJECTIVES
-from dualsm.training.validation import Validation, valid_rows
+from dualsm.training.validation import SourceValidation, Validation, valid_rows
 from tests.exchange.conftest import ADDING, make_tokenizer_json, with_normalizers
 
 
@@ -40,7 +40,7 @@ def validation(config, corpus, rows, devices=1, names=tuple(OBJECTIVES)):
     config.model.vocab_size = corpus.vocab_size
     config.mesh.data = devices
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    return Validation(config, names, corpus.tokenizer().special, rows, mesh)
+    return SourceValidation({"": Validation(config, names, corpus.tokenizer().special, rows, mesh)})
 
 
 @pytest.fixture

@@ -20,5 +20,5 @@ def test_run_without_validation(micro, tmp_path, capsys):
 
 
 def test_summary_without_metrics_names_the_run_directory(corpus, tmp_path):
-    said = summarize(tmp_path, corpus)
+    said = summarize(tmp_path, [corpus])
     assert said.startswith(f"{tmp_path}: config.json") and "\n" not in said

@@ -103,7 +103,7 @@ def test_workdir_stays_usable_if_its_first_run_is_killed(corpus, corpus_path, tm
     moments = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
     assert len(moments) >= 5  # creates the folder, then writes and renames two files
     for path in moments:
-        check_config_of_run(epath.Path(path), micro_config(), corpus)
+        check_config_of_run(epath.Path(path), micro_config())
         write_config(epath.Path(path), micro_config(), corpus)
         assert sorted(p.name for p in path.iterdir()) == [CONFIG, "tokenizer.model"]
 

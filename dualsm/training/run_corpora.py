@@ -1,0 +1,95 @@
+"""The corpora of a run, one per source: opening, and the order of their sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from dualsm.data.batches import OrderedDocuments
+from dualsm.data.corpus import TOKENIZER, Corpus
+from dualsm.data.sequence_order import SequenceOrder
+from dualsm.objectives.plan import MixturePlan
+from dualsm.objectives.sources import Source, trained_sources
+from dualsm.process.errors import UserError
+
+
+class RunCorpus(NamedTuple):
+    """A source of a run and its corpus; a run without `config.sources` has one source without a name."""
+
+    source: Source
+    corpus: Corpus
+
+
+def open_corpora(config: ConfigDict) -> list[RunCorpus]:
+    """Opens the corpora of a run, which have the same tokenizer, in the order of `trained_sources`.
+
+    Raises:
+      UserError: if a corpus cannot be read, or has another tokenizer than the first one.
+    """
+    opened = [RunCorpus(source, Corpus(source.corpus)) for source in trained_sources(config)]
+    first = opened[0]
+    for source, corpus in opened:
+        if corpus.manifest["tokenizer_sha256"] != first.corpus.manifest["tokenizer_sha256"]:
+            raise UserError(
+                f"{source.key}.corpus={source.corpus} has another tokenizer than "
+                f"{first.source.key}.corpus={first.source.corpus}; prepare it again with "
+                f"--tokenizer={first.corpus.folder / TOKENIZER}"
+            )
+    return opened
+
+
+def order_documents(
+    config: ConfigDict, corpora: Sequence[RunCorpus], plan: MixturePlan
+) -> list[OrderedDocuments]:
+    """Returns the training documents of each corpus and the order of their sequences.
+
+    Raises:
+      UserError: if a corpus has too few tokens, or a source too few sequences.
+    """
+    ordered = []
+    for (source, corpus), sequences in zip(corpora, plan.source_sequences(config.steps), strict=True):
+        documents, budget = corpus.documents("train"), sequences * config.seq_len
+        if source.name:
+            _check_source(source, sequences, budget, documents.tokens)
+        order = SequenceOrder(
+            documents.lengths_N,
+            budget,
+            config.seq_len,
+            source.repetitions,
+            config.seed,
+            source.unique_tokens,
+        )
+        ordered.append(OrderedDocuments(documents, order))
+    return ordered
+
+
+def _check_source(source: Source, sequences: int, budget: int, available: int) -> None:
+    """Raises `UserError` if a source in `config.sources` has too few sequences or tokens."""
+    if not sequences:
+        raise UserError(f"{source.key}.share gives the source no sequence; raise it or config.steps")
+    if source.repetitions > sequences:
+        raise UserError(
+            f"{source.key}.repetitions={source.repetitions} must not exceed the {sequences} sequences "
+            "that the run reads from the source; lower it, or raise the share of the source or config.steps"
+        )
+    if source.unique_tokens > budget:
+        raise UserError(
+            f"{source.key}.unique_tokens={source.unique_tokens:,} must not exceed the {budget:,} tokens that "
+            "the run reads from the source; lower it, or raise the share of the source or config.steps"
+        )
+    unique = source.unique(budget)
+    if unique <= available:
+        return
+    if source.repetitions:
+        cause = f"{budget:,} tokens / {source.repetitions} repetitions"
+        remedy = (
+            f"raise its repetitions to {-(-budget // available)} or more, lower its share or config.steps"
+        )
+    else:
+        cause, remedy = "its unique_tokens", f"lower them to {available:,} or less"
+    raise UserError(
+        f"{source.key}: the corpus {source.corpus} has {available:,} training tokens, but the source needs "
+        f"{unique:,} unique tokens ({cause}); {remedy}, or prepare more text"
+    )
