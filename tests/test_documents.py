@@ -10,7 +10,7 @@ import tomllib
 import pytest
 
 import dualsm
-from dualsm.config import default_config
+from dualsm.config import add_source, default_config
 from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -102,6 +102,8 @@ def test_flags_exist(document):
 def test_config_keys_exist(document):
     """Checks `config.a.b`, and `a.b` if `a` is a section of the config."""
     default = default_config()
+    for name in ("small", "large"):  # the sources of the examples
+        add_source(default, name)
     for line in code(document.read_text()):
         for prefix, key in re.findall(r"(?<![\w./])(config\.)?([a-z_]+(?:\.[a-z_0-9]+)*)", line):
             parts = key.split(".")
