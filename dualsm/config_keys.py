@@ -17,6 +17,7 @@ from dualsm.optimizers.weight_decay import SCHEDULES as DECAY_SCHEDULES
 from dualsm.process.value_rules import (
     ANY,
     BELOW_ONE,
+    COUNTS,
     FRACTION,
     POSITIVE,
     Rule,
@@ -181,6 +182,10 @@ KEYS = [
     Key("checkpoint.max_failed_saves", 3, at_least(0), "Consecutive failed saves before the run stops."),
     Key("checkpoint.final_retries", 8, at_least(0), "Retries of the last save, after 1, 2, 4, ... seconds."),
     Key("checkpoint.keep_period", 0, at_least(0), "Also keep checkpoints at multiples of it; 0: none."),
+    Key(
+        "checkpoint.at_words", "", COUNTS, "Also save and keep checkpoints after these numbers of words, "
+        "such as 1M,2M,10M; repeated words count each time.",
+    ),
 
     Key("valid.every", 100, at_least(1), "Steps between validations; the first and last step also validate."),
     Key(

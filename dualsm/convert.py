@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from dualsm.exchange import (
     average_checkpoints,
     export_huggingface,
+    export_milestones,
     export_reference,
     import_huggingface,
     import_reference,
@@ -25,7 +26,7 @@ from dualsm.exchange.hub import local_path
 from dualsm.exchange.sharded_files import DTYPES
 from dualsm.process import cli
 from dualsm.process.errors import UserError
-from dualsm.rundir.trained_run import PARAMETERS, open_run
+from dualsm.rundir.trained_run import PARAMETERS, TrainedRun, open_run
 
 _FORMAT = flags.DEFINE_string("format", None, "huggingface or reference")
 _WORKDIR = cli.DEFINE_path("workdir", None, "run directory; import creates it")
@@ -51,6 +52,11 @@ _PARAMETERS = flags.DEFINE_enum(
 _CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "average: steps of the checkpoints")
 _LAST = flags.DEFINE_integer("last", 0, "average: number of newest checkpoints", lower_bound=0)
 _OUTPUT = cli.DEFINE_path("output", "", "export: folder to create; average: run directory to create")
+_MILESTONES = flags.DEFINE_bool(
+    "milestones",
+    False,
+    "export to huggingface: one folder per checkpoint of config.checkpoint.at_words, such as chck_1M",
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "export to huggingface: type of the weights")
 _OWN_CODE = flags.DEFINE_bool(
     "own_code", False, "export to huggingface: with own code, for all modes, even if a stock class exists"
@@ -82,14 +88,19 @@ def export_run() -> str:
     """Writes a run's weights in another format; returns a message for the user."""
     if not _OUTPUT.value:
         raise UserError("--output is not set; export needs --output=DIR")
-    run = open_run(_WORKDIR.value, _CHECKPOINT.value, _PARAMETERS.value)
     output = Path(_OUTPUT.value)
-    if _FORMAT.value == "huggingface":
-        max_bytes = int(1e9 * _MAX_SHARD_SIZE.value)
-        message = export_huggingface.export(run, output, _DTYPE.value, max_bytes, _OWN_CODE.value)
-    else:
-        message = export_reference.export(run, output)
-    return f"step {run.step} of {run.workdir}: {message}"
+    if _MILESTONES.value:
+        if _FORMAT.value != "huggingface" or _CHECKPOINT.value is not None:
+            raise UserError("--milestones needs --format=huggingface, and no --checkpoint")
+        return export_milestones.export(Path(_WORKDIR.value), output, _PARAMETERS.value, _export_huggingface)
+    run = open_run(_WORKDIR.value, _CHECKPOINT.value, _PARAMETERS.value)
+    export = _export_huggingface if _FORMAT.value == "huggingface" else export_reference.export
+    return f"step {run.step} of {run.workdir}: {export(run, output)}"
+
+
+def _export_huggingface(run: TrainedRun, output: Path) -> str:
+    max_bytes = int(1e9 * _MAX_SHARD_SIZE.value)
+    return export_huggingface.export(run, output, _DTYPE.value, max_bytes, _OWN_CODE.value)
 
 
 def average() -> str:

@@ -16,6 +16,7 @@ from dualsm.config import (
     set_alpha,
 )
 from dualsm.config_keys import KEYS
+from dualsm.data.corpus import Corpus
 from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError
 from tests.conftest import ROOT
@@ -55,6 +56,28 @@ def test_adapt_takes_the_architecture_of_the_imported_run(tmp_path):
     assert config.start.run == str(tmp_path)
     with pytest.raises(UserError, match="no run at"):
         load(ROOT / "configs" / "adapt.py", f"run={tmp_path / 'missing'}")
+
+
+def test_babylm_reads_the_corpus(corpus_path):
+    """The run is 10 epochs, up to less than one step; the corpus is too small for a milestone."""
+    tokens = Corpus(str(corpus_path)).manifest["splits"]["train"]["tokens"]
+    config = load(ROOT / "configs" / "babylm.py", f"corpus={corpus_path}")
+    check_config(config)
+    per_step = config.batch_size * config.seq_len
+    assert 0 <= 10 * tokens - config.steps * per_step < per_step
+    assert config.checkpoint.at_words == ""
+    with pytest.raises(UserError, match="no corpus at"):
+        load(ROOT / "configs" / "babylm.py", "corpus=missing")
+
+
+@pytest.mark.parametrize(("track", "count"), [("strict-small", 19), ("strict", 28)])
+def test_babylm_saves_the_milestones_of_the_challenge(track, count):
+    config = load(ROOT / "configs" / "babylm.py", f"track={track}")
+    check_config(config)
+    names = config.checkpoint.at_words.split(",")
+    assert len(names) == count
+    assert names[:11] == [f"{m}M" for m in (*range(1, 10), 10, 20)]
+    assert names[-1] == {"strict-small": "100M", "strict": "1000M"}[track]
 
 
 def test_the_config_of_the_paper():

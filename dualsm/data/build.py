@@ -140,7 +140,7 @@ def _manifest(
         lengths = [shard.lengths[split] for shard in shards if split in shard.lengths]
         name = f"{split}-lengths.int32"
         (folder / name).write_bytes(np.concatenate(lengths).tobytes())
-        keys = ["documents", "tokens", "bytes"] + ["gzip_bytes"] * (split == "valid")
+        keys = ["documents", "tokens", "bytes", "words"] + ["gzip_bytes"] * (split == "valid")
         splits[split] = {key: sum(entry[key] for entry in entries) for key in keys}
         splits[split] |= {"lengths": name, "lengths_sha256": corpus.sha256(folder / name), "shards": entries}
     bytes_N = np.concatenate([shard.bytes["valid"] for shard in shards if "valid" in shard.bytes])

@@ -81,6 +81,7 @@ def _write_shard(folder: Path, buckets: int, bucket: int) -> Shard:
             "documents": len(texts),
             "tokens": int(lengths.sum()),
             "bytes": sum(map(len, texts)),
+            "words": sum(len(text.decode("utf-8").split()) for text in texts),
             "size": path.stat().st_size,
             "sha256": corpus.sha256(path),
         }

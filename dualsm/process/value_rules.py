@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,19 @@ ANY = Rule(lambda v: True, "")
 POSITIVE = Rule(lambda v: v > 0, "be positive")
 FRACTION = Rule(lambda v: 0 <= v <= 1, "be in [0, 1]")
 BELOW_ONE = Rule(lambda v: 0 <= v < 1, "be in [0, 1)")
+
+_COUNT = re.compile(r"(\d+)([KMB]?)")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+COUNTS = Rule(
+    lambda v: not v or all(map(_COUNT.fullmatch, v.split(","))),
+    "list numbers such as 1M,2M,1B, separated by commas without spaces",
+)
+
+
+def parse_count(text: str) -> int:
+    """Returns the number that a text such as 500, 10K, 1M or 2B stands for."""
+    number, unit = _COUNT.fullmatch(text).groups()
+    return int(number) * _UNITS[unit]
 
 
 def at_least(low: float) -> Rule:

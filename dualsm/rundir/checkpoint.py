@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import ml_collections
@@ -32,13 +32,16 @@ class Checkpoints:
     (`repeat_due`). At the end of a run `finish` waits for the repetitions.
     """
 
-    def __init__(self, workdir: epath.PathLike, config: ml_collections.ConfigDict):
+    def __init__(
+        self, workdir: epath.PathLike, config: ml_collections.ConfigDict, kept_steps: Iterable[int] = ()
+    ):
         """
         Args:
           workdir: the run directory.
           config: `config.checkpoint`.
+          kept_steps: steps whose checkpoints are never deleted.
         """
-        self._config = config
+        self._config, self._kept_steps = config, tuple(kept_steps)
         self._folder, self._latest = checkpoints_folder(workdir), epath.Path(workdir) / LATEST
         self._damaged: set[int] = set()  # on disk, skipped by `restore`
         self._writing: int | None = None
@@ -58,7 +61,7 @@ class Checkpoints:
             return self._new_manager()
 
     def _new_manager(self) -> ocp.CheckpointManager:
-        keep = [policies.LatestN(self._config.max_to_keep)]
+        keep = [policies.LatestN(self._config.max_to_keep), policies.CustomSteps(self._kept_steps)]
         if self._config.keep_period:
             keep.append(policies.EveryNSteps(self._config.keep_period))
         return ocp.CheckpointManager(

@@ -27,6 +27,7 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import bar, say, warn
 from dualsm.rundir.checkpoint import Checkpoints
 from dualsm.rundir.metrics import MetricsWriter, NoMetrics, read_metrics
+from dualsm.rundir.milestones import find_milestones, write_milestones
 from dualsm.training.clock import Clock
 from dualsm.training.fork import forked_state, with_initial
 from dualsm.training.metrics_log import MetricsLog
@@ -94,6 +95,7 @@ class _Run:
             row_sources=self.plan.row_sources,
         )
 
+        self.milestones = find_milestones(config, self.plan, [corpus for _, corpus in corpora])
         self.schedule = learning_rate(config.optimizer, config.steps)
         self.abstract_state, self.init, self.step = compile_train_step(config, special, mesh)
 
@@ -116,7 +118,9 @@ class _Run:
 
     def go(self, stop: Callable[[int], bool], profiler: Profiler) -> bool:
         """Trains from the newest checkpoint until the end or until `stop`; returns True at the end."""
-        with contextlib.closing(Checkpoints(self.workdir, self.config.checkpoint)) as checkpoints:
+        with contextlib.closing(
+            Checkpoints(self.workdir, self.config.checkpoint, self.milestones)
+        ) as checkpoints:
             state = checkpoints.restore(self.abstract_state)
             resumed = state is not None
             if resumed and state.opt_state is None:  # imported weights
@@ -137,6 +141,7 @@ class _Run:
             writer = NoMetrics()
             with distributed.together():  # starting a tracker may take minutes
                 if distributed.is_main_process():
+                    write_milestones(self.workdir, self.milestones)
                     writer = MetricsWriter(self.workdir, self.config, resumed_at=first or None)
             with contextlib.closing(writer):
                 log = MetricsLog(
@@ -204,7 +209,7 @@ class _Run:
                 stopped, last = stop(done), done == config.steps
                 log_due = last or done % config.log.every == 0
                 validate = self.validation and (last or done % config.valid.every == 0)
-                save |= last or stopped or done % config.checkpoint.every == 0
+                save |= last or stopped or done % config.checkpoint.every == 0 or done in self.milestones
                 repeat |= checkpoints.repeat_due(done)
                 if not (validate or save or repeat):
                     if log_due:
