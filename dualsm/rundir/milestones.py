@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections.abc import Sequence
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -18,11 +20,16 @@ FILE = "milestones.json"  # step -> name
 _TOLERANCE = 0.01  # a milestone may exceed the words of the run by this fraction, because steps are whole
 
 
-def find_milestones(config: ConfigDict, plan: MixturePlan, corpus: Corpus) -> dict[int, str]:
+def find_milestones(config: ConfigDict, plan: MixturePlan, corpora: Sequence[Corpus]) -> dict[int, str]:
     """Returns the milestones of `config.checkpoint.at_words`, step -> name, such as {120: "1M"}.
 
     A milestone is the first step after which the model has been trained on at least its number of words.
-    Tokens are converted to words by the mean number of words per token of the training documents.
+    Tokens are converted to words by the mean number of words per token of each corpus.
+
+    Args:
+      config: the config.
+      plan: the plan of the run.
+      corpora: corpus of each source of the plan.
 
     Raises:
       UserError: if a milestone has more words than the run, two milestones are at the same step, or the
@@ -31,14 +38,12 @@ def find_milestones(config: ConfigDict, plan: MixturePlan, corpus: Corpus) -> di
     names = [name for name in config.checkpoint.at_words.split(",") if name]
     if not names:
         return {}
-    split = corpus.manifest["splits"]["train"]
-    if "words" not in split:
-        raise UserError(
-            f"config.checkpoint.at_words: the corpus {corpus.folder} was prepared by an earlier version of "
-            "dualsm, which did not count words; prepare it again"
-        )
-    words_per_sequence = config.seq_len * split["words"] / split["tokens"]
-    total = plan.num_sequences * words_per_sequence
+    words_per_sequence_K = [config.seq_len * _words_per_token(corpus) for corpus in corpora]
+
+    def words_after(step: int) -> float:
+        return float(np.dot(plan.source_sequences(step), words_per_sequence_K))
+
+    total = words_after(config.steps)
     milestones = {}
     for name in names:
         if (words := parse_count(name)) > total * (1 + _TOLERANCE):
@@ -47,7 +52,7 @@ def find_milestones(config: ConfigDict, plan: MixturePlan, corpus: Corpus) -> di
                 "or leave it out"
             )
         steps = range(1, config.steps)
-        step = 1 + bisect.bisect_left(steps, words / words_per_sequence, key=plan.sequences)
+        step = 1 + bisect.bisect_left(steps, words, key=words_after)
         if step in milestones:
             raise UserError(
                 f"config.checkpoint.at_words: {milestones[step]} and {name} are at the same step, {step}; "
@@ -55,6 +60,16 @@ def find_milestones(config: ConfigDict, plan: MixturePlan, corpus: Corpus) -> di
             )
         milestones[step] = name
     return milestones
+
+
+def _words_per_token(corpus: Corpus) -> float:
+    split = corpus.manifest["splits"]["train"]
+    if "words" not in split:
+        raise UserError(
+            f"config.checkpoint.at_words: the corpus {corpus.folder} was prepared by an earlier version of "
+            "dualsm, which did not count words; prepare it again"
+        )
+    return split["words"] / split["tokens"]
 
 
 def write_milestones(workdir: epath.Path, milestones: dict[int, str]) -> None:

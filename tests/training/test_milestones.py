@@ -25,7 +25,7 @@ def corpus_with(split):
 
 def milestones(config, at_words, split=SPLIT):
     config.checkpoint.at_words = at_words
-    return find_milestones(config, MixturePlan(config), corpus_with(split))
+    return find_milestones(config, MixturePlan(config), [corpus_with(split)])
 
 
 @pytest.mark.parametrize(
