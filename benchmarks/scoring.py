@@ -46,7 +46,7 @@ def measure(scorer: Scorer, questions: Sequence[Question], scoring: ScoringParam
     compiled, cpu = time.perf_counter(), time.process_time()
     scores = scorer([item for question in questions for item in question.items], scoring)
     end = time.perf_counter()
-    result = compute_metrics(questions, np.split(scores.log_likelihood_N, len(questions)), None)["acc"]
+    result = compute_metrics(questions, {"acc": np.split(scores.log_likelihood_N, len(questions))})["acc"]
     return {
         "compile_seconds": compiled - start,
         "seconds": end - compiled,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
+from dualsm.evaluation.baselines import BASELINES
 from dualsm.evaluation.evaluate_run import evaluate_run, load_tasks
 from dualsm.evaluation.modes import MODES
 from dualsm.evaluation.results_table import results_table, results_warnings
@@ -40,6 +41,11 @@ _VALID_SAMPLES = flags.DEFINE_integer(
     "valid_samples", 4, "held-out text: draws per packed sequence", lower_bound=1
 )
 _LIMIT = flags.DEFINE_integer("limit", 0, "maximum number of questions per task; 0: all", lower_bound=0)
+_BASELINES = flags.DEFINE_list(
+    "baselines",
+    [],
+    f"models that know nothing, to compare with: {', '.join(BASELINES)} (reads the run's corpus)",
+)
 _DATA = cli.DEFINE_path("data", "", "corpus with the held-out text; default: the run's own corpus")
 _OUTPUT = cli.DEFINE_path(
     "output",
@@ -79,7 +85,7 @@ def _spec() -> EvalSpec:
     tasks, modes = (list(dict.fromkeys(flag.value)) for flag in (_TASKS, _MODES))
     spec = EvalSpec(
         tasks, modes, _TASK_DATA.value, _LIMIT.value, tuple(map(int, _MASKS.value)), _SAMPLES.value,
-        _VALID_SAMPLES.value, _DATA.value,
+        _VALID_SAMPLES.value, _DATA.value, list(dict.fromkeys(_BASELINES.value)),
     )  # fmt: skip
     spec.check()
     return spec

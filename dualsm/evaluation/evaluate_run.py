@@ -11,11 +11,12 @@ import jax
 from dualsm.config import freeze
 from dualsm.data.corpus import Corpus
 from dualsm.devices.sharding import batch_devices
+from dualsm.evaluation.baselines import ScoreItems, open_baselines
+from dualsm.evaluation.evaluate_task import evaluate_task
 from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Scorer, scoring_batch_size
 from dualsm.evaluation.spec import HELD_OUT, EvalSpec
 from dualsm.evaluation.task_formats import Question
-from dualsm.evaluation.task_metrics import evaluate_task
 from dualsm.evaluation.tasks import load_task
 from dualsm.generation.generate import check_mode
 from dualsm.objectives.sources import Source
@@ -49,11 +50,16 @@ def evaluate_run(run: TrainedRun, spec: EvalSpec, tasks: Mapping[str, Sequence[Q
     for mode in spec.modes if tasks else ():
         check_mode(run, mode)
     corpora = open_held_out(run, spec.data) if HELD_OUT in spec.tasks else []
-    return _evaluate(run, spec, tasks, corpora)
+    baselines = open_baselines(spec.baselines, run) if tasks else {}
+    return _evaluate(run, spec, tasks, corpora, baselines)
 
 
 def _evaluate(
-    run: TrainedRun, spec: EvalSpec, tasks: Mapping[str, Sequence[Question]], corpora: list[RunCorpus]
+    run: TrainedRun,
+    spec: EvalSpec,
+    tasks: Mapping[str, Sequence[Question]],
+    corpora: list[RunCorpus],
+    baselines: Mapping[str, ScoreItems],
 ) -> Iterator[dict]:
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
     results: dict = {"workdir": str(run.workdir), "checkpoint": run.step, "tasks": {}}
@@ -63,7 +69,9 @@ def _evaluate(
         results["tasks"][name] = {}
         for mode in spec.modes:
             scoring = ScoringParams(mode, tuple(spec.masks), spec.samples, run.config.seq_len)
-            results["tasks"][name][mode] = evaluate_task(name, questions, scorer, scoring, spec.limit)
+            results["tasks"][name][mode] = evaluate_task(
+                name, questions, scorer, scoring, spec.limit, baselines
+            )
             yield results
     if corpora:
         results["held_out"] = {}

@@ -15,6 +15,9 @@ def results_table(results: Mapping, modes: Sequence[str]) -> str:
     parts = [f"{results['workdir']}, step {results['checkpoint']}"]
     if results["tasks"]:
         parts.append("accuracy in percent ± standard error\n" + _task_table(results["tasks"], modes))
+        parts.append(
+            "bits per byte of the correct answer ± standard error\n" + _answer_table(results["tasks"], modes)
+        )
     if held_out := results.get("held_out"):
         rows = [
             [
@@ -36,10 +39,29 @@ def _task_table(tasks: Mapping, modes: Sequence[str]) -> str:
     for name, by_mode in tasks.items():
         first = by_mode[modes[0]]
         rows.append([name, first["metric"], first["n"], *(_format_accuracy(by_mode[mode]) for mode in modes)])
+        for baseline in first["baselines"]:
+            cells = (_format_accuracy(by_mode[mode]["baselines"][baseline]) for mode in modes)
+            rows.append([f"  {baseline}", "", "", *cells])
     normalised = [[by_mode[mode]["normalised"] for by_mode in tasks.values()] for mode in modes]
     means = ["" if None in values else f"{np.mean(values):.1f}" for values in normalised]
     rows.append(["mean (0 guessing, 100 perfect)", "", "", *means])
     return table(["task", "metric", "n", *modes], rows)
+
+
+def _answer_table(tasks: Mapping, modes: Sequence[str]) -> str:
+    rows = []
+    for name, by_mode in tasks.items():
+        answers = [by_mode[mode]["answer"] for mode in modes]
+        rows.append(
+            [name, *(_format_estimate(a["bits_per_byte"], a["bits_per_byte_stderr"]) for a in answers)]
+        )
+    return table(["task", *modes], rows)
+
+
+def _format_estimate(mean: float | None, stderr: float | None) -> str:
+    if mean is None:
+        return ""
+    return f"{mean:.3f}" if stderr is None else f"{mean:.3f} ± {stderr:.3f}"
 
 
 def _format_accuracy(result: Mapping) -> str:

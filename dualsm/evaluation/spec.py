@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from dualsm.evaluation.baselines import BASELINES
 from dualsm.evaluation.modes import MODES
 from dualsm.evaluation.tasks import TASKS
 from dualsm.process.errors import UserError
@@ -32,6 +33,7 @@ class EvalSpec:
       samples: draws per item of the mode "monte_carlo".
       valid_samples: draws per packed sequence of held-out text.
       data: corpus with the held-out text; empty for the corpus that the run was trained on.
+      baselines: names from `BASELINES`.
     """
 
     tasks: Sequence[str]
@@ -42,6 +44,7 @@ class EvalSpec:
     samples: int = 128
     valid_samples: int = 4
     data: str = ""
+    baselines: Sequence[str] = ()
 
     def check(self) -> None:
         """Checks the names, and that every option that a task needs is set.
@@ -61,6 +64,10 @@ class EvalSpec:
                 raise UserError(f"--tasks: unknown task {task!r}; choose from {HELD_OUT}, {', '.join(TASKS)}")
             if task != HELD_OUT and not self.task_data:
                 raise UserError(f"--tasks={task} needs --task_data=FOLDER with {task}/*.jsonl in it")
+
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise UserError(f"--baselines: unknown baseline {name!r}; choose from {', '.join(BASELINES)}")
 
     def question_tasks(self) -> list[str]:
         """Returns the tasks that consist of questions."""

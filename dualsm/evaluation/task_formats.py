@@ -39,12 +39,14 @@ class Task(NamedTuple):
       neutral: the neutral context for "acc_uncond": the task's prompt without the question.
       splits: splits in order of preference; the first one for which files exist is read. The test split if
         its answers are public, else the validation split.
+      pairs: True if the answers are whole sentences, whose lengths and words differ.
     """
 
     parse: Callable[[Any], Question]
     metric: str
     neutral: str | None = None
     splits: tuple[str, ...] = ("test", "val", "dev")
+    pairs: bool = False
 
 
 _ANSWER = "Answer:"
@@ -148,7 +150,7 @@ def _texts(values) -> list[str]:
 _HIDDEN_TEST = ("val", "dev")  # for tasks whose test answers are not public
 
 TASKS = {
-    "blimp": Task(_parse_blimp, "acc", splits=()),
+    "blimp": Task(_parse_blimp, "acc", splits=(), pairs=True),
     "hellaswag": Task(_parse_hellaswag, "acc_norm", splits=_HIDDEN_TEST),
     "arc_easy": Task(_parse_arc, "acc_norm"),
     "arc_challenge": Task(_parse_arc, "acc_uncond", neutral=_ANSWER),

@@ -1,19 +1,16 @@
-"""Metrics of zero-shot tasks: accuracy, standard error, normalized accuracy."""
+"""Metrics of zero-shot tasks: accuracy, and the log-likelihood of the correct answer."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
-from itertools import compress
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dualsm.evaluation.modes import ScoringParams
-from dualsm.evaluation.scoring import Item, Scorer
-from dualsm.evaluation.task_formats import TASKS, Question
+from dualsm.evaluation.task_formats import Question
 
+EQUAL_LENGTH = "(pairs of equal length)"  # a group of questions
 _TOLERANCE = 1e-6  # relative or absolute; smaller differences are float32 rounding errors
 
 
@@ -23,7 +20,8 @@ class Metric(NamedTuple):
     Attributes:
       accuracy: fraction of correctly answered questions; None without questions.
       stderr: standard error of the accuracy; None for fewer than two questions.
-      normalised: 100 * (accuracy - chance) / (1 - chance); 0 for guessing, 100 for perfect answers.
+      normalised: 100 * (accuracy - floor) / (1 - floor), where the floor is the accuracy of guessing, or that
+        of the best baseline if it is higher: 0 for a model that knows nothing, 100 for perfect answers.
       ties: number of questions whose correct answer shares the highest value with another answer.
     """
 
@@ -33,90 +31,87 @@ class Metric(NamedTuple):
     ties: int
 
 
-def evaluate_task(
-    name: str, questions: Sequence[Question], scorer: Scorer, scoring: ScoringParams, limit: int = 0
-) -> dict:
-    """Evaluates a task in one mode.
+class Answer(NamedTuple):
+    """Mean log-likelihood of the correct answers, in bits per byte of UTF-8, with standard errors.
 
-    Questions with an answer that does not fit into a sequence are skipped.
+    Measures small differences between models better than the accuracy, which sees only the order of answers.
 
-    Args:
-      name: name of the task.
-      questions: questions of the task.
-      scorer: scores items with a model.
-      scoring: scoring parameters.
-      limit: the limit that the questions were loaded with; written to the results.
-
-    Returns:
-      The entry of this task and mode in the results file.
+    Attributes:
+      bits_per_byte: negative log-likelihood of the correct answer; lower is better.
+      margin: bits per byte of the best wrong answer minus those of the correct one; higher is better.
     """
-    start, task = time.perf_counter(), TASKS[name]
-    label = f"{name}, {scoring.mode}"
-    scores = scorer(_items(questions), scoring, label)
-    answers, truncated = (_by_question(questions, a) for a in (scores.log_likelihood_N, scores.truncated_N))
-    fits = [not np.isnan(values).any() for values in answers]
-    kept, answers, truncated = (list(compress(part, fits)) for part in (questions, answers, truncated))
-    unconditional = None
-    if task.neutral is not None:
-        neutral = [Item(task.neutral, item.completion) for item in _items(kept)]
-        unconditional_scores = scorer(neutral, scoring, f"{label}, unconditional")
-        unconditional = _by_question(kept, unconditional_scores.log_likelihood_N)
-    metrics = compute_metrics(kept, answers, unconditional)
-    main = metrics[task.metric]
-    correct_N = correctness(kept, answer_values(kept, answers, unconditional)[task.metric])
-    return {
-        "metric": task.metric,
-        "score": main.accuracy,
-        "stderr": main.stderr,
-        "normalised": main.normalised,
-        "n": len(kept),
-        "skipped": len(questions) - len(kept),
-        "ties": main.ties,
-        "limit": limit,
-        "seconds": time.perf_counter() - start,
-        "contexts_truncated": int(sum(values.any() for values in truncated)),
-        "metrics": {name: metric._asdict() for name, metric in metrics.items()},
-        "groups": accuracy_by_group(kept, correct_N),
-        "settings": scoring.settings(),
-    }
+
+    bits_per_byte: float | None
+    bits_per_byte_stderr: float | None
+    margin: float | None
+    margin_stderr: float | None
 
 
-def _items(questions: Sequence[Question]) -> list[Item]:
-    return [item for question in questions for item in question.items]
-
-
-def _by_question(questions: Sequence[Question], values: np.ndarray) -> list[np.ndarray]:
-    """Splits an array with one value per answer into one array per question."""
-    return np.split(values, np.cumsum([len(question.items) for question in questions]))[:-1]
-
-
-def compute_metrics(
-    questions: Sequence[Question], scores: Sequence[np.ndarray], unconditional: Sequence[np.ndarray] | None
-) -> dict[str, Metric]:
-    """Computes every metric that applies.
+def answer_metrics(questions: Sequence[Question], scores: Sequence[np.ndarray]) -> Answer:
+    """Returns the metrics of the correct answers.
 
     Args:
       questions: questions of a task.
       scores: log-likelihood of each answer in nats, one array per question.
-      unconditional: the same after a neutral context, or None.
+    """
+    bits_N, margin_N = np.zeros(len(questions)), np.zeros(len(questions))
+    for i, (question, score) in enumerate(zip(questions, scores, strict=True)):
+        sizes = np.array([len(item.completion.strip().encode()) for item in question.items])
+        bits = -score / (math.log(2) * sizes)
+        bits_N[i] = bits[question.gold]
+        margin_N[i] = np.delete(bits, question.gold).min() - bits_N[i]
+    return Answer(*mean_and_stderr(bits_N), *mean_and_stderr(margin_N))
 
-    Returns:
-      "acc", "acc_norm", and with `unconditional` "acc_uncond"; see `task_formats.Task`.
+
+def slor(
+    scores: Sequence[np.ndarray], unigram: Sequence[np.ndarray], tokens: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Returns the syntactic log-odds ratio of each answer: its score minus that of its words, per token.
+
+    Corrects for the length and the frequency of the words (Pauls and Klein, 2012; Lau et al., 2017).
+
+    Args:
+      scores: log-likelihood of each answer in nats, one array per question.
+      unigram: the same of a unigram model.
+      tokens: number of tokens of each answer.
+    """
+    return [(a - b) / n for a, b, n in zip(scores, unigram, tokens, strict=True)]
+
+
+def equal_length_pairs(tokens: Sequence[np.ndarray], correct_N: np.ndarray) -> dict[str, dict]:
+    """Returns the accuracy over the questions whose answers have the same number of tokens, as a group."""
+    equal = np.array([len(set(counts.tolist())) == 1 for counts in tokens], bool)
+    if not equal.any():
+        return {}
+    score, stderr = mean_and_stderr(correct_N[equal])
+    return {EQUAL_LENGTH: {"score": score, "stderr": stderr, "n": int(equal.sum())}}
+
+
+def compute_metrics(
+    questions: Sequence[Question], values_by_metric: Mapping[str, Sequence[np.ndarray]], floor: float = 0.0
+) -> dict[str, Metric]:
+    """Computes the accuracy by every metric.
+
+    Args:
+      questions: questions of a task.
+      values_by_metric: the values that each metric compares, see `answer_values`.
+      floor: accuracy of the best baseline.
     """
     metrics = {}
-    for name, values in answer_values(questions, scores, unconditional).items():
+    for name, values in values_by_metric.items():
         correct_N = correctness(questions, values)
-        accuracy, stderr = _mean_and_stderr(correct_N)
+        accuracy, stderr = mean_and_stderr(correct_N)
         normalised = None
         if questions:
             chance = float(np.mean([1 / len(question.items) for question in questions]))
-            normalised = 100 * (accuracy - chance) / (1 - chance)
+            guessing = max(chance, floor)
+            normalised = 100 * (accuracy - guessing) / (1 - guessing) if guessing < 1 else 0.0
         ties = int(((correct_N > 0) & (correct_N < 1)).sum())
         metrics[name] = Metric(accuracy, stderr, normalised, ties)
     return metrics
 
 
-def _mean_and_stderr(values_N: np.ndarray) -> tuple[float | None, float | None]:
+def mean_and_stderr(values_N: np.ndarray) -> tuple[float | None, float | None]:
     """Returns the mean and its standard error; None where there are too few values."""
     size = len(values_N)
     mean = float(values_N.mean()) if size else None
@@ -126,7 +121,16 @@ def _mean_and_stderr(values_N: np.ndarray) -> tuple[float | None, float | None]:
 def answer_values(
     questions: Sequence[Question], scores: Sequence[np.ndarray], unconditional: Sequence[np.ndarray] | None
 ) -> dict[str, Sequence[np.ndarray]]:
-    """Returns the values that each metric compares, one array per question."""
+    """Returns the values that each metric compares, one array per question.
+
+    Args:
+      questions: questions of a task.
+      scores: log-likelihood of each answer in nats, one array per question.
+      unconditional: the same after a neutral context, or None.
+
+    Returns:
+      The values of "acc", "acc_norm", and with `unconditional` "acc_uncond"; see `task_formats.Task`.
+    """
     lengths = [np.array([len(item.completion.strip()) for item in q.items]) for q in questions]
     by_metric = {"acc": scores, "acc_norm": [s / n for s, n in zip(scores, lengths, strict=True)]}
     if unconditional is not None:
@@ -158,6 +162,6 @@ def accuracy_by_group(
         return {}
     results = {}
     for name, group in sorted(groups.items()):
-        score, stderr = _mean_and_stderr(np.array(group))
+        score, stderr = mean_and_stderr(np.array(group))
         results[name] = {"score": score, "stderr": stderr, "n": len(group)}
     return results

@@ -233,6 +233,11 @@ def _evaluation_columns(workdir: Path, record: Record) -> Record:
     for result in sorted(results, key=lambda result: result.get("checkpoint", 0)):
         for task, modes in result.get("tasks", {}).items():
             columns |= {f"task/{task}/{mode}": _number(m["normalised"]) for mode, m in modes.items()}
+            columns |= {
+                f"answer/{task}/{mode}/bits_per_byte": _number(m["answer"]["bits_per_byte"])
+                for mode, m in modes.items()
+                if "answer" in m  # absent from results of earlier versions
+            }
         for objective, measured in result.get("held_out", {}).items():
             columns[f"held_out/{objective}/loss"] = _number(measured["nats_per_token"])
     return columns

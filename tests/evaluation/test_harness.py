@@ -14,7 +14,7 @@ from dualsm.evaluation.harness_arguments import command_line_as_json, read_masks
 from dualsm.evaluation.harness_requests import GenerationRequest, read_request
 from dualsm.evaluation.modes import MODES, ScoringParams
 from dualsm.evaluation.scoring import Item, Scorer, encode_pair
-from dualsm.evaluation.task_metrics import compute_metrics
+from dualsm.evaluation.task_metrics import answer_values, compute_metrics
 from dualsm.evaluation.tasks import load_task
 from dualsm.generation import autoregressive, diffusion
 from dualsm.generation.sampling_params import SamplingParams
@@ -297,7 +297,7 @@ def test_harness_reports_our_scores_and_accuracies(workdir, run, tasks, mode):
         for sample, score in zip(samples, scores, strict=True):
             np.testing.assert_allclose([resp[0] for resp in sample["filtered_resps"]], score, atol=1e-3)
         for metric in ("acc", "acc_norm"):
-            ours = compute_metrics(questions, scores, None)[metric].accuracy
+            ours = compute_metrics(questions, answer_values(questions, scores, None))[metric].accuracy
             assert theirs["results"][f"local_{name}"][f"{metric},none"] == pytest.approx(ours)
 
 

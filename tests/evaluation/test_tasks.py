@@ -8,7 +8,15 @@ import pytest
 
 from dualsm.evaluation.scoring import Item
 from dualsm.evaluation.task_formats import TASKS, Question
-from dualsm.evaluation.task_metrics import accuracy_by_group, compute_metrics, correctness
+from dualsm.evaluation.task_metrics import (
+    accuracy_by_group,
+    answer_metrics,
+    answer_values,
+    compute_metrics,
+    correctness,
+    equal_length_pairs,
+    slor,
+)
 from dualsm.evaluation.tasks import describe_files, load_task, task_files
 from dualsm.process.errors import UserError
 
@@ -350,20 +358,19 @@ def test_missing_tasks_and_files_are_named(tmp_path):
 def test_accuracy_by_each_metric():
     question = Question((Item("c", " short"), Item("c", " a much longer answer")), 1)
     scores, alone = np.array([-10.0, -20.0]), np.array([-1.0, -19.0])
-    judgements = compute_metrics([question], [scores], [alone])
+    judgements = compute_metrics([question], answer_values([question], [scores], [alone]))
     assert judgements["acc"].accuracy == 0  # -10 beats -20
     assert judgements["acc_norm"].accuracy == 1  # -10/5 against -20/20
     assert judgements["acc_uncond"].accuracy == 1  # -9 against -1
-    assert set(compute_metrics([question], [scores], None)) == {"acc", "acc_norm"}
+    assert set(answer_values([question], [scores], None)) == {"acc", "acc_norm"}
     assert all(judgement.ties == 0 for judgement in judgements.values())
 
 
 @pytest.mark.parametrize("gold", [0, 1])
 def test_tie_counts_half_for_any_position_of_the_answer(gold):
     same = Question((Item("", "same"), Item("", "same")), gold)
-    for judgement in compute_metrics(
-        [same, same], [np.array([-3.0, -3.0])] * 2, [np.array([-1.0, -1.0])] * 2
-    ).values():
+    values = answer_values([same, same], [np.array([-3.0, -3.0])] * 2, [np.array([-1.0, -1.0])] * 2)
+    for judgement in compute_metrics([same, same], values).values():
         assert judgement == (0.5, 0.0, 0.0, 2)
 
 
@@ -383,7 +390,10 @@ def test_tied_answers_share_the_question(values, right):
 
 
 def test_accuracy_of_no_questions_is_undefined():
-    assert compute_metrics([], [], None) == {"acc": (None, None, None, 0), "acc_norm": (None, None, None, 0)}
+    assert compute_metrics([], answer_values([], [], None)) == {
+        "acc": (None, None, None, 0),
+        "acc_norm": (None, None, None, 0),
+    }
 
 
 def test_unconditional_prompt_is_the_prompt_without_the_question(tmp_path):
@@ -400,11 +410,11 @@ def test_unconditional_prompt_is_the_prompt_without_the_question(tmp_path):
 
 def test_standard_error_and_normalised_score():
     questions = [Question((Item("", "a"), Item("", "b")), gold) for gold in [0] * 75 + [1] * 25]
-    judged = compute_metrics(questions, [np.array([1.0, 0.0])] * 100, None)["acc"]
+    judged = compute_metrics(questions, {"acc": [np.array([1.0, 0.0])] * 100})["acc"]
     assert judged.accuracy == 0.75
     assert judged.normalised == pytest.approx(50)
     assert judged.stderr == pytest.approx((0.75 * 0.25 / 99) ** 0.5)
-    assert compute_metrics(questions[:1], [np.array([1.0, 0.0])], None)["acc"].stderr is None
+    assert compute_metrics(questions[:1], {"acc": [np.array([1.0, 0.0])]})["acc"].stderr is None
 
 
 def test_accuracy_by_group():
@@ -414,3 +424,40 @@ def test_accuracy_by_group():
         "y": {"score": 1.0, "stderr": None, "n": 1},
     }
     assert accuracy_by_group(questions[:1], np.array([True])) == {}
+
+
+def test_baselines_are_the_floor_of_the_normalised_score():
+    questions = [Question((Item("", "a"), Item("", "b")), gold) for gold in [0] * 75 + [1] * 25]
+    values = {"acc": [np.array([1.0, 0.0])] * 100}
+    assert compute_metrics(questions, values, floor=0.5)["acc"].normalised == pytest.approx(50)
+    assert compute_metrics(questions, values, floor=0.3)["acc"].normalised == pytest.approx(50)  # guessing
+    assert compute_metrics(questions, values, floor=0.7)["acc"].normalised == pytest.approx(100 * 0.05 / 0.3)
+    assert compute_metrics(questions, values, floor=0.75)["acc"].normalised == pytest.approx(0)
+
+
+def test_bits_per_byte_of_the_correct_answer():
+    """A letter with an accent is two bytes, and the blank before an answer is none."""
+    questions = [
+        Question((Item("c", " ab"), Item("c", " abcd"), Item("c", " é")), 0),
+        Question((Item("c", " abcd"), Item("c", " ab")), 1),
+    ]
+    bits = [np.array([-4.0, -4.0, -6.0]), np.array([-2.0, -6.0])]
+    answer = answer_metrics(questions, [score * np.log(2) for score in bits])
+    assert answer.bits_per_byte == pytest.approx((2 + 3) / 2)
+    assert answer.bits_per_byte_stderr == pytest.approx(0.5)
+    assert answer.margin == pytest.approx(((1 - 2) + (0.5 - 3)) / 2)
+    assert answer_metrics([], []) == (None, None, None, None)
+
+
+def test_slor_ignores_the_frequency_of_words_and_the_length():
+    """Both answers are as likely as their words, the second with twice the words."""
+    unigram, tokens = [np.array([-10.0, -20.0])], [np.array([5, 10])]
+    np.testing.assert_allclose(slor([np.array([-5.0, -10.0])], unigram, tokens), [[1.0, 1.0]])
+
+
+def test_pairs_of_equal_length_are_a_group():
+    tokens = [np.array([3, 3]), np.array([3, 4]), np.array([2, 2])]
+    assert equal_length_pairs(tokens, np.array([1.0, 0.0, 0.0])) == {
+        "(pairs of equal length)": {"score": 0.5, "stderr": 0.5, "n": 2}
+    }
+    assert equal_length_pairs(tokens[1:2], np.array([1.0])) == {}
