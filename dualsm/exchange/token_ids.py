@@ -70,14 +70,6 @@ def never_predicted(tokenizer: Tokenizer, size: int) -> str:
     return id_ranges.join({*lacking, *unused})
 
 
-def to_internal(params: dict, external_ids_V: np.ndarray) -> dict:
-    """Converts parameters from external to internal ids; see `internal_array`."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    for path in VOCABULARY_AXIS.keys() & flat.keys():
-        flat[path] = internal_array(path, np.asarray(flat[path]), external_ids_V)
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
 def to_external(params: dict, external_ids_V: np.ndarray) -> dict:
     """Converts parameters from internal to external ids; drops ids that have no external one."""
     internal_O = np.zeros(external_ids_V.max() + 1, np.int64)  # unused external ids get the row of <pad>

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import traverse_util
 
+from dualsm.exchange.token_ids import VOCABULARY_AXIS, internal_array
 from dualsm.exchange.weight_files import open_weights, write_safetensors
 
 FIXTURE = Path(__file__).parents[1] / "data" / "model_parity.safetensors"
@@ -86,3 +88,11 @@ def released(tokenizer_json, tmp_path_factory) -> Path:
     (folder / "model.safetensors").write_bytes(FIXTURE.read_bytes())
     (folder / "tokenizer.json").write_text(tokenizer_json)
     return folder
+
+
+def to_internal(params: dict, external_ids_V: np.ndarray) -> dict:
+    """Converts parameters from external to internal ids; see `internal_array`."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for path in VOCABULARY_AXIS.keys() & flat.keys():
+        flat[path] = internal_array(path, np.asarray(flat[path]), external_ids_V)
+    return traverse_util.unflatten_dict(flat, sep="/")

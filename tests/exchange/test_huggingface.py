@@ -13,7 +13,7 @@ from dualsm.config import freeze
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.exchange.export_huggingface import export
 from dualsm.exchange.imported_run import write_run
-from dualsm.exchange.token_ids import to_external, to_internal
+from dualsm.exchange.token_ids import to_external
 from dualsm.generation.autoregressive import generate
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import init_params
@@ -21,6 +21,7 @@ from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import open_run
 from tests.conftest import ROOT
 from tests.data.test_tokenizer import DIFFICULT
+from tests.exchange.conftest import to_internal
 from tests.micro import micro_config
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(ROOT / ".pytest_cache" / "hf_modules")}

@@ -15,7 +15,6 @@ from dualsm.evaluation.evaluate_run import evaluate_held_out, open_held_out
 from dualsm.exchange import reference_format
 from dualsm.exchange.import_reference import load
 from dualsm.exchange.imported_run import fit_config
-from dualsm.exchange.token_ids import to_internal
 from dualsm.exchange.weight_files import open_weights, write_safetensors
 from dualsm.objectives.example import document_spans
 from dualsm.process.errors import UserError
@@ -23,7 +22,7 @@ from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.trained_run import open_run
 from dualsm.training.loop import train
 from tests.conftest import run_command
-from tests.exchange.conftest import FIXTURE, VOCABULARY, read_all
+from tests.exchange.conftest import FIXTURE, VOCABULARY, read_all, to_internal
 from tests.micro import micro_config
 from tests.test_commands import assert_one_line
 

@@ -19,7 +19,7 @@ from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Scorer
 from dualsm.exchange.imported_run import write_run
 from dualsm.exchange.special_tokens import adapt_tokenizer
-from dualsm.exchange.token_ids import internal_array, never_predicted, to_external, to_internal
+from dualsm.exchange.token_ids import internal_array, never_predicted, to_external
 from dualsm.generation import autoregressive, diffusion
 from dualsm.generation.diffusion import UnmaskingParams
 from dualsm.generation.prompts import encode_prompt
@@ -31,7 +31,7 @@ from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import open_run
 from dualsm.training.loop import train
 from dualsm.training.objective_loss import objective_loss
-from tests.exchange.conftest import VOCABULARY, make_tokenizer_json
+from tests.exchange.conftest import VOCABULARY, make_tokenizer_json, to_internal
 from tests.micro import micro_config
 
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|reserved|>"]
