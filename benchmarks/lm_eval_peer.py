@@ -29,6 +29,9 @@ _EXPORTED = cli.DEFINE_path("exported", None, "the same run, exported for transf
 _TASK_DATA = cli.DEFINE_path("task_data", None, "folder that contains hellaswag/ and arc_easy/")
 _ITEMS = flags.DEFINE_integer("items", 200, "questions per task", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "batch size of the hf model", lower_bound=1)
+_WARM_UP = flags.DEFINE_bool(
+    "warm_up", True, "score everything once before, so that compilation is not timed"
+)
 _OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 flags.mark_flags_as_required(["workdir", "exported", "task_data"])
 
@@ -106,7 +109,8 @@ def main(argv: Sequence[str]) -> None:
         for task in _TASKS:
             found = {}
             for name, model in models.items():
-                evaluate(model, Path(folder), task, _ITEMS.value)  # compiles
+                if _WARM_UP.value:
+                    evaluate(model, Path(folder), task, _ITEMS.value)
                 found[name] = evaluate(model, Path(folder), task, _ITEMS.value)
             ours, theirs = (np.concatenate(found[name]["scores"]) for name in models)
             largest = float(np.abs(ours - theirs).max())
