@@ -5,6 +5,7 @@ answer of the table that comes with dualsm (from models of 0.23M parameters).
 
 python -m dualsm.recommend --unique_tokens=1e8 --budget=3.2e9
 python -m dualsm.recommend --unique_tokens=1e6 --budget=6.4e7 --sweep=runs/sweep --metric=valid/causal/loss
+python -m dualsm.recommend --source=small:1e8:1.6e9 --source=large:2e9:2e9
 """
 
 from __future__ import annotations
@@ -17,14 +18,26 @@ from pathlib import Path
 
 from absl import flags
 
-from dualsm.analysis.advice import DEFAULT_METRIC, advise, round_repetitions
-from dualsm.analysis.advice_text import describe
+from dualsm.analysis.advice import (
+    DEFAULT_METRIC,
+    Advice,
+    TokenBudget,
+    advise,
+    parse_sources,
+    round_repetitions,
+)
+from dualsm.analysis.advice_text import describe, describe_sources
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output
 
 _UNIQUE = flags.DEFINE_float("unique_tokens", None, "unique tokens of the corpus", lower_bound=1)
 _BUDGET = flags.DEFINE_float("budget", None, "tokens to train on, including repeated ones", lower_bound=1)
+_SOURCES = flags.DEFINE_multi_string(
+    "source",
+    [],
+    "NAME:UNIQUE_TOKENS:BUDGET of one of several sources (config.sources); repeat the flag for each",
+)
 _SWEEP = cli.DEFINE_path(
     "sweep",
     "",
@@ -34,22 +47,45 @@ _METRIC = flags.DEFINE_string(
     "metric", None, f"column of the table to optimize; default: {DEFAULT_METRIC} (the rules have none)"
 )
 _OUTPUT = cli.DEFINE_path("output", "", "JSON file for the answer")
-flags.mark_flags_as_required(["unique_tokens", "budget"])
 
 
 def main(_: Sequence[str]) -> None:
-    unique, budget = _UNIQUE.value, _BUDGET.value
-    if not (math.isfinite(unique) and math.isfinite(budget)):
-        raise UserError(f"--unique_tokens={unique} and --budget={budget} must be finite")
+    questions = _questions()
     if _OUTPUT.value:
         check_output(Path(_OUTPUT.value), "--output")
-    token_budget = round_repetitions(unique, budget)
-    answers = advise(token_budget.repetitions, _SWEEP.value, _METRIC.value)
-    print(describe(token_budget, answers, _SWEEP.value))
+    budgets = {name: round_repetitions(*question) for name, question in questions.items()}
+    answers = {
+        name: advise(budget.repetitions, _SWEEP.value, _METRIC.value) for name, budget in budgets.items()
+    }
+    if _SOURCES.value:
+        print(describe_sources(budgets, answers, _SWEEP.value))
+    else:
+        print(describe(budgets[""], answers[""], _SWEEP.value))
     if _OUTPUT.value:
-        first, *others = map(dataclasses.asdict, answers)
-        answer = dataclasses.asdict(token_budget) | first | {"others": others, "sweep": _SWEEP.value or None}
+        found = {name: _as_dict(budgets[name], answers[name]) for name in budgets}
+        answer = {"sources": found} if _SOURCES.value else found[""]
         write_output(Path(_OUTPUT.value), json.dumps(answer, indent=1) + "\n", "--output")
+
+
+def _questions() -> dict[str, tuple[float, float]]:
+    """Returns the unique tokens and the budget of each source by its name, "" for a run without sources."""
+    unique, budget = _UNIQUE.value, _BUDGET.value
+    if not _SOURCES.value:
+        if unique is None or budget is None:
+            raise UserError(
+                "set --unique_tokens and --budget, or --source=NAME:UNIQUE_TOKENS:BUDGET per source"
+            )
+        if not (math.isfinite(unique) and math.isfinite(budget)):
+            raise UserError(f"--unique_tokens={unique} and --budget={budget} must be finite")
+        return {"": (unique, budget)}
+    if unique is not None or budget is not None:
+        raise UserError("--source replaces --unique_tokens and --budget; leave them out")
+    return parse_sources(_SOURCES.value)
+
+
+def _as_dict(token_budget: TokenBudget, answers: Sequence[Advice]) -> dict:
+    first, *others = map(dataclasses.asdict, answers)
+    return dataclasses.asdict(token_budget) | first | {"others": others, "sweep": _SWEEP.value or None}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dualsm.config import (
 from dualsm.config_keys import KEYS
 from dualsm.data.corpus import Corpus
 from dualsm.model.transformer import init_params
+from dualsm.objectives.plan import MixturePlan
 from dualsm.process.errors import UserError
 from tests.conftest import ROOT
 
@@ -41,9 +42,10 @@ def test_a_config_is_valid_and_documents_its_command(path):
 def test_alpha_and_repetitions_are_arguments(path):
     config = load(path, "alpha=0.75,repetitions=32")
     check_config(config)
-    shares = {name: share for name, share in config.mixture.items() if share}
+    repeated = config.sources.get("small", config)  # of several sources, the small one repeats
+    shares = {name: share for name, share in repeated.mixture.items() if share}
     assert shares == {"causal": 0.75, "masked_diffusion": 0.25}
-    assert config.repetitions == 32
+    assert repeated.repetitions == 32
 
 
 def test_adapt_takes_the_architecture_of_the_imported_run(tmp_path):
@@ -102,6 +104,19 @@ def test_the_config_of_the_paper():
         0.25,
     )
     assert (config.loss.z_loss, optimizer.max_grad_norm, config.valid.every) == (1e-4, 0.0, 128)
+
+
+def test_the_low_resource_recipe_repeats_the_small_corpus_only():
+    config = load(ROOT / "configs" / "dual_low_resource.py")
+    plan = MixturePlan(config)
+    tokens = [sequences * config.seq_len for sequences in plan.source_sequences(config.steps)]
+    unique = [source.unique(budget) for source, budget in zip(plan.sources, tokens, strict=True)]
+    assert [source.name for source in plan.sources] == ["large", "small"]
+    assert [source.repetitions for source in plan.sources] == [1, 16]
+    assert 1.999e9 < unique[0] < 2e9 and 99.9e6 < unique[1] < 100e6
+    rows_J = plan.member_rows(config.steps)
+    assert rows_J[0] / rows_J[:2].sum() == pytest.approx(63 / 64, abs=1e-5)
+    assert rows_J[2] / rows_J[2:].sum() == pytest.approx(1 / 2, abs=1e-5)
 
 
 def test_alpha_is_the_share_of_causal_rows():

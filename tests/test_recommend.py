@@ -7,12 +7,22 @@ import pandas as pd
 import pytest
 
 from dualsm.analysis import advice
-from dualsm.analysis.advice import SHIPPED, advise, advise_by_rules, advise_by_table, round_repetitions
+from dualsm.analysis.advice import (
+    SHIPPED,
+    advise,
+    advise_by_rules,
+    advise_by_table,
+    parse_sources,
+    round_repetitions,
+)
 from dualsm.analysis.advice_text import describe
 from dualsm.analysis.table import load, make_table, read_table, write_table
+from dualsm.config import add_source, check_config
 from dualsm.process.errors import UserError
+from dualsm.sweeps.grid import parse_value
 from tests.analysis.synthetic import BUDGET, STEPS, grid, write_cell, write_plan, write_sweep
 from tests.conftest import run_command
+from tests.micro import micro_config
 
 LOSS = "valid/causal/loss"
 
@@ -219,6 +229,51 @@ def test_repetitions_are_rounded_with_the_smallest_loss_of_data(budget, repetiti
     assert text or "whole number" not in words
     (found,) = flags(words)
     assert found["repetitions"] == str(repetitions)
+
+
+def test_each_source_has_its_own_answer(table, tmp_path):
+    """The flags of all sources fit a config with these sources; each answer is that of its source alone."""
+    path = tmp_path / "a.json"
+    sources = {"small": (BUDGET / 64, BUDGET / 4), "large": (3 * BUDGET / 4, 3 * BUDGET / 4)}
+    process = run_command(
+        "dualsm.recommend", *(f"--source={name}:{u:.0f}:{b:.0f}" for name, (u, b) in sources.items()),
+        f"--sweep={table}", f"--output={path}",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    answers = json.loads(path.read_text())["sources"]
+    assert {name: answer["repetitions"] for name, answer in answers.items()} == {"small": 16, "large": 1}
+    for answer in answers.values():
+        (alone, _) = advise(answer["repetitions"], table)
+        assert answer["alpha"] == alone.alpha
+    first, second = process.stdout.split("source large, share 0.75:")
+    assert "source small, share 0.25:" in first
+    config = micro_config()
+    for name in sources:
+        add_source(config, name, "corpus", repetitions=1)
+    for text, name in ((first, "small"), (second, "large")):
+        line = next(line for line in text.splitlines() if "--config." in line)
+        found = re.findall(r"--config\.(\S+)=(\S+)", line)
+        config.update_from_flattened_dict({key: parse_value(value) for key, value in found})
+        assert f"--config.sources.{name}.repetitions={answers[name]['repetitions']} " in line
+    check_config(config)
+    assert config.sources.small.share == 0.25
+    assert config.sources.small.mixture.causal == pytest.approx(answers["small"]["alpha"], rel=1e-5)
+    assert "each answer is that of a run on this source alone" in second
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a:1e6"], "is not of the form NAME:UNIQUE_TOKENS:BUDGET"),
+        (["a:1e6:much"], "is not of the form NAME:UNIQUE_TOKENS:BUDGET"),
+        (["a:0:1e7"], "at least 1 and finite"),
+        (["a b:1e6:1e7"], "the name must be an identifier"),
+        (["a:1e6:1e7", "a:1e6:1e7"], "'a' is given twice"),
+    ],
+)
+def test_sources_that_cannot_be_parsed_are_named(texts, message):
+    with pytest.raises(UserError, match=message):
+        parse_sources(texts)
 
 
 ERRORS = {

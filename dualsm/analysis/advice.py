@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,36 @@ def round_repetitions(unique: float, budget: float) -> TokenBudget:
     if 1 - low / passes < 1 - passes / high:
         return TokenBudget(unique, budget, low, unique, low * unique)
     return TokenBudget(unique, budget, high, budget / high, budget)
+
+
+def parse_sources(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Parses sources such as "small:1e8:1.6e9".
+
+    Args:
+      texts: NAME:UNIQUE_TOKENS:BUDGET of each source.
+
+    Returns:
+      name -> unique tokens and budget.
+
+    Raises:
+      UserError: if a text is malformed, or a name is given twice.
+    """
+    questions = {}
+    for text in texts:
+        name, _, numbers = text.partition(":")
+        try:
+            unique, budget = map(float, numbers.split(":"))
+        except ValueError as error:
+            raise UserError(f"--source={text!r} is not of the form NAME:UNIQUE_TOKENS:BUDGET") from error
+        if not (name.isidentifier() and 1 <= unique < math.inf and 1 <= budget < math.inf):
+            raise UserError(
+                f"--source={text!r}: the name must be an identifier, and the numbers of tokens at least 1 "
+                "and finite"
+            )
+        if name in questions:
+            raise UserError(f"--source: {name!r} is given twice; give each source once")
+        questions[name] = (unique, budget)
+    return questions
 
 
 @dataclasses.dataclass(frozen=True)

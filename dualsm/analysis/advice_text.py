@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from dualsm.analysis import paper_rules
 from dualsm.analysis.advice import INSTALL, Advice, TokenBudget
@@ -12,11 +13,28 @@ from dualsm.analysis.stopping import Side, Stopping, setting_text
 from dualsm.analysis.surface import CREDIBLE, Estimate
 
 
-def describe(token_budget: TokenBudget, answers: Sequence[Advice], sweep: str) -> str:
-    """Returns the answers of all sources as text."""
+class NamedSource(NamedTuple):
+    """A source of `config.sources`, and its share of the training tokens."""
+
+    name: str
+    share: float
+
+
+def describe(
+    token_budget: TokenBudget, answers: Sequence[Advice], sweep: str, source: NamedSource | None = None
+) -> str:
+    """Returns the answers of the rules and of the tables as text.
+
+    Args:
+      token_budget: the question.
+      answers: from `advise`.
+      sweep: path of the sweep; "" without one.
+      source: the source of the data that the question is about; None for the whole run.
+    """
     lines = [_numbers(token_budget), *_rounding(token_budget)]
     for advice in answers:
-        lines += _by_surface(advice, sweep) if advice.surface else _by_rules(advice)
+        flags = _flags(advice, source)
+        lines += _by_surface(advice, sweep, flags) if advice.surface else _by_rules(advice, flags)
     if not any(advice.surface for advice in answers):
         lines.append(
             f"the table of small models that comes with dualsm needs pandas and scikit-learn: {INSTALL}"
@@ -54,33 +72,61 @@ def _rounding(token_budget: TokenBudget) -> list[str]:
     return []
 
 
-def _flags(advice: Advice) -> list[str]:
+def describe_sources(
+    budgets: Mapping[str, TokenBudget], answers: Mapping[str, Sequence[Advice]], sweep: str
+) -> str:
+    """Returns the answers for each source of a run as text.
+
+    Args:
+      budgets: name of the source -> the question.
+      answers: name of the source -> answers.
+      sweep: path of the sweep; "" without one.
+    """
+    total = sum(budget.seen_tokens for budget in budgets.values())
+    parts = []
+    for name, budget in budgets.items():
+        share = budget.seen_tokens / total
+        text = describe(budget, answers[name], sweep, NamedSource(name, share))
+        parts.append(f"source {name}, share {share:.4g}:\n{text}")
+    parts.append(
+        "each answer is that of a run on this source alone; no run with several sources supports it, and the "
+        "other sources may change the best mixture"
+    )
+    return "\n\n".join(parts)
+
+
+def _flags(advice: Advice, source: NamedSource | None) -> list[str]:
+    key = f"--config.sources.{source.name}" if source else "--config"
+    flags = {
+        "mixture.causal": f"{advice.alpha:.6g}",
+        "mixture.prefix": "0.0",
+        "mixture.masked_diffusion": f"{1 - advice.alpha:.6g}",
+        "repetitions": f"{advice.repetitions:g}",
+    } | ({"share": repr(source.share)} if source else {})
     return [
         f"    train with: causal {fraction(advice.alpha)}, masked_diffusion {fraction(1 - advice.alpha)}",
-        f"    --config.mixture.causal={advice.alpha:.6g} --config.mixture.prefix=0.0 "
-        f"--config.mixture.masked_diffusion={1 - advice.alpha:.6g} "
-        f"--config.repetitions={advice.repetitions:g}",
+        "    " + " ".join(f"{key}.{name}={value}" for name, value in flags.items()),
     ]
 
 
-def _by_rules(advice: Advice) -> list[str]:
+def _by_rules(advice: Advice, flags: list[str]) -> list[str]:
     rows = "; ".join(f"{row.repetitions}: {fraction(row.alpha)}" for row in paper_rules.PAPER_RESULTS)
     return [
         f"by the rules of {paper_rules.SOURCE}, for zero-shot scores of models {_scale(advice)}:",
-        *_flags(advice),
+        *flags,
         f"    best alpha in the paper, by repetitions: {rows}",
         f"    {_range(advice)}",
     ]
 
 
-def _by_surface(advice: Advice, sweep: str) -> list[str]:
+def _by_surface(advice: Advice, sweep: str, flags: list[str]) -> list[str]:
     found, table = advice.surface, advice.table
     low, high = map(fraction, found.interval)
     better = "lower" if table["lower_is_better"] else "higher"
     lines = [
         f"by {sweep or 'the table that comes with dualsm'}, {table['cells']} cells of "
         f"{table['budget_tokens']:,.0f} tokens, models {_scale(advice)}:",
-        *_flags(advice),
+        *flags,
         f"    best share of causal rows, {CREDIBLE:.0%} credible interval: {low} to {high}",
         f"    {table['metric']} ({better} is better): {_pm(found.score)} expected",
     ]
