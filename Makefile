@@ -50,7 +50,7 @@ $(VENV)/.test: pyproject.toml setup.py | $(VENV)/bin/python
 	@touch $@ $(VENV)/.core
 
 $(VENV)/.test-all: pyproject.toml setup.py | $(VENV)/.test
-	$(RUN) -m pip install --disable-pip-version-check -e '.[test,test-hf,eval,wandb,tpu]'
+	$(RUN) -m pip install --disable-pip-version-check -e '.[test,test-hf,test-gcs,eval,wandb,tpu]'
 	@touch $@
 
 $(XPK_VENV)/.test-launch: pyproject.toml setup.py

@@ -15,7 +15,6 @@ import json
 from collections.abc import Sequence
 
 from absl import flags
-from etils import epath
 from ml_collections import config_flags
 
 from dualsm import config as configs
@@ -34,6 +33,7 @@ from dualsm.devices import sharding
 from dualsm.devices.chips import CHIPS
 from dualsm.process import cli
 from dualsm.process.errors import UserError
+from dualsm.process.paths import user_path
 from dualsm.process.progress import say
 from dualsm.training.program import compile_train_step
 
@@ -57,12 +57,12 @@ def main(_: Sequence[str]) -> None:
     compiled = compile_step(config, program, mesh)
     text = compiled.as_text()
     if _HLO.value:
-        epath.Path(_HLO.value).write_text(text)
+        user_path(_HLO.value).write_text(text)
     work = analyze(text, mesh.size, block_fraction(config, devices[0].platform))
     report = make_report(config, _TOPOLOGY.value, mesh, program, compiled.memory_analysis(), work)
     say(as_text(report))
     if _OUTPUT.value:
-        epath.Path(_OUTPUT.value).write_text(json.dumps(report, indent=1) + "\n")
+        user_path(_OUTPUT.value).write_text(json.dumps(report, indent=1) + "\n")
     memory = report["memory"]
     if memory["total"] > memory["usable"]:
         hint = f", or set {MEMORY_FRACTION[0]}" if memory["usable"] < memory["chip"] else ""

@@ -9,9 +9,9 @@ python -m dualsm.convert average --workdir=runs/tiny --last=2 --output=runs/aver
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from dualsm.exchange import (
@@ -26,6 +26,7 @@ from dualsm.exchange.hub import local_path
 from dualsm.exchange.sharded_files import DTYPES
 from dualsm.process import cli
 from dualsm.process.errors import UserError
+from dualsm.process.paths import user_path
 from dualsm.rundir.trained_run import PARAMETERS, TrainedRun, open_run
 
 _FORMAT = flags.DEFINE_string("format", None, "huggingface or reference")
@@ -76,29 +77,32 @@ def import_run() -> str:
     if not _WEIGHTS.value:
         raise UserError("--weights is not set; import needs --weights=PATH")
     config = cli.config(_CONFIG) if _CONFIG.value is not None else None
-    arguments = local_path(_WEIGHTS.value), _TOKENIZER.value, config, Path(_WORKDIR.value)
-    if _FORMAT.value == "huggingface":
-        return import_huggingface.load(*arguments, _MASK_TOKEN.value)
-    if _MASK_TOKEN.value:
+    if _MASK_TOKEN.value and _FORMAT.value != "huggingface":
         raise UserError(f"--mask_token={_MASK_TOKEN.value} needs --format=huggingface")
-    return import_reference.load(*arguments)
+    with local_path(_WEIGHTS.value) as weights:
+        arguments = weights, _TOKENIZER.value, config, user_path(_WORKDIR.value)
+        if _FORMAT.value == "huggingface":
+            return import_huggingface.load(*arguments, _MASK_TOKEN.value)
+        return import_reference.load(*arguments)
 
 
 def export_run() -> str:
     """Writes a run's weights in another format; returns a message for the user."""
     if not _OUTPUT.value:
         raise UserError("--output is not set; export needs --output=DIR")
-    output = Path(_OUTPUT.value)
+    output = user_path(_OUTPUT.value)
     if _MILESTONES.value:
         if _FORMAT.value != "huggingface" or _CHECKPOINT.value is not None:
             raise UserError("--milestones needs --format=huggingface, and no --checkpoint")
-        return export_milestones.export(Path(_WORKDIR.value), output, _PARAMETERS.value, _export_huggingface)
+        return export_milestones.export(
+            user_path(_WORKDIR.value), output, _PARAMETERS.value, _export_huggingface
+        )
     run = open_run(_WORKDIR.value, _CHECKPOINT.value, _PARAMETERS.value)
     export = _export_huggingface if _FORMAT.value == "huggingface" else export_reference.export
     return f"step {run.step} of {run.workdir}: {export(run, output)}"
 
 
-def _export_huggingface(run: TrainedRun, output: Path) -> str:
+def _export_huggingface(run: TrainedRun, output: epath.Path) -> str:
     max_bytes = int(1e9 * _MAX_SHARD_SIZE.value)
     return export_huggingface.export(run, output, _DTYPE.value, max_bytes, _OWN_CODE.value)
 
@@ -112,7 +116,7 @@ def average() -> str:
     if not all(text.isdigit() for text in _CHECKPOINTS.value):
         raise UserError(f"--checkpoints={','.join(_CHECKPOINTS.value)} must be steps, such as 100,200")
     steps = [int(text) for text in _CHECKPOINTS.value]
-    return average_checkpoints.write(Path(_WORKDIR.value), steps, _LAST.value, Path(_OUTPUT.value))
+    return average_checkpoints.write(user_path(_WORKDIR.value), steps, _LAST.value, user_path(_OUTPUT.value))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -23,6 +22,7 @@ from dualsm.evaluation.tasks import describe_files, task_files
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output
+from dualsm.process.paths import user_path
 from dualsm.process.progress import say, warn
 from dualsm.rundir.results import merge, read_results, results_file
 from dualsm.rundir.trained_run import PARAMETERS, open_run
@@ -65,7 +65,7 @@ def main(_: Sequence[str]) -> None:
         say(f"{name}: {len(questions):,} questions from {files}")
     run = open_run(_WORKDIR.value, _CHECKPOINT.value, _PARAMETERS.value)
     default = results_file(run.workdir, run.step, run.parameters)
-    path = Path(_OUTPUT.value) if _OUTPUT.value else default
+    path = user_path(_OUTPUT.value) if _OUTPUT.value else default
     check_output(path, "--output")
     if not _OUTPUT.value:
         read_results(default)  # fails early if the file is damaged

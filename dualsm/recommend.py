@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -30,6 +29,7 @@ from dualsm.analysis.advice_text import describe, describe_sources
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output
+from dualsm.process.paths import user_path
 
 _UNIQUE = flags.DEFINE_float("unique_tokens", None, "unique tokens of the corpus", lower_bound=1)
 _BUDGET = flags.DEFINE_float("budget", None, "tokens to train on, including repeated ones", lower_bound=1)
@@ -52,7 +52,7 @@ _OUTPUT = cli.DEFINE_path("output", "", "JSON file for the answer")
 def main(_: Sequence[str]) -> None:
     questions = _questions()
     if _OUTPUT.value:
-        check_output(Path(_OUTPUT.value), "--output")
+        check_output(user_path(_OUTPUT.value), "--output")
     budgets = {name: round_repetitions(*question) for name, question in questions.items()}
     answers = {
         name: advise(budget.repetitions, _SWEEP.value, _METRIC.value) for name, budget in budgets.items()
@@ -64,7 +64,7 @@ def main(_: Sequence[str]) -> None:
     if _OUTPUT.value:
         found = {name: _as_dict(budgets[name], answers[name]) for name in budgets}
         answer = {"sources": found} if _SOURCES.value else found[""]
-        write_output(Path(_OUTPUT.value), json.dumps(answer, indent=1) + "\n", "--output")
+        write_output(user_path(_OUTPUT.value), json.dumps(answer, indent=1) + "\n", "--output")
 
 
 def _questions() -> dict[str, tuple[float, float]]:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -21,6 +20,7 @@ from dualsm.generation.prompts import encode_prompt, read_prompts, show
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.process import cli
 from dualsm.process.output import check_output, write_output
+from dualsm.process.paths import user_path
 from dualsm.process.progress import LiveText, warn
 from dualsm.rundir.trained_run import PARAMETERS, TrainedRun, open_run
 
@@ -66,7 +66,7 @@ def main(_: Sequence[str]) -> None:
     key_B = prompt_keys(_SEED.value, prompts)
     states = generate(run, prompts, _MODE.value, _TOKENS.value, sampling, unmasking, key_B)
     if _OUTPUT.value:
-        check_output(Path(_OUTPUT.value), "--output")
+        check_output(user_path(_OUTPUT.value), "--output")
     _warn_if_long(prompts, run)
 
     watch = sys.stdout.isatty() if _WATCH.value is None else _WATCH.value
@@ -82,7 +82,7 @@ def main(_: Sequence[str]) -> None:
             json.dumps({"prompt": prompt, "text": text, "tokens": ids, "mode": _MODE.value}) + "\n"
             for prompt, text, ids in zip(texts, shown, tokens, strict=True)
         ]
-        write_output(Path(_OUTPUT.value), "".join(lines), "--output")
+        write_output(user_path(_OUTPUT.value), "".join(lines), "--output")
     print("\n\n".join(shown))
     print(throughput.summary(), file=sys.stderr)
 

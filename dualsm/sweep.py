@@ -12,7 +12,6 @@ only if all cells that ran have failed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -20,6 +19,7 @@ from ml_collections import config_flags
 from dualsm.analysis.sweep_report import report, report_text
 from dualsm.evaluation.spec import EvalSpec
 from dualsm.process import cli
+from dualsm.process.paths import user_path
 from dualsm.process.progress import say
 from dualsm.sweeps.cluster import job_list
 from dualsm.sweeps.grid import make_cells, parse_axes, parse_cell, parse_rule
@@ -63,7 +63,7 @@ def main(_: Sequence[str]) -> None:
     if _TASKS.value:
         eval_spec = EvalSpec(_TASKS.value, _MODES.value, _TASK_DATA.value, _LIMIT.value)
         eval_spec.check()
-    sweep = Sweep(Path(_WORKDIR.value), recipe, overrides, config, cells, eval_spec)
+    sweep = Sweep(user_path(_WORKDIR.value), recipe, overrides, config, cells, eval_spec)
     if _LAUNCH.value != "here":
         print(job_list(sweep, _LAUNCH.value, _JOBS.value))
         return

@@ -28,7 +28,7 @@ from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
 from dualsm.process.progress import say
-from dualsm.rundir.checkpoint import CHECKPOINTS
+from dualsm.rundir.checkpoint_folder import CHECKPOINTS
 from dualsm.sweeps.cells import CELL, CELLS, SWEEP, read_sweep
 
 _BRANCH = re.compile(r"alpha_(\d\.\d{3})_n-reps=(\d+)")

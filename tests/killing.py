@@ -21,7 +21,8 @@ import numpy as np
 
 from dualsm.config import load_config, save_config
 from dualsm.model.transformer import init_params
-from dualsm.rundir.checkpoint import CHECKPOINTS, Checkpoints
+from dualsm.rundir.checkpoint import Checkpoints
+from dualsm.rundir.checkpoint_folder import CHECKPOINTS
 from dualsm.rundir.checkpoint_reader import restore_params
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.workdir import CONFIG

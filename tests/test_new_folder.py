@@ -16,12 +16,12 @@ def names(folder) -> list[str]:
 
 
 def write(target, part="part") -> None:
-    with new_folder(target, "--output") as aside:
+    with new_folder(target, "--output", last="part") as aside:
         (aside / "part").write_text(part)
 
 
 def write_for_long(target) -> None:
-    with new_folder(target, "--output") as aside:
+    with new_folder(target, "--output", last="part") as aside:
         (aside / "part").touch()
         time.sleep(60)
 
@@ -56,7 +56,7 @@ def test_temporary_folders_of_dead_processes_are_removed(tmp_path, writer):
 
 
 def test_failure_leaves_no_files(tmp_path):
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "deep" / "a", "--output") as aside:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "deep" / "a", "--output", last="part") as aside:
         (aside / "part").touch()
         raise RuntimeError
     assert names(tmp_path / "deep") == []
@@ -65,7 +65,7 @@ def test_failure_leaves_no_files(tmp_path):
 def test_two_processes_that_write_the_same_folder(tmp_path):
     """The first to finish creates the folder; the other fails and leaves no files."""
     target = tmp_path / "a"
-    with pytest.raises(UserError, match="already exists"), new_folder(target, "--output"):
+    with pytest.raises(UserError, match="already exists"), new_folder(target, "--output", last="part"):
         write(target, "first")
     assert names(tmp_path) == ["a"]
     assert (target / "part").read_text() == "first"

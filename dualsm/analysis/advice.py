@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from etils import epath
+
 from dualsm.analysis import paper_rules
 from dualsm.analysis.scales import doublings_outside
 from dualsm.analysis.stopping import Stopping, compare_lengths
@@ -111,7 +113,9 @@ class Advice:
     stopping: Stopping | None = None
 
 
-def advise(repetitions: float, sweep: str | Path | None = None, metric: str | None = None) -> list[Advice]:
+def advise(
+    repetitions: float, sweep: epath.PathLike | None = None, metric: str | None = None
+) -> list[Advice]:
     """Returns the advice of each source; the first one is the one to follow.
 
     Args:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from etils import epath
 
 from dualsm.analysis import plots
 from dualsm.analysis.advice import fit_to_cells
@@ -17,6 +17,7 @@ from dualsm.analysis.scales import alpha_from_scale, alpha_scale, fraction, repe
 from dualsm.analysis.surface import CREDIBLE, Surface
 from dualsm.analysis.table import TABLE, comparable, drawable, load, lower_is_better, measures, write_table
 from dualsm.process.output import write_atomically
+from dualsm.process.paths import user_path
 from dualsm.process.progress import say
 from dualsm.process.progress import table as text_table
 from dualsm.sweeps.cells import CELLS, read_curve
@@ -30,7 +31,7 @@ OBJECTIVES = ("causal", "masked_diffusion")  # alpha divides the rows between th
 PROBABILITY_ALPHAS = 37  # number of alphas in the plot of the best alpha, evenly spaced on the alpha scale
 
 
-def report(folder: str | Path, cost: str = "tokens") -> list[Path]:
+def report(folder: epath.PathLike, cost: str = "tokens") -> list[epath.Path]:
     """Writes `table.csv` and the plots of a sweep; prints a line for each plot that lacks cells.
 
     Args:
@@ -43,7 +44,7 @@ def report(folder: str | Path, cost: str = "tokens") -> list[Path]:
     Raises:
       UserError: if the folder is not a sweep, or a package of the extra `analysis` is not installed.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     table = load(folder)
     write_table(folder / TABLE, table)
     written = [folder / TABLE]
@@ -78,7 +79,7 @@ def report(folder: str | Path, cost: str = "tokens") -> list[Path]:
     return written
 
 
-def report_text(folder: str | Path) -> str:
+def report_text(folder: epath.PathLike) -> str:
     """Returns the plotted metrics as text tables by alpha and R; "" if no cell has finished."""
     table = load(folder)
     return summary(table, plotted_metrics(table))
@@ -153,7 +154,7 @@ def best_alpha_figure(surface: Surface, cells: DataFrame, metric: str) -> Figure
     return figure
 
 
-def curves_figure(table: DataFrame, folder: Path, cost: str) -> Figure:
+def curves_figure(table: DataFrame, folder: epath.Path, cost: str) -> Figure:
     """Draws held-out losses over tokens or FLOPs. Raises `TooFewCells` if no cell has been validated."""
     curves = {}
     for objective in OBJECTIVES:
@@ -181,7 +182,7 @@ def curves_figure(table: DataFrame, folder: Path, cost: str) -> Figure:
     return figure
 
 
-def gap_figure(table: DataFrame, folder: Path) -> Figure:
+def gap_figure(table: DataFrame, folder: epath.Path) -> Figure:
     """Draws final held-out minus training losses. Raises `TooFewCells` if no cell has both."""
     tables = {objective: _gaps(table, objective) for objective in OBJECTIVES}
     tables = {objective: gaps for objective, gaps in tables.items() if gaps.size}

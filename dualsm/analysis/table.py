@@ -6,16 +6,18 @@ A table is a pandas DataFrame with one row per cell; `sweeps.cells.collect` desc
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from etils import epath
 
 from dualsm.analysis.analysis_errors import TooFewCells, analysis_extra
 from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
+from dualsm.process.paths import user_path
 from dualsm.sweeps.cells import collect
 
 if TYPE_CHECKING:
@@ -34,13 +36,13 @@ _PLACE = ["repetitions", "alpha", "budget_tokens"]
 _TOLERANCE = 0.02
 
 
-def load(source: str | Path) -> DataFrame:
+def load(source: epath.PathLike) -> DataFrame:
     """Returns the table of a sweep's folder, or of a CSV file that `write_table` wrote.
 
     Raises:
       UserError: if `source` is neither, or pandas is not installed.
     """
-    return make_table(collect(source)) if Path(source).is_dir() else read_table(source)
+    return make_table(collect(source)) if user_path(source).is_dir() else read_table(source)
 
 
 def make_table(records: Sequence[Mapping] | DataFrame) -> DataFrame:
@@ -63,12 +65,12 @@ def make_table(records: Sequence[Mapping] | DataFrame) -> DataFrame:
     return table
 
 
-def write_table(path: str | Path, table: DataFrame) -> None:
+def write_table(path: epath.PathLike, table: DataFrame) -> None:
     """Writes a table as CSV; missing values are empty fields."""
     write_atomically(path, table.convert_dtypes().to_csv(index=False))
 
 
-def read_table(path: str | Path) -> DataFrame:
+def read_table(path: epath.PathLike) -> DataFrame:
     """Reads a CSV file that `write_table` wrote.
 
     Raises:
@@ -78,8 +80,9 @@ def read_table(path: str | Path) -> DataFrame:
         import pandas as pd
 
     try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            header, *lines = [line for line in csv.reader(file, strict=True) if line] or [[]]
+        text = user_path(path).read_bytes().decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header, *lines = [line for line in reader if line] or [[]]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; pass a sweep's folder or its {TABLE}") from error
     except (ValueError, csv.Error) as error:
@@ -90,7 +93,7 @@ def read_table(path: str | Path) -> DataFrame:
         if len(line) != len(header):
             raise UserError(f"{path}, row {number}: {len(line)} values for {len(header)} columns")
     table = pd.read_csv(
-        path, encoding="utf-8-sig", keep_default_na=False, na_values=[""], float_precision="round_trip"
+        io.StringIO(text, newline=""), keep_default_na=False, na_values=[""], float_precision="round_trip"
     )
     for name, (low, high) in _RANGES.items():
         values = table[name].tolist()

@@ -15,11 +15,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import posixpath
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from dualsm import __version__
 from dualsm.data import corpus, inputs, readers, round_trip
@@ -32,6 +34,7 @@ from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.workers import worker_pool
 from dualsm.process.errors import UserError
 from dualsm.process.output import new_folder
+from dualsm.process.paths import user_path
 from dualsm.process.progress import bar, say
 
 _BUCKET_BYTES = 32 << 20  # approximate text per bucket; each worker loads one bucket
@@ -51,7 +54,7 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
       UserError: for invalid input, or if `output` exists and is not the same corpus.
     """
     recipe.check()
-    target = Path(output).expanduser()
+    target = user_path(output)
     train_files = inputs.find_inputs(recipe.input)
     valid_files = inputs.find_inputs(recipe.valid_input, "--valid_input") if recipe.valid_input else []
     fingerprint = _fingerprint(train_files, valid_files)
@@ -61,7 +64,7 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
             say(f"{target} already contains this corpus; nothing to do")
         return manifest
     tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
-    with new_folder(target, "--output") as folder, worker_pool(workers) as pool:
+    with new_folder(target, "--output", last=corpus.MANIFEST) as folder, worker_pool(workers) as pool:
         (folder / "buckets").mkdir()
         buckets = max(_MIN_BUCKETS, -(-inputs.estimated_text_bytes(train_files) // _BUCKET_BYTES))
         scatter = Scatter(recipe, folder / "buckets", buckets)
@@ -81,12 +84,14 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
 def _fingerprint(train_files: list[str], valid_files: list[str]) -> dict:
     """Returns manifest entries that identify the input files by name and size."""
     files = [("train", path) for path in train_files] + [("valid", path) for path in valid_files]
-    known = sorted((split, Path(path).name, Path(path).stat().st_size) for split, path in files)
+    sizes = [size for size, *_ in inputs.file_versions([path for _, path in files])]
+    names = [(split, posixpath.basename(path)) for split, path in files]
+    known = sorted((*name, size) for name, size in zip(names, sizes, strict=True))
     digest = hashlib.sha256(json.dumps(known).encode())
     return {"files_read": len(known), "inputs_sha256": digest.hexdigest()}
 
 
-def _existing_manifest(recipe: Recipe, target: Path, fingerprint: dict) -> dict:
+def _existing_manifest(recipe: Recipe, target: epath.Path, fingerprint: dict) -> dict:
     """Returns the manifest in `target`. Raises `UserError` if the recipe or the input files differ."""
     try:
         manifest = json.loads((target / corpus.MANIFEST).read_text())

@@ -18,6 +18,7 @@ from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.verification import Verification, check_hash, sha256
 from dualsm.process.errors import UserError
+from dualsm.process.paths import user_path
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -69,7 +70,7 @@ class Corpus:
         Raises:
           UserError: if `path` is not a complete corpus.
         """
-        self.folder = epath.Path(path).expanduser()
+        self.folder = user_path(path)
         self._verification: Verification | None = None
         try:
             self.manifest = json.loads((self.folder / MANIFEST).read_text())

@@ -14,6 +14,7 @@ from etils import epath
 from grain.sources import ArrayRecordDataSource
 
 from dualsm.process.errors import UserError
+from dualsm.process.paths import is_remote, retry
 
 RECORD_TOKENS = 2048
 _OTHER_FILES = 64  # reserve for open files other than shards
@@ -57,12 +58,12 @@ class Documents:
         self.tokens: int = split["tokens"]
         self.bytes: int = split["bytes"]
         self.bytes_N = None
-        self._dtype, self._remote, self._check = dtype, "://" in str(folder), check
+        self._dtype, self._remote, self._check = dtype, is_remote(folder), check
         self._shards = [folder / shard["file"] for shard in split["shards"]]
         if not self._remote:
             _allow_open_files(len(split["shards"]))
         try:
-            self._source = ArrayRecordDataSource([str(folder / s["file"]) for s in split["shards"]])
+            self._source = retry(lambda: ArrayRecordDataSource(list(map(str, self._shards))), folder)
             self.lengths_N = np.frombuffer((folder / split["lengths"]).read_bytes(), "<i4")
             if "document_bytes" in split:
                 self.bytes_N = np.frombuffer((folder / split["document_bytes"]).read_bytes(), "<i8")
@@ -111,7 +112,7 @@ class Documents:
         first_S = self._first_record_N[document_S] + skipped_S
         indices = [i for first, n in zip(first_S, count_S, strict=True) for i in range(first, first + n)]
         try:
-            records = iter(self._read_records(indices))
+            records = iter(retry(lambda: self._read_records(indices), self._shards[0]))
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(
                 f"corpus shard {self._damaged_shard(indices)} is damaged or missing ({_first_line(error)}); "

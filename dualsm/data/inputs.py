@@ -5,11 +5,14 @@ from __future__ import annotations
 import glob
 import json
 import os
+import posixpath
 import sysconfig
+from concurrent import futures
 from pathlib import Path
 
 from dualsm.data import streams
 from dualsm.process.errors import UserError
+from dualsm.process.paths import glob_in_bucket, is_remote, size_and_time, user_path
 
 PYTHON_STDLIB = "python-stdlib"
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -17,6 +20,7 @@ BABYLM_SUFFIXES = (".train", ".dev", ".test")  # text files with many documents 
 TEXT_SUFFIXES = (".txt", *BABYLM_SUFFIXES)
 COLUMN_SUFFIXES = (".parquet", ".arrow")
 SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES, ".bin")
+_THREADS = 16  # for the latency of a bucket
 _EXPANSION = dict.fromkeys(streams.COMPRESSIONS, 4) | {".parquet": 3, ".bin": 2}  # rough text bytes per byte
 
 
@@ -37,10 +41,10 @@ def find_inputs(pattern: str, flag: str = "--input") -> list[str]:
         skip = {"site-packages", "dist-packages", "__pycache__"}
         paths = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
         return [str(p) for p in sorted(paths) if p.stat().st_size > 0]
-    is_path = os.path.exists(os.path.expanduser(pattern))
+    is_path = user_path(pattern).exists()
     paths = []
     for part in [pattern] if is_path else filter(None, pattern.split(",")):
-        matches = [path for path in _matches(os.path.expanduser(part), flag) if os.path.isfile(path)]
+        matches = _files(_matches(part if is_remote(part) else os.path.expanduser(part), flag))
         if not matches:
             raise UserError(f"{flag}: no files match {part!r}; check the path or quote the glob")
         paths += matches
@@ -69,20 +73,29 @@ def file_suffix(path: str) -> str:
 
 def input_bytes(paths: list[str]) -> int:
     """Returns the total size of files on disk."""
-    return sum(Path(path).stat().st_size for path in paths)
+    return sum(size for size, *_ in file_versions(paths))
+
+
+def file_versions(paths: list[str]) -> list[tuple[int, ...]]:
+    """Returns the size of each file in bytes, and numbers that change when it is written."""
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(size_and_time, paths))
 
 
 def estimated_text_bytes(paths: list[str]) -> int:
     """Returns a rough estimate of the text in the files, for choosing the number of shards."""
-    return sum(Path(path).stat().st_size * _EXPANSION.get(Path(path).suffix, 1) for path in paths)
+    factors = [_EXPANSION.get(os.path.splitext(path)[1], 1) for path in paths]
+    return sum(size * factor for (size, *_), factor in zip(file_versions(paths), factors, strict=True))
 
 
 def _matches(part: str, flag: str) -> list[str]:
     """Returns the files of a path or glob; the leading directories that exist are not part of the glob."""
-    if os.path.isdir(part):
+    if user_path(part).is_dir():
         return _saved_dataset(part, flag)
-    if os.path.exists(part):
+    if user_path(part).exists():
         return [part]
+    if is_remote(part):
+        return glob_in_bucket(part)
     folder, names = "", part.split("/")
     while len(names) > 1 and os.path.isdir(f"{folder}{names[0]}/"):
         folder += f"{names.pop(0)}/"
@@ -90,13 +103,22 @@ def _matches(part: str, flag: str) -> list[str]:
     return [folder + name for name in sorted(found)]
 
 
+def _files(paths: list[str]) -> list[str]:
+    """Returns the paths that are files."""
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(lambda path: user_path(path).is_file(), paths))
+    return [path for path, is_file in zip(paths, found, strict=True) if is_file]
+
+
 def _saved_dataset(folder: str, flag: str) -> list[str]:
     """Returns the files of a dataset written by `Dataset.save_to_disk`, in the order of the dataset."""
-    if (Path(folder) / "dataset_dict.json").exists():
+    if (user_path(folder) / "dataset_dict.json").exists():
         raise UserError(f"{flag}: {folder} contains several splits; pass one of them, such as {folder}/train")
     try:
-        state = json.loads((Path(folder) / "state.json").read_text("utf-8"))
-        return [str(Path(folder) / Path(file["filename"]).name) for file in state["_data_files"]]
+        state = json.loads((user_path(folder) / "state.json").read_text("utf-8"))
+        return [
+            str(user_path(folder) / posixpath.basename(file["filename"])) for file in state["_data_files"]
+        ]
     except OSError as error:
         raise UserError(
             f"{flag}: {folder} is a directory; pass its files, for example '{folder}/*.jsonl'"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import posixpath
 import zlib
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from dualsm.data.text import likely_encoding, parse_json, without_bom
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import UserError
+from dualsm.process.paths import local_copy
 
 FAULTS = ("bad_json", "no_text", "invalid_utf8", "empty_text", "too_long", "unknown_id")
 _MAX_KEYS = 8  # JSON keys listed in an error
@@ -72,9 +74,11 @@ def read_blocks(path: str, text_key: str, max_bytes: int, divide: bool = False) 
     try:
         suffix = inputs.file_suffix(path)
         if suffix in inputs.COLUMN_SUFFIXES:
-            yield from _column_blocks(path, text_key, max_bytes)
+            with local_copy(path) as copy:
+                yield from _column_blocks(copy, text_key, max_bytes)
         elif suffix == ".bin":
-            yield from _id_blocks(path, max_bytes)
+            with local_copy(path, f"{posixpath.basename(path).removesuffix('.bin')}.idx") as copy:
+                yield from _id_blocks(copy, max_bytes)
         else:
             yield from _text_blocks(path, max_bytes, divide or suffix in inputs.BABYLM_SUFFIXES)
     except (OSError, EOFError, zlib.error) as error:

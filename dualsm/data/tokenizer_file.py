@@ -8,6 +8,7 @@ from dualsm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.process.errors import UserError
+from dualsm.process.paths import user_path
 
 
 def load_tokenizer(path: epath.PathLike) -> Tokenizer:
@@ -17,7 +18,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
       UserError: if the file cannot be read or lacks special tokens. The message names the file.
     """
     try:
-        model = epath.Path(path).read_bytes()
+        model = user_path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read tokenizer {path}: {error.strerror or error}; check the path") from error
     tokenizer_class = JsonTokenizer if model.lstrip()[:1] == b"{" else SentencePieceTokenizer

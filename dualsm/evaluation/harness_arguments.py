@@ -6,9 +6,9 @@ import functools
 import json
 import operator
 from collections.abc import Sequence
-from pathlib import Path
 
 from dualsm.process.errors import UserError
+from dualsm.process.paths import user_path
 
 
 def read_masks(masks: int | str | Sequence[int]) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ def read_model_args(text: str) -> dict[str, str]:
         key, _, _ = parts[0].partition("=")
         size = next((i for i, part in enumerate(parts[1:], 1) if "=" in part), len(parts))
         if key == "workdir":
-            folders = (n for n in range(len(parts), 0, -1) if Path(_value(parts[:n])).expanduser().is_dir())
+            folders = (n for n in range(len(parts), 0, -1) if user_path(_value(parts[:n])).is_dir())
             size = next(folders, size)
         arguments[key] = _value(parts[:size])
         del parts[:size]

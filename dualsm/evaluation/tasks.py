@@ -7,12 +7,14 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from dualsm.data.text import foreign_encoding, likely_encoding, parse_json, without_bom
 from dualsm.evaluation.task_formats import TASKS, Question
 from dualsm.process.errors import UserError
+from dualsm.process.paths import files_in, open_binary, user_path
 
 _MAX_LINE_BYTES = 16 << 20
 _MAX_NAMED_FILES = 4
@@ -22,11 +24,11 @@ class TaskRecord(NamedTuple):
     """A parsed line of a task file, with its location."""
 
     value: Any
-    path: Path
+    path: epath.Path
     line: int
 
 
-def load_task(name: str, folder: str | Path, limit: int = 0) -> list[Question]:
+def load_task(name: str, folder: epath.PathLike, limit: int = 0) -> list[Question]:
     """Loads the questions of a task.
 
     Args:
@@ -38,9 +40,7 @@ def load_task(name: str, folder: str | Path, limit: int = 0) -> list[Question]:
       UserError: if the task is unknown, has no files, a line cannot be parsed, or two files contain the same
         questions.
     """
-    by_file = {
-        path: [_parse(name, record) for record in _records(path)] for path in task_files(name, Path(folder))
-    }
+    by_file = {path: [_parse(name, record) for record in _records(path)] for path in task_files(name, folder)}
     _check_duplicates(by_file)
     questions = [question for part in by_file.values() for question in part]
     if not questions:
@@ -67,9 +67,9 @@ def _parse(name: str, record: TaskRecord) -> Question:
     return question
 
 
-def _check_duplicates(by_file: dict[Path, list[Question]]) -> None:
+def _check_duplicates(by_file: dict[epath.Path, list[Question]]) -> None:
     """Raises `UserError` if more than half of a file's questions are also in another file."""
-    first: dict[Question, Path] = {}
+    first: dict[Question, epath.Path] = {}
     for path, questions in by_file.items():
         duplicates = collections.Counter(first[question] for question in questions if question in first)
         if 2 * duplicates.total() > len(questions):
@@ -80,7 +80,7 @@ def _check_duplicates(by_file: dict[Path, list[Question]]) -> None:
         first |= dict.fromkeys(questions, path)
 
 
-def task_files(name: str, folder: str | Path) -> list[Path]:
+def task_files(name: str, folder: epath.PathLike) -> list[epath.Path]:
     """Returns the files that contain the questions of a task.
 
     Hidden files and folders (such as `.ipynb_checkpoints`) and editors' backup files are ignored. A file
@@ -92,19 +92,18 @@ def task_files(name: str, folder: str | Path) -> list[Path]:
     """
     if name not in TASKS:
         raise UserError(f"--tasks: unknown task {name!r}; choose from {', '.join(TASKS)}")
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     single = folder / f"{name}.jsonl"
     if single.is_file():
         return [single]
     suffixes = (".jsonl", ".csv") if name == "mmlu" else (".jsonl",)
     inside = folder / name
-    paths = sorted(
+    paths = [
         path
-        for path in inside.rglob("*")
+        for path in files_in(inside)
         if path.suffix.lower() in suffixes
         and not any(part.startswith((".", "~")) for part in path.relative_to(inside).parts)
-        and path.is_file()
-    )
+    ]
     if not paths:
         raise UserError(
             f"--task_data={folder} contains neither {name}.jsonl nor {name}/*{' or '.join(suffixes)}"
@@ -120,21 +119,21 @@ def task_files(name: str, folder: str | Path) -> list[Path]:
     return paths
 
 
-def describe_files(paths: Sequence[Path]) -> str:
+def describe_files(paths: Sequence[epath.Path]) -> str:
     """Returns the names of a few files, or the number of files with the first and last name."""
     if len(paths) <= _MAX_NAMED_FILES:
         return ", ".join(map(str, paths))
     return f"{len(paths)} files, {paths[0]} to {paths[-1].name}"
 
 
-def _records(path: Path) -> Iterator[TaskRecord]:
+def _records(path: epath.Path) -> Iterator[TaskRecord]:
     return _csv_records(path) if path.suffix.lower() == ".csv" else _json_records(path)
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: epath.Path) -> Iterator[str]:
     """Yields the lines of a file, without byte-order marks."""
     try:
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), 1):
                 if len(line) > _MAX_LINE_BYTES:
                     raise UserError(f"{path}, line {number}: longer than {_MAX_LINE_BYTES >> 20} MiB")
@@ -152,7 +151,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _json_records(path: Path) -> Iterator[TaskRecord]:
+def _json_records(path: epath.Path) -> Iterator[TaskRecord]:
     labels_path = path.with_name(f"{path.stem}-labels.lst")  # PIQA and SIQA publish labels separately
     labels = "".join(_lines(labels_path)).split() if labels_path.is_file() else None
     number = 0
@@ -178,7 +177,7 @@ def _json_records(path: Path) -> Iterator[TaskRecord]:
         )
 
 
-def _csv_records(path: Path) -> Iterator[TaskRecord]:
+def _csv_records(path: epath.Path) -> Iterator[TaskRecord]:
     """Reads MMLU's CSV files: question, four choices, letter; the file name contains the subject."""
     subject = re.sub("_(test|val|dev)$", "", path.stem)
     reader = csv.reader(_lines(path), strict=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from dualsm.exchange.imported_run import write_run
 from dualsm.exchange.weights_source import read_source
@@ -18,7 +18,7 @@ from dualsm.rundir.trained_run import open_run
 from dualsm.rundir.workdir import read_config
 
 
-def write(workdir: Path, steps: Sequence[int], last: int, output: Path) -> str:
+def write(workdir: epath.Path, steps: Sequence[int], last: int, output: epath.Path) -> str:
     """Writes a run directory whose parameters are the mean of checkpoints.
 
     The mean is computed in float64 and rounded to float32 once, so that it does not depend on the order.

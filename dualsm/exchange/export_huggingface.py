@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from flax import traverse_util
 
 from dualsm.data.tokenizer import RESERVED_IDS
@@ -45,7 +46,7 @@ _HEAD_NAMES = {"head/projection/kernel": "head_proj.weight", "head/output/bias":
 
 def export(
     run: TrainedRun,
-    output: Path,
+    output: epath.Path,
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     own_code: bool = False,
@@ -72,7 +73,7 @@ def export(
     config = family_config(run, family, dtype, longest) if family else dualsm_config(run, dtype, longest)
     block_names = family.block_names if family else _OWN_BLOCK_NAMES
     params = token_ids.to_external(jax.device_get(run.params), run.tokenizer.external_ids_V)
-    with new_folder(output, "--output") as folder:
+    with new_folder(output, "--output", last="config.json") as folder:
         write_shards(folder, named_tensors(params, block_names), dtype, max_shard_bytes)
         _write(folder / "config.json", config)
         _write(folder / "generation_config.json", generation_config(run))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+
+from etils import epath
 
 from dualsm.process.errors import UserError
 from dualsm.process.output import new_folder
@@ -15,7 +16,10 @@ PREFIX = "chck_"  # names that the evaluation pipeline of the BabyLM challenge e
 
 
 def export(
-    workdir: Path, output: Path, parameters: str, export_run: Callable[[TrainedRun, Path], str]
+    workdir: epath.Path,
+    output: epath.Path,
+    parameters: str,
+    export_run: Callable[[TrainedRun, epath.Path], str],
 ) -> str:
     """Writes one model folder per milestone that the run has reached, such as `output/chck_1M`.
 
@@ -37,9 +41,11 @@ def export(
         raise UserError(
             f"{workdir} has no checkpoint of a milestone; the first is {missing[0]}: continue the training"
         )
-    with new_folder(output, "--output") as folder:
-        for step in sorted(saved.intersection(milestones)):
-            export_run(open_run(workdir, step, parameters), folder / f"{PREFIX}{milestones[step]}")
-    names = ", ".join(f"{PREFIX}{milestones[step]}" for step in sorted(saved.intersection(milestones)))
+    name_of_step = {step: f"{PREFIX}{milestones[step]}" for step in sorted(saved.intersection(milestones))}
+    last = f"{list(name_of_step.values())[-1]}/config.json"
+    with new_folder(output, "--output", last) as folder:
+        for step, name in name_of_step.items():
+            export_run(open_run(workdir, step, parameters), epath.Path(folder) / name)
+    names = ", ".join(name_of_step.values())
     absent = f"; no checkpoint of {', '.join(missing)}" if missing else ""
     return f"{workdir}: {names} for transformers in {output}{absent}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
+from etils import epath
 
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.exchange import reference_format, token_ids
@@ -15,7 +14,7 @@ from dualsm.process.output import new_folder
 from dualsm.rundir.trained_run import TrainedRun
 
 
-def export(run: TrainedRun, output: Path) -> str:
+def export(run: TrainedRun, output: epath.Path) -> str:
     """Writes the weights, with the model's shape as metadata, and the tokenizer.
 
     Returns:
@@ -34,7 +33,7 @@ def export(run: TrainedRun, output: Path) -> str:
     tokenizer = run.tokenizer
     is_json = isinstance(tokenizer, JsonTokenizer)
     text = tokenizer.model.decode("utf-8") if is_json else tokenizer_json(tokenizer)
-    with new_folder(output, "--output") as folder:
+    with new_folder(output, "--output", last="model.safetensors") as folder:
         write_safetensors(folder / "model.safetensors", reference_format.from_params(params), metadata)
         (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     return f"weights in the reference format in {output}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from dualsm.exchange.weight_files import FILE_NAMES, INDEX, read_json_object
 from dualsm.process.errors import UserError
+from dualsm.process.paths import local_copy
 
 SCHEME = "hf://"
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^@\s]+))?")
@@ -20,19 +23,23 @@ _SETTINGS = (
 _TIMEOUT = 20  # seconds
 
 
-def local_path(weights: str) -> Path:
-    """Returns the local path of weights; downloads weights on the Hub.
+@contextlib.contextmanager
+def local_path(weights: str) -> Iterator[Path]:
+    """Yields the local path of weights; downloads weights on the Hub or in a bucket.
 
     Args:
-      weights: a path or `hf://OWNER/NAME`, optionally with `@BRANCH`, a tag or a commit (default `main`).
+      weights: a path, `gs://...`, or `hf://OWNER/NAME`, optionally with `@BRANCH`, a tag or a commit
+        (default `main`).
 
     Raises:
       UserError: if the repository, branch or file does not exist, or the Hub cannot be reached.
     """
     if not weights.startswith(SCHEME):
-        return Path(weights)
+        with local_copy(weights) as copy:
+            yield Path(copy)
+        return
     repository, revision = _parse(weights, "--weights")
-    return _download(f"--weights={weights}:", repository, revision)
+    yield _download(f"--weights={weights}:", repository, revision)
 
 
 def list_branches(address: str, flag: str) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from dualsm.exchange import imported_run, token_ids
@@ -17,11 +18,14 @@ from dualsm.exchange.special_tokens import adapt_tokenizer
 from dualsm.exchange.weight_files import Weights, open_weights, read_json_object
 from dualsm.process.errors import UserError
 from dualsm.process.output import check_empty
+from dualsm.process.paths import user_path
 
 MAX_SEQ_LEN = 2048  # of a run that is imported without a config; models may allow far longer sequences
 
 
-def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path, mask_token: str = "") -> str:
+def load(
+    folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: epath.Path, mask_token: str = ""
+) -> str:
     """Creates a run directory from a model folder.
 
     Args:
@@ -55,7 +59,7 @@ def load(folder: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path,
             "the config.json of the weights"
         )
     _check_copy_of_embedding(weights, sources)
-    path = Path(tokenizer) if tokenizer else folder / "tokenizer.json"
+    path = user_path(tokenizer) if tokenizer else folder / "tokenizer.json"
     known, notes = adapt_tokenizer(folder, path, size, mask_token)
     settings["never_predicted"] = token_ids.never_predicted(known, size)
     longest = _max_position_embeddings(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dualsm.data.tokenizer_file import load_tokenizer
@@ -13,7 +14,7 @@ from dualsm.exchange.weight_files import open_weights, read_settings
 from dualsm.process.output import check_empty
 
 
-def load(path: Path, tokenizer: str, recipe: ConfigDict | None, workdir: Path) -> str:
+def load(path: Path, tokenizer: str, recipe: ConfigDict | None, workdir: epath.Path) -> str:
     """Creates a run directory from weights.
 
     Args:

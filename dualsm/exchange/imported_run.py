@@ -6,9 +6,9 @@ import json
 import operator
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from dualsm import config as configs
@@ -65,7 +65,7 @@ def fit_config(
     return config
 
 
-def message(name: str, config: ConfigDict, workdir: Path, unused: Iterable[str]) -> str:
+def message(name: str, config: ConfigDict, workdir: epath.PathLike, unused: Iterable[str]) -> str:
     """Returns the message about an imported run.
 
     Args:
@@ -95,7 +95,7 @@ def write_run(
     config: ConfigDict,
     params: dict,
     tokenizer: Tokenizer,
-    workdir: Path,
+    workdir: epath.Path,
     source: dict,
     flag: str = "--workdir",
 ) -> None:
@@ -114,7 +114,7 @@ def write_run(
     """
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config))
     params = jax.device_put(params, layout)
-    with new_folder(workdir, flag) as folder:
+    with new_folder(workdir, flag, last=CONFIG) as folder:
         (folder / TOKENIZER).write_bytes(tokenizer.model)
         (folder / CONFIG).write_text(configs.save_config(config))
         (folder / SOURCE).write_text(json.dumps(source, indent=1) + "\n")

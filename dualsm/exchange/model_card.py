@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import posixpath
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dualsm.config import save_config
@@ -14,6 +15,7 @@ from dualsm.exchange.weights_source import read_source
 from dualsm.objectives.pairs import Entry, entry
 from dualsm.objectives.plan import MixturePlan, count_sequences
 from dualsm.objectives.sources import Source, trained_sources
+from dualsm.process.paths import user_path
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.results import results_file
 from dualsm.rundir.trained_run import TrainedRun
@@ -130,12 +132,12 @@ def _average_text(ema: ConfigDict) -> str:
 def _data(source: Source, identity: str) -> list[tuple]:
     """Returns table rows about a corpus; only its name and identity if it was moved or changed."""
     path, name = source.corpus, f"corpus of {source.name}" if source.name else "corpus"
-    rows = [(name, f"`{Path(path).name}`, identity {identity[:12]}")] if identity else []
-    manifest = _read(Path(path) / MANIFEST) if path else None
+    rows = [(name, f"`{user_path(path).name}`, identity {identity[:12]}")] if identity else []
+    manifest = _read(user_path(path) / MANIFEST) if path else None
     if manifest and manifest.get("identity") == identity:
         train, inputs = manifest["splits"]["train"], manifest["arguments"]["input"]
         rows += [
-            ("prepared from", ", ".join(f"`{Path(part).name}`" for part in inputs.split(","))),
+            ("prepared from", ", ".join(f"`{posixpath.basename(part)}`" for part in inputs.split(","))),
             ("training split", f"{train['documents']:,} documents, {train['bytes']:,} bytes"),
         ]
     return rows
@@ -192,7 +194,7 @@ def _score(result: dict) -> str:
     return f"{100 * result['score']:.1f}{error} % (n = {result['n']:,})"
 
 
-def _read(path: Path) -> dict | None:
+def _read(path: epath.Path) -> dict | None:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):

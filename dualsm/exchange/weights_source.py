@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from dualsm.exchange.weight_files import read_json_object
+from dualsm.process.paths import user_path
 from dualsm.rundir.trained_run import TrainedRun
 from dualsm.rundir.workdir import SOURCE, read_config
 
@@ -23,8 +22,8 @@ def read_source(run: TrainedRun) -> dict:
         path = workdir / SOURCE
         if path.exists():
             return read_json_object(path)
-        if not config.start.run or not Path(config.start.run).is_dir():
+        if not config.start.run or not user_path(config.start.run).is_dir():
             break
-        workdir = Path(config.start.run)
+        workdir = user_path(config.start.run)
         config = read_config(workdir)
     return {}

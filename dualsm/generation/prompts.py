@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from dualsm.data.text import foreign_encoding, likely_encoding, parse_json, without_bom
 from dualsm.data.tokenizer import RESERVED_IDS, Tokenizer
 from dualsm.process.errors import UserError
+from dualsm.process.paths import user_path
 
 _MASKS = re.compile(r"<mask(?::(\d+))?>")
 _MAX_MASKS = 65536  # per placeholder
@@ -21,7 +21,7 @@ def read_prompts(path: str) -> list[str]:
       UserError: if the file or one of its lines cannot be read.
     """
     try:
-        content = Path(path).expanduser().read_bytes()
+        content = user_path(path).read_bytes()
     except OSError as error:
         raise UserError(f"--prompts: cannot read {path}: {error}") from error
     if encoding := foreign_encoding(content[:_HEAD_BYTES]):

@@ -8,6 +8,8 @@ import sys
 
 # Operating system errors that a user can fix.
 _DISK = "check free space, permissions and the disk, or choose another folder"
+_BUCKET = "check the name of the bucket, your access to it and the network, and run the same command again"
+_BUCKET_LIBRARIES = ("gcsfs", "aiohttp", "google")  # whose exceptions have various base classes
 _NETWORK = "check the network and run the same command again"
 _ADVICE = dict.fromkeys((
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
@@ -35,6 +37,10 @@ def user_message(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in _ADVICE:
         return f"{error}; {_ADVICE[error.errno]}"
+    if isinstance(error, FileNotFoundError) and error.errno is None:  # raised by gcsfs
+        return f"{error} does not exist; check the path"
+    if type(error).__module__.partition(".")[0] in _BUCKET_LIBRARIES:
+        return f"{' '.join(str(error).split()) or type(error).__name__}; {_BUCKET}"
     if isinstance(error, RuntimeError):  # the base class of JAX's errors
         text = str(error)
         if "Unable to initialize backend" in text:

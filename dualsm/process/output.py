@@ -8,6 +8,7 @@ import fcntl
 import glob
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -15,12 +16,16 @@ from typing import IO
 from etils import epath
 
 from dualsm.process.errors import UserError
+from dualsm.process.paths import files_in, is_remote, upload, user_path, write_object
 
 _LOCK = ".lock"
+_INCOMPLETE = ".incomplete"  # object in a folder of a bucket that is being uploaded
 
 
-def make_folder(folder: Path, flag: str) -> None:
+def make_folder(folder: epath.Path, flag: str) -> None:
     """Creates a folder and its parents. Raises `UserError`, naming the flag, if that fails."""
+    if is_remote(folder):  # buckets have no folders
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -29,7 +34,7 @@ def make_folder(folder: Path, flag: str) -> None:
         ) from error
 
 
-def check_output(path: Path, flag: str) -> None:
+def check_output(path: epath.Path, flag: str) -> None:
     """Creates the folder of an output file.
 
     Args:
@@ -56,9 +61,13 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
     Raises:
       OSError: if the file cannot be written; the previous version is unchanged.
     """
+    content = content if isinstance(content, bytes) else content.encode()
+    if is_remote(path):
+        write_object(user_path(path), content)
+        return
     partial = partial_path(path)
     try:
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        partial.write_bytes(content)
         partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -66,7 +75,7 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
         raise
 
 
-def write_output(path: Path, text: str, flag: str) -> None:
+def write_output(path: epath.Path, text: str, flag: str) -> None:
     """Writes a text file atomically. Raises `UserError`, naming the flag, if that fails."""
     try:
         write_atomically(path, text)
@@ -75,22 +84,33 @@ def write_output(path: Path, text: str, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, flag: str) -> Iterator[Path]:
-    """Yields a temporary folder, which is renamed to `target` if the block succeeds.
+def new_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]:
+    """Yields a temporary local folder, which becomes `target` if the block succeeds.
 
-    Also removes temporary folders of processes that died. Each process locks a file in its folder: a held
-    lock means that the process is alive, also on other machines and in containers that share the disk. On
-    file systems without locks no folder is removed.
+    A local `target` is complete or does not exist: the temporary folder is renamed. In a bucket, where a
+    rename is not atomic, the files are uploaded one by one and the file `last`, without which no command
+    reads the folder, is written after all others. An interrupted upload leaves an object `.incomplete`, and
+    the next call with the same target deletes the leftovers. Concurrent calls with the same target in a
+    bucket are not detected.
+
+    Locally, also removes temporary folders of processes that died. Each process locks a file in its folder:
+    a held lock means that the process is alive, also on other machines and in containers that share the
+    disk. On file systems without locks no folder is removed.
 
     Args:
       target: folder to create; may exist if it is empty.
       flag: flag that sets the folder, for messages.
+      last: name of the file that makes a folder in a bucket complete.
 
     Raises:
       UserError: if `target` is not empty, at the start or at the end, or cannot be created.
-      OSError: if the block or the final rename raises it.
+      OSError: if the block, the final rename or the upload raises it.
     """
-    target = target.absolute()
+    if is_remote(target):
+        with _uploaded_folder(target, flag, last) as folder:
+            yield folder
+        return
+    target = Path(target).absolute()
     prefix = f".{target.name}.partial-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +136,29 @@ def new_folder(target: Path, flag: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _uploaded_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]:
+    """Yields a temporary folder, which is uploaded if the block succeeds."""
+    _remove_interrupted_upload(target, last)
+    check_empty(target, flag)
+    with tempfile.TemporaryDirectory(prefix="dualsm-") as folder:
+        yield Path(folder)
+        check_empty(target, flag)
+        write_object(target / _INCOMPLETE, b"")
+        upload(folder, target, last)
+        (target / _INCOMPLETE).unlink(missing_ok=True)
+
+
+def _remove_interrupted_upload(target: epath.Path, last: str) -> None:
+    if not (target / _INCOMPLETE).exists():
+        return
+    if (target / last).exists():  # only the removal of the object was interrupted
+        (target / _INCOMPLETE).unlink(missing_ok=True)
+        return
+    for path in sorted(files_in(target), key=lambda path: path == target / _INCOMPLETE):  # that object last
+        path.unlink(missing_ok=True)
+
+
 def try_lock(file: IO) -> bool | None:
     """Locks an open file until it is closed or the process ends, without waiting.
 
@@ -132,8 +175,9 @@ def try_lock(file: IO) -> bool | None:
     return True
 
 
-def check_empty(target: Path, flag: str) -> None:
+def check_empty(target: epath.PathLike, flag: str) -> None:
     """Raises `UserError`, naming the flag, unless the folder is empty or does not exist."""
+    target = user_path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{flag}={target} already exists; remove it or choose another")
 

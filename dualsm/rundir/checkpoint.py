@@ -14,13 +14,14 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dualsm.process import distributed
 from dualsm.process.errors import UserError
+from dualsm.process.paths import is_remote, retry, user_path
 from dualsm.process.progress import warn
 from dualsm.rundir import checksums
+from dualsm.rundir.checkpoint_folder import LATEST, checkpoints_folder
 from dualsm.rundir.checkpoint_metadata import CHECKSUMS, fill_missing_fields, saved_part, verify
 from dualsm.rundir.save_barrier import SaveBarrier, align_operations
 
-CHECKPOINTS = "checkpoints"
-LATEST = "latest_checkpoint"  # file with the step of the newest intact checkpoint; reveals lost checkpoints
+_READS = 4  # attempts to read a checkpoint in a bucket before it counts as damaged
 _MAX_PAUSE = 60  # seconds between a failed save during training and its repetition
 
 
@@ -42,7 +43,7 @@ class Checkpoints:
           kept_steps: steps whose checkpoints are never deleted.
         """
         self._config, self._kept_steps = config, tuple(kept_steps)
-        self._folder, self._latest = checkpoints_folder(workdir), epath.Path(workdir) / LATEST
+        self._folder, self._latest = checkpoints_folder(workdir), user_path(workdir) / LATEST
         self._damaged: set[int] = set()  # on disk, skipped by `restore`
         self._writing: int | None = None
         self._repeats = False  # the save in the background repeats a failed one
@@ -50,8 +51,11 @@ class Checkpoints:
         self._attempts, self._next_attempt = 0, 0.0  # consecutive failures with repetitions; time of the next
         self._lost = False  # True while the folder does not exist or cannot be opened
         self._opened = 0
+        self._manager = retry(self._open_together, self._folder)
+
+    def _open_together(self) -> ocp.CheckpointManager:
         with distributed.together():
-            self._manager = self._open()
+            return self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         self._opened += 1
@@ -216,12 +220,11 @@ class Checkpoints:
         If the folder does not exist, because its disk was unmounted, no manager is opened until the folder is
         back: a new manager would create the folder on the disk below the mount point.
         """
-        local = "://" not in str(self._folder)  # buckets have no folders
-        self._lost = distributed.any_process(local and not self._folder.is_dir())
+        vanished = not is_remote(self._folder) and not self._folder.is_dir()  # buckets have no folders
+        self._lost = distributed.any_process(vanished)
         if not self._lost:
             try:
-                with distributed.together():
-                    self._manager = self._open()
+                self._manager = self._open_together()
             except Exception:  # the next save tries again
                 self._lost = True
 
@@ -245,17 +248,12 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            state, reason = None, "another process could not read it"
-            try:
-                wanted = saved_part(self._manager, step, abstract_state)
-                restored = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
-                verify(self._manager, step, restored)
-                state = fill_missing_fields(abstract_state, restored)
-            except Exception as error:  # damaged files raise various errors
-                reason = error_reason(error)
-            if distributed.all_agree(state is not None):
-                self._write_latest(step)
-                return state
+            for attempt in range(_READS if is_remote(self._folder) else 1):
+                time.sleep(attempt and 2**attempt)
+                state, reason = self._read(step, abstract_state)
+                if distributed.all_agree(state is not None):
+                    self._write_latest(step)
+                    return state
             self._damaged.add(step)
             warn(f"skipped the damaged checkpoint {self._folder / str(step)}: {reason}")
         if steps:
@@ -264,6 +262,16 @@ class Checkpoints:
                 "--workdir"
             )
         return None
+
+    def _read(self, step: int, abstract_state) -> tuple:
+        """Returns the state of a checkpoint, or None, and the reason why it cannot be read."""
+        try:
+            wanted = saved_part(self._manager, step, abstract_state)
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
+            verify(self._manager, step, restored)
+            return fill_missing_fields(abstract_state, restored), "another process could not read it"
+        except Exception as error:  # damaged files raise various errors
+            return None, error_reason(error)
 
     def newest(self) -> int:
         """Returns the step of the newest checkpoint that is not known to be damaged, or 0."""
@@ -282,25 +290,6 @@ def _is_power_of_two(number: int) -> bool:
 def error_reason(error: Exception) -> str:
     """Returns the first line of an error message, without the settings that tensorstore appends."""
     return (str(error).splitlines() or [type(error).__name__])[0].partition(" [tensorstore_spec")[0]
-
-
-def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
-    """Returns the folder of a run's checkpoints."""
-    folder = epath.Path(workdir) / CHECKPOINTS
-    return folder if "://" in str(folder) else folder.absolute()
-
-
-def check_not_lost(workdir: epath.PathLike) -> None:
-    """Raises `UserError` if a run has no checkpoints although one has been saved.
-
-    Lists the folder without Orbax, which would wait for the other processes of the job.
-    """
-    latest, folder = epath.Path(workdir) / LATEST, checkpoints_folder(workdir)
-    if latest.exists() and not (folder.exists() and any(p.name.isdigit() for p in folder.iterdir())):
-        raise UserError(
-            f"the checkpoints of {workdir} are missing, the last was of step {latest.read_text().strip()}; "
-            f"move them back to {folder} to resume, or choose another --workdir"
-        )
 
 
 def abstract(tree, shardings):

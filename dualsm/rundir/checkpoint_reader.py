@@ -6,7 +6,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dualsm.process.errors import UserError
-from dualsm.rundir.checkpoint import checkpoints_folder, error_reason
+from dualsm.process.paths import retry
+from dualsm.rundir.checkpoint import error_reason
+from dualsm.rundir.checkpoint_folder import checkpoints_folder
 from dualsm.rundir.checkpoint_metadata import saved_part, verify
 
 
@@ -78,7 +80,7 @@ def restore_parts(workdir: epath.PathLike, abstract_parts: dict, step: int | Non
                 return step, {}
             restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
             restore = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-            parts = manager.restore(step, args=restore)
+            parts = retry(lambda: manager.restore(step, args=restore), folder, attempts=3)
             verify(manager, step, parts)
         except Exception as error:  # damaged files raise various errors
             raise UserError(

@@ -11,6 +11,7 @@ from etils import epath
 
 from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
+from dualsm.process.paths import is_remote, user_path, write_object
 from dualsm.process.progress import warn
 from dualsm.rundir import trackers
 
@@ -23,7 +24,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
     Raises:
       UserError: if another line is damaged.
     """
-    path = epath.Path(workdir) / METRICS
+    path = user_path(workdir) / METRICS
     if not path.exists():
         return []
     lines, records = path.read_bytes().split(b"\n")[:-1], []
@@ -50,11 +51,11 @@ class MetricsWriter:
           resumed_at: step of the checkpoint that the run resumes from; later lines are deleted. None deletes
             all lines.
         """
-        path = epath.Path(workdir) / METRICS
+        path = user_path(workdir) / METRICS
         kept = [r for r in read_metrics(workdir) if resumed_at is not None and r["step"] <= resumed_at]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(path, text)
-        self._lines = _ObjectFile(path, text) if "://" in str(path) else _File(path)
+        self._lines = _ObjectFile(path, text) if is_remote(path) else _File(path)
         self._trackers = []
         if config.log.tensorboard:
             self._trackers.append(trackers.tensorboard(workdir, config, resumed_at))
@@ -142,7 +143,7 @@ class _ObjectFile:
             self.sync()
 
     def sync(self) -> None:
-        self._path.write_text(self._text)
+        write_object(self._path, self._text.encode())
         self._uploaded = time.monotonic()
 
     def close(self) -> None:

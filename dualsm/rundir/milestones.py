@@ -14,6 +14,7 @@ from dualsm.data.corpus import Corpus
 from dualsm.objectives.plan import MixturePlan
 from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
+from dualsm.process.paths import user_path
 from dualsm.process.value_rules import parse_count
 
 FILE = "milestones.json"  # step -> name
@@ -84,7 +85,7 @@ def read_milestones(workdir: epath.PathLike) -> dict[int, str]:
     Raises:
       UserError: if the run has none.
     """
-    path = epath.Path(workdir) / FILE
+    path = user_path(workdir) / FILE
     try:
         return {int(step): str(name) for step, name in json.loads(path.read_text()).items()}
     except OSError as error:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+
+from etils import epath
 
 from dualsm.process.errors import UserError
 
 
-def results_file(workdir: Path, step: int, parameters: str = "last") -> Path:
+def results_file(workdir: epath.Path, step: int, parameters: str = "last") -> epath.Path:
     """Returns the path of the results of a checkpoint, or of its moving average (`parameters` "ema")."""
     folder = workdir / "eval"
     return (folder if parameters == "last" else folder / parameters) / f"step_{step}.json"
 
 
-def read_results(path: Path) -> dict:
+def read_results(path: epath.Path) -> dict:
     """Reads a results file of `dualsm.evaluate`; returns {} if it does not exist.
 
     Raises:

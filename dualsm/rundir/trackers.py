@@ -15,6 +15,7 @@ import ml_collections
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from dualsm.process.paths import is_remote, user_path
 from dualsm.process.progress import warn
 
 # Logs metrics (name -> value) of a step; a step of None closes the tracker.
@@ -101,10 +102,10 @@ def _tensorboard(workdir, config, resumed_at) -> Log:
     from tensorboardX.record_writer import directory_check
     from tensorboardX.summary import hparams
 
-    folder, first = str(epath.Path(workdir) / TENSORBOARD), 0 if resumed_at is None else resumed_at + 1
+    folder, first = str(user_path(workdir) / TENSORBOARD), 0 if resumed_at is None else resumed_at + 1
     directory_check(folder)
     writer = EventsWriter(f"{folder}/events", filename_suffix=f".{first}")
-    wait, flushed = _UPLOAD_SECONDS if "://" in folder else 0, float("-inf")
+    wait, flushed = _UPLOAD_SECONDS if is_remote(folder) else 0, float("-inf")
 
     def add(step: int, **fields) -> None:
         nonlocal flushed
@@ -131,13 +132,13 @@ def _tensorboard(workdir, config, resumed_at) -> Log:
 def _wandb(workdir, config) -> Log:
     import wandb as client
 
-    workdir = epath.Path(workdir)
+    workdir = user_path(workdir)
     run = client.init(
         project=config.log.wandb,
         id=_wandb_id(workdir),
         name=workdir.name,
         resume="allow",
-        dir=None if "://" in str(workdir) else str(workdir),
+        dir=None if is_remote(workdir) else str(workdir),
         config=config.to_dict(),
     )
 

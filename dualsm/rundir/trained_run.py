@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from dualsm import config as configs
@@ -15,6 +15,7 @@ from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.devices import sharding
 from dualsm.model.transformer import Transformer, bind, init_params
 from dualsm.process.errors import UserError
+from dualsm.process.paths import user_path
 from dualsm.rundir.checkpoint import abstract
 from dualsm.rundir.checkpoint_reader import restore_parts
 from dualsm.rundir.workdir import read_config
@@ -34,7 +35,7 @@ class TrainedRun:
       parameters: "last" for the weights, "ema" for their moving average.
     """
 
-    workdir: Path
+    workdir: epath.Path
     config: ConfigDict
     tokenizer: Tokenizer
     step: int
@@ -50,7 +51,7 @@ class TrainedRun:
 PARAMETERS = {"last": "params", "ema": "ema"}  # --parameters -> field of the train state
 
 
-def open_run(workdir: str | Path, step: int | None = None, parameters: str = "last") -> TrainedRun:
+def open_run(workdir: epath.PathLike, step: int | None = None, parameters: str = "last") -> TrainedRun:
     """Opens a run directory.
 
     Args:
@@ -61,7 +62,7 @@ def open_run(workdir: str | Path, step: int | None = None, parameters: str = "la
     Raises:
       UserError: if the run or the checkpoint does not exist or is damaged, or has no moving average.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = user_path(workdir)
     config = read_config(workdir)
     config.model.attention = "auto"  # this machine may lack the kernels of the training machine
     mesh_config = configs.default_config().mesh

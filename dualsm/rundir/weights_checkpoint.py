@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dualsm.rundir import checksums
-from dualsm.rundir.checkpoint import CHECKPOINTS
+from dualsm.rundir.checkpoint_folder import CHECKPOINTS
 from dualsm.rundir.checkpoint_metadata import CHECKSUMS
 
 

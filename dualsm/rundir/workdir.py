@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -15,6 +14,7 @@ from dualsm import config as configs
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.process.errors import UserError
 from dualsm.process.output import partial_path, try_lock, write_atomically
+from dualsm.process.paths import is_remote, user_path
 
 CONFIG = "config.json"
 SOURCE = "source.json"  # origin of imported weights
@@ -35,7 +35,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     Raises:
       UserError: if the config is missing or damaged.
     """
-    path = epath.Path(workdir) / CONFIG
+    path = user_path(workdir) / CONFIG
     config = configs.default_config()
     try:
         saved = configs.load_config(path.read_text())
@@ -120,11 +120,11 @@ def lock(workdir: epath.Path) -> Iterator[None]:
     Raises:
       UserError: if another process has locked the directory; the message names the process.
     """
-    if "://" in str(workdir):
+    if is_remote(workdir):
         yield
         return
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    with open(Path(workdir) / LOCK, "a+") as file:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / LOCK, "a+") as file:
         if try_lock(file) is False:
             file.seek(0)
             raise UserError(

@@ -6,15 +6,16 @@ import functools
 import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from dualsm.config import default_config, load_config
 from dualsm.model.transformer import init_params
 from dualsm.objectives.plan import count_sequences
 from dualsm.process.errors import UserError
+from dualsm.process.paths import size_and_time, user_path
 from dualsm.rundir.metrics import METRICS, read_metrics
 from dualsm.rundir.workdir import CONFIG
 
@@ -28,7 +29,7 @@ Record = dict[str, Any]
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UserError)
 
 
-def collect(folder: str | Path) -> list[Record]:
+def collect(folder: epath.PathLike) -> list[Record]:
     """Returns one record per cell of a sweep, finished or not, in the order of `sweep.json`.
 
     The keys are `name`, `status`, `reason`, `repetitions`, `alpha`, `seed`, each config key that any
@@ -50,19 +51,19 @@ def collect(folder: str | Path) -> list[Record]:
     cells = read_sweep(folder)["cells"]
     unset = dict.fromkeys(key for values in cells.values() for key in values)
     records = [
-        cell_record(Path(folder) / CELLS / name, name, unset | values) for name, values in cells.items()
+        cell_record(user_path(folder) / CELLS / name, name, unset | values) for name, values in cells.items()
     ]
     _add_task_means(records)
     return records
 
 
-def read_sweep(folder: str | Path) -> dict:
+def read_sweep(folder: epath.PathLike) -> dict:
     """Reads `sweep.json`: `config`, `given`, `grid` and `cells` (name -> swept values).
 
     Raises:
       UserError: if the file is missing or invalid.
     """
-    path = Path(folder) / SWEEP
+    path = user_path(folder) / SWEEP
     try:
         sweep = json.loads(path.read_text())
         if not all(isinstance(values, dict) for values in sweep["cells"].values()):
@@ -76,7 +77,7 @@ def read_sweep(folder: str | Path) -> dict:
     return sweep
 
 
-def cell_record(workdir: Path, name: str, values: dict) -> Record:
+def cell_record(workdir: epath.Path, name: str, values: dict) -> Record:
     """Returns the record of one cell; see `collect`.
 
     Args:
@@ -95,7 +96,7 @@ def cell_record(workdir: Path, name: str, values: dict) -> Record:
     return record
 
 
-def read_curve(workdir: str | Path, metric: str, cost: str = "tokens") -> tuple[list[float], list[float]]:
+def read_curve(workdir: epath.PathLike, metric: str, cost: str = "tokens") -> tuple[list[float], list[float]]:
     """Returns the values of a metric during a run, with the cost so far; ([], []) if there are none.
 
     Args:
@@ -115,7 +116,7 @@ def read_curve(workdir: str | Path, metric: str, cost: str = "tokens") -> tuple[
         return [], []
 
 
-def read_outcome(workdir: Path) -> dict | None:
+def read_outcome(workdir: epath.Path) -> dict | None:
     """Reads `status`, `reason` and `seconds` from a cell's `cell.json`; None if the file does not exist.
 
     Raises:
@@ -130,12 +131,12 @@ def read_outcome(workdir: Path) -> dict | None:
     return outcome | {"seconds": _number(outcome.get("seconds"))}
 
 
-def _outcome(workdir: Path, record: Record) -> Record:
+def _outcome(workdir: epath.Path, record: Record) -> Record:
     """Returns the outcome in `cell.json`, or the status that follows from the other files."""
     outcome = read_outcome(workdir)
     if outcome is None:
         metrics = workdir / METRICS
-        return {"status": "running" if metrics.exists() and metrics.stat().st_size else "missing"}
+        return {"status": "running" if metrics.exists() and size_and_time(metrics)[0] else "missing"}
     reason = outcome.get("reason")
     return {
         "status": outcome["status"],
@@ -144,7 +145,7 @@ def _outcome(workdir: Path, record: Record) -> Record:
     }
 
 
-def _config_columns(workdir: Path, record: Record, keys: Iterable[str]) -> Record:
+def _config_columns(workdir: epath.Path, record: Record, keys: Iterable[str]) -> Record:
     path = workdir / CONFIG
     if not path.exists():
         if record["status"] in ("done", "running"):
@@ -206,7 +207,7 @@ def _parameters(model: str) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def _loss_columns(workdir: Path, record: Record) -> Record:
+def _loss_columns(workdir: epath.Path, record: Record) -> Record:
     records = read_metrics(workdir)
     columns = {"step": records[-1]["step"], "flops": _number(records[-1].get("flops"))} if records else {}
     names = dict.fromkeys(name for record in records for name in record)
@@ -226,7 +227,7 @@ def _loss_columns(workdir: Path, record: Record) -> Record:
     return columns
 
 
-def _evaluation_columns(workdir: Path, record: Record) -> Record:
+def _evaluation_columns(workdir: epath.Path, record: Record) -> Record:
     """Merges all files in `eval/`; results of later checkpoints take precedence."""
     results = [_read_object(path) for path in sorted((workdir / "eval").glob("*.json"))]
     columns = {}
@@ -254,7 +255,7 @@ def _add_task_means(records: list[Record]) -> None:
                 record[f"task/mean/{mode}"] = sum(scores) / len(scores)
 
 
-def _read_object(path: Path) -> dict:
+def _read_object(path: epath.Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:

@@ -7,12 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from etils import epath
+
 from dualsm.process.errors import UserError
+from dualsm.process.paths import is_remote, write_object
 from dualsm.process.progress import StatusTable, say
 from dualsm.sweeps.cells import CELL
 from dualsm.sweeps.grid import Cell
@@ -30,7 +34,7 @@ class _Job:
         self.start, self.waiting, self.outcome = time.monotonic(), deque(sweep.remaining(cell)), {}
         only_evaluated = len(self.waiting) < len(sweep.commands(cell))
         self.before = (sweep.recorded(cell).get("seconds") or 0.0) if only_evaluated else 0.0
-        self.log = log_file(sweep, cell)
+        self.log = _local_log(log_file(sweep, cell))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         _clear(sweep.path(cell))
         self.process = self._next()
@@ -54,10 +58,18 @@ class _Job:
         if self.process.returncode == 0 and self.waiting:
             self.process = self._next()
             return False
+        self.publish_log()
         outcome = self.sweep.outcome(self.cell) if self.process.returncode == 0 else None
         self.outcome = outcome or self._failure()
         self.sweep.record(self.cell, self.outcome, self.before + time.monotonic() - self.start)
         return True
+
+    def publish_log(self) -> None:
+        """Copies the log to the folder of a sweep in a bucket."""
+        target = log_file(self.sweep, self.cell)
+        if is_remote(target) and self.log.exists():
+            with contextlib.suppress(OSError):  # the log is for people only
+                write_object(target, self.log.read_bytes())
 
     def _failure(self) -> dict:
         """Returns the outcome of a failed process, with the last line of its log as the reason."""
@@ -68,9 +80,14 @@ class _Job:
         return {"status": "diverged" if "error: diverged" in reason else "failed", "reason": reason}
 
 
-def log_file(sweep: Sweep, cell: Cell) -> Path:
+def log_file(sweep: Sweep, cell: Cell) -> epath.Path:
     """Returns the path of the log of a cell's processes."""
     return sweep.folder / "logs" / f"{cell.name}.log"
+
+
+def _local_log(log: epath.Path) -> Path:
+    """Returns the path to write a log to: objects in a bucket cannot be appended to."""
+    return Path(tempfile.mkdtemp(prefix="dualsm-")) / log.name if is_remote(log) else Path(log)
 
 
 def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
@@ -98,7 +115,7 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
                     if slot not in running and waiting:
                         running[slot] = _Job(sweep, waiting.popleft(), slot, jobs)
                 status.show([sweep.row(cell) for cell in sweep.cells])
-                time.sleep(0.5)
+                time.sleep(5 if is_remote(sweep.folder) else 0.5)
                 ended = {slot: job for slot, job in running.items() if job.finished()}
                 outcomes |= {job.cell.name: job.outcome for job in ended.values()}
                 running = {slot: job for slot, job in running.items() if slot not in ended}
@@ -109,6 +126,8 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
             status.show([sweep.row(cell) for cell in sweep.cells])
         finally:
             _end([job.process for job in running.values()], signals)
+            for job in running.values():
+                job.publish_log()
     return outcomes
 
 
@@ -151,8 +170,8 @@ def _end(processes: Sequence[subprocess.Popen], signals: list[int]) -> None:
         time.sleep(0.1)
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: epath.Path) -> None:
     """Deletes the outcome of an earlier attempt, and the folder if it is then empty."""
     (folder / CELL).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
+    if not is_remote(folder) and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -6,8 +6,8 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dualsm.config import check_config, difference, valid_objectives
@@ -16,8 +16,10 @@ from dualsm.evaluation.spec import EvalSpec
 from dualsm.objectives.sources import trained_sources
 from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
+from dualsm.process.paths import absolute, size_and_time
 from dualsm.process.progress import warn
-from dualsm.rundir.checkpoint import CHECKPOINTS
+from dualsm.rundir.checkpoint_folder import CHECKPOINTS
+from dualsm.rundir.checkpoint_reader import checkpoint_steps
 from dualsm.rundir.metrics import METRICS, read_metrics
 from dualsm.rundir.results import read_results, results_file
 from dualsm.rundir.workdir import read_config
@@ -30,7 +32,7 @@ class Sweep:
 
     def __init__(
         self,
-        folder: Path,
+        folder: epath.Path,
         recipe: str,
         overrides: dict,
         config: ConfigDict,
@@ -67,7 +69,7 @@ class Sweep:
             self.cells.append(cell)
             self.configs[cell.name] = own
 
-    def path(self, cell: Cell) -> Path:
+    def path(self, cell: Cell) -> epath.Path:
         return self.folder / CELLS / cell.name
 
     def commands(self, cell: Cell) -> list[list[str]]:
@@ -95,7 +97,7 @@ class Sweep:
 
     def environment(self) -> dict[str, str]:
         """Returns environment variables that group the cells in Weights & Biases."""
-        return {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or self.folder.absolute().name}
+        return {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or absolute(self.folder).name}
 
     def check(self) -> None:
         """Checks that the folder belongs to this sweep and that the remaining cells can start.
@@ -145,10 +147,9 @@ class Sweep:
         """
         path = self.path(cell) / METRICS
         try:
-            stat = path.stat()
+            version = size_and_time(path)
         except OSError:
             return []
-        version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._cached.get(cell.name, ((), []))[0] != version:
             try:
                 records = read_metrics(path.parent)
@@ -174,8 +175,9 @@ class Sweep:
     def _trained(self, cell: Cell) -> bool:
         """Returns True if a cell's last log line and last checkpoint exist."""
         records, steps = self.records(cell), self.configs[cell.name].steps
-        logged = bool(records) and records[-1]["step"] >= steps
-        return logged and (self.path(cell) / CHECKPOINTS / str(steps)).is_dir()
+        if not records or records[-1]["step"] < steps:
+            return False
+        return (self.path(cell) / CHECKPOINTS).is_dir() and steps in checkpoint_steps(self.path(cell))
 
     def _evaluated(self, cell: Cell) -> bool:
         """Returns True if the results of a cell's last checkpoint cover `eval_spec`."""
@@ -250,5 +252,5 @@ def _divergence(records: list[dict]) -> str:
     return ""
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: epath.Path, value: dict) -> None:
     write_atomically(path, json.dumps(value, indent=1) + "\n")

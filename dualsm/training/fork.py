@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import UserError
+from dualsm.process.paths import user_path
 from dualsm.rundir.checkpoint_reader import find_step, restore_parts
 from dualsm.rundir.workdir import CONFIG, read_config
 from dualsm.training.step import TrainState, with_params
@@ -38,7 +39,7 @@ def start_step(config: ConfigDict, workdir: epath.Path, corpus: Corpus) -> int:
         return read_config(workdir).start.step if start.step == -1 else start.step
     step = find_step(start.run, start.step if start.step >= 0 else None)
     _check_end(step, config)
-    tokenizer = epath.Path(start.run) / TOKENIZER
+    tokenizer = user_path(start.run) / TOKENIZER
     if load_tokenizer(str(tokenizer)).sha256() != corpus.manifest["tokenizer_sha256"]:
         raise UserError(
             f"the corpus {corpus.folder} has another tokenizer than config.start.run={start.run}; "
@@ -51,7 +52,7 @@ def never_predicted(config: ConfigDict, workdir: epath.Path) -> str:
     """Returns `config.model.never_predicted`; if it is empty, that of the run to continue or to fork."""
     if not config.model.never_predicted:
         for run in (workdir, config.start.run):
-            if run and (epath.Path(run) / CONFIG).exists():
+            if run and (user_path(run) / CONFIG).exists():
                 return read_config(run).model.never_predicted
     return config.model.never_predicted
 

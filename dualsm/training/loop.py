@@ -24,6 +24,7 @@ from dualsm.objectives.plan import MixturePlan
 from dualsm.optimizers.schedules import learning_rate
 from dualsm.process import distributed
 from dualsm.process.errors import UserError
+from dualsm.process.paths import user_path
 from dualsm.process.progress import bar, say, warn
 from dualsm.rundir.checkpoint import Checkpoints
 from dualsm.rundir.metrics import MetricsWriter, NoMetrics, read_metrics
@@ -33,7 +34,7 @@ from dualsm.training.fork import forked_state, with_initial
 from dualsm.training.metrics_log import MetricsLog
 from dualsm.training.profile import Profiler, Window, profiled
 from dualsm.training.program import attended_shares, compile_train_step
-from dualsm.training.run_corpora import RunCorpus, order_documents
+from dualsm.training.run_corpora import RunCorpus, finish_verification, order_documents
 from dualsm.training.start import locked_workdir, open_job, print_start, warn_without_kernel
 from dualsm.training.step import Batch, TrainState
 from dualsm.training.step_metrics import StepMetrics
@@ -64,7 +65,7 @@ def train(
       UserError: if config, corpus and run directory do not fit together (before compilation), or if training
         diverges.
     """
-    workdir = epath.Path(workdir).expanduser()
+    workdir = user_path(workdir)
     config, corpora, mesh = open_job(config, workdir)
     with distributed.together():
         run = _Run(config, workdir, corpora, mesh)
@@ -228,9 +229,7 @@ class _Run:
                 if (save or repeat) and (last or stopped or not metrics.consecutive_skips):
                     with clock.time("saving"):
                         if not stopped:  # a preempted job has no time to wait
-                            with distributed.together():
-                                for _, corpus in self.corpora:
-                                    corpus.finish_verification()
+                            finish_verification(self.corpora)
                         # A checkpoint must not be newer than the metrics file.
                         checkpoints.save(done, state, before=log.sync, last=last or stopped, repeats=not save)
                     save = repeat = False

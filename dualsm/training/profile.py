@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from etils import epath
 
 from dualsm.process import distributed
 from dualsm.process.errors import UserError
+from dualsm.process.paths import is_remote, upload, user_path
 from dualsm.process.progress import say, warn
 
 FOLDER = "profile"
@@ -43,7 +46,7 @@ def profiled(window: Window | None, workdir: epath.PathLike) -> Iterator[Profile
       window: steps to profile; None: none.
       workdir: the run directory; the trace is written to `profile/` in it.
     """
-    folder = epath.Path(workdir) / FOLDER
+    folder = user_path(workdir) / FOLDER
     profiler = Profiler(window if distributed.is_main_process() else None, folder)
     try:
         yield profiler
@@ -80,7 +83,9 @@ class Profiler:
         if self._running and step > self.window.last:
             self.end()
         elif not self.traced and self.window.first - 1 <= step < self.window.last:
-            jax.profiler.start_trace(self._folder)
+            # JAX writes traces to local folders only.
+            self._written = tempfile.mkdtemp(prefix="dualsm-") if is_remote(self._folder) else self._folder
+            jax.profiler.start_trace(self._written)
             self._running = self.traced = True
 
     def end(self) -> None:
@@ -90,5 +95,8 @@ class Profiler:
         self._running = False
         try:
             jax.profiler.stop_trace()
+            if is_remote(self._folder):
+                upload(self._written, self._folder)
+                shutil.rmtree(self._written)
         except Exception as error:  # a full disk raises various errors; the run continues
             warn(f"the profile could not be written: {error}")

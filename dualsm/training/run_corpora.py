@@ -12,6 +12,7 @@ from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.data.sequence_order import SequenceOrder
 from dualsm.objectives.plan import MixturePlan
 from dualsm.objectives.sources import Source, trained_sources
+from dualsm.process import distributed
 from dualsm.process.errors import UserError
 
 
@@ -38,6 +39,17 @@ def open_corpora(config: ConfigDict) -> list[RunCorpus]:
                 f"--tokenizer={first.corpus.folder / TOKENIZER}"
             )
     return opened
+
+
+def finish_verification(corpora: Sequence[RunCorpus]) -> None:
+    """Waits for the verification of all corpora, in all processes of a job.
+
+    Raises:
+      UserError: if a shard is damaged.
+    """
+    with distributed.together():
+        for _, corpus in corpora:
+            corpus.finish_verification()
 
 
 def order_documents(

@@ -18,7 +18,7 @@ from dualsm.objectives.plan import MixturePlan
 from dualsm.process import distributed
 from dualsm.process.errors import UserError
 from dualsm.process.progress import say, warn
-from dualsm.rundir.checkpoint import check_not_lost
+from dualsm.rundir.checkpoint_folder import check_not_lost
 from dualsm.rundir.workdir import CONFIG, check_config_of_run, check_same, lock, write_config
 from dualsm.training.fork import never_predicted, start_step
 from dualsm.training.run_corpora import RunCorpus, open_corpora

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
+
+from etils import epath
 
 from dualsm.data.corpus import Corpus
 from dualsm.process.progress import table
-from dualsm.rundir.checkpoint import CHECKPOINTS
+from dualsm.rundir.checkpoint_folder import CHECKPOINTS
 from dualsm.rundir.metrics import METRICS, read_metrics
 from dualsm.rundir.trackers import TENSORBOARD
 from dualsm.rundir.workdir import CONFIG
 
 
-def summarize(workdir: str | Path, corpora: Sequence[Corpus] = ()) -> str:
+def summarize(workdir: epath.PathLike, corpora: Sequence[Corpus] = ()) -> str:
     """Returns the held-out bits per byte before and after training, the speed, and the paths of the outputs.
 
     The values before training are those of a sample of the rows (see `dualsm.training.loop`). Values that

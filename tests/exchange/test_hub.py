@@ -131,8 +131,8 @@ def test_branch_is_imported_as_a_run(server, released_alone, tmp_path):
     ],
 )
 def test_weights_that_do_not_exist_are_rejected(cache, weights, message):
-    with pytest.raises(UserError, match=message):
-        local_path(weights)
+    with pytest.raises(UserError, match=message), local_path(weights):
+        pass
 
 
 def test_branches_are_listed(cache, server):
@@ -152,4 +152,5 @@ def test_missing_network_is_one_line(tmp_path):
 
 
 def test_paths_are_not_downloaded():
-    assert local_path("folder/model.safetensors") == Path("folder/model.safetensors")
+    with local_path("folder/model.safetensors") as path:
+        assert path == Path("folder/model.safetensors")

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from dualsm.process.errors import UserError
-from dualsm.rundir.checkpoint import LATEST, Checkpoints
+from dualsm.rundir.checkpoint import Checkpoints
+from dualsm.rundir.checkpoint_folder import LATEST
 from dualsm.rundir.metrics import read_metrics
 from dualsm.training import loop
 from dualsm.training.loop import train

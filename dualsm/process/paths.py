@@ -1,0 +1,185 @@
+"""Paths that users write: local, or in a bucket of Google Cloud Storage (`gs://BUCKET/...`).
+
+Every path of a flag or a config passes through `user_path` before anything else uses it: `pathlib` would turn
+`gs://` into `gs:/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import importlib.util
+import io
+import os
+import pathlib
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import BinaryIO, TypeVar
+
+from etils import epath
+
+from dualsm.process.errors import UserError
+
+_SCHEME = re.compile("[a-z0-9]+://")
+_T = TypeVar("_T")
+_ATTEMPTS = 6  # to reach a bucket, after pauses of about 1, 2, 4, ... seconds
+_THREADS = 16  # for the latency of a bucket
+
+
+def user_path(path: epath.PathLike) -> epath.Path:
+    """Returns the path that a user wrote, with `~` expanded.
+
+    Raises:
+      UserError: if the path is in a bucket and gcsfs is not installed, or in another object store.
+    """
+    if is_remote(path):
+        if not str(path).startswith("gs://"):
+            raise UserError(f"{path}: only Google Cloud Storage is supported; use gs://BUCKET/PATH")
+        if importlib.util.find_spec("gcsfs") is None:
+            raise UserError(f"{path}: gcsfs is not installed; run pip install 'dualsm[gcs]'")
+        _set_up_gcsfs()
+    return epath.Path(path).expanduser()
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Returns True for a path in a bucket."""
+    return _SCHEME.match(str(path)) is not None
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Returns an absolute path; paths in buckets are absolute."""
+    path = user_path(path)
+    return path if is_remote(path) else path.absolute()
+
+
+@functools.cache
+def _set_up_gcsfs() -> None:
+    import fsspec.config
+
+    for protocol in ("gs", "gcs"):  # other processes write to the same folders
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+
+
+def size_and_time(path: epath.PathLike) -> tuple[int, ...]:
+    """Returns the size in bytes of a file, and numbers that change when it is written.
+
+    Raises:
+      OSError: if the file does not exist.
+    """
+    if is_remote(path):
+        stat = user_path(path).stat()
+        return stat.length, stat.mtime
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def files_in(folder: epath.PathLike) -> list[epath.Path]:
+    """Returns the files in a folder and its subfolders, sorted."""
+    folder = user_path(folder)
+    if is_remote(folder):
+        found = [f"gs://{name}" for name in _bucket_file_system().find(str(folder))]
+    else:
+        found = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
+    return sorted(map(epath.Path, found))
+
+
+def glob_in_bucket(pattern: str) -> list[str]:
+    """Returns the objects in a bucket that match `gs://...`; `**` matches any number of folders."""
+    user_path(pattern)
+    found = _bucket_file_system().glob(pattern, detail=True)
+    return sorted(f"gs://{name}" for name, info in found.items() if info["type"] == "file")
+
+
+def _bucket_file_system():
+    import fsspec
+
+    return fsspec.filesystem("gcs")
+
+
+def open_binary(path: epath.PathLike, buffering: int = -1) -> BinaryIO:
+    """Opens a file for reading, with `readline(limit)` and `tell`."""
+    if is_remote(path):
+        return io.BufferedReader(user_path(path).open("rb"), max(buffering, io.DEFAULT_BUFFER_SIZE))
+    return open(path, "rb", buffering)
+
+
+def write_object(path: epath.Path, content: bytes) -> None:
+    """Writes an object in a bucket, with retries; readers see the previous object or the new one.
+
+    Raises:
+      OSError: if all attempts fail.
+    """
+    _retry(lambda: path.write_bytes(content), path)
+
+
+def upload(folder: epath.PathLike, target: epath.Path, last: str = "") -> None:
+    """Copies a local folder into a bucket, with retries; the file `last` is written after all others.
+
+    Raises:
+      OSError: if all attempts for a file fail.
+    """
+    paths = [os.path.join(at, name) for at, _, found in os.walk(folder) for name in found]
+    names = sorted(os.path.relpath(path, folder) for path in paths)
+
+    def copy(name: str) -> None:
+        with open(os.path.join(folder, name), "rb") as source, (target / name).open("wb") as copied:
+            shutil.copyfileobj(source, copied, 1 << 22)
+
+    def copy_with_retries(name: str) -> None:
+        _retry(lambda: copy(name), target / name)
+
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(copy_with_retries, [name for name in names if name != last]):
+            pass
+    if last in names:
+        copy_with_retries(last)
+
+
+@contextlib.contextmanager
+def local_copy(path: epath.PathLike, *siblings: str) -> Iterator[str]:
+    """Yields the path of a local copy of a file or folder in a bucket; local paths are yielded unchanged.
+
+    Args:
+      path: a file or folder.
+      siblings: names of files beside it that are copied too.
+    """
+    if not is_remote(path):
+        yield str(path)
+        return
+    source = user_path(path)
+    with tempfile.TemporaryDirectory(prefix="dualsm-") as folder:
+        for one in (source, *(source.with_name(name) for name in siblings)):
+            files = files_in(one) if one.is_dir() else [one]
+            for file in files:
+                target = epath.Path(folder) / file.relative_to(source.parent)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("rb") as remote, target.open("wb") as copied:
+                    shutil.copyfileobj(remote, copied, 1 << 22)
+        yield os.path.join(folder, source.name)
+
+
+def retry(work: Callable[[], _T], path: epath.PathLike, attempts: int = _ATTEMPTS) -> _T:
+    """Returns the result of `work`, which is repeated after an error if `path` is in a bucket."""
+    return _retry(work, path, attempts) if is_remote(path) else work()
+
+
+def _retry(work: Callable[[], _T], path: epath.PathLike, attempts: int = _ATTEMPTS) -> _T:
+    """Repeats work until it succeeds. Raises OSError after the last attempt."""
+    for attempt in range(attempts - 1):
+        try:
+            return work()
+        except UserError:
+            raise
+        except Exception:  # the network libraries raise various errors
+            time.sleep(2**attempt * random.uniform(0.5, 1))
+    try:
+        return work()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(errno.EIO, reason, str(path)) from error

@@ -1,0 +1,29 @@
+"""The folder of a run's checkpoints, and the file that reveals lost checkpoints."""
+
+from __future__ import annotations
+
+from etils import epath
+
+from dualsm.process.errors import UserError
+from dualsm.process.paths import absolute, user_path
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest_checkpoint"  # file with the step of the newest intact checkpoint; reveals lost checkpoints
+
+
+def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
+    """Returns the folder of a run's checkpoints."""
+    return absolute(workdir) / CHECKPOINTS
+
+
+def check_not_lost(workdir: epath.PathLike) -> None:
+    """Raises `UserError` if a run has no checkpoints although one has been saved.
+
+    Lists the folder without Orbax, which would wait for the other processes of the job.
+    """
+    latest, folder = user_path(workdir) / LATEST, checkpoints_folder(workdir)
+    if latest.exists() and not (folder.exists() and any(p.name.isdigit() for p in folder.iterdir())):
+        raise UserError(
+            f"the checkpoints of {workdir} are missing, the last was of step {latest.read_text().strip()}; "
+            f"move them back to {folder} to resume, or choose another --workdir"
+        )

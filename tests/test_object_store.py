@@ -1,0 +1,191 @@
+"""Every command on paths in a bucket, against an emulator of Google Cloud Storage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dualsm.process.paths import files_in, user_path
+from tests.conftest import ROOT, command_env, run_command
+from tests.killing import problems
+from tests.object_store import BUCKET, object_store
+
+pytest.importorskip("gcsfs")
+pytest.importorskip("gcp_storage_emulator")
+pytestmark = pytest.mark.extras
+
+HOME = f"gs://{BUCKET}/some folder"
+RECIPE = """
+from tests.micro import micro_config
+
+
+def get_config(arg=None):
+    config = micro_config({corpus!r})
+    config.optimizer.name, config.valid.objectives, config.checkpoint.every = "adamw", "causal", 4
+    config.mixture.update({{"causal": 0.5, "masked_diffusion": 0.5, "prefix": 0.0}})
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def store():
+    """Returns a store that this process and its subprocesses use."""
+    with object_store() as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        yield running
+
+
+def command(*arguments: str, status: int = 0) -> subprocess.CompletedProcess:
+    done = run_command(*arguments)
+    assert done.returncode == status, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def corpus(store, jsonl):
+    """Returns a corpus in the bucket, prepared from a glob in the bucket."""
+    lines = jsonl.read_text().splitlines(keepends=True)
+    for number, half in enumerate((lines[::2], lines[1::2])):
+        user_path(f"{HOME}/text/part {number}/a.jsonl").write_text("".join(half))
+    flags = ["--vocab_size=512", "--valid_fraction=0.05", "--workers=1"]
+    command(
+        "dualsm.prepare",
+        f"--input={HOME}/text/**/*.jsonl",
+        f"--output={HOME}/corpus",
+        *flags,
+    )
+    again = command(
+        "dualsm.prepare",
+        f"--input={HOME}/text/**/*.jsonl",
+        f"--output={HOME}/corpus",
+        *flags,
+    )
+    assert "already contains this corpus" in again.stdout
+    return f"{HOME}/corpus"
+
+
+@pytest.fixture(scope="module")
+def recipe(corpus, tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.py"
+    path.write_text(RECIPE.format(corpus=corpus))
+    return path
+
+
+@pytest.fixture(scope="module")
+def local(recipe, tmp_path_factory):
+    """Returns a run in a local folder, the reference."""
+    workdir = tmp_path_factory.mktemp("local") / "run"
+    command("dualsm.train", f"--config={recipe}", f"--workdir={workdir}")
+    return workdir
+
+
+def download(remote: str, folder):
+    """Copies a folder from the bucket; returns the path of the copy."""
+    for path in files_in(remote):
+        target = folder / path.relative_to(user_path(remote))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(store, recipe, local):
+    """Returns a run in the bucket that was killed during a save, and then resumed to its end."""
+    workdir = f"{HOME}/run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dualsm.train", f"--config={recipe}", f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=command_env(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def kill_before_commit(method: str, body: bytes) -> bool:
+        commits = method == "POST" and b"run/checkpoints/8/commit_success.txt" in body
+        if commits:
+            os.kill(process.pid, signal.SIGKILL)
+        return commits
+
+    store.swallows = kill_before_commit
+    assert process.wait(timeout=300) == -signal.SIGKILL
+    store.swallows = lambda method, body: False
+    left = user_path(workdir) / "checkpoints" / "8"
+    assert left.exists()
+    resumed = command("dualsm.train", f"--config={recipe}", f"--workdir={workdir}")
+    assert f"resuming {workdir} at step 4 of 12" in resumed.stdout
+    return workdir
+
+
+def test_a_run_killed_during_a_save_resumes_and_equals_a_local_run(run, local, tmp_path):
+    assert not problems([], download(run, tmp_path / "run"), local)
+
+
+def test_evaluate_and_sample(run, tmp_path):
+    command("dualsm.evaluate", f"--workdir={run}", "--tasks=valid", "--valid_samples=1")
+    command("dualsm.evaluate", f"--workdir={run}", "--tasks=valid", f"--output={HOME}/scores.json")
+    merged = json.loads((user_path(run) / "eval" / "step_12.json").read_text())
+    alone = json.loads(user_path(f"{HOME}/scores.json").read_text())
+    assert merged["held_out"]["causal"]["nats_per_token"] > 0
+    assert merged["held_out"].keys() == alone["held_out"].keys()
+    user_path(f"{HOME}/prompts.txt").write_text("def f(\nimport\n")
+    flags = [
+        "--tokens=3",
+        f"--prompts={HOME}/prompts.txt",
+        f"--output={HOME}/texts.jsonl",
+    ]
+    command("dualsm.sample", f"--workdir={run}", *flags)
+    assert len(user_path(f"{HOME}/texts.jsonl").read_text().splitlines()) == 2
+    missing = command("dualsm.sample", f"--workdir={HOME}/nothing", status=2)
+    assert f"no run at {HOME}/nothing" in missing.stderr
+
+
+def test_export_import_and_average(run, tmp_path):
+    pytest.importorskip("safetensors")
+    for form in ("huggingface", "reference"):
+        output = f"{HOME}/exported {form}"
+        export = ("dualsm.convert", "export", f"--format={form}", f"--workdir={run}", f"--output={output}")
+        command(*export)
+        again = command(*export, status=2)
+        assert "already exists" in again.stderr
+        names = {path.name for path in files_in(output)}
+        assert {"model.safetensors", "tokenizer.json"} <= names and ".incomplete" not in names
+        imported = f"{HOME}/imported {form}"
+        if form == "reference":
+            command(
+                "dualsm.convert", "import", f"--format={form}", f"--weights={output}", f"--workdir={imported}"
+            )
+            command("dualsm.sample", f"--workdir={imported}", "--tokens=2", "--prompt=a")
+    command("dualsm.convert", "average", f"--workdir={run}", "--last=2", f"--output={HOME}/mean")
+    command("dualsm.sample", f"--workdir={HOME}/mean", "--tokens=2", "--prompt=a")
+    assert (user_path(HOME) / "mean" / "config.json").exists()
+
+
+def test_a_sweep_with_two_cells_and_its_recommendation(store, recipe):
+    folder = f"{HOME}/sweep"
+    sweep = ("dualsm.sweep", f"--config={recipe}", f"--workdir={folder}", "--grid=alpha=0,1", "--tasks=valid")
+    done = command(*sweep, "--grid=repetitions=1")
+    table = (user_path(folder) / "table.csv").read_text().splitlines()
+    assert len(table) == 3 and all(",done," in line for line in table[1:]), done.stdout
+    assert {path.name for path in (user_path(folder) / "logs").iterdir()} == {
+        f"{path.name}.log" for path in (user_path(folder) / "cells").iterdir()
+    }
+    again = command(*sweep, "--grid=repetitions=1")
+    assert "table.csv" in again.stdout
+    few = command("dualsm.recommend", "--unique_tokens=1e6", "--budget=1e6", f"--sweep={folder}", status=2)
+    assert "Traceback" not in few.stderr
+
+
+def test_training_while_one_in_twenty_requests_fails(store, recipe, local, tmp_path):
+    workdir, before = f"{HOME}/disturbed", store.requests
+    store.fault_rate = 1 / 20
+    try:
+        done = command("dualsm.train", f"--config={recipe}", f"--workdir={workdir}")
+    finally:
+        store.fault_rate = 0.0
+    assert store.requests - before > 100 and store.faults.total() > 5, store.faults
+    assert set(store.faults) >= {"unavailable", "dropped before"}, store.faults
+    assert not problems([], download(workdir, tmp_path / "run"), local), done.stderr
