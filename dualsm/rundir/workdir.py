@@ -111,7 +111,7 @@ def write_config(workdir: epath.Path, config: ConfigDict, corpus: Corpus) -> Non
 
 
 @contextlib.contextmanager
-def lock(workdir: epath.Path) -> Iterator[None]:
+def lock(workdir: epath.PathLike) -> Iterator[None]:
     """Locks a run directory inside the context; creates the directory if it does not exist.
 
     The lock is an operating system lock on an open file, which is released when the process ends. Object
@@ -123,6 +123,7 @@ def lock(workdir: epath.Path) -> Iterator[None]:
     if is_remote(workdir):
         yield
         return
+    workdir = user_path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / LOCK, "a+") as file:
         if try_lock(file) is False:
