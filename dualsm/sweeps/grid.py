@@ -13,6 +13,7 @@ from urllib.parse import quote
 from ml_collections import ConfigDict
 
 from dualsm.config import set_alpha
+from dualsm.objectives.sources import trained_sources
 from dualsm.process.errors import UserError
 
 Value = int | float | str
@@ -144,6 +145,11 @@ def apply(config: ConfigDict, values: Mapping[str, Value]) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     if ALPHA in values:
+        if config.sources and all(source.mixture for source in trained_sources(config)):
+            raise UserError(
+                f"grid value {ALPHA}={values[ALPHA]} has no effect, because every source has its own "
+                "mixture; sweep sources.NAME.mixture.OBJECTIVE"
+            )
         try:
             set_alpha(config, float(values[ALPHA]))
         except (ValueError, OverflowError) as error:

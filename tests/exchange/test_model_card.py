@@ -6,6 +6,7 @@ from dualsm.config import save_config
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.exchange.model_card import model_card
 from dualsm.rundir.trained_run import TrainedRun
+from tests.micro_sources import two_sources
 
 
 def test_scores_have_their_number_of_questions(micro, corpus_path, tmp_path):
@@ -26,3 +27,18 @@ def test_scores_have_their_number_of_questions(micro, corpus_path, tmp_path):
     assert "| blimp | masked | 100.0 % (n = 1) |" in card
     assert "| held-out text | causal | 1.250 bits per byte |" in card
     assert '"attention": "flash"' in card
+
+
+def test_each_source_is_listed(corpus_path, tmp_path):
+    config = two_sources("corpora/small", corpus_path)
+    config.sources.small.identity = "0123456789abcdef"
+    (tmp_path / "config.json").write_text(save_config(config))
+    tokenizer = load_tokenizer(str(corpus_path / "tokenizer.model"))
+    record = {"step": 12, "valid/causal/bits_per_byte": 1.25, "valid/small/causal/bits_per_byte": 1.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    card = model_card(TrainedRun(tmp_path, config, tokenizer, 12, {}, None), plain=False)
+    assert "| source small | 768 tokens of the run, 192 unique tokens x 4 repetitions |" in card
+    assert "| source large | 2,304 tokens of the run, 2,304 unique tokens x 1 repetitions |" in card
+    assert "| corpus of small | `small`, identity 0123456789ab |" in card
+    assert "| small | masked_diffusion | 0.5 |" in card and "| large | causal | 0.75 |" in card
+    assert "| held-out text | causal | 1.250 bits per byte |" in card

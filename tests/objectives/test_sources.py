@@ -43,7 +43,8 @@ def test_shares_of_sources_and_of_their_objectives_are_exact_after_any_number_of
             mine_S = rows_SxJ[:, source_J == source.name].sum(1).cumsum()
             exact_S = np.arange(1, 41) * config.batch_size * config.sources[source.name].share
             assert np.abs(mine_S - exact_S).max() < unit
-            shares = source.mixture or config.mixture
+            own = config.sources[source.name].mixture
+            shares = own if any(own.values()) else config.mixture
             for entry in (entry for entry in plan.entries if entry.source == source.name):
                 names = {member.name for member in entry.members}
                 of_entry = [

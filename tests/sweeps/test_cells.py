@@ -12,6 +12,7 @@ from dualsm.process.errors import UserError
 from dualsm.sweeps.cells import cell_record, collect, read_curve
 from tests.analysis.synthetic import BUDGET, STEPS, write_cell, write_plan, write_sweep
 from tests.micro import micro_config
+from tests.micro_sources import two_sources
 
 VALUES = {"repetitions": 4, "alpha": 0.25, "optimizer.learning_rate": 0.01, "seed": 3}
 
@@ -199,3 +200,18 @@ def test_curve(sweep):
     assert tokens == [line["tokens"] for line in lines]
     assert losses == [line["valid/causal/loss"] for line in lines]
     assert read_curve(workdir / "nowhere", "valid/causal/loss") == ([], [])
+
+
+def test_a_cell_with_sources_has_no_single_r_and_alpha(sweep):
+    """Its losses are in the table, but no surface over R and alpha is fitted to them."""
+    folder, workdir = sweep
+    sources = two_sources().to_dict()["sources"]
+    change_config(workdir, lambda config: config.update(sources=sources, repetitions=1))
+    [row] = collect(folder)
+    assert (row["status"], row["repetitions"], row["unique_tokens"], row["alpha"]) == (
+        "done",
+        None,
+        None,
+        None,
+    )
+    assert row["budget_tokens"] == BUDGET and row["valid/causal/loss"] is not None

@@ -13,6 +13,7 @@ from dualsm.sweeps.grid import (
     parse_rule,
 )
 from tests.micro import micro_config
+from tests.micro_sources import two_sources
 
 
 def test_values_are_numbers_fractions_or_text():
@@ -105,3 +106,11 @@ def test_an_invalid_alpha_raises(text):
 def test_unknown_keys_and_wrong_types_raise(values):
     with pytest.raises(UserError, match=next(iter(values))):
         apply(micro_config(), values)
+
+
+def test_alpha_is_rejected_if_every_source_has_its_own_mixture():
+    config = two_sources()
+    assert apply(config, {"alpha": 0.5, "sources.small.share": 0.5}).sources.small.share == 0.5
+    config.sources.large.mixture.causal = 1.0
+    with pytest.raises(UserError, match="alpha=0.5 has no effect, because every source has its own mixture"):
+        apply(config, {"alpha": 0.5})
