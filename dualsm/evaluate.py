@@ -40,6 +40,9 @@ _SAMPLES = flags.DEFINE_integer("samples", 128, "monte_carlo: draws per answer",
 _VALID_SAMPLES = flags.DEFINE_integer(
     "valid_samples", 4, "held-out text: draws per packed sequence", lower_bound=1
 )
+_DRAFT = flags.DEFINE_integer(
+    "draft", 8, "held-out text: tokens per draft whose acceptance is measured; 0: skip", lower_bound=0
+)
 _LIMIT = flags.DEFINE_integer("limit", 0, "maximum number of questions per task; 0: all", lower_bound=0)
 _BASELINES = flags.DEFINE_list(
     "baselines",
@@ -85,7 +88,7 @@ def _spec() -> EvalSpec:
     tasks, modes = (list(dict.fromkeys(flag.value)) for flag in (_TASKS, _MODES))
     spec = EvalSpec(
         tasks, modes, _TASK_DATA.value, _LIMIT.value, tuple(map(int, _MASKS.value)), _SAMPLES.value,
-        _VALID_SAMPLES.value, _DATA.value, list(dict.fromkeys(_BASELINES.value)),
+        _VALID_SAMPLES.value, _DATA.value, list(dict.fromkeys(_BASELINES.value)), _DRAFT.value,
     )  # fmt: skip
     spec.check()
     return spec

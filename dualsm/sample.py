@@ -2,6 +2,7 @@
 
 python -m dualsm.sample --workdir=runs/tiny --mode=causal --prompt='def main('
 python -m dualsm.sample --workdir=runs/tiny --mode=diffusion --prompt='def <mask:8>: return x'
+python -m dualsm.sample --workdir=runs/tiny --mode=speculative --prompt='def main('
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Sequence
 from absl import flags
 
 from dualsm.generation.diffusion import ORDERS, UnmaskingParams
-from dualsm.generation.generate import MODES, Throughput, generate
+from dualsm.generation.generate import MODES, Throughput, causal_speed, generate
 from dualsm.generation.prompt_batches import prompt_keys
 from dualsm.generation.prompts import encode_prompt, read_prompts, show
 from dualsm.generation.sampling_params import SamplingParams
+from dualsm.generation.speculative import MAX_DRAFT, DraftCounts, SpeculationParams
 from dualsm.process import cli
 from dualsm.process.output import check_output, write_output
 from dualsm.process.paths import user_path
@@ -51,6 +53,12 @@ _THRESHOLD = flags.DEFINE_float(
 _BLOCK = flags.DEFINE_integer(
     "block", 0, "diffusion: unmask blocks of this many tokens from left to right; 0: one block"
 )
+_DRAFT = flags.DEFINE_integer(
+    "draft", 0, "speculative: tokens per draft; 0: adapts to the acceptance rate", 0, MAX_DRAFT
+)
+_COMPARE = flags.DEFINE_bool(
+    "compare", True, "speculative: also measure the speed of causal decoding, on up to 64 tokens per prompt"
+)
 _OUTPUT = cli.DEFINE_path("output", "", "JSON lines file for the texts")
 _WATCH = flags.DEFINE_bool("watch", None, "redraw the texts after every step; default: on a terminal")
 flags.mark_flags_as_required(["workdir"])
@@ -64,13 +72,17 @@ def main(_: Sequence[str]) -> None:
     run = open_run(_WORKDIR.value, _CHECKPOINT.value, _PARAMETERS.value)
     prompts = [encode_prompt(run.tokenizer, text) for text in texts]
     key_B = prompt_keys(_SEED.value, prompts)
-    states = generate(run, prompts, _MODE.value, _TOKENS.value, sampling, unmasking, key_B)
+    drafts = DraftCounts() if _MODE.value == "speculative" else None
+    speculation = SpeculationParams(_DRAFT.value)
+    states = generate(
+        run, prompts, _MODE.value, _TOKENS.value, sampling, unmasking, key_B, speculation, drafts
+    )
     if _OUTPUT.value:
         check_output(user_path(_OUTPUT.value), "--output")
     _warn_if_long(prompts, run)
 
     watch = sys.stdout.isatty() if _WATCH.value is None else _WATCH.value
-    throughput = Throughput(_MODE.value, run.tokenizer.special.mask)
+    throughput = Throughput(_MODE.value, run.tokenizer.special.mask, drafts)
     with LiveText() if watch else contextlib.nullcontext() as screen:
         for tokens in states:
             throughput.update(tokens)
@@ -84,7 +96,11 @@ def main(_: Sequence[str]) -> None:
         ]
         write_output(user_path(_OUTPUT.value), "".join(lines), "--output")
     print("\n\n".join(shown))
-    print(throughput.summary(), file=sys.stderr)
+    summary = throughput.summary()
+    if drafts and _COMPARE.value:
+        speed = causal_speed(run, prompts, _TOKENS.value, sampling, key_B)
+        summary += f"; causal decoding: {speed:.3g} tokens per second"
+    print(f"[{summary}]", file=sys.stderr)
 
 
 def _warn_if_long(prompts: list[list[int]], run: TrainedRun) -> None:

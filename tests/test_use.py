@@ -179,7 +179,7 @@ def test_training_settings_do_not_restrict_evaluation(workdir, tmp_path):
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize("mode", ["causal", "prefix", "diffusion"])
+@pytest.mark.parametrize("mode", ["causal", "prefix", "diffusion", "speculative"])
 def test_sample_generates_in_every_mode(workdir, tmp_path, mode):
     output = tmp_path / "texts.jsonl"
     process = run_command(
@@ -193,7 +193,12 @@ def test_sample_generates_in_every_mode(workdir, tmp_path, mode):
         assert line["text"].startswith(line["prompt"])
         assert line["text"] in process.stdout
     assert "tokens per second" in process.stderr
-    assert "forward passes per token" in process.stderr
+    if mode == "speculative":
+        assert "tokens per forward pass" in process.stderr
+        assert "accepted tokens per draft" in process.stderr
+        assert "causal decoding" in process.stderr
+    else:
+        assert "forward passes per token" in process.stderr
 
 
 def test_sample_fills_in_masks_and_keeps_the_rest(workdir, tmp_path):

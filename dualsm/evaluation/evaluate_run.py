@@ -11,6 +11,7 @@ import jax
 from dualsm.config import freeze
 from dualsm.data.corpus import Corpus
 from dualsm.devices.sharding import batch_devices
+from dualsm.evaluation.acceptance import evaluate_acceptance
 from dualsm.evaluation.baselines import ScoreItems, open_baselines
 from dualsm.evaluation.evaluate_task import evaluate_task
 from dualsm.evaluation.modes import ScoringParams
@@ -18,7 +19,7 @@ from dualsm.evaluation.scoring import Scorer, scoring_batch_size
 from dualsm.evaluation.spec import HELD_OUT, EvalSpec
 from dualsm.evaluation.task_formats import Question
 from dualsm.evaluation.tasks import load_task
-from dualsm.generation.generate import check_mode
+from dualsm.generation.generate import check_mode, is_shifted
 from dualsm.objectives.sources import Source
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
@@ -40,8 +41,8 @@ def evaluate_run(run: TrainedRun, spec: EvalSpec, tasks: Mapping[str, Sequence[Q
       tasks: questions of each task, from `load_tasks`.
 
     Returns:
-      An iterator over the results so far, one dict that grows: after each task and mode, and after each
-      objective on held-out text. `docs/evaluation.md` describes its keys.
+      An iterator over the results so far, one dict that grows: after each task and mode, after each objective
+      on held-out text, and after the acceptance of drafts. `docs/evaluation.md` describes its keys.
 
     Raises:
       UserError: if the run cannot be used in one of the modes, or its held-out text cannot be read.
@@ -77,6 +78,11 @@ def _evaluate(
         results["held_out"] = {}
         for name, result in evaluate_held_out(run, corpora, spec.objectives(), spec.valid_samples):
             results["held_out"][name] = result
+            yield results
+        if spec.draft and is_shifted(run):
+            results["acceptance"] = evaluate_acceptance(
+                run, [corpus.documents("valid") for _, corpus in corpora], spec.draft
+            )
             yield results
 
 

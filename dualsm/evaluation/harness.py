@@ -29,6 +29,7 @@ from dualsm.evaluation.scoring import Item, Scorer, encode_pair
 from dualsm.generation import autoregressive, prompt_batches
 from dualsm.generation.diffusion import UnmaskingParams
 from dualsm.generation.generate import check_mode, generate
+from dualsm.generation.speculative import SpeculationParams
 from dualsm.process.errors import UserError, user_message
 from dualsm.process.progress import bar, escape_unprintable, warn
 from dualsm.rundir.trained_run import PARAMETERS, open_run
@@ -51,26 +52,29 @@ class HarnessModel:
         block: int = 32,
         steps: int = 0,
         parameters: str = "last",
+        draft: int = 0,
         **unknown,
     ):
         """
         Args:
           workdir: run directory.
           checkpoint: step of the checkpoint; None: the newest.
-          mode: one of `dualsm.evaluation.modes.MODES`. Texts are generated autoregressively in the modes
-            causal and prefix, by unmasking in the other two.
+          mode: one of `dualsm.evaluation.modes.MODES`, or "speculative", which scores as "causal". Texts are
+            generated autoregressively in the modes causal and prefix, by speculative decoding in the mode
+            speculative, by unmasking in the other two.
           masks: numbers of masks in the mode masked: 1, "1+4" or [1, 4].
           samples: draws per item in the mode monte_carlo.
           seed: seed of the mode monte_carlo and of sampling. A text depends only on the seed, its prompt, and
             the number of equal prompts before it.
           parameters: "last" for the weights, "ema" for their moving average.
+          draft: tokens per draft in the mode speculative; 0: adapts to the acceptance rate.
           block, steps: unmasking parameters, see `dualsm.generation.diffusion.UnmaskingParams`.
 
         Raises:
           UserError: if an argument is unknown or invalid, or the run or checkpoint does not exist.
         """
         if unknown or not workdir:
-            known = "workdir, checkpoint, mode, masks, samples, seed, block, steps, parameters"
+            known = "workdir, checkpoint, mode, masks, samples, seed, block, steps, draft, parameters"
             wrong = f"unknown {', '.join(unknown)}" if unknown else "no workdir"
             raise UserError(f"--model_args: {wrong}; the arguments of {NAME} are {known}")
         checkpoint = None if checkpoint is None else read_integer("checkpoint", checkpoint)
@@ -80,10 +84,13 @@ class HarnessModel:
         self._unmasking = UnmaskingParams(
             block=read_integer("block", block), steps=read_integer("steps", steps)
         )
+        self._speculation = SpeculationParams(read_integer("draft", draft))
         if parameters not in PARAMETERS:
             raise UserError(f"--model_args: parameters={parameters!r} must be {' or '.join(PARAMETERS)}")
         self._run = run = open_run(str(workdir), checkpoint, parameters)
         check_mode(run, mode)
+        self._decoding = mode if mode in (*autoregressive.MODES, "speculative") else "diffusion"
+        mode = "causal" if mode == "speculative" else mode
         self._scoring = ScoringParams(mode, read_masks(masks), samples, run.config.seq_len, seed)
         self._scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
 
@@ -163,11 +170,11 @@ class HarnessModel:
         self, prompts: list[list[int]], requests: list[GenerationRequest], key_B: jax.Array
     ) -> list[str]:
         """Generates continuations for requests that differ only in `until`."""
-        mode = self._scoring.mode if self._scoring.mode in autoregressive.MODES else "diffusion"
         texts = [""] * len(prompts)
         states = generate(
-            self._run, prompts, mode, requests[0].new_tokens, requests[0].sampling, self._unmasking, key_B
-        )
+            self._run, prompts, self._decoding, requests[0].new_tokens, requests[0].sampling,
+            self._unmasking, key_B, self._speculation,
+        )  # fmt: skip
         for state in states:
             new = [tokens[len(prompt) :] for tokens, prompt in zip(state, prompts, strict=True)]
             texts = [self._decode(tokens) for tokens in new]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dualsm.evaluation.acceptance import SAMPLINGS
 from dualsm.process.progress import table
 from dualsm.training.validation import INEXACT_BYTES
 
@@ -31,7 +32,27 @@ def results_table(results: Mapping, modes: Sequence[str]) -> str:
         ]
         header = ["held-out text", "nats per token", "perplexity", "bits per byte", "draws"]
         parts.append(table(header, rows))
+    if acceptance := results.get("acceptance"):
+        parts.append(_acceptance_table(acceptance))
     return "\n\n".join(parts)
+
+
+def _acceptance_table(acceptance: Mapping) -> str:
+    rows = [
+        [
+            name,
+            f"{r['accepted_per_draft']:.2f}{_format_stderr(r['stderr'])}",
+            f"{r['tokens_per_forward']:.2f}",
+        ]
+        for name, r in acceptance.items()
+        if name in SAMPLINGS
+    ]
+    header = [f"drafts of {acceptance['draft']} tokens", "accepted per draft", "tokens per forward pass"]
+    return table(header, rows)
+
+
+def _format_stderr(stderr: float | None) -> str:
+    return "" if stderr is None else f" ± {stderr:.2f}"
 
 
 def _task_table(tasks: Mapping, modes: Sequence[str]) -> str:

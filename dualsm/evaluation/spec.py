@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dualsm.evaluation.baselines import BASELINES
 from dualsm.evaluation.modes import MODES
 from dualsm.evaluation.tasks import TASKS
+from dualsm.generation.speculative import MAX_DRAFT
 from dualsm.process.errors import UserError
 
 HELD_OUT = "valid"  # the task that scores the corpus's held-out text
@@ -34,6 +35,7 @@ class EvalSpec:
       valid_samples: draws per packed sequence of held-out text.
       data: corpus with the held-out text; empty for the corpus that the run was trained on.
       baselines: names from `BASELINES`.
+      draft: tokens per draft whose acceptance is measured on held-out text; 0: not measured.
     """
 
     tasks: Sequence[str]
@@ -45,6 +47,7 @@ class EvalSpec:
     valid_samples: int = 4
     data: str = ""
     baselines: Sequence[str] = ()
+    draft: int = 8
 
     def check(self) -> None:
         """Checks the names, and that every option that a task needs is set.
@@ -56,6 +59,8 @@ class EvalSpec:
             raise UserError(f"--tasks= is empty; choose from {HELD_OUT}, {', '.join(TASKS)}")
         if not self.modes:
             raise UserError(f"--modes= is empty; choose from {', '.join(MODES)}")
+        if not 0 <= self.draft <= MAX_DRAFT:
+            raise UserError(f"--draft={self.draft} must be in [0, {MAX_DRAFT}]; 0 skips the acceptance")
         for mode in self.modes:
             if mode not in MODES:
                 raise UserError(f"--modes: unknown mode {mode!r}; choose from {', '.join(MODES)}")

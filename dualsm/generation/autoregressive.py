@@ -54,16 +54,16 @@ def forward_with_cache(
     model: Transformer,
     tokens_BxP: jax.Array,
     position_B: jax.Array,
-    prefix_end_B: jax.Array,
+    key_end_BxP: jax.Array | None,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """Runs the model on the next P tokens of each text.
+    """Runs the model on P tokens of each text, whose keys and values replace those in the cache.
 
     Args:
       model: the model.
       tokens_BxP: tokens at positions `position_B`, `position_B + 1`, ...
-      position_B: number of cache positions that each text has filled.
-      prefix_end_B: end of the bidirectional prefix of each text; 0: none.
+      position_B: position of the first token of each text; nothing is stored beyond the end of the cache.
+      key_end_BxP: position after the last key that each token attends to; None: causal attention.
       cache: the cache before the call.
 
     Returns:
@@ -71,7 +71,7 @@ def forward_with_cache(
     """
     rows, size = tokens_BxP.shape
     positions_BxP = position_B[:, None] + jnp.arange(size)
-    key_end_BxP = jnp.maximum(positions_BxP + 1, prefix_end_B[:, None])
+    key_end_BxP = positions_BxP + 1 if key_end_BxP is None else key_end_BxP
     angles = model.rope.angles(positions_BxP)
     row_Bx1 = jnp.arange(rows)[:, None]
 
@@ -126,10 +126,10 @@ def prefill(
     """
     model = bind(config, params)
     rows, prompt = prompts_BxP.shape
-    prefix_end_B = length_B if bidirectional else jnp.zeros_like(length_B)
+    key_end_BxP = jnp.maximum(jnp.arange(1, prompt + 1), length_B[:, None]) if bidirectional else None
     # Padding also writes to the cache; generated tokens overwrite it before any query can attend to it.
     features_BxPxD, cache = forward_with_cache(
-        model, prompts_BxP, jnp.zeros_like(length_B), prefix_end_B, empty_cache(model, rows, size)
+        model, prompts_BxP, jnp.zeros_like(length_B), key_end_BxP, empty_cache(model, rows, size)
     )
     last_BxD = jnp.take_along_axis(features_BxPxD, length_B[:, None, None] - 1, axis=1)[:, 0]
     tokens_BxS = jnp.pad(prompts_BxP, [(0, 0), (0, size - prompt)], constant_values=special.pad)
@@ -137,17 +137,17 @@ def prefill(
     return DecodeState(tokens_BxS, length_B, logits_BxV, length_B >= size, cache, key_B)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "sampling", "special"), donate_argnums=2)
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "special"), donate_argnums=2)
 def decode(
     config: FrozenConfigDict,
     params: dict,
     state: DecodeState,
     *,
-    steps: int,
+    steps: jax.Array | int,
     sampling: SamplingParams,
     special: SpecialIds,
 ) -> DecodeState:
-    """Generates up to `steps` more tokens of each text that is not finished.
+    """Generates up to `steps` more tokens of each text that is not finished; 0 only compiles.
 
     The cache has its final size from the start, so every token costs the same.
     """
@@ -161,9 +161,7 @@ def decode(
         rows = jnp.arange(len(token_B))
         position_B = jnp.where(state.done_B, state.tokens_BxS.shape[1], state.length_B)
         tokens_BxS = state.tokens_BxS.at[rows, position_B].set(token_B, mode="drop")
-        features_Bx1xD, cache = forward_with_cache(
-            model, token_B[:, None], position_B, jnp.zeros_like(position_B), state.cache
-        )
+        features_Bx1xD, cache = forward_with_cache(model, token_B[:, None], position_B, None, state.cache)
         length_B = state.length_B + ~state.done_B
         done_B = state.done_B | (token_B == special.eos) | (length_B >= state.tokens_BxS.shape[1])
         logits_BxV = model.output_logits(features_Bx1xD[:, 0])
@@ -208,8 +206,7 @@ def generate(
     """
     if mode not in MODES:
         raise UserError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
-    if not prompts or not all(map(len, prompts)):
-        raise UserError("empty prompt: 0 tokens; start each prompt with <s>")
+    check_prompts(prompts)
     key_B = prompt_batches.prompt_keys(0, prompts) if key_B is None else key_B
     texts = [list(prompt) for prompt in prompts]
     for part in prompt_batches.batch_slices(len(texts), max(map(len, texts)) + new_tokens):
@@ -219,6 +216,8 @@ def generate(
             config, params, prompts_BxP, prompt_B, key_B[part],
             size=prompts_BxP.shape[1] + new_tokens, bidirectional=mode == "prefix", special=special,
         )  # fmt: skip
+        advance = functools.partial(decode, config, params, sampling=sampling, special=special)
+        state = jax.block_until_ready(advance(state, steps=0))  # compiles before the first yield
         while True:
             tokens_BxS, length_B, done_B = jax.device_get((state.tokens_BxS, state.length_B, state.done_B))
             length_B = np.minimum(length_B, max_length_B)
@@ -226,4 +225,10 @@ def generate(
             yield list(texts)
             if (done_B | (length_B == max_length_B)).all():
                 break
-            state = decode(config, params, state, steps=yield_every, sampling=sampling, special=special)
+            state = advance(state, steps=yield_every)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Checks that there are prompts and that none is empty. Raises `UserError` otherwise."""
+    if not prompts or not all(map(len, prompts)):
+        raise UserError("empty prompt: 0 tokens; start each prompt with <s>")

@@ -15,17 +15,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
 from dualsm.generation import prompt_batches
-from dualsm.generation.sampling_params import SamplingParams, mask_reserved_ids, sample
+from dualsm.generation.sampling_params import SamplingParams, map_positions, mask_reserved_ids, sample
 from dualsm.model.transformer import bind
 from dualsm.process.errors import UserError
 
 ORDERS = ("confidence", "margin", "entropy", "random")
-_LOGITS_CHUNK = 256  # positions whose logits are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +100,12 @@ def unmask(
         return token, jnp.exp(log_p_V[token]), _priority(log_p_V, token, unmasking.order, order_key)
 
     # Position i - 1 predicts the token at position i; the token sampled for position 0 is unused.
-    features_TxD = jnp.roll(features_BxLxD, 1, axis=1).reshape(-1, features_BxLxD.shape[-1])
+    features_BxLxD = jnp.roll(features_BxLxD, 1, axis=1)
     key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.forwards)
     key_BxL = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(
         key_B, jnp.arange(state.tokens_BxL.shape[1])
     )
-    drawn = jax.lax.map(
-        lambda position: draw(*position), (features_TxD, key_BxL.reshape(-1)), batch_size=_LOGITS_CHUNK
-    )
-    token_BxL, probability_BxL, priority_BxL = (x.reshape(state.tokens_BxL.shape) for x in drawn)
+    token_BxL, probability_BxL, priority_BxL = map_positions(draw, features_BxLxD, key_BxL)
 
     masked_BxL = state.tokens_BxL == special.mask
     masked_block_BxL = jnp.where(masked_BxL, state.block_BxL, jnp.iinfo(jnp.int32).max)
@@ -179,7 +174,7 @@ def infill(
         tokens_BxL, length_B = prompt_batches.pad_batch(texts[part], special.pad)
         blocks = _divide_into_blocks(tokens_BxL == special.mask, unmasking)
         state = DiffusionState(tokens_BxL, length_B, *blocks, key_B[part], np.int32(0))
-        state = _put_beside_params(params, state)
+        state = prompt_batches.put_beside_params(params, state)
         while True:
             tokens_BxL = np.asarray(state.tokens_BxL)
             texts[part] = [row[:length].tolist() for row, length in zip(tokens_BxL, length_B, strict=True)]
@@ -187,17 +182,6 @@ def infill(
             if not (tokens_BxL == special.mask).any():
                 break
             state = unmask(config, params, state, sampling=sampling, unmasking=unmasking, special=special)
-
-
-def _put_beside_params(params: dict, state: DiffusionState) -> DiffusionState:
-    """Replicates the state on the devices of the parameters.
-
-    `unmask` returns it with this sharding; with another one the second call would compile again.
-    """
-    sharding = jax.tree.leaves(params)[0].sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.device_put(state, sharding)
 
 
 def _divide_into_blocks(masked_BxL: np.ndarray, unmasking: UnmaskingParams) -> tuple[np.ndarray, np.ndarray]:

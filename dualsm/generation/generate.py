@@ -9,14 +9,16 @@ import jax
 import numpy as np
 
 from dualsm.config import freeze
-from dualsm.generation import autoregressive, diffusion
+from dualsm.generation import autoregressive, diffusion, prompt_batches, speculative
 from dualsm.generation.diffusion import UnmaskingParams
 from dualsm.generation.sampling_params import SamplingParams
+from dualsm.generation.speculative import DraftCounts, SpeculationParams
 from dualsm.objectives.shares import trained_objectives
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
 
-MODES = (*autoregressive.MODES, "diffusion")
+_COMPARED_TOKENS = 64  # per text, of causal decoding beside speculative decoding
+MODES = (*autoregressive.MODES, "diffusion", "speculative")
 
 
 def check_mode(run: TrainedRun, mode: str) -> None:
@@ -28,12 +30,17 @@ def check_mode(run: TrainedRun, mode: str) -> None:
     Raises:
       UserError: if the mode fills in masks and the run was trained with unshifted masked diffusion.
     """
-    trained = "masked_diffusion" in trained_objectives(run.config)
-    if mode not in autoregressive.MODES and trained and not run.config.objectives.masked_diffusion.shifted:
+    if mode not in autoregressive.MODES and not is_shifted(run):
         raise UserError(
             f"mode {mode} needs a shifted model, but {run.workdir} was trained with "
             f"objectives.masked_diffusion.shifted=False; use mode {' or '.join(autoregressive.MODES)}"
         )
+
+
+def is_shifted(run: TrainedRun) -> bool:
+    """Returns False if the run was trained with unshifted masked diffusion."""
+    trained = "masked_diffusion" in trained_objectives(run.config)
+    return not trained or run.config.objectives.masked_diffusion.shifted
 
 
 def generate(
@@ -44,6 +51,8 @@ def generate(
     sampling: SamplingParams,
     unmasking: UnmaskingParams | None = None,
     key_B: jax.Array | None = None,
+    speculation: SpeculationParams | None = None,
+    counts: DraftCounts | None = None,
 ) -> Iterator[list[list[int]]]:
     """Generates texts, and yields their intermediate states.
 
@@ -56,6 +65,8 @@ def generate(
       sampling: sampling parameters.
       unmasking: unmasking parameters of the mode "diffusion"; None: the defaults.
       key_B: PRNG key of each prompt; None: keys of seed 0, see `prompt_batches.prompt_keys`.
+      speculation: parameters of the drafts in the mode "speculative"; None: the defaults.
+      counts: counts the drafts and accepted tokens of the mode "speculative"; None: not counted.
 
     Returns:
       An iterator over the token ids of all texts, prompts included, after every few steps. The last item
@@ -73,19 +84,25 @@ def generate(
         return diffusion.infill(config, run.params, masked, sampling, unmasking, special, key_B)
     if any(special.mask in prompt for prompt in prompts):
         raise UserError(f"a prompt contains <mask>, which --mode={mode} cannot fill in; use --mode=diffusion")
+    if mode == "speculative":
+        speculation = speculation or SpeculationParams()
+        return speculative.generate(
+            config, run.params, prompts, new_tokens, sampling, special, speculation, key_B, counts
+        )
     return autoregressive.generate(config, run.params, prompts, new_tokens, sampling, special, mode, key_B)
 
 
 class Throughput:
     """Counts the generated tokens, the forward passes and the time from one state to the next."""
 
-    def __init__(self, mode: str, mask: int):
+    def __init__(self, mode: str, mask: int, drafts: DraftCounts | None = None):
         """
         Args:
           mode: one of `MODES`.
           mask: id of `<mask>`.
+          drafts: counts of the mode "speculative", updated by `generate`.
         """
-        self._mode, self._mask = mode, mask
+        self._mode, self._mask, self._drafts = mode, mask, drafts
         self._times: list[float] = []
         self._counts: list[list[int]] = []
 
@@ -94,20 +111,55 @@ class Throughput:
         self._times.append(time.perf_counter())
         self._counts.append([len(tokens) - tokens.count(self._mask) for tokens in texts])
 
-    def summary(self) -> str:
-        """Returns one line with the number of tokens, forward passes per token and tokens per second.
+    @property
+    def new_tokens(self) -> int:
+        """Number of generated tokens of all texts."""
+        return sum(self._counts[-1]) - sum(self._counts[0])
 
-        The first interval, which is mostly compilation, does not count towards tokens per second.
+    def tokens_per_second(self) -> float:
+        """Returns the generated tokens per second of decoding.
+
+        Intervals without a new token, such as those in which a program is compiled or the cache is filled,
+        do not count; nor does the first interval of diffusion, which is mostly compilation.
         """
-        counts_SxB = np.array(self._counts)
-        new_tokens = (counts_SxB[-1] - counts_SxB[0]).sum()
+        first = 1 if self._mode == "diffusion" and len(self._times) > 2 else 0
+        tokens_S = np.diff([sum(counts) for counts in self._counts[first:]])
+        seconds = np.diff(self._times[first:])[tokens_S > 0].sum()
+        return tokens_S.sum() / max(seconds, 1e-9)
+
+    def summary(self) -> str:
+        """Returns one line with the number of tokens, forward passes per token and tokens per second."""
+        counts_SxB, tokens = np.array(self._counts), max(self.new_tokens, 1)
+        speed = f"{self.tokens_per_second():.3g} tokens per second"
+        if self._drafts:
+            drafts = max(self._drafts.drafts, 1)
+            return (
+                f"{self.new_tokens} tokens, {self.new_tokens / (2 * drafts):.2f} tokens per forward pass, "
+                f"{self._drafts.accepted / drafts:.2f} accepted tokens per draft, {speed}"
+            )
         # A forward pass of diffusion unmasks at least one token of each text that has masks; one of the other
         # modes adds exactly one token.
-        forwards = (np.diff(counts_SxB, axis=0) > 0).sum() if self._mode == "diffusion" else new_tokens
-        first = 1 if len(self._times) > 2 else 0
-        tokens = (counts_SxB[-1] - counts_SxB[first]).sum()
-        seconds = self._times[-1] - self._times[first]
-        return (
-            f"[{new_tokens} tokens, {forwards / max(new_tokens, 1):.2f} forward passes per token, "
-            f"{tokens / max(seconds, 1e-9):.3g} tokens per second]"
-        )
+        forwards = (np.diff(counts_SxB, axis=0) > 0).sum() if self._mode == "diffusion" else self.new_tokens
+        return f"{self.new_tokens} tokens, {forwards / tokens:.2f} forward passes per token, {speed}"
+
+
+def causal_speed(
+    run: TrainedRun, prompts: Sequence[list[int]], new_tokens: int, sampling: SamplingParams, key_B: jax.Array
+) -> float:
+    """Returns the tokens per second of causal decoding, on the first batch and a limited number of tokens.
+
+    Args:
+      run: the run.
+      prompts: token ids, `<s>` first.
+      new_tokens: maximum number of tokens to add to each prompt, which determines the size of the cache.
+      sampling: sampling parameters.
+      key_B: PRNG key of each prompt.
+    """
+    size = prompt_batches.max_batch_size(max(map(len, prompts)) + new_tokens)
+    throughput = Throughput("causal", run.tokenizer.special.mask)
+    states = generate(run, prompts[:size], "causal", new_tokens, sampling, key_B=key_B[:size])
+    for state in states:
+        throughput.update(state)
+        if throughput.new_tokens >= _COMPARED_TOKENS * len(state):
+            break
+    return throughput.tokens_per_second()

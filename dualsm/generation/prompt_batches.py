@@ -1,18 +1,22 @@
-"""Batches of prompts: PRNG keys, batch sizes and padding."""
+"""Batches of prompts: PRNG keys, batch sizes, padding and sharding."""
 
 from __future__ import annotations
 
 import collections
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dualsm.model.attention import QUERIES
 
 MAX_BATCH_TOKENS = 16384  # per batch, including the tokens that are still to be generated
+MAX_BATCH_SIZE = 256  # texts per batch, because the logits of each are in memory at the same time
 _MULTIPLE = 32  # short batches are padded to a multiple of this length
+_State = TypeVar("_State")
 
 
 def prompt_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
@@ -38,7 +42,7 @@ def prompt_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
 
 def max_batch_size(max_length: int) -> int:
     """Returns the number of texts of up to `max_length` tokens to generate in one batch."""
-    return max(1, MAX_BATCH_TOKENS // max_length)
+    return max(1, min(MAX_BATCH_SIZE, MAX_BATCH_TOKENS // max_length))
 
 
 def batch_slices(num_texts: int, max_length: int) -> Iterator[slice]:
@@ -67,3 +71,15 @@ def pad_batch(texts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.
     for row, text in zip(tokens_BxL, texts, strict=True):
         row[: len(text)] = text
     return tokens_BxL, length_B
+
+
+def put_beside_params(params: dict, state: _State) -> _State:
+    """Replicates the arrays of a state on the devices of the parameters.
+
+    Functions that map states to states return them with this sharding; with another one the second call would
+    compile again.
+    """
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.device_put(state, sharding)

@@ -1,8 +1,10 @@
-"""Sampling parameters, and sampling a token from logits."""
+"""Sampling parameters, and sampling tokens from logits."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from dualsm.data.tokenizer import RESERVED_IDS, SpecialIds
 from dualsm.process.errors import UserError
 
 GREEDY_BELOW = 1e-5  # temperature; logits divided by less overflow float32 (vLLM uses the same limit)
+LOGITS_CHUNK = 256  # positions whose logits are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +55,13 @@ def mask_reserved_ids(logits_V: jax.Array, special: SpecialIds, allow_eos: bool)
     return jnp.where(allowed_V, logits_V, -jnp.inf)
 
 
-def sample(logits_V: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax.Array:
-    """Samples a token from the logits at one position, int32 []."""
+def filter_logits(logits_V: jax.Array, sampling: SamplingParams) -> jax.Array:
+    """Divides the logits at one position by the temperature, and sets those of excluded tokens to -inf.
+
+    Sampling is from the softmax of the result. With greedy decoding only the most likely token remains.
+    """
     if sampling.greedy:
-        return jnp.argmax(logits_V, axis=-1).astype(jnp.int32)
+        return jnp.where(jnp.arange(logits_V.shape[0]) == jnp.argmax(logits_V), 0.0, -jnp.inf)
     logits_V = logits_V / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
         sorted_V = jnp.sort(logits_V, descending=True)
@@ -70,4 +76,27 @@ def sample(logits_V: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax
             kept_V = jnp.where(before_V < sampling.top_p, sorted_V, sorted_V[0])
             smallest = jnp.maximum(smallest, jnp.min(kept_V))
         logits_V = jnp.where(logits_V >= smallest, logits_V, -jnp.inf)
-    return jax.random.categorical(key, logits_V).astype(jnp.int32)
+    return logits_V
+
+
+def sample(logits_V: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax.Array:
+    """Samples a token from the logits at one position, int32 []."""
+    if sampling.greedy:
+        return jnp.argmax(logits_V, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, filter_logits(logits_V, sampling)).astype(jnp.int32)
+
+
+def map_positions(function: Callable, *arrays: jax.Array) -> Any:
+    """Applies a function to each position of arrays [B, P, ...]; bounds the memory of intermediate logits.
+
+    Args:
+      function: maps one element per array to a pytree of arrays [...].
+      arrays: arrays with the same first two axes.
+
+    Returns:
+      The pytree with arrays [B, P, ...].
+    """
+    rows, size = arrays[0].shape[:2]
+    flat = tuple(array.reshape(rows * size, *array.shape[2:]) for array in arrays)
+    found = jax.lax.map(lambda position: function(*position), flat, batch_size=LOGITS_CHUNK)
+    return jax.tree.map(lambda array: array.reshape(rows, size, *array.shape[1:]), found)

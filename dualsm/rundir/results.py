@@ -39,11 +39,18 @@ def read_results(path: epath.Path) -> dict:
 def merge(old: Mapping, new: Mapping) -> dict:
     """Merges new results of a checkpoint into old ones.
 
-    A new result replaces the old result of the same task and mode, or of the same objective on held-out text.
+    A new result replaces the old result of the same task and mode, or of the same objective on held-out text;
+    a new acceptance of drafts replaces the old one.
     Each result contains its own settings.
     """
     tasks = {name: dict(modes) for name, modes in old.get("tasks", {}).items()}
     for name, modes in new["tasks"].items():
         tasks[name] = tasks.get(name, {}) | modes
     held_out = old.get("held_out", {}) | new.get("held_out", {})
-    return {**new, "tasks": tasks, **({"held_out": held_out} if held_out else {})}
+    acceptance = new.get("acceptance", old.get("acceptance"))
+    return {
+        **new,
+        "tasks": tasks,
+        **({"held_out": held_out} if held_out else {}),
+        **({"acceptance": acceptance} if acceptance else {}),
+    }

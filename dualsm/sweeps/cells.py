@@ -40,6 +40,7 @@ def collect(folder: epath.PathLike) -> list[Record]:
     - `best/<objective>/loss`, `best/<objective>/step`: lowest held-out loss of the run, and its step;
     - `train/<objective>/loss`: mean over the log lines of the last twentieth of the run;
     - `held_out/<objective>/loss`: held-out loss from `dualsm.evaluate`;
+    - `acceptance/greedy`, `acceptance/sampled`: accepted tokens per draft from `dualsm.evaluate`;
     - `task/<task>/<mode>`: score, scaled to 0 for chance and 100 for perfect;
     - `task/mean/<mode>`: mean score of a cell that has a score for every task of the sweep.
 
@@ -241,6 +242,9 @@ def _evaluation_columns(workdir: epath.Path, record: Record) -> Record:
             }
         for objective, measured in result.get("held_out", {}).items():
             columns[f"held_out/{objective}/loss"] = _number(measured["nats_per_token"])
+        for name in ("greedy", "sampled"):
+            if measured := result.get("acceptance", {}).get(name):
+                columns[f"acceptance/{name}"] = _number(measured["accepted_per_draft"])
     return columns
 
 

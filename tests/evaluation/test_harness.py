@@ -60,6 +60,15 @@ def requests(*args):
     return [SimpleNamespace(args=a, task_name="task", doc_id=i) for i, a in enumerate(args)]
 
 
+def test_speculative_model_scores_causally(model, workdir):
+    same = [
+        model(mode).loglikelihood(requests(*PAIRS), disable_tqdm=True) for mode in ("speculative", "causal")
+    ]
+    assert same[0] == same[1]
+    with pytest.raises(UserError, match="draft=99"):
+        harness.HarnessModel(str(workdir), mode="speculative", draft=99)
+
+
 def own_scorer(run):
     return Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
 
@@ -118,6 +127,7 @@ def continuation(run, mode, prompt, tokens):
     special = run.tokenizer.special
     start = [special.bos, *run.tokenizer.encode([prompt])[0][-(31 - tokens) :]]
     config, greedy = freeze(run.config.model), SamplingParams(temperature=0)
+    mode = "causal" if mode == "speculative" else mode
     if mode in autoregressive.MODES:
         states = autoregressive.generate(config, run.params, [start], tokens, greedy, special, mode)
     else:
@@ -126,7 +136,7 @@ def continuation(run, mode, prompt, tokens):
     return run.tokenizer.decode(list(states)[-1][0][len(start) :])
 
 
-@pytest.mark.parametrize("mode", ["causal", "prefix", "masked"])
+@pytest.mark.parametrize("mode", ["causal", "prefix", "masked", "speculative"])
 def test_texts_equal_those_of_generate_up_to_the_stop_string(model, run, mode):
     prompts = ["def main", "import os\nimport ", "import sys\n" * 20]
     whole = model(mode).generate_until(requests(*((p, GREEDY | {"until": []}) for p in prompts)))
@@ -147,7 +157,7 @@ def test_requests_with_different_options_keep_their_order(model):
     assert texts[2].startswith(texts[1])
 
 
-@pytest.mark.parametrize("mode", ["causal", "masked"])
+@pytest.mark.parametrize("mode", ["causal", "masked", "speculative"])
 def test_sampled_texts_differ_and_do_not_depend_on_other_requests(model, mode):
     """Requests more samples of one prompt than a batch contains, like tasks with `repeats`."""
     sampled = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 8}

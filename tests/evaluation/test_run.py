@@ -29,7 +29,7 @@ def test_damaged_configs_are_rejected(tmp_path, text):
 
 def test_unshifted_models_are_rejected_for_masked_modes(micro, tmp_path):
     run = TrainedRun(tmp_path, micro, None, 0, {}, None)
-    modes = ("causal", "prefix", "masked", "monte_carlo", "diffusion")
+    modes = ("causal", "prefix", "masked", "monte_carlo", "diffusion", "speculative")
     for mode in modes:
         check_mode(run, mode)
     micro.objectives.masked_diffusion.shifted = False

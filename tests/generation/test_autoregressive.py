@@ -58,7 +58,7 @@ def test_cached_logits_equal_uncached_ones(memorized, bidirectional):
     cache, position_B, logits = state.cache, lengths, [state.logits_BxV]
     for step in range(8):
         tokens_Bx1 = texts[np.arange(3), lengths + step][:, None]
-        features, cache = forward_with_cache(model, tokens_Bx1, position_B, jnp.zeros(3, jnp.int32), cache)
+        features, cache = forward_with_cache(model, tokens_Bx1, position_B, None, cache)
         logits.append(model.head.output(features[:, 0]))
         position_B = position_B + 1
     for b in range(3):
@@ -131,6 +131,7 @@ def test_many_prompts_are_divided_into_batches_of_bounded_size():
     assert [i for part in parts for i in range(400)[part]] == list(range(400))
     assert max(part.stop - part.start for part in parts) == prompt_batches.max_batch_size(160) == 102
     assert prompt_batches.max_batch_size(10**6) == 1
+    assert prompt_batches.max_batch_size(2) == prompt_batches.MAX_BATCH_SIZE  # bounds the memory of logits
 
 
 def test_texts_are_yielded_while_they_are_generated(memorized):

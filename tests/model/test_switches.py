@@ -137,7 +137,7 @@ def test_cache_contains_only_key_heads_and_does_not_change_logits(name):
     @jax.jit
     def extended(params, tokens_BxP, position_B, cache):
         model = bind(config, params)
-        features, cache = forward_with_cache(model, tokens_BxP, position_B, 0 * position_B, cache)
+        features, cache = forward_with_cache(model, tokens_BxP, position_B, None, cache)
         return model.head.output(features), cache
 
     found = []

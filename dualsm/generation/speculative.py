@@ -1,0 +1,266 @@
+"""Self-speculative decoding: the model drafts with masks and verifies with its causal mode.
+
+The distribution of the texts is that of causal decoding, and greedy texts are the same. Each step runs two
+forward passes and adds at least two tokens, see `drafting`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from dualsm.data.tokenizer import SpecialIds
+from dualsm.generation import drafting, prompt_batches
+from dualsm.generation.autoregressive import Cache, check_prompts, prefill
+from dualsm.generation.sampling_params import SamplingParams
+from dualsm.model.transformer import bind
+from dualsm.process.errors import UserError
+
+MAX_DRAFT = 64
+ADAPTIVE_SIZES = (2, 4, 8, 16)  # compiled sizes; 1 would never test a token that a mask predicts
+# A draft is as long as the probability that its last token is accepted is at least this.
+_MIN_ACCEPTANCE = 0.15
+_PRIOR = (1.0, 2.0)  # accepted and tested tokens that each text starts with
+_MEMORY = 0.95  # factor per step on earlier counts of a text
+_DRAW, _ACCEPT, _NEXT = range(3)  # uses of the PRNG key of a position
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculationParams:
+    """Parameters of self-speculative decoding.
+
+    Attributes:
+      draft: K, the number of tokens per draft; 0: adapts to the acceptance rate of each text.
+    """
+
+    draft: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.draft <= MAX_DRAFT:
+            raise UserError(f"draft={self.draft} must be in [0, {MAX_DRAFT}]; 0 adapts it")
+
+
+class SpeculativeState(NamedTuple):
+    """State of a batch of texts during decoding.
+
+    Attributes:
+      tokens_BxS: prompts and generated tokens, padded with `<pad>`.
+      length_B: current number of tokens of each text.
+      done_B: True if the text is finished: `</s>` was sampled, or the maximum length is reached.
+      cache: causal keys and values of all positions before `length_B - 1`.
+      key_B: PRNG key of each text; a position has one key per use, see `drafting.position_keys`.
+      drafts_B: number of drafts of each text so far, int32.
+      accepted_B: number of drafted tokens that each text has kept, int32.
+      rate_Bx2: accepted and tested tokens among those that masks predicted, with decaying weights, float32.
+    """
+
+    tokens_BxS: jax.Array
+    length_B: jax.Array
+    done_B: jax.Array
+    cache: Cache
+    key_B: jax.Array
+    drafts_B: jax.Array
+    accepted_B: jax.Array
+    rate_Bx2: jax.Array
+
+
+@dataclasses.dataclass
+class DraftCounts:
+    """Number of drafts, and of drafted tokens that were kept."""
+
+    drafts: int = 0
+    accepted: int = 0
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "size", "sampling", "special"), donate_argnames="state"
+)
+def speculate(
+    config: FrozenConfigDict,
+    params: dict,
+    state: SpeculativeState,
+    draft_B: jax.Array,
+    max_length_B: jax.Array,
+    steps: jax.Array,
+    *,
+    size: int,
+    sampling: SamplingParams,
+    special: SpecialIds,
+) -> SpeculativeState:
+    """Drafts and verifies up to `steps` times for each text that is not finished.
+
+    Args:
+      config: `config.model`, frozen.
+      params: parameters.
+      state: the state before the call.
+      draft_B: number of tokens per draft of each text, at most `size`. The tokens of a text depend on it, not
+        on `size`.
+      max_length_B: maximum number of tokens of each text.
+      steps: maximum number of drafts; 0 only compiles.
+      size: number of drafted positions that are computed.
+      sampling: sampling parameters.
+      special: the tokenizer's special ids.
+    """
+    offset_P1 = jnp.arange(size + 1)
+
+    def step(state: SpeculativeState) -> SpeculativeState:
+        model = bind(config, params)  # NNX modules cannot be captured by the body of a loop
+        rows, end = jnp.arange(len(draft_B)), state.tokens_BxS.shape[1]
+        length_B, active_B = state.length_B, ~state.done_B
+        size_B = jnp.clip(draft_B, 1, jnp.maximum(max_length_B - length_B, 1))
+        last_B = state.tokens_BxS[rows, length_B - 1]
+        stored_B = jnp.where(active_B, length_B, end + 1)
+        positions_BxP1 = length_B[:, None] + offset_P1
+        draw_BxP1, accept_BxP1, next_BxP1 = (
+            drafting.position_keys(state.key_B, positions_BxP1, use) for use in (_DRAW, _ACCEPT, _NEXT)
+        )
+        features_BxPxD, cache = drafting.draft_features(
+            model, last_B, stored_B, size_B, state.cache, size=size, mask=special.mask
+        )
+        draft = drafting.draw_draft(model, features_BxPxD, size_B, draw_BxP1[:, :-1], sampling, special)
+        features_BxP1xD, cache = drafting.target_features(model, draft, stored_B, cache)
+        log_acceptance_BxP = drafting.log_acceptance(model, draft, features_BxP1xD, sampling, special)
+        uniform_BxP = jax.vmap(jax.vmap(jax.random.uniform))(accept_BxP1[:, :-1])
+        is_accepted_BxP = jnp.log(uniform_BxP) < log_acceptance_BxP
+        accepted_B = jnp.cumprod(is_accepted_BxP, axis=1).sum(1)
+        next_B = drafting.draw_next(
+            model, draft, features_BxP1xD, accepted_B, next_BxP1[rows, accepted_B], sampling, special
+        )
+
+        drafted_BxP1 = jnp.pad(draft.tokens_BxP, [(0, 0), (0, 1)])
+        new_BxP1 = jnp.where(offset_P1 < accepted_B[:, None], drafted_BxP1, next_B[:, None])
+        room_B = max_length_B - length_B
+        is_eos_BxP1 = (new_BxP1 == special.eos) & (offset_P1 <= accepted_B[:, None])
+        before_eos_B = jnp.where(is_eos_BxP1.any(1), jnp.argmax(is_eos_BxP1, axis=1), size + 1)
+        count_B = jnp.where(active_B, jnp.minimum(jnp.minimum(accepted_B, before_eos_B) + 1, room_B), 0)
+        position_BxP1 = jnp.where(offset_P1 < count_B[:, None], positions_BxP1, end)
+        tested_Bx2 = jnp.stack([accepted_B - 1, accepted_B - 1 + (accepted_B < size_B)], axis=1)
+        return SpeculativeState(
+            tokens_BxS=state.tokens_BxS.at[rows[:, None], position_BxP1].set(new_BxP1, mode="drop"),
+            length_B=length_B + count_B,
+            done_B=state.done_B | (before_eos_B < count_B) | (count_B == room_B),
+            cache=cache,
+            key_B=state.key_B,
+            drafts_B=state.drafts_B + active_B,
+            accepted_B=state.accepted_B + jnp.minimum(accepted_B, count_B),
+            rate_Bx2=_MEMORY * state.rate_Bx2 + tested_Bx2,
+        )
+
+    def unfinished(carry):
+        i, state = carry
+        return (i < steps) & ~state.done_B.all()
+
+    return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, step(carry[1])), (0, state))[1]
+
+
+def adapted_draft(rate_Bx2: np.ndarray) -> np.ndarray:
+    """Returns the number of tokens per draft for the counts of accepted and tested tokens, int32 [B].
+
+    The first token is always accepted. If a mask's token is accepted with probability r, the K-th token
+    is with probability r^(K - 1); K is the largest number for which this is at least `_MIN_ACCEPTANCE`.
+    """
+    rate_B = (rate_Bx2[:, 0] + _PRIOR[0]) / (rate_Bx2[:, 1] + _PRIOR[1])
+    size_B = 1 + np.floor(math.log(_MIN_ACCEPTANCE) / np.log(np.clip(rate_B, 1e-6, 1 - 1e-6)))
+    return np.clip(size_B, ADAPTIVE_SIZES[0], ADAPTIVE_SIZES[-1]).astype(np.int32)
+
+
+def generate(
+    config: FrozenConfigDict,
+    params: dict,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    sampling: SamplingParams,
+    special: SpecialIds,
+    speculation: SpeculationParams = SpeculationParams(),
+    key_B: jax.Array | None = None,
+    counts: DraftCounts | None = None,
+    yield_every: int = 8,
+) -> Iterator[list[list[int]]]:
+    """Generates texts, and yields their intermediate states.
+
+    A text depends on its own prompt, key and `speculation`, not on the other prompts.
+
+    Args:
+      config: `config.model`, frozen.
+      params: parameters.
+      prompts: token ids, `<s>` first; divided into batches.
+      new_tokens: maximum number of tokens to add to each prompt.
+      sampling: sampling parameters.
+      special: the tokenizer's special ids.
+      speculation: parameters of the drafts.
+      key_B: PRNG key of each prompt; None: keys of seed 0, see `prompt_batches.prompt_keys`.
+      counts: updated with the number of drafts and accepted tokens; None: not counted.
+      yield_every: number of drafts between two yields, and between two adaptations of their size.
+
+    Yields:
+      Token ids of all texts, prompts included. The last item contains the finished texts.
+
+    Raises:
+      UserError: if a prompt is empty.
+    """
+    check_prompts(prompts)
+    key_B = prompt_batches.prompt_keys(0, prompts) if key_B is None else key_B
+    texts = [list(prompt) for prompt in prompts]
+    for part in prompt_batches.batch_slices(len(texts), max(map(len, texts)) + new_tokens):
+        prompts_BxP, prompt_B = prompt_batches.pad_batch(texts[part], special.pad)
+        state = start(config, params, prompts_BxP, prompt_B, key_B[part], new_tokens, special)
+        counted, compiled = DraftCounts(), set()
+        while True:
+            tokens_BxS, length_B, done_B, drafts_B, accepted_B, rate_Bx2 = jax.device_get(
+                (*state[:3], *state[5:])
+            )
+            texts[part] = [row[:length].tolist() for row, length in zip(tokens_BxS, length_B, strict=True)]
+            if counts is not None:
+                counts.drafts += int(drafts_B.sum()) - counted.drafts
+                counts.accepted += int(accepted_B.sum()) - counted.accepted
+                counted = DraftCounts(int(drafts_B.sum()), int(accepted_B.sum()))
+            yield list(texts)
+            if done_B.all():
+                break
+            draft_B, size = _draft_sizes(speculation, rate_Bx2, ~done_B)
+            advance = functools.partial(
+                speculate, config, params, draft_B=draft_B, max_length_B=prompt_B + new_tokens,
+                size=size, sampling=sampling, special=special,
+            )  # fmt: skip
+            if size not in compiled:
+                compiled.add(size)
+                state = jax.block_until_ready(advance(state=state, steps=0))
+                yield list(texts)  # so that a clock can separate compilation from decoding
+            state = advance(state=state, steps=yield_every)
+
+
+def start(config, params, prompts_BxP, prompt_B, key_B, new_tokens, special) -> SpeculativeState:
+    """Returns the state before the first draft."""
+    filled = prefill(
+        config, params, prompts_BxP, prompt_B, key_B,
+        size=prompts_BxP.shape[1] + new_tokens, bidirectional=False, special=special,
+    )  # fmt: skip
+    zeros_B = np.zeros(len(prompt_B), np.int32)
+    counts = {
+        "drafts_B": zeros_B,
+        "accepted_B": zeros_B,
+        "rate_Bx2": np.zeros((len(prompt_B), 2), np.float32),
+    }
+    state = SpeculativeState(
+        filled.tokens_BxS, filled.length_B, filled.done_B, filled.cache, filled.key_B, **counts
+    )
+    return prompt_batches.put_beside_params(params, state)
+
+
+def _draft_sizes(
+    speculation: SpeculationParams, rate_Bx2: np.ndarray, active_B: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Returns the draft size of each text, int32 [B], and the size to compute."""
+    if speculation.draft:
+        return np.full(len(active_B), speculation.draft, np.int32), speculation.draft
+    draft_B = adapted_draft(rate_Bx2)
+    longest = draft_B[active_B].max()
+    return draft_B, next(size for size in ADAPTIVE_SIZES if size >= longest)
