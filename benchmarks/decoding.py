@@ -29,7 +29,7 @@ from dualsm.generation import drafting
 from dualsm.generation.autoregressive import DecodeState, decode, forward_with_cache, prefill
 from dualsm.generation.generate import Throughput, generate
 from dualsm.generation.prompt_batches import batch_slices, pad_batch, prompt_keys
-from dualsm.generation.sampling_params import SamplingParams, map_positions
+from dualsm.generation.sampling_params import SamplingParams
 from dualsm.generation.speculative import DraftCounts, SpeculationParams
 from dualsm.model.transformer import bind
 from dualsm.process import cli
@@ -205,16 +205,15 @@ def drafts_with_and_without_cache(run: TrainedRun, size: int = 8, count: int = 5
             features_BxSxD = model.features(tokens_BxS, start_BxS, start_BxS + end_Bx1)
             features_BxPxD = jnp.take_along_axis(features_BxSxD, position_BxP[..., None], axis=1)
         key_BxP = drafting.position_keys(state.key_B, position_BxP, 0)
-        draft = drafting.draw_draft(model, features_BxPxD, size_B, key_BxP, sampling, special)
-        inputs_BxP1 = jnp.concatenate(
-            [state.tokens_BxS[rows, length_B - 1][:, None], draft.tokens_BxP], axis=1
-        )
-        features_BxP1xD, _ = forward_with_cache(model, inputs_BxP1, length_B - 1, None, state.cache)
-        log_p_BxP = map_positions(
-            lambda x_D, token: drafting.log_distribution(model, x_D, sampling, special)[token],
-            features_BxP1xD[:, :-1], draft.tokens_BxP,
-        )  # fmt: skip
-        return jnp.exp(jnp.cumsum(jnp.minimum(log_p_BxP - draft.log_q_BxP, 0), axis=1))
+        log_q_BxPxV = drafting.log_distributions(model, features_BxPxD, sampling, special)
+        draft = drafting.draw_draft(log_q_BxPxV, size_B, key_BxP, sampling)
+        log_p_BxP1xV, _ = drafting.verify(model, draft, length_B, state.cache, sampling, special)
+        if not cached:  # the first token of this draft is not exact, so it is verified like the others
+            last_Bx1 = state.tokens_BxS[rows, length_B - 1][:, None]
+            features_Bx1xD, _ = forward_with_cache(model, last_Bx1, length_B - 1, None, state.cache)
+            first_Bx1xV = drafting.log_distributions(model, features_Bx1xD, sampling, special)
+            log_p_BxP1xV = log_p_BxP1xV.at[:, :1].set(first_Bx1xV)
+        return jnp.exp(jnp.cumsum(drafting.log_acceptance(draft, log_p_BxP1xV), axis=1))
 
     records = []
     prompts = held_out_prompts(run, count, run.config.seq_len // 2)

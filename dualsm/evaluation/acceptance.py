@@ -22,6 +22,7 @@ from dualsm.rundir.trained_run import TrainedRun
 SAMPLINGS = {"greedy": SamplingParams(temperature=0), "sampled": SamplingParams(temperature=1)}
 _SEGMENTS = 128  # segments of documents, each up to a sequence long
 _DRAFTS = 4  # per segment, after a random number of its tokens
+_MAX_POSITIONS = 512  # of all drafts of a batch, whose distributions are in memory at the same time
 _SEED = 20251214  # the same segments and positions for every checkpoint
 
 
@@ -61,10 +62,10 @@ def accepted_prefixes(
     key_BxP = drafting.position_keys(key_B, length_B[:, None] + jnp.arange(size), 0)
     found = []
     for sampling in SAMPLINGS.values():
-        draft = drafting.draw_draft(model, features_BxPxD, size_B, key_BxP, sampling, special)
-        features_BxP1xD, _ = drafting.target_features(model, draft, length_B, cache)
-        log_acceptance_BxP = drafting.log_acceptance(model, draft, features_BxP1xD, sampling, special)
-        found.append(jnp.exp(jnp.cumsum(log_acceptance_BxP, axis=1)))
+        log_q_BxPxV = drafting.log_distributions(model, features_BxPxD, sampling, special)
+        draft = drafting.draw_draft(log_q_BxPxV, size_B, key_BxP, sampling)
+        log_p_BxP1xV, _ = drafting.verify(model, draft, length_B, cache, sampling, special)
+        found.append(jnp.exp(jnp.cumsum(drafting.log_acceptance(draft, log_p_BxP1xV), axis=1)))
     return jnp.stack(found)
 
 
@@ -86,7 +87,8 @@ def evaluate_acceptance(run: TrainedRun, documents: Documents, draft: int) -> di
     rng = np.random.default_rng(_SEED)
     texts = _segments(documents, run.config.seq_len)
     config, parts = freeze(run.config.model), []
-    for part in prompt_batches.batch_slices(len(texts), run.config.seq_len + draft):
+    rows = max(1, _MAX_POSITIONS // (draft + 1))
+    for part in prompt_batches.batch_slices(len(texts), run.config.seq_len + draft, rows):
         tokens_BxL, length_B = prompt_batches.pad_batch(texts[part], special.pad)
         keys_B = prompt_batches.prompt_keys(_SEED, texts[part])
         state = prefill(

@@ -19,11 +19,12 @@ from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
 from dualsm.generation import prompt_batches
-from dualsm.generation.sampling_params import SamplingParams, map_positions, mask_reserved_ids, sample
+from dualsm.generation.sampling_params import SamplingParams, mask_reserved_ids, sample
 from dualsm.model.transformer import bind
 from dualsm.process.errors import UserError
 
 ORDERS = ("confidence", "margin", "entropy", "random")
+_LOGITS_CHUNK = 256  # positions whose logits are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +101,15 @@ def unmask(
         return token, jnp.exp(log_p_V[token]), _priority(log_p_V, token, unmasking.order, order_key)
 
     # Position i - 1 predicts the token at position i; the token sampled for position 0 is unused.
-    features_BxLxD = jnp.roll(features_BxLxD, 1, axis=1)
+    features_TxD = jnp.roll(features_BxLxD, 1, axis=1).reshape(-1, features_BxLxD.shape[-1])
     key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.forwards)
     key_BxL = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(
         key_B, jnp.arange(state.tokens_BxL.shape[1])
     )
-    token_BxL, probability_BxL, priority_BxL = map_positions(draw, features_BxLxD, key_BxL)
+    drawn = jax.lax.map(
+        lambda position: draw(*position), (features_TxD, key_BxL.reshape(-1)), batch_size=_LOGITS_CHUNK
+    )
+    token_BxL, probability_BxL, priority_BxL = (x.reshape(state.tokens_BxL.shape) for x in drawn)
 
     masked_BxL = state.tokens_BxL == special.mask
     masked_block_BxL = jnp.where(masked_BxL, state.block_BxL, jnp.iinfo(jnp.int32).max)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dualsm.data.tokenizer import SpecialIds
 from dualsm.generation.autoregressive import Cache, forward_with_cache
-from dualsm.generation.sampling_params import SamplingParams, filter_logits, map_positions, mask_reserved_ids
+from dualsm.generation.sampling_params import SamplingParams, filter_logits, mask_reserved_ids
 from dualsm.model.transformer import Transformer
 
 
@@ -27,23 +27,13 @@ class Draft(NamedTuple):
 
     Attributes:
       tokens_BxP: drafted tokens for the positions `length_B`, `length_B + 1`, ...
-      log_q_BxP: log-probability with which each was drawn, float32.
-      features_BxPxD: features from which each was drawn.
+      log_q_BxPxV: log-probabilities from which each was drawn, float32.
       size_B: number of tokens that each text drafts, from 1 to P; the others are ignored.
     """
 
     tokens_BxP: jax.Array
-    log_q_BxP: jax.Array
-    features_BxPxD: jax.Array
+    log_q_BxPxV: jax.Array
     size_B: jax.Array
-
-
-def log_distribution(
-    model: Transformer, features_D: jax.Array, sampling: SamplingParams, special: SpecialIds
-) -> jax.Array:
-    """Returns the log-probabilities of the next token, as sampled: with temperature, top-k and top-p, [V]."""
-    logits_V = mask_reserved_ids(model.output_logits(features_D), special, allow_eos=True)
-    return jax.nn.log_softmax(filter_logits(logits_V, sampling))
 
 
 def draft_features(
@@ -77,26 +67,33 @@ def draft_features(
     return forward_with_cache(model, inputs_BxP, length_B - 1, key_end_BxP, cache)
 
 
+def log_distributions(
+    model: Transformer, features_BxPxD: jax.Array, sampling: SamplingParams, special: SpecialIds
+) -> jax.Array:
+    """Returns the log-probabilities of sampling with temperature, top-k and top-p, float32 [B, P, V]."""
+
+    def log_distribution(logits_V):
+        logits_V = mask_reserved_ids(logits_V, special, allow_eos=True)
+        return jax.nn.log_softmax(filter_logits(logits_V, sampling))
+
+    return jax.vmap(jax.vmap(log_distribution))(model.output_logits(features_BxPxD))
+
+
 def draw_draft(
+    log_q_BxPxV: jax.Array, size_B: jax.Array, key_BxP: jax.Array, sampling: SamplingParams
+) -> Draft:
+    """Draws drafted tokens independently of each other, `size_B` of each text."""
+    draw = jax.vmap(jax.vmap(functools.partial(_draw, sampling=sampling)))
+    return Draft(draw(log_q_BxPxV, key_BxP), log_q_BxPxV, size_B)
+
+
+def verify(
     model: Transformer,
-    features_BxPxD: jax.Array,
-    size_B: jax.Array,
-    key_BxP: jax.Array,
+    draft: Draft,
+    length_B: jax.Array,
+    cache: Cache,
     sampling: SamplingParams,
     special: SpecialIds,
-) -> Draft:
-    """Draws the drafted tokens from the features of `draft_features`, independently of each other."""
-
-    def draw(features_D, key):
-        log_q_V = log_distribution(model, features_D, sampling, special)
-        token = _draw(log_q_V, key, sampling)
-        return token, log_q_V[token]
-
-    return Draft(*map_positions(draw, features_BxPxD, key_BxP), features_BxPxD, size_B)
-
-
-def target_features(
-    model: Transformer, draft: Draft, length_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """Runs the verifying forward pass.
 
@@ -105,75 +102,56 @@ def target_features(
       draft: the drafted tokens.
       length_B: number of tokens of each text before the draft.
       cache: the cache after `draft_features`.
+      sampling: sampling parameters.
+      special: the tokenizer's special ids.
 
     Returns:
-      features_BxP1xD, from which the causal distributions of the drafted tokens and of the token after them
-      follow, and the cache with the drafted tokens. To reject tokens is to reduce the length of the text:
-      later passes replace their keys and values before a query attends to them.
+      log_p_BxP1xV, the causal distributions of the drafted tokens and of the token after them, and the cache
+      with the drafted tokens. To reject tokens is to reduce the length of the text: later passes replace
+      their keys and values before a query attends to them.
     """
     features_BxPxD, cache = forward_with_cache(model, draft.tokens_BxP, length_B, None, cache)
-    return jnp.concatenate([draft.features_BxPxD[:, :1], features_BxPxD], axis=1), cache
+    log_p_BxPxV = log_distributions(model, features_BxPxD, sampling, special)
+    return jnp.concatenate([draft.log_q_BxPxV[:, :1], log_p_BxPxV], axis=1), cache
 
 
-def log_acceptance(
-    model: Transformer,
-    draft: Draft,
-    features_BxP1xD: jax.Array,
-    sampling: SamplingParams,
-    special: SpecialIds,
-) -> jax.Array:
+def log_acceptance(draft: Draft, log_p_BxP1xV: jax.Array) -> jax.Array:
     """Returns the log of the probability min(1, p/q) that each drafted token is accepted, [B, P].
 
     The first token of a draft has probability 1, those after the draft's size 0.
-
-    Args:
-      model: the model.
-      draft: the drafted tokens, with log q.
-      features_BxP1xD: from `target_features`.
-      sampling: sampling parameters of both distributions.
-      special: the tokenizer's special ids.
     """
-
-    def log_p(features_D, token):
-        return log_distribution(model, features_D, sampling, special)[token]
-
-    log_p_BxP = map_positions(log_p, features_BxP1xD[:, :-1], draft.tokens_BxP)
-    offset_P = jnp.arange(draft.tokens_BxP.shape[1])
-    log_ratio_BxP = jnp.where(offset_P == 0, 0.0, jnp.minimum(log_p_BxP - draft.log_q_BxP, 0.0))
-    return jnp.where(offset_P < draft.size_B[:, None], log_ratio_BxP, -jnp.inf)
+    log_p_BxP, log_q_BxP = (
+        jnp.take_along_axis(x, draft.tokens_BxP[..., None], axis=2)[..., 0]
+        for x in (log_p_BxP1xV[:, :-1], draft.log_q_BxPxV)
+    )
+    is_drafted_BxP = jnp.arange(draft.tokens_BxP.shape[1]) < draft.size_B[:, None]
+    return jnp.where(is_drafted_BxP, jnp.minimum(log_p_BxP - log_q_BxP, 0.0), -jnp.inf)
 
 
 def draw_next(
-    model: Transformer,
     draft: Draft,
-    features_BxP1xD: jax.Array,
+    log_p_BxP1xV: jax.Array,
     accepted_B: jax.Array,
     key_B: jax.Array,
     sampling: SamplingParams,
-    special: SpecialIds,
 ) -> jax.Array:
     """Draws the token after the accepted ones, int32 [B].
 
     After a rejection its distribution is max(p - q, 0), normalized; after a complete draft it is p.
 
     Args:
-      model: the model.
       draft: the drafted tokens.
-      features_BxP1xD: from `target_features`.
+      log_p_BxP1xV: from `verify`.
       accepted_B: number of accepted tokens of each text.
       key_B: PRNG key of each text.
-      sampling: sampling parameters of both distributions.
-      special: the tokenizer's special ids.
+      sampling: sampling parameters.
     """
-    is_rejected_B = accepted_B < draft.size_B
-    features = (features_BxP1xD, jnp.concatenate([draft.features_BxPxD, features_BxP1xD[:, -1:]], axis=1))
-    p_Bx1xD, q_Bx1xD = (jnp.take_along_axis(x, accepted_B[:, None, None], axis=1) for x in features)
-
-    def draw(p_D, q_D, is_rejected, key):
-        log_p_V, log_q_V = (log_distribution(model, x_D, sampling, special) for x_D in (p_D, q_D))
-        return _draw(jnp.where(is_rejected, log_residual(log_p_V, log_q_V), log_p_V), key, sampling)
-
-    return map_positions(draw, p_Bx1xD, q_Bx1xD, is_rejected_B[:, None], key_B[:, None])[:, 0]
+    rows, last = jnp.arange(len(accepted_B)), draft.tokens_BxP.shape[1] - 1
+    log_p_BxV = log_p_BxP1xV[rows, accepted_B]
+    log_q_BxV = draft.log_q_BxPxV[rows, jnp.minimum(accepted_B, last)]
+    log_residual_BxV = jax.vmap(log_residual)(log_p_BxV, log_q_BxV)
+    log_next_BxV = jnp.where((accepted_B < draft.size_B)[:, None], log_residual_BxV, log_p_BxV)
+    return jax.vmap(functools.partial(_draw, sampling=sampling))(log_next_BxV, key_B)
 
 
 def log_residual(log_p_V: jax.Array, log_q_V: jax.Array) -> jax.Array:

@@ -45,9 +45,9 @@ def max_batch_size(max_length: int) -> int:
     return max(1, min(MAX_BATCH_SIZE, MAX_BATCH_TOKENS // max_length))
 
 
-def batch_slices(num_texts: int, max_length: int) -> Iterator[slice]:
-    """Divides `num_texts` texts of up to `max_length` tokens into batches."""
-    size = max_batch_size(max_length)
+def batch_slices(num_texts: int, max_length: int, max_size: int = MAX_BATCH_SIZE) -> Iterator[slice]:
+    """Divides `num_texts` texts of up to `max_length` tokens into batches of at most `max_size`."""
+    size = min(max_batch_size(max_length), max_size)
     return (slice(start, start + size) for start in range(0, num_texts, size))
 
 

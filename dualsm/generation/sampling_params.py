@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,6 @@ from dualsm.data.tokenizer import RESERVED_IDS, SpecialIds
 from dualsm.process.errors import UserError
 
 GREEDY_BELOW = 1e-5  # temperature; logits divided by less overflow float32 (vLLM uses the same limit)
-LOGITS_CHUNK = 256  # positions whose logits are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +81,3 @@ def sample(logits_V: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax
     if sampling.greedy:
         return jnp.argmax(logits_V, axis=-1).astype(jnp.int32)
     return jax.random.categorical(key, filter_logits(logits_V, sampling)).astype(jnp.int32)
-
-
-def map_positions(function: Callable, *arrays: jax.Array) -> Any:
-    """Applies a function to each position of arrays [B, P, ...]; bounds the memory of intermediate logits.
-
-    Args:
-      function: maps one element per array to a pytree of arrays [...].
-      arrays: arrays with the same first two axes.
-
-    Returns:
-      The pytree with arrays [B, P, ...].
-    """
-    rows, size = arrays[0].shape[:2]
-    flat = tuple(array.reshape(rows * size, *array.shape[2:]) for array in arrays)
-    found = jax.lax.map(lambda position: function(*position), flat, batch_size=LOGITS_CHUNK)
-    return jax.tree.map(lambda array: array.reshape(rows, size, *array.shape[1:]), found)

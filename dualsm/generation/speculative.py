@@ -29,6 +29,7 @@ ADAPTIVE_SIZES = (2, 4, 8, 16)  # compiled sizes; 1 would never test a token tha
 # A draft is as long as the probability that its last token is accepted is at least this.
 _MIN_ACCEPTANCE = 0.15
 _PRIOR = (1.0, 2.0)  # accepted and tested tokens that each text starts with
+_MAX_POSITIONS = 1024  # of all drafts of a batch, whose distributions are in memory at the same time
 _MEMORY = 0.95  # factor per step on earlier counts of a text
 _DRAW, _ACCEPT, _NEXT = range(3)  # uses of the PRNG key of a position
 
@@ -125,15 +126,16 @@ def speculate(
         features_BxPxD, cache = drafting.draft_features(
             model, last_B, stored_B, size_B, state.cache, size=size, mask=special.mask
         )
-        draft = drafting.draw_draft(model, features_BxPxD, size_B, draw_BxP1[:, :-1], sampling, special)
-        features_BxP1xD, cache = drafting.target_features(model, draft, stored_B, cache)
-        log_acceptance_BxP = drafting.log_acceptance(model, draft, features_BxP1xD, sampling, special)
+        log_q_BxPxV = drafting.log_distributions(model, features_BxPxD, sampling, special)
+        draft = drafting.draw_draft(log_q_BxPxV, size_B, draw_BxP1[:, :-1], sampling)
+        log_p_BxP1xV, cache = drafting.verify(model, draft, stored_B, cache, sampling, special)
+        log_acceptance_BxP = drafting.log_acceptance(draft, log_p_BxP1xV)
         uniform_BxP = jax.vmap(jax.vmap(jax.random.uniform))(accept_BxP1[:, :-1])
-        is_accepted_BxP = jnp.log(uniform_BxP) < log_acceptance_BxP
-        accepted_B = jnp.cumprod(is_accepted_BxP, axis=1).sum(1)
-        next_B = drafting.draw_next(
-            model, draft, features_BxP1xD, accepted_B, next_BxP1[rows, accepted_B], sampling, special
-        )
+        # Greedy acceptance has probability 0 or 1.
+        log_uniform_BxP = -1.0 if sampling.greedy else jnp.log(uniform_BxP)
+        accepted_B = jnp.cumprod(log_uniform_BxP < log_acceptance_BxP, axis=1).sum(1)
+        next_key_B = next_BxP1[rows, accepted_B]
+        next_B = drafting.draw_next(draft, log_p_BxP1xV, accepted_B, next_key_B, sampling)
 
         drafted_BxP1 = jnp.pad(draft.tokens_BxP, [(0, 0), (0, 1)])
         new_BxP1 = jnp.where(offset_P1 < accepted_B[:, None], drafted_BxP1, next_B[:, None])
@@ -209,7 +211,9 @@ def generate(
     check_prompts(prompts)
     key_B = prompt_batches.prompt_keys(0, prompts) if key_B is None else key_B
     texts = [list(prompt) for prompt in prompts]
-    for part in prompt_batches.batch_slices(len(texts), max(map(len, texts)) + new_tokens):
+    largest = speculation.draft or ADAPTIVE_SIZES[-1]
+    max_rows = max(1, _MAX_POSITIONS // (largest + 1))
+    for part in prompt_batches.batch_slices(len(texts), max(map(len, texts)) + new_tokens, max_rows):
         prompts_BxP, prompt_B = prompt_batches.pad_batch(texts[part], special.pad)
         state = start(config, params, prompts_BxP, prompt_B, key_B[part], new_tokens, special)
         counted, compiled = DraftCounts(), set()

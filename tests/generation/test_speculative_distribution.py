@@ -141,14 +141,15 @@ def test_acceptance_probability_is_the_overlap_of_both_distributions(name):
         features, cache = drafting.draft_features(
             bound, last_B, length_B, size_B, cache, size=2, mask=SPECIAL.mask
         )
-        log_q_BxP = jnp.log(jnp.array([[q_2xV[0][a], q_2xV[1][b]] for a, b in pairs]))
-        draft = drafting.Draft(jnp.array(pairs), log_q_BxP, features, size_B)
-        target, _ = drafting.target_features(bound, draft, length_B, cache)
-        return jnp.exp(drafting.log_acceptance(bound, draft, target, sampling, SPECIAL))
+        log_q_BxPxV = drafting.log_distributions(bound, features, sampling, SPECIAL)
+        draft = drafting.Draft(jnp.array(pairs), log_q_BxPxV, size_B)
+        log_p_BxP1xV, _ = drafting.verify(bound, draft, length_B, cache, sampling, SPECIAL)
+        return log_q_BxPxV[0], jnp.exp(drafting.log_acceptance(draft, log_p_BxP1xV))
 
     prompts_BxP, prompt_B = np.tile(np.array(PROMPT), (len(pairs), 1)), np.full(len(pairs), 3)
     state = speculative.start(config, params, prompts_BxP, prompt_B, prompt_keys(0, pairs), 4, SPECIAL)
-    found = np.array(acceptance(params, state.cache))
+    log_q_2xV, found = jax.device_get(acceptance(params, state.cache))
+    np.testing.assert_allclose(np.exp(log_q_2xV), q_2xV, atol=1e-6)
     np.testing.assert_array_equal(found[:, 0], 1)
     np.testing.assert_allclose(found[:, 1], expected, atol=1e-4)
     # `</s>` as the first token ends the text; no other token is kept.
