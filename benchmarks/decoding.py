@@ -117,7 +117,7 @@ def medians(functions: Sequence[Callable[[], float]]) -> list[float]:
 
 def held_out_prompts(run: TrainedRun, count: int, tokens: int) -> list[list[int]]:
     """Returns segments of held-out documents, spread evenly, as prompts."""
-    documents = open_held_out(run, _DATA.value).documents("valid")
+    documents = open_held_out(run, _DATA.value)[0].corpus.documents("valid")
     document_N = np.flatnonzero(documents.lengths_N > tokens)
     chosen_S = document_N[np.arange(count) * len(document_N) // count]
     rng = np.random.default_rng(0)

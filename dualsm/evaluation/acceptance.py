@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def accepted_prefixes(
     return jnp.stack(found)
 
 
-def evaluate_acceptance(run: TrainedRun, documents: Documents, draft: int) -> dict:
+def evaluate_acceptance(run: TrainedRun, sources: Sequence[Documents], draft: int) -> dict:
     """Measures the expected number of accepted tokens per draft on held-out text.
 
     Segments are spread evenly over the documents. The standard error treats the drafts of a segment as one
@@ -77,7 +78,7 @@ def evaluate_acceptance(run: TrainedRun, documents: Documents, draft: int) -> di
 
     Args:
       run: the run.
-      documents: the held-out split.
+      sources: the held-out split of each corpus.
       draft: tokens per draft; the first of them is always accepted.
 
     Returns:
@@ -85,7 +86,7 @@ def evaluate_acceptance(run: TrainedRun, documents: Documents, draft: int) -> di
     """
     start, special = time.perf_counter(), run.tokenizer.special
     rng = np.random.default_rng(_SEED)
-    texts = _segments(documents, run.config.seq_len)
+    texts = _segments(sources, run.config.seq_len)
     config, parts = freeze(run.config.model), []
     rows = max(1, _MAX_POSITIONS // (draft + 1))
     for part in prompt_batches.batch_slices(len(texts), run.config.seq_len + draft, rows):
@@ -133,13 +134,18 @@ def _summary(accepted_NxP: np.ndarray) -> dict:
     }
 
 
-def _segments(documents: Documents, seq_len: int) -> list[np.ndarray]:
+def _segments(sources: Sequence[Documents], seq_len: int) -> list[np.ndarray]:
     """Returns segments of at most `seq_len` tokens, and at least two, spread evenly over the documents."""
-    count_N = (documents.lengths_N + seq_len - 2) // seq_len  # without segments of a single token
-    end_N = np.cumsum(count_N)
-    size = min(_SEGMENTS, int(end_N[-1]))
-    index_S = np.arange(size) * int(end_N[-1]) // size
-    document_S = np.searchsorted(end_N, index_S, side="right")
-    start_S = (index_S - (end_N - count_N)[document_S]) * seq_len
-    stop_S = np.minimum(start_S + seq_len, documents.lengths_N[document_S])
-    return documents.read(document_S, start_S, stop_S)
+    # A last segment of a single token does not count.
+    counts = [(documents.lengths_N + seq_len - 2) // seq_len for documents in sources]
+    total, first, segments = sum(int(count_N.sum()) for count_N in counts), 0, []
+    index_S = np.arange(min(_SEGMENTS, total)) * total // min(_SEGMENTS, total)
+    for documents, count_N in zip(sources, counts, strict=True):
+        end_N = first + np.cumsum(count_N)
+        own_S = index_S[(index_S >= first) & (index_S < end_N[-1])]
+        first = int(end_N[-1])
+        document_S = np.searchsorted(end_N, own_S, side="right")
+        start_S = (own_S - (end_N - count_N)[document_S]) * seq_len
+        stop_S = np.minimum(start_S + seq_len, documents.lengths_N[document_S])
+        segments += documents.read(document_S, start_S, stop_S)
+    return segments

@@ -76,24 +76,26 @@ def test_a_model_whose_modes_agree_accepts_all_drafts(run):
     bias_V = np.where(np.arange(VOCABULARY) == 40, 1e4, 0).astype(np.float32)
     head = run.params["head"] | {"output": run.params["head"]["output"] | {"bias": bias_V}}
     agreeing = SimpleNamespace(**vars(run) | {"params": run.params | {"head": head}})
-    result = evaluate_acceptance(agreeing, Texts(70, 9), DRAFT)
+    result = evaluate_acceptance(agreeing, [Texts(70, 9)], DRAFT)
     for name in ("greedy", "sampled"):
         assert result[name]["accepted_per_draft"] == pytest.approx(DRAFT)
         assert result[name]["stderr"] == pytest.approx(0, abs=1e-6)
         assert result[name]["tokens_per_forward"] == pytest.approx((DRAFT + 1) / 2)
     assert result["settings"]["segments"] == 4  # the long document has three
     assert result["n"] == 16
-    result = evaluate_acceptance(run, Texts(70, 9), DRAFT)
+    result = evaluate_acceptance(run, [Texts(70), Texts(9)], DRAFT)
     assert 1 < result["greedy"]["accepted_per_draft"] < DRAFT
     assert result["sampled"]["by_position"][0] == 1
 
 
 def test_segments_are_spread_over_the_documents(monkeypatch):
     texts = Texts(1, 33, 2, 64, 32)
-    segments = acceptance._segments(texts, 32)
+    segments = acceptance._segments([texts], 32)
     assert [len(segment) for segment in segments] == [32, 2, 32, 32, 32]  # not the single tokens
+    two = acceptance._segments([Texts(1, 33), Texts(2, 64, 32)], 32)
+    assert [len(segment) for segment in two] == [32, 2, 32, 32, 32]
     monkeypatch.setattr(acceptance, "_SEGMENTS", 2)
-    assert [segment.tolist() for segment in acceptance._segments(texts, 32)] == [
+    assert [segment.tolist() for segment in acceptance._segments([texts], 32)] == [
         texts.texts[1][:32].tolist(),
         texts.texts[3][:32].tolist(),
     ]
