@@ -18,6 +18,7 @@ from dualsm.training.start import open_job
 from dualsm.training.validation import SourceValidation, Validation, valid_rows
 from tests.conftest import run_command
 from tests.micro_sources import two_sources
+from tests.processes import launch
 
 from .test_resume import learned
 
@@ -151,6 +152,18 @@ def test_losses_do_not_depend_on_devices_and_accumulation(whole, paths, tmp_path
     # The first validation scores a sample of the rows that depends on the accumulation.
     for a, b in zip(read_metrics(tmp_path)[1:], read_metrics(whole)[1:], strict=True):
         losses = [name for name in b if name.endswith("loss")]
+        assert [a[name] for name in losses] == pytest.approx([b[name] for name in losses], abs=2e-5)
+
+
+def test_two_processes_train_as_one(whole, paths, tmp_path):
+    small, large = paths
+    flags = ["mesh.data=2", "model.num_layers=1", "valid.objectives=causal"]
+    flags += ["sources.small.mixture.causal=0.0", "sources.small.mixture.mir=0.5"]
+    arguments = [f"--config=tests/micro_sources.py:{small},{large}", f"--workdir={tmp_path / 'run'}"]
+    done = launch(2, 1, *arguments, *(f"--config.{flag}" for flag in flags))
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(read_metrics(tmp_path / "run"), read_metrics(whole), strict=True):
+        losses = [name for name in b if name.endswith("loss") or name.startswith("epoch")]
         assert [a[name] for name in losses] == pytest.approx([b[name] for name in losses], abs=2e-5)
 
 
