@@ -28,12 +28,12 @@ class MixturePlan:
     def __init__(self, config: ConfigDict):
         parts = shares_by_source(config)
         # A source that trains a pair gets an even number of rows.
-        rows_K = [max(entry.rows for entry in part.entries) for part in parts]
-        share_SxK = np.stack([part.share_S for part in parts], 1)
-        rows_SxK = mixture.sequence_counts(share_SxK, config.batch_size, rows_K) * rows_K
+        rows_O = [max(entry.rows for entry in part.entries) for part in parts]
+        share_SxO = np.stack([part.share_S for part in parts], 1)
+        rows_SxO = mixture.sequence_counts(share_SxO, config.batch_size, rows_O) * rows_O
         counts = [
             mixture.sequence_counts(part.within_SxE, rows_S, [entry.rows for entry in part.entries])
-            for part, rows_S in zip(parts, rows_SxK.T, strict=True)
+            for part, rows_S in zip(parts, rows_SxO.T, strict=True)
         ]
         self.sources = [part.source for part in parts]
         self.entries = [entry for part in parts for entry in part.entries]

@@ -12,10 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dualsm.objectives.mixture import check_shares
-from dualsm.objectives.registry import Option
 from dualsm.objectives.share_schedule import Point, schedule_points, shares_of_steps
 from dualsm.process.errors import UserError
-from dualsm.process.value_rules import ANY, FRACTION, at_least
+from dualsm.process.value_rules import ANY, FRACTION, Rule, at_least
 
 RESERVED_NAMES = ("ema",)  # of metrics, such as valid/ema/causal/loss
 
@@ -47,15 +46,23 @@ class Source(NamedTuple):
         return self.unique_tokens or -(-budget // self.repetitions)
 
 
-# Keys of `config.sources.NAME`, and the default of each.
-OPTIONS = {
-    "corpus": Option("Corpus, the output of `python -m dualsm.prepare`.", ANY),
-    "share": Option("Share of the rows of the batch; the shares of all sources sum to 1.", FRACTION),
-    "repetitions": Option("R, passes over the source's unique tokens; 0: see unique_tokens.", at_least(0)),
-    "unique_tokens": Option("U, the first tokens of the corpus; 0: see repetitions.", at_least(0)),
-    "identity": Option("Hash of the corpus; set by the run, which resumes only on this corpus.", ANY),
+class SourceKey(NamedTuple):
+    """A key of `config.sources.NAME`. The type of the default is the type of the key."""
+
+    default: Any
+    rule: Rule
+    doc: str
+
+
+# Beside these keys, `mixture` maps objectives and pairs to their shares of the source's rows.
+KEYS = {
+    "corpus": SourceKey("", ANY, "Corpus, the output of `python -m dualsm.prepare`."),
+    "share": SourceKey(0.0, FRACTION, "Share of the rows; the shares of all sources sum to 1."),
+    "repetitions": SourceKey(0, at_least(0), "R, passes over the unique tokens; 0: see unique_tokens."),
+    "unique_tokens": SourceKey(0.0, at_least(0), "U, first tokens of the corpus; 0: see repetitions."),
+    "identity": SourceKey("", ANY, "Hash of the corpus; set by the run, which resumes only on this corpus."),
 }
-_DEFAULTS = {"corpus": "", "share": 0.0, "repetitions": 0, "unique_tokens": 0.0, "identity": ""}
+_DEFAULTS = {name: key.default for name, key in KEYS.items()}
 
 
 def default_source_options(sources: Mapping[str, Any], entries: Sequence[str]) -> dict[str, Any]:
@@ -103,8 +110,8 @@ def check_sources(config: ConfigDict) -> None:
         )
     for name, values in config.sources.items():
         where, options = f"config.sources.{name}", _DEFAULTS | dict(values)
-        for key, option in OPTIONS.items():
-            option.rule.check(f"{where}.{key}", options[key])
+        for key, (_, rule, _) in KEYS.items():
+            rule.check(f"{where}.{key}", options[key])
         if not options["corpus"]:
             raise UserError(f"{where}.corpus is empty; set it to the path of a corpus")
         if options["unique_tokens"] % 1:
@@ -170,7 +177,7 @@ def trained_sources(config: ConfigDict) -> list[Source]:
 
 
 def source_shares(config: ConfigDict, sources: Sequence[Source]) -> np.ndarray:
-    """Returns the share of each source of the rows of each step, float64 [S, number of sources]."""
+    """Returns the share of each source of the rows of each step, float64 [S, O]."""
     if not config.sources:
         return np.ones((config.steps, 1))
     names = [source.name for source in sources]

@@ -30,7 +30,7 @@ class MetricsLog:
         config: ConfigDict,
         plan: MixturePlan,
         schedule: optax.Schedule,
-        unique_K: Sequence[int],
+        unique_O: Sequence[int],
         peak: Peak,
         flops_J: np.ndarray,
         writer: MetricsWriter | NoMetrics,
@@ -40,14 +40,14 @@ class MetricsLog:
           config: the run's config.
           plan: objectives and sequences of the run.
           schedule: learning rate by step.
-          unique_K: unique tokens of each source.
+          unique_O: unique tokens of each source.
           peak: peak performance of all devices.
           flops_J: floating-point operations of a train step per row of each member of the mixture.
           writer: destination of the metrics.
         """
         self._config, self._plan, self._schedule = config, plan, schedule
         self._names = list(dict.fromkeys(member.name for member in plan.members))
-        self._unique_K, self._peak, self._flops_J = unique_K, peak, flops_J
+        self._unique_O, self._peak, self._flops_J = unique_O, peak, flops_J
         self._writer, self._deferred = writer, None
         self.clock = Clock()
 
@@ -93,9 +93,9 @@ class MetricsLog:
 
     def _position(self, step: int) -> dict[str, float]:
         tokens = self._plan.sequences(step) * self._config.seq_len
-        record = {"tokens": tokens, "epoch": tokens / sum(self._unique_K), "flops": self._flops(step)}
-        sequences_K = self._plan.source_sequences(step)
-        for source, sequences, unique in zip(self._plan.sources, sequences_K, self._unique_K, strict=True):
+        record = {"tokens": tokens, "epoch": tokens / sum(self._unique_O), "flops": self._flops(step)}
+        sequences_O = self._plan.source_sequences(step)
+        for source, sequences, unique in zip(self._plan.sources, sequences_O, self._unique_O, strict=True):
             if source.name:
                 record[f"epoch/{source.name}"] = sequences * self._config.seq_len / unique
         return record
