@@ -60,3 +60,5 @@ def test_damaged_results_are_a_user_error(tmp_path, content):
 def test_invalid_requests_are_rejected(tasks, modes, text):
     with pytest.raises(UserError, match=text):
         EvalSpec(tasks, modes).check()
+    with pytest.raises(UserError, match="--draft=99"):
+        EvalSpec(["valid"], ["causal"], draft=99).check()
