@@ -104,11 +104,13 @@ def test_later_evaluations_take_precedence(sweep):
     _, workdir = sweep
     late = {"checkpoint": STEPS + 1, "tasks": {"blimp": {"causal": {"normalised": 77.0}}}}
     (workdir / "eval" / "a.json").write_text(json.dumps(late))
-    held_out = {"checkpoint": 1, "held_out": {"causal": {"nats_per_token": 2.0}}}
+    acceptance = {"draft": 8, "greedy": {"accepted_per_draft": 1.5}, "sampled": {"accepted_per_draft": 1.7}}
+    held_out = {"checkpoint": 1, "held_out": {"causal": {"nats_per_token": 2.0}}, "acceptance": acceptance}
     (workdir / "eval" / "b.json").write_text(json.dumps(held_out))
     row = cell_record(workdir, "cell", VALUES)
     assert row["task/blimp/causal"] == 77.0
     assert row["held_out/causal/loss"] == 2.0
+    assert [row["acceptance/greedy"], row["acceptance/sampled"]] == [1.5, 1.7]
 
 
 def test_no_mean_score_without_all_tasks(tmp_path):
