@@ -10,6 +10,7 @@ from etils import epath
 
 from dualsm.devices.chips import usable_cores
 from dualsm.process.errors import UserError
+from dualsm.process.paths import retry
 
 _CORES_PER_THREAD, _MAX_THREADS = 4, 8  # leave most cores to training
 
@@ -26,7 +27,7 @@ def sha256(path: epath.PathLike) -> str:
 def check_hash(path: epath.Path, expected: str) -> None:
     """Raises `UserError`, naming the shard, if its hash has changed or it cannot be read."""
     try:
-        found = sha256(path)
+        found = retry(lambda: sha256(path), path)
     except OSError as error:
         raise UserError(
             f"corpus shard {path} cannot be read ({error}); check the disk, or copy the corpus again"
@@ -51,19 +52,22 @@ class Verification:
           sha256_by_path: expected hash of each shard.
         """
         self._todo, self._lock = iter(sha256_by_path.items()), threading.Lock()
-        self._damage: UserError | None = None
+        self._damage: Exception | None = None
         count = min(max(int(usable_cores()) // _CORES_PER_THREAD, 1), _MAX_THREADS)
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()
 
     def check(self) -> None:
-        """Raises `UserError`, naming the shard, if damage has been found so far."""
+        """Raises `UserError`, naming the shard, if damage has been found so far.
+
+        Raises an unexpected exception of a thread too: its shards are not verified.
+        """
         if self._damage is not None:
             raise self._damage
 
     def finish(self) -> None:
-        """Waits until all shards are verified. Raises `UserError`, naming the shard, if one is damaged."""
+        """Waits until all shards are verified. Raises the exceptions of `check`."""
         for thread in self._threads:
             thread.join()
         self.check()
@@ -76,5 +80,5 @@ class Verification:
                 return
             try:
                 check_hash(*shard)
-            except UserError as error:
+            except Exception as error:
                 self._damage = error

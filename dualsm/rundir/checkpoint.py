@@ -179,7 +179,8 @@ class Checkpoints:
     def _write_latest(self, step: int) -> None:
         """Writes the file `LATEST`."""
         if distributed.is_main_process():
-            with contextlib.suppress(OSError):  # the run can continue without this file
+            # A run can continue without this file; clients of buckets raise various errors.
+            with contextlib.suppress(Exception):
                 self._latest.write_text(f"{step}\n")
 
     @contextlib.contextmanager

@@ -9,9 +9,11 @@ import signal
 
 import pytest
 
+from dualsm.data import verification
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
 from dualsm.data.workers import worker_pool
+from dualsm.process import paths
 from dualsm.process.errors import UserError
 from tests.fuzzing.artifacts import real_texts
 from tests.fuzzing.corpora import make_corpus
@@ -84,6 +86,37 @@ def test_an_intact_corpus_passes_the_verification(small):
     corpus.start_verification()
     corpus.finish_verification()
     assert corpus.documents("train").read([0])
+
+
+def test_an_unexpected_exception_of_a_verification_thread_is_raised(small, monkeypatch):
+    """Its shards are not verified, so the verification does not end as if they were intact."""
+
+    def fail(path):
+        raise RuntimeError("503 of the bucket")
+
+    monkeypatch.setattr(verification, "sha256", fail)
+    corpus = Corpus(str(small))
+    documents = corpus.documents("train")
+    corpus.start_verification()
+    with pytest.raises(RuntimeError, match="503"):
+        corpus.finish_verification()
+    with pytest.raises(RuntimeError, match="503"):
+        documents.read([0])
+
+
+def test_shards_in_a_bucket_are_read_again_after_an_error(monkeypatch):
+    attempts = []
+
+    def fail_twice(path):
+        attempts.append(path)
+        if len(attempts) < 3:
+            raise ConnectionResetError("the connection was reset")
+        return "hash"
+
+    monkeypatch.setattr(verification, "sha256", fail_twice)
+    monkeypatch.setattr(paths.time, "sleep", lambda seconds: None)
+    verification.Verification({"gs://bucket/shard": "hash"}).finish()
+    assert len(attempts) == 3
 
 
 def test_changed_lengths_are_detected(copy):

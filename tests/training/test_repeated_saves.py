@@ -1,5 +1,7 @@
 """Failed saves are repeated with a backoff, during training and at its end."""
 
+import contextlib
+
 import jax
 import pytest
 
@@ -100,3 +102,18 @@ def test_training_does_not_depend_on_failed_saves(small, tmp_path, monkeypatch):
         fail_at(patch, {4, 5, 8}, "before")
         assert train(small, tmp_path / "disturbed")
     assert not problems([], tmp_path / "disturbed", tmp_path / "whole")
+
+
+def test_a_save_succeeds_without_the_file_of_the_latest_checkpoint(small, tmp_path):
+    """Only the main process writes the file: its failure must not make the processes disagree."""
+
+    class Unavailable:
+        def write_text(self, text):
+            raise RuntimeError("503")  # exceptions of gcsfs do not derive from OSError
+
+    with contextlib.closing(Checkpoints(tmp_path, small.checkpoint)) as checkpoints:
+        checkpoints._latest = Unavailable()
+        checkpoints.save(3, {"a": jax.numpy.ones(2)}, last=True)
+        small.checkpoint.final_retries = 0
+        checkpoints.finish()
+        assert checkpoints.newest() == 3
