@@ -1,6 +1,8 @@
 """Paths of users: every reader passes them through `user_path`, which knows buckets and `~`."""
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 from etils import epath
@@ -14,12 +16,13 @@ from dualsm.evaluation.tasks import task_files
 from dualsm.exchange.hub import local_path
 from dualsm.generation.prompts import read_prompts
 from dualsm.process import paths
-from dualsm.process.errors import UserError, user_message
+from dualsm.process.errors import BucketError, UserError, exit_status, user_message
 from dualsm.process.output import new_folder, write_atomically
 from dualsm.process.paths import absolute, files_in, is_remote, local_copy, retry, user_path
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.trained_run import open_run
 from dualsm.sweeps.cells import collect
+from tests.conftest import command_env
 
 BUCKET = "gs://bucket/some/x"
 
@@ -93,9 +96,57 @@ def test_work_on_a_bucket_is_retried_with_increasing_pauses(monkeypatch):
     assert len(pauses) == 3 and all(2**i / 2 <= pause <= 2**i for i, pause in enumerate(pauses))
     with pytest.raises(OSError, match="the connection was reset") as caught:
         retry(Flaky(99), BUCKET)
-    assert user_message(caught.value) is not None
+    assert "check the name of the bucket" in user_message(caught.value)
+    assert exit_status(caught.value) == 1  # launchers repeat the command
     with pytest.raises(ConnectionError):  # local paths fail at once
         retry(Flaky(1), "local")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("503"), UserError("process 0: 503")])
+def test_all_processes_retry_an_error_on_which_they_agreed(monkeypatch, error):
+    """`together` raises the error itself in one process, and another one in the others."""
+    attempts = []
+    monkeypatch.setattr(paths.time, "sleep", lambda seconds: None)
+
+    def fail():
+        attempts.append(1)
+        raise error
+
+    error.agreed = True
+    with pytest.raises(BucketError, match="503") as caught:
+        retry(fail, BUCKET, attempts=3)
+    assert len(attempts) == 3 and caught.value.agreed
+    error.agreed = False
+    with pytest.raises(UserError if isinstance(error, UserError) else BucketError) as caught:
+        retry(fail, BUCKET, attempts=3)
+    assert len(attempts) == (4 if isinstance(error, UserError) else 6)
+
+
+def test_missing_objects_are_user_errors_and_other_missing_files_are_not():
+    """Neither gcsfs nor Orbax sets the errno of a FileNotFoundError."""
+    fsspec = pytest.importorskip("fsspec")
+    with pytest.raises(FileNotFoundError) as missing:
+        fsspec.filesystem("memory").open("/nothing")
+    assert user_message(missing.value) == "/nothing does not exist; check the path"
+    assert exit_status(missing.value) == 2
+    with pytest.raises(FileNotFoundError) as own:
+        raise FileNotFoundError("no checkpoint")
+    assert user_message(own.value) is None
+
+
+def test_a_command_that_cannot_reach_a_bucket_exits_with_status_1():
+    """GKE and the scripts of launch/ repeat a command with status 1, but not one with status 2."""
+    code = (
+        "from dualsm.process import cli, errors\n"
+        "def main(argv):\n raise errors.BucketError(5, '503', 'gs://bucket/run')\n"
+        "cli.run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=command_env())
+    assert done.returncode == 1
+    assert (
+        done.stderr.startswith("error: [Errno 5] 503: 'gs://bucket/run'; check")
+        and "Trace" not in done.stderr
+    )
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from jax.errors import JaxRuntimeError
 from dualsm.config import load_config
 from dualsm.data.build import Recipe, build
 from dualsm.process.distributed import _exit_message, job
-from dualsm.process.errors import UserError
+from dualsm.process.errors import BucketError, UserError
 from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
 from tests.processes import MET_TOO_LATE, STOPPED, end, launch, start, write_recipe
@@ -261,6 +261,7 @@ def test_disk_failure_is_one_line_and_ends_the_job(recipe):
             1,
         ),
         (JaxRuntimeError(""), "lost the other processes", 1),
+        (BucketError(errno.EIO, "503", "gs://bucket/run"), "503.*; check the name of the bucket", 1),
         (ValueError("too many values to unpack"), "^$", 1),
     ],
 )

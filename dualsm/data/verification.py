@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from etils import epath
 
 from dualsm.devices.chips import usable_cores
-from dualsm.process.errors import UserError
+from dualsm.process.errors import BucketError, UserError
 from dualsm.process.paths import retry
 
 _CORES_PER_THREAD, _MAX_THREADS = 4, 8  # leave most cores to training
@@ -25,9 +25,14 @@ def sha256(path: epath.PathLike) -> str:
 
 
 def check_hash(path: epath.Path, expected: str) -> None:
-    """Raises `UserError`, naming the shard, if its hash has changed or it cannot be read."""
+    """Raises `UserError`, naming the shard, if its hash has changed or it cannot be read.
+
+    Raises `BucketError` if a bucket still fails after retries.
+    """
     try:
         found = retry(lambda: sha256(path), path)
+    except BucketError:
+        raise
     except OSError as error:
         raise UserError(
             f"corpus shard {path} cannot be read ({error}); check the disk, or copy the corpus again"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from dualsm.process.errors import BROKEN_PIPE, UserError, is_broken_stdout, user_message
+from dualsm.process.errors import BROKEN_PIPE, UserError, exit_status, is_broken_stdout, user_message
 from dualsm.process.memory import keep_freed_memory, may_use_accelerator
 from dualsm.process.progress import escape_unprintable, warn
 
@@ -37,10 +37,10 @@ def DEFINE_path(name: str, default: str | None, help: str) -> flags.FlagHolder[s
     return flags.DEFINE(_PathParser(), name, default, help)
 
 
-def fail(message: str) -> None:
-    """Prints one line to stderr and exits with status 2."""
+def fail(message: str, status: int = 2) -> None:
+    """Prints one line to stderr and exits."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -174,7 +174,9 @@ def _ignore_leftovers(hook: Callable) -> Callable:
 
 
 def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> None:
-    """Runs `main(argv)` as an absl program; reports an error that a user can fix in one line, with status 2.
+    """Runs `main(argv)` as an absl program; reports an error that a user can fix in one line.
+
+    The exit status is then that of `exit_status`.
 
     Args:
       main: receives the program's name and, if there are verbs, the chosen verb.
@@ -193,7 +195,7 @@ def run(main: Callable[[Sequence[str]], None], verbs: Sequence[str] = ()) -> Non
             sys.exit(130)
         except Exception as error:
             if text := user_message(error):
-                fail(text)
+                fail(text, exit_status(error))
             raise
 
     sys.unraisablehook = _ignore_leftovers(sys.unraisablehook)

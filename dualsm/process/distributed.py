@@ -19,7 +19,7 @@ import jax
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
-from dualsm.process.errors import BROKEN_PIPE, UserError, is_broken_stdout, user_message
+from dualsm.process.errors import BROKEN_PIPE, UserError, exit_status, is_broken_stdout, user_message
 from dualsm.process.progress import drop_terminal
 
 JOIN_SECONDS = 300  # limit for all processes to join
@@ -164,14 +164,15 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    own = "" if failure is None else "user " + text if (text := user_message(failure)) else "other"
-    failed = gather(own)
+    text = user_message(failure) or ""
+    kind = "user" if text and exit_status(failure) == 2 else "other"
+    failed = gather("" if failure is None else f"{kind} {text}")
     if failure is None and failed:
         process, text = min(failed.items())
         kind, _, text = text.partition(" ")
         failure = UserError(f"process {process}: {text}")
         if kind != "user":
-            failure = PeerError(f"process {process} failed")
+            failure = PeerError(f"process {process} failed{': ' * bool(text)}{text}")
     if failure is not None:
         failure.agreed = True  # all processes either exit, see `_die`, or continue, see `Checkpoints`
         raise failure
@@ -221,7 +222,7 @@ def _join(coordinator: str | None, processes: int | None, process_id: int | None
 def _exit_message(error: BaseException) -> tuple[str, int]:
     """Returns message and exit status for an error that ends this process; an empty message for a bug."""
     if text := user_message(error):
-        return f": {text}", 2
+        return f": {text}", exit_status(error)
     if is_broken_stdout(error):
         return ": broken pipe on stdout", BROKEN_PIPE
     if isinstance(error, PeerError):

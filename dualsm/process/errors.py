@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import select
 import sys
+import traceback
 
 # Operating system errors that a user can fix.
 _DISK = "check free space, permissions and the disk, or choose another folder"
 _BUCKET = "check the name of the bucket, your access to it and the network, and run the same command again"
 _BUCKET_LIBRARIES = ("gcsfs", "aiohttp", "google")  # whose exceptions have various base classes
+_FILE_SYSTEMS = ("gcsfs", "fsspec")
 _NETWORK = "check the network and run the same command again"
 _ADVICE = dict.fromkeys((
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
@@ -31,16 +33,20 @@ class UserError(Exception):
     """An error that the user can fix; the message says what is wrong, where, and what to do."""
 
 
+class BucketError(OSError):
+    """A failure of a bucket or of the network to it, after retries; the command may succeed when repeated."""
+
+
 def user_message(error: BaseException) -> str | None:
     """Returns a message for an error that the user can fix, or None for any other error."""
     if isinstance(error, UserError):
         return str(error)
+    if _is_bucket_failure(error):
+        return f"{' '.join(str(error).split()) or type(error).__name__}; {_BUCKET}"
     if isinstance(error, OSError) and error.errno in _ADVICE:
         return f"{error}; {_ADVICE[error.errno]}"
-    if isinstance(error, FileNotFoundError) and error.errno is None:  # raised by gcsfs
+    if isinstance(error, FileNotFoundError) and _origin(error) in _FILE_SYSTEMS:  # it has no errno
         return f"{error} does not exist; check the path"
-    if type(error).__module__.partition(".")[0] in _BUCKET_LIBRARIES:
-        return f"{' '.join(str(error).split()) or type(error).__name__}; {_BUCKET}"
     if isinstance(error, RuntimeError):  # the base class of JAX's errors
         text = str(error)
         if "Unable to initialize backend" in text:
@@ -53,6 +59,24 @@ def user_message(error: BaseException) -> str | None:
                 "shard the parameters with a larger config.mesh.fsdp"
             )
     return None
+
+
+def exit_status(error: BaseException) -> int:
+    """Returns the exit status for an error with a `user_message`: 2, or 1 for what a repetition may fix.
+
+    Launchers repeat a command that ended with status 1.
+    """
+    return 1 if _is_bucket_failure(error) else 2
+
+
+def _is_bucket_failure(error: BaseException) -> bool:
+    return isinstance(error, BucketError) or type(error).__module__.partition(".")[0] in _BUCKET_LIBRARIES
+
+
+def _origin(error: BaseException) -> str:
+    """Returns the package that raised an error, or "" if it was not raised."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return modules[-1].partition(".")[0] if modules else ""
 
 
 def is_broken_stdout(error: BaseException) -> bool:

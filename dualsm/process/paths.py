@@ -24,7 +24,7 @@ from typing import BinaryIO, TypeVar
 
 from etils import epath
 
-from dualsm.process.errors import UserError
+from dualsm.process.errors import BucketError, UserError
 
 _SCHEME = re.compile("[a-z0-9]+://")
 _T = TypeVar("_T")
@@ -113,7 +113,7 @@ def write_object(path: epath.Path, content: bytes) -> None:
     """Writes an object in a bucket, with retries; readers see the previous object or the new one.
 
     Raises:
-      OSError: if all attempts fail.
+      BucketError: if all attempts fail.
     """
     _retry(lambda: path.write_bytes(content), path)
 
@@ -122,7 +122,7 @@ def upload(folder: epath.PathLike, target: epath.Path, last: str = "") -> None:
     """Copies a local folder into a bucket, with retries; the file `last` is written after all others.
 
     Raises:
-      OSError: if all attempts for a file fail.
+      BucketError: if all attempts for a file fail.
     """
     paths = [os.path.join(at, name) for at, _, found in os.walk(folder) for name in found]
     names = sorted(os.path.relpath(path, folder) for path in paths)
@@ -170,16 +170,19 @@ def retry(work: Callable[[], _T], path: epath.PathLike, attempts: int = _ATTEMPT
 
 
 def _retry(work: Callable[[], _T], path: epath.PathLike, attempts: int = _ATTEMPTS) -> _T:
-    """Repeats work until it succeeds. Raises OSError after the last attempt."""
-    for attempt in range(attempts - 1):
+    """Repeats work until it succeeds. Raises `BucketError` after the last attempt."""
+    for attempt in range(attempts):
         try:
             return work()
-        except UserError:
-            raise
-        except Exception:  # the network libraries raise various errors
+        except Exception as error:  # the network libraries raise various errors
+            # Processes of a job agree on an error inside `together`, where it is a UserError in some of them.
+            agreed = getattr(error, "agreed", False)
+            if isinstance(error, UserError) and not agreed:
+                raise
+            if attempt == attempts - 1:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                failure = BucketError(errno.EIO, reason, str(path))
+                failure.agreed = agreed
+                raise failure from error
             time.sleep(2**attempt * random.uniform(0.5, 1))
-    try:
-        return work()
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(errno.EIO, reason, str(path)) from error
+    raise ValueError(f"attempts={attempts} must be at least 1")
