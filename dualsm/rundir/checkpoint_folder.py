@@ -5,15 +5,27 @@ from __future__ import annotations
 from etils import epath
 
 from dualsm.process.errors import UserError
-from dualsm.process.paths import absolute, user_path
+from dualsm.process.paths import absolute, is_remote, retry, user_path
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest_checkpoint"  # file with the step of the newest intact checkpoint; reveals lost checkpoints
+_COMMITTED = "commit_success.txt"  # object that Orbax writes last, in buckets
 
 
 def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
     """Returns the folder of a run's checkpoints."""
     return absolute(workdir) / CHECKPOINTS
+
+
+def has_checkpoint(workdir: epath.PathLike, step: int) -> bool:
+    """Returns True if a run has a complete checkpoint of a step.
+
+    Does not use Orbax, which initializes JAX's backend: a process that starts others must leave it to them.
+    """
+    folder = checkpoints_folder(workdir) / str(step)
+    if is_remote(folder):
+        return retry((folder / _COMMITTED).exists, folder)
+    return folder.is_dir()
 
 
 def check_not_lost(workdir: epath.PathLike) -> None:

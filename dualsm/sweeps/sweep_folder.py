@@ -18,8 +18,7 @@ from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
 from dualsm.process.paths import absolute, size_and_time
 from dualsm.process.progress import warn
-from dualsm.rundir.checkpoint_folder import CHECKPOINTS
-from dualsm.rundir.checkpoint_reader import checkpoint_steps
+from dualsm.rundir.checkpoint_folder import has_checkpoint
 from dualsm.rundir.metrics import METRICS, read_metrics
 from dualsm.rundir.results import read_results, results_file
 from dualsm.rundir.workdir import read_config
@@ -177,7 +176,7 @@ class Sweep:
         records, steps = self.records(cell), self.configs[cell.name].steps
         if not records or records[-1]["step"] < steps:
             return False
-        return (self.path(cell) / CHECKPOINTS).is_dir() and steps in checkpoint_steps(self.path(cell))
+        return has_checkpoint(self.path(cell), steps)
 
     def _evaluated(self, cell: Cell) -> bool:
         """Returns True if the results of a cell's last checkpoint cover `eval_spec`."""
