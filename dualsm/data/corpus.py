@@ -138,10 +138,13 @@ class Corpus:
         """
         self._verification = Verification(self._hashes("valid") | self._hashes("train"))
 
-    def finish_verification(self) -> None:
-        """Waits for the verification, if it was started; see `Verification.finish`."""
-        if self._verification is not None:
-            self._verification.finish()
+    def finish_verification(self, timeout: float | None = None) -> bool:
+        """Waits for the verification, at most `timeout` seconds; see `Verification.finish`.
+
+        Returns:
+          True if all shards are verified, or the verification was not started.
+        """
+        return self._verification is None or self._verification.finish(timeout)
 
     def _check_verification(self) -> None:
         if self._verification is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Mapping
 
 from etils import epath
@@ -71,11 +72,17 @@ class Verification:
         if self._damage is not None:
             raise self._damage
 
-    def finish(self) -> None:
-        """Waits until all shards are verified. Raises the exceptions of `check`."""
+    def finish(self, timeout: float | None = None) -> bool:
+        """Waits until all shards are verified, at most `timeout` seconds; raises the exceptions of `check`.
+
+        Returns:
+          True if all shards are verified.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
-            thread.join()
+            thread.join(deadline and max(deadline - time.monotonic(), 0))
         self.check()
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
         while self._damage is None:

@@ -95,7 +95,6 @@ class _Run:
             steps=config.steps,
             row_sources=self.plan.row_sources,
         )
-
         self.milestones = find_milestones(config, self.plan, [corpus for _, corpus in corpora])
         self.schedule = learning_rate(config.optimizer, config.steps)
         self.abstract_state, self.init, self.step = compile_train_step(config, special, mesh)
@@ -119,9 +118,8 @@ class _Run:
 
     def go(self, stop: Callable[[int], bool], profiler: Profiler) -> bool:
         """Trains from the newest checkpoint until the end or until `stop`; returns True at the end."""
-        with contextlib.closing(
-            Checkpoints(self.workdir, self.config.checkpoint, self.milestones)
-        ) as checkpoints:
+        checkpoints = Checkpoints(self.workdir, self.config.checkpoint, self.milestones)
+        with contextlib.closing(checkpoints):
             state = checkpoints.restore(self.abstract_state)
             resumed = state is not None
             if resumed and state.opt_state is None:  # imported weights
@@ -229,7 +227,8 @@ class _Run:
                 if (save or repeat) and (last or stopped or not metrics.consecutive_skips):
                     with clock.time("saving"):
                         if not stopped:  # a preempted job has no time to wait
-                            finish_verification(self.corpora)
+                            stopped = finish_verification(self.corpora, functools.partial(stop, done))
+                            save |= stopped
                         # A checkpoint must not be newer than the metrics file.
                         checkpoints.save(done, state, before=log.sync, last=last or stopped, repeats=not save)
                     save = repeat = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -14,6 +14,8 @@ from dualsm.objectives.plan import MixturePlan
 from dualsm.objectives.sources import Source, trained_sources
 from dualsm.process import distributed
 from dualsm.process.errors import UserError
+
+_POLL_SECONDS = 1.0  # between checks whether the run was stopped
 
 
 class RunCorpus(NamedTuple):
@@ -41,15 +43,26 @@ def open_corpora(config: ConfigDict) -> list[RunCorpus]:
     return opened
 
 
-def finish_verification(corpora: Sequence[RunCorpus]) -> None:
-    """Waits for the verification of all corpora, in all processes of a job.
+def finish_verification(corpora: Sequence[RunCorpus], stop: Callable[[], bool]) -> bool:
+    """Waits for the verification of all corpora, in all processes of a job, or until `stop`.
+
+    Args:
+      corpora: the corpora.
+      stop: called about once per second; must return the same in all processes.
+
+    Returns:
+      True if `stop` returned True before the end of the verification.
 
     Raises:
       UserError: if a shard is damaged.
     """
-    with distributed.together():
-        for _, corpus in corpora:
-            corpus.finish_verification()
+    while True:
+        with distributed.together():
+            verified = all(corpus.finish_verification(_POLL_SECONDS) for _, corpus in corpora)
+        if distributed.all_agree(verified):
+            return False
+        if stop():
+            return True
 
 
 def order_documents(

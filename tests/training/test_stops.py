@@ -1,15 +1,17 @@
 """Stops during validation, lost checkpoints, delayed and repeated saves."""
 
 import shutil
+import threading
 
 import jax
 import pytest
 
+from dualsm.data import verification
 from dualsm.process.errors import UserError
 from dualsm.rundir.checkpoint import Checkpoints
 from dualsm.rundir.checkpoint_folder import LATEST
 from dualsm.rundir.metrics import read_metrics
-from dualsm.training import loop
+from dualsm.training import loop, run_corpora
 from dualsm.training.loop import train
 
 
@@ -104,3 +106,30 @@ def test_last_save_is_retried(small, tmp_path, monkeypatch, capsys):
     assert saved(tmp_path) == [4, 8, 12] and not failures
     assert [pause for pause in pauses if pause >= 1] == [1, 2]
     assert capsys.readouterr().err.count("step 12 could not be saved") == 2
+
+
+def test_stop_during_the_verification_before_the_first_save_saves(small, tmp_path, monkeypatch):
+    """A preempted job does not wait for the hashes of its corpus; the resumed run is the same run."""
+    small.valid.objectives = ""
+    assert train(small, tmp_path / "whole")
+    read, hash_of = threading.Event(), verification.sha256
+
+    def wait(path):
+        read.wait(60)
+        return hash_of(path)
+
+    monkeypatch.setattr(verification, "sha256", wait)
+    monkeypatch.setattr(run_corpora, "_POLL_SECONDS", 0.01)
+    asked = []
+
+    def stop(step):
+        asked.append(step)
+        return asked.count(4) == 3  # after the step, and twice during the wait
+
+    try:
+        assert not train(small, tmp_path / "cut", stop)
+    finally:
+        read.set()
+    assert asked.count(4) == 3 and saved(tmp_path / "cut") == [4]
+    assert train(small, tmp_path / "cut")
+    assert learned(tmp_path / "cut") == learned(tmp_path / "whole")
