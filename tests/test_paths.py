@@ -1,6 +1,8 @@
 """Paths of users: every reader passes them through `user_path`, which knows buckets and `~`."""
 
+import errno
 import importlib.util
+import shutil
 import subprocess
 import sys
 
@@ -171,7 +173,8 @@ def test_the_marker_of_a_folder_in_a_bucket_is_written_last(bucket):
     with new_folder(target, "--output", last="manifest") as folder:
         for name in ("zzz", "manifest", "a"):
             (folder / name).write_text(name)
-    assert order[0] == ".incomplete" and order[-1] == "manifest" and sorted(order[1:-1]) == ["a", "zzz"]
+    assert order[:2] == [".incomplete"] * 2  # a probe before the work, and the start of the upload
+    assert order[-1] == "manifest" and sorted(order[2:-1]) == ["a", "zzz"]
     assert sorted(path.name for path in target.iterdir()) == ["a", "manifest", "zzz"]
     with pytest.raises(UserError, match="already exists"), new_folder(target, "--output", last="manifest"):
         pass
@@ -191,7 +194,32 @@ def test_a_failed_block_writes_nothing_to_a_bucket(bucket):
     target, order = bucket
     with pytest.raises(ZeroDivisionError), new_folder(target, "--output", last="manifest") as folder:
         (folder / "manifest").write_text(str(1 / 0))
-    assert not target.exists() and not order
+    assert order == [".incomplete"] and not any(target.iterdir())  # the probe
+
+
+def test_a_bucket_that_is_not_writable_ends_the_command_before_its_work(bucket, monkeypatch):
+    def refuse(path, content):
+        raise BucketError(errno.EIO, "403", str(path))
+
+    monkeypatch.setattr("dualsm.process.output.write_object", refuse)
+    with pytest.raises(BucketError, match="403"), new_folder(bucket[0], "--output", last="manifest"):
+        pytest.fail("the work has started")
+
+
+def test_the_result_of_a_failed_upload_is_kept(bucket, monkeypatch):
+    target, _ = bucket
+
+    def fail(*args):
+        raise BucketError(errno.EIO, "503", str(target))
+
+    monkeypatch.setattr("dualsm.process.output.upload", fail)
+    with (
+        pytest.raises(BucketError, match="503; the complete folder is in") as caught,
+        new_folder(target, "--output", last="manifest") as folder,
+    ):
+        (folder / "manifest").write_text("text")
+    assert str(folder) in user_message(caught.value) and (folder / "manifest").read_text() == "text"
+    shutil.rmtree(folder)
 
 
 def test_a_file_in_a_bucket_is_written_without_a_rename(bucket):

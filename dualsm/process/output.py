@@ -15,8 +15,8 @@ from typing import IO
 
 from etils import epath
 
-from dualsm.process.errors import UserError
-from dualsm.process.paths import files_in, is_remote, upload, user_path, write_object
+from dualsm.process.errors import BucketError, UserError
+from dualsm.process.paths import files_in, is_remote, retry, upload, user_path, write_object
 
 _LOCK = ".lock"
 _INCOMPLETE = ".incomplete"  # object in a folder of a bucket that is being uploaded
@@ -89,8 +89,9 @@ def new_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]:
 
     A local `target` is complete or does not exist: the temporary folder is renamed. In a bucket, where a
     rename is not atomic, the files are uploaded one by one and the file `last`, without which no command
-    reads the folder, is written after all others. An interrupted upload leaves an object `.incomplete`, and
-    the next call with the same target deletes the leftovers. Concurrent calls with the same target in a
+    reads the folder, is written after all others. If the upload fails, the temporary folder is kept and the
+    error names it. An interrupted upload leaves an object `.incomplete`, and the next call with the same
+    target deletes the leftovers. Concurrent calls with the same target in a
     bucket are not detected.
 
     Locally, also removes temporary folders of processes that died. Each process locks a file in its folder:
@@ -138,15 +139,30 @@ def new_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _uploaded_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]:
-    """Yields a temporary folder, which is uploaded if the block succeeds."""
+    """Yields a temporary folder, which is uploaded if the block succeeds and kept if the upload fails."""
     _remove_interrupted_upload(target, last)
     check_empty(target, flag)
-    with tempfile.TemporaryDirectory(prefix="dualsm-") as folder:
-        yield Path(folder)
+    write_object(target / _INCOMPLETE, b"")  # the bucket must be writable before the work starts
+    _remove_object(target / _INCOMPLETE)
+    folder, kept = Path(tempfile.mkdtemp(prefix="dualsm-")), False
+    try:
+        yield folder
         check_empty(target, flag)
-        write_object(target / _INCOMPLETE, b"")
-        upload(folder, target, last)
-        (target / _INCOMPLETE).unlink(missing_ok=True)
+        try:
+            write_object(target / _INCOMPLETE, b"")
+            upload(folder, target, last)
+        except OSError as error:
+            kept = True
+            reason = f"{error.strerror or error}; the complete folder is in {folder}, copy it to the bucket"
+            raise BucketError(errno.EIO, reason, str(target)) from error
+        _remove_object(target / _INCOMPLETE)
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_object(path: epath.Path) -> None:
+    retry(lambda: path.unlink(missing_ok=True), path)
 
 
 def _remove_interrupted_upload(target: epath.Path, last: str) -> None:

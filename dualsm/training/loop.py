@@ -53,9 +53,9 @@ def train(
     Args:
       config: a complete config.
       workdir: the run directory; created if it does not exist.
-      stop: called with the number of finished steps, after every step and before every validation batch. When
-        it returns True, the run saves a checkpoint and returns. In a multi-process job, the same call must
-        return True in all processes.
+      stop: called with the number of finished steps, after every step, before every validation batch, and
+        while the run waits for the hashes of its corpora. When it returns True, the run saves a checkpoint
+        and returns. In a multi-process job, the same call must return True in all processes.
       profile: steps to profile; None: no profile.
 
     Returns:
