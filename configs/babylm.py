@@ -5,8 +5,8 @@ python -m dualsm.prepare --input='train_10M/*.train' --valid_input='dev/*.dev' -
 python -m dualsm.train --config=configs/babylm.py:corpus=runs/babylm_corpus --workdir=runs/babylm
 python -m dualsm.convert export --format=huggingface --milestones --workdir=runs/babylm --output=exported
 
-Arguments: `corpus`, from which the number of steps follows; `track=strict` for a larger model and more
-milestones; `alpha`, by default 15/16; `repetitions` instead of 10 epochs. See docs/babylm.md.
+Arguments: `corpus`, whose size determines the number of steps; `track=strict`, for a larger model and more
+milestones; `alpha` (default 15/16); `repetitions` (default 10). See docs/babylm.md.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from dualsm.data.corpus import MANIFEST, Corpus
 from dualsm.process.errors import UserError
 
 EPOCHS = 10
-TOKENS_PER_WORD = 1.35  # a guess, used until the corpus exists
+TOKENS_PER_WORD = 1.35  # rough estimate, used until the corpus exists
 WORDS = {"strict-small": 10_000_000, "strict": 100_000_000}
 MILESTONES = [*range(1, 10), *range(10, 101, 10), *range(200, 1001, 100)]  # millions of words
 
@@ -37,7 +37,7 @@ def get_config(arg: str = ""):
         split = Corpus(config.data.path).manifest["splits"]["train"]
         words, tokens = split.get("words", words), split["tokens"]
     config.steps = max(config.repetitions * tokens // (config.batch_size * config.seq_len), 1)
-    # Few masked rows cost little causal loss at 10 epochs, and make the masked scores useful.
+    # At 10 epochs a few masked rows raise the causal loss only slightly and make the masked scores useful.
     set_alpha(config, args.get("alpha", 15 / 16))
     config.valid.every = 250
 

@@ -1,4 +1,4 @@
-"""A low-resource language beside a high-resource one: 100M unique tokens 16 times, and 2B tokens once.
+"""A low-resource and a high-resource language: 100M unique tokens for 16 epochs, and 2B tokens for one.
 
     python -m dualsm.prepare --input='small/*.gz,large/*.gz' --output=corpora/both --vocab_size=32768
     for name in small large; do
@@ -7,8 +7,9 @@
     done
     python -m dualsm.train --config=configs/dual_low_resource.py --workdir=runs/low_resource
 
-`alpha` and `repetitions` are those of the small corpus, which 4/9 of all rows read; half of its rows are
-masked diffusion. The large corpus is read once, with the paper's mixture for data that is not repeated.
+The arguments `alpha` and `repetitions` apply to the small corpus, whose share is 4/9 of all rows; by default
+half of its rows are masked diffusion. The large corpus is read once, with the paper's mixture for data that
+is not repeated.
 """
 
 from dualsm.config import add_source, default_config, parse_arg

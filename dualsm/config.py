@@ -105,12 +105,12 @@ def add_source(
     """Adds a source to `config.sources`, with all its keys, so that each can be overridden.
 
     Args:
-      config: modified in place; call `add_pair` before.
+      config: modified in place; call `add_pair` first, so that the mixture has a key per pair.
       name: name of the source.
       corpus: path of its corpus.
       share: share of the rows of the batch; the shares of all sources must sum to 1.
       repetitions: R of the source.
-      unique_tokens: its number of unique tokens; set either this or `repetitions`.
+      unique_tokens: U of the source; set either `unique_tokens` or `repetitions`.
       mixture: its own mixture; None for `config.mixture`.
     """
     defaults = unflatten_dict(default_source_options({name: {}}, [*config.mixture]), sep=".")

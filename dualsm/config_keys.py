@@ -61,7 +61,7 @@ KEYS = [
         "'0.5 causal=0.25 masked_diffusion=0.75; 1 causal=1'.",
     ),
 
-    Key("sources_schedule.name", "constant", one_of(SHARE_SCHEDULES), "Of the shares of the sources."),
+    Key("sources_schedule.name", "constant", one_of(SHARE_SCHEDULES), "Schedule of the sources' shares."),
     Key(
         "sources_schedule.path", "", ANY, "Points after the start, as in mixture_schedule.path: "
         "'0.5 small=0.25 large=0.75'.",
@@ -183,13 +183,13 @@ KEYS = [
     Key("checkpoint.final_retries", 8, at_least(0), "Retries of the last save, after 1, 2, 4, ... seconds."),
     Key("checkpoint.keep_period", 0, at_least(0), "Also keep checkpoints at multiples of it; 0: none."),
     Key(
-        "checkpoint.at_words", "", COUNTS, "Also save and keep checkpoints after these numbers of words, "
+        "checkpoint.at_words", "", COUNTS, "Also save and keep checkpoints at these numbers of words, "
         "such as 1M,2M,10M; repeated words count each time.",
     ),
 
     Key("valid.every", 100, at_least(1), "Steps between validations; the first and last step also validate."),
     Key(
-        "valid.num_sequences", 1024, at_least(0), "Maximum number of held-out sequences, of each source; 0: "
+        "valid.num_sequences", 1024, at_least(0), "Maximum number of held-out sequences per source; 0: "
         "all.",
     ),
     Key("valid.objectives", "causal,prefix,masked_diffusion", ANY, "Validated objectives; empty: none."),

@@ -41,13 +41,13 @@ _VALID_SAMPLES = flags.DEFINE_integer(
     "valid_samples", 4, "held-out text: draws per packed sequence", lower_bound=1
 )
 _DRAFT = flags.DEFINE_integer(
-    "draft", 8, "held-out text: tokens per draft whose acceptance is measured; 0: skip", lower_bound=0
+    "draft", 8, "held-out text: tokens per draft, to measure acceptance; 0: skip", lower_bound=0
 )
 _LIMIT = flags.DEFINE_integer("limit", 0, "maximum number of questions per task; 0: all", lower_bound=0)
 _BASELINES = flags.DEFINE_list(
     "baselines",
     [],
-    f"models that know nothing, to compare with: {', '.join(BASELINES)} (reads the run's corpus)",
+    f"baselines to compare with: {', '.join(BASELINES)} (which reads the run's corpus)",
 )
 _DATA = cli.DEFINE_path("data", "", "corpus with the held-out text; default: the run's own corpus")
 _OUTPUT = cli.DEFINE_path(

@@ -36,7 +36,7 @@ _BUDGET = flags.DEFINE_float("budget", None, "tokens to train on, including repe
 _SOURCES = flags.DEFINE_multi_string(
     "source",
     [],
-    "NAME:UNIQUE_TOKENS:BUDGET of one of several sources (config.sources); repeat the flag for each",
+    "NAME:UNIQUE_TOKENS:BUDGET of a source (config.sources); repeat the flag for each source",
 )
 _SWEEP = cli.DEFINE_path(
     "sweep",

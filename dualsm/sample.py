@@ -54,7 +54,7 @@ _BLOCK = flags.DEFINE_integer(
     "block", 0, "diffusion: unmask blocks of this many tokens from left to right; 0: one block"
 )
 _DRAFT = flags.DEFINE_integer(
-    "draft", 0, "speculative: tokens per draft; 0: adapts to the acceptance rate", 0, MAX_DRAFT
+    "draft", 0, "speculative: tokens per draft; 0: adaptive, from the acceptance rate", 0, MAX_DRAFT
 )
 _COMPARE = flags.DEFINE_bool(
     "compare", True, "speculative: also measure the speed of causal decoding, on up to 64 tokens per prompt"

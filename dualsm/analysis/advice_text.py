@@ -29,7 +29,7 @@ def describe(
       token_budget: the question.
       answers: from `advise`.
       sweep: path of the sweep; "" without one.
-      source: the source of the data that the question is about; None for the whole run.
+      source: the source that the question is about; None for the whole run.
     """
     lines = [_numbers(token_budget), *_rounding(token_budget)]
     for advice in answers:

@@ -24,7 +24,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "valid")
-_THREADS = 8  # for hashes, and for the latency of a bucket
+_THREADS = 8  # for hashes, and to hide the latency of a bucket
 
 
 def _array_keys(split: dict) -> list[str]:
@@ -132,7 +132,7 @@ class Corpus:
                 pass
 
     def start_verification(self) -> None:
-        """Starts to check the hashes of all shards in the background, so that training need not wait.
+        """Starts to verify the hashes of all shards in the background, so that training does not wait.
 
         `Documents.read` raises `UserError` once a damaged shard has been found.
         """

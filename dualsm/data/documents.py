@@ -50,7 +50,7 @@ class Documents:
           folder: folder of the corpus.
           split: entry of the split in the manifest.
           dtype: dtype of the stored tokens.
-          check: called before each read; raises `UserError` if damage has been found in the meantime.
+          check: called before each read; raises `UserError` if the corpus is known to be damaged.
 
         Raises:
           UserError: if a file is damaged, or the files do not match.
@@ -132,7 +132,7 @@ class Documents:
                 self._source[index]
             except (RuntimeError, ValueError, OSError):
                 return self._shards[np.searchsorted(self._end_of_shard_S, index, "right")]
-        return "(unknown)"  # the next attempt to read it succeeded
+        return "(unknown)"  # the second read succeeded
 
     def _read_records(self, indices: list[int]) -> Sequence[bytes]:
         # `__getitems__` starts threads in each call. The threads hide the latency of a bucket, but cost

@@ -20,7 +20,7 @@ BABYLM_SUFFIXES = (".train", ".dev", ".test")  # text files with many documents 
 TEXT_SUFFIXES = (".txt", *BABYLM_SUFFIXES)
 COLUMN_SUFFIXES = (".parquet", ".arrow")
 SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES, ".bin")
-_THREADS = 16  # for the latency of a bucket
+_THREADS = 16  # hide the latency of a bucket
 _EXPANSION = dict.fromkeys(streams.COMPRESSIONS, 4) | {".parquet": 3, ".bin": 2}  # rough text bytes per byte
 
 

@@ -1,4 +1,4 @@
-"""Verification of a corpus in the background: the hash of every shard, while training has begun."""
+"""Verification of the hashes of a corpus in the background, during training."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def check_hash(path: epath.Path, expected: str) -> None:
 class Verification:
     """Checks the hashes of shards in daemon threads.
 
-    A training run reads records that are not verified yet. ArrayRecord checks each record by a checksum of
-    its own, which detects flipped bytes; the hashes also detect a shard that was replaced by another one.
+    A training run reads records that are not verified yet. ArrayRecord verifies a checksum of each record,
+    which detects flipped bytes; the hashes also detect a shard that was replaced by another one.
     """
 
     def __init__(self, sha256_by_path: Mapping[epath.Path, str]):

@@ -22,8 +22,8 @@ from dualsm.rundir.trained_run import TrainedRun
 
 SAMPLINGS = {"greedy": SamplingParams(temperature=0), "sampled": SamplingParams(temperature=1)}
 _SEGMENTS = 128  # segments of documents, each up to a sequence long
-_DRAFTS = 4  # per segment, after a random number of its tokens
-_MAX_POSITIONS = 512  # of all drafts of a batch, whose distributions are in memory at the same time
+_DRAFTS = 4  # per segment, each after a random number of its tokens
+_MAX_POSITIONS = 512  # per batch, over all drafts; their distributions are in memory at the same time
 _SEED = 20251214  # the same segments and positions for every checkpoint
 
 
@@ -39,7 +39,7 @@ def accepted_prefixes(
     size: int,
     special: SpecialIds,
 ) -> jax.Array:
-    """Drafts after the first `length_B` tokens of each text.
+    """Drafts after the first `length_B` tokens of each text, and computes acceptance probabilities.
 
     Args:
       config: `config.model`, frozen.
@@ -53,7 +53,7 @@ def accepted_prefixes(
 
     Returns:
       Probability that the first 1, ..., P tokens are all accepted, for each of `SAMPLINGS`, [2, B, P]. The
-      drafts are sampled; the sum over positions is the expected number of accepted tokens of a draft.
+      sum over positions is the expected number of accepted tokens of each sampled draft.
     """
     model = bind(config, params)
     rows, size_B = jnp.arange(len(length_B)), jnp.full_like(length_B, size)
@@ -136,7 +136,7 @@ def _summary(accepted_NxP: np.ndarray) -> dict:
 
 def _segments(sources: Sequence[Documents], seq_len: int) -> list[np.ndarray]:
     """Returns segments of at most `seq_len` tokens, and at least two, spread evenly over the documents."""
-    # A last segment of a single token does not count.
+    # A last segment of a single token is left out.
     counts = [(documents.lengths_N + seq_len - 2) // seq_len for documents in sources]
     total, first, segments = sum(int(count_N.sum()) for count_N in counts), 0, []
     index_S = np.arange(min(_SEGMENTS, total)) * total // min(_SEGMENTS, total)

@@ -1,4 +1,4 @@
-"""Baselines that know nothing: what a task scores by the lengths and the words of its answers."""
+"""Baselines for tasks: scores of an untrained model and of a unigram model of the training text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dualsm.training.run_corpora import open_corpora
 
 UNTRAINED, UNIGRAM = "untrained", "unigram"
 BASELINES = (UNTRAINED, UNIGRAM)
-_MAX_TOKENS = 20_000_000  # of the corpus, for the frequencies
+_MAX_TOKENS = 20_000_000  # tokens of the corpus that are counted
 _DOCUMENTS_PER_READ = 256
 
 # Scores items as `Scorer` does.
@@ -84,7 +84,7 @@ def unigram_log_probs(corpus: Corpus, max_tokens: int = _MAX_TOKENS) -> np.ndarr
 
 
 class UnigramScorer:
-    """Scores a completion by the frequencies of its tokens, without its context, in every mode."""
+    """Scores a completion by the frequencies of its tokens, in every mode; ignores the context."""
 
     def __init__(self, log_prob_V: np.ndarray, tokenizer: Tokenizer):
         """
@@ -95,7 +95,7 @@ class UnigramScorer:
         self._log_prob_V, self._tokenizer = log_prob_V, tokenizer
 
     def __call__(self, items: Sequence[Item], scoring: ScoringParams, label: str = "") -> Scores:
-        """Returns the scores of the items; answers that a model cannot score are not NaN here."""
+        """Returns the scores of the items, none of them NaN: completions of any length have a score."""
         completions = [encode_pair(self._tokenizer, item)[1] for item in items]
         log_likelihood_N = np.array([self._log_prob_V[completion].sum() for completion in completions])
         is_false_N = np.zeros(len(items), bool)

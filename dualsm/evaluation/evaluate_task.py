@@ -43,7 +43,7 @@ def evaluate_task(
       scorer: scores items with a model.
       scoring: scoring parameters.
       limit: the limit that the questions were loaded with; written to the results.
-      baselines: models that know nothing, by name, see `baselines.open_baselines`.
+      baselines: baselines by name, see `baselines.open_baselines`.
 
     Returns:
       The entry of this task and mode in the results file.

@@ -61,13 +61,13 @@ class HarnessModel:
           checkpoint: step of the checkpoint; None: the newest.
           mode: one of `dualsm.evaluation.modes.MODES`, or "speculative", which scores as "causal". Texts are
             generated autoregressively in the modes causal and prefix, by speculative decoding in the mode
-            speculative, by unmasking in the other two.
+            speculative, and by unmasking in the other two.
           masks: numbers of masks in the mode masked: 1, "1+4" or [1, 4].
           samples: draws per item in the mode monte_carlo.
           seed: seed of the mode monte_carlo and of sampling. A text depends only on the seed, its prompt, and
             the number of equal prompts before it.
           parameters: "last" for the weights, "ema" for their moving average.
-          draft: tokens per draft in the mode speculative; 0: adapts to the acceptance rate.
+          draft: tokens per draft in the mode speculative; 0: adaptive, from the acceptance rate.
           block, steps: unmasking parameters, see `dualsm.generation.diffusion.UnmaskingParams`.
 
         Raises:

@@ -35,7 +35,7 @@ class EvalSpec:
       valid_samples: draws per packed sequence of held-out text.
       data: corpus with the held-out text; empty for the corpus that the run was trained on.
       baselines: names from `BASELINES`.
-      draft: tokens per draft whose acceptance is measured on held-out text; 0: not measured.
+      draft: tokens per draft, to measure acceptance on held-out text; 0: not measured.
     """
 
     tasks: Sequence[str]

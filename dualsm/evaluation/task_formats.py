@@ -39,7 +39,7 @@ class Task(NamedTuple):
       neutral: the neutral context for "acc_uncond": the task's prompt without the question.
       splits: splits in order of preference; the first one for which files exist is read. The test split if
         its answers are public, else the validation split.
-      pairs: True if the answers are whole sentences, whose lengths and words differ.
+      pairs: True if the answers are two whole sentences, whose lengths and words may differ.
     """
 
     parse: Callable[[Any], Question]

@@ -20,8 +20,8 @@ class Metric(NamedTuple):
     Attributes:
       accuracy: fraction of correctly answered questions; None without questions.
       stderr: standard error of the accuracy; None for fewer than two questions.
-      normalised: 100 * (accuracy - floor) / (1 - floor), where the floor is the accuracy of guessing, or that
-        of the best baseline if it is higher: 0 for a model that knows nothing, 100 for perfect answers.
+      normalised: 100 * (accuracy - floor) / (1 - floor): 0 at the floor, 100 for perfect answers. The floor
+        is the accuracy of guessing or of the best baseline, whichever is higher.
       ties: number of questions whose correct answer shares the highest value with another answer.
     """
 
@@ -34,7 +34,8 @@ class Metric(NamedTuple):
 class Answer(NamedTuple):
     """Mean log-likelihood of the correct answers, in bits per byte of UTF-8, with standard errors.
 
-    Measures small differences between models better than the accuracy, which sees only the order of answers.
+    Resolves small differences between models better than accuracy, which depends only on the answer with the
+    highest score.
 
     Attributes:
       bits_per_byte: negative log-likelihood of the correct answer; lower is better.
@@ -66,13 +67,13 @@ def answer_metrics(questions: Sequence[Question], scores: Sequence[np.ndarray]) 
 def slor(
     scores: Sequence[np.ndarray], unigram: Sequence[np.ndarray], tokens: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """Returns the syntactic log-odds ratio of each answer: its score minus that of its words, per token.
+    """Returns the syntactic log-odds ratio of each answer: score minus unigram score, per token.
 
-    Corrects for the length and the frequency of the words (Pauls and Klein, 2012; Lau et al., 2017).
+    Corrects for the number and the frequency of the tokens (Pauls and Klein, 2012; Lau et al., 2017).
 
     Args:
       scores: log-likelihood of each answer in nats, one array per question.
-      unigram: the same of a unigram model.
+      unigram: the same for a unigram model.
       tokens: number of tokens of each answer.
     """
     return [(a - b) / n for a, b, n in zip(scores, unigram, tokens, strict=True)]
@@ -90,7 +91,7 @@ def equal_length_pairs(tokens: Sequence[np.ndarray], correct_N: np.ndarray) -> d
 def compute_metrics(
     questions: Sequence[Question], values_by_metric: Mapping[str, Sequence[np.ndarray]], floor: float = 0.0
 ) -> dict[str, Metric]:
-    """Computes the accuracy by every metric.
+    """Computes the accuracy under every metric.
 
     Args:
       questions: questions of a task.

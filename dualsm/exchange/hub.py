@@ -25,7 +25,7 @@ _TIMEOUT = 20  # seconds
 
 @contextlib.contextmanager
 def local_path(weights: str) -> Iterator[Path]:
-    """Yields the local path of weights; downloads weights on the Hub or in a bucket.
+    """Yields the local path of weights; downloads weights from the Hub or a bucket.
 
     Args:
       weights: a path, `gs://...`, or `hf://OWNER/NAME`, optionally with `@BRANCH`, a tag or a commit

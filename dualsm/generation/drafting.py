@@ -2,8 +2,8 @@
 
 A draft of K tokens comes from one forward pass on the text's last token and K - 1 masks. The masks attend to
 each other and to the keys and values of the text in the causal cache. The query of the last token is causal,
-so the first drafted token is a sample from the causal distribution and needs no test; the masks predict the
-others. A second forward pass computes the causal distributions after each drafted token.
+so the first drafted token is a sample from the causal distribution and needs no verification; the masks
+predict the others. A second forward pass computes the causal distribution after each drafted token.
 
 Source: speculative sampling (Leviathan et al., arXiv 2211.17192).
 """
@@ -27,8 +27,8 @@ class Draft(NamedTuple):
 
     Attributes:
       tokens_BxP: drafted tokens for the positions `length_B`, `length_B + 1`, ...
-      log_q_BxPxV: log-probabilities from which each was drawn, float32.
-      size_B: number of tokens that each text drafts, from 1 to P; the others are ignored.
+      log_q_BxPxV: log-probabilities of the distribution that each token was drawn from, float32.
+      size_B: number of drafted tokens of each text, from 1 to P; later positions are ignored.
     """
 
     tokens_BxP: jax.Array
@@ -52,7 +52,7 @@ def draft_features(
       model: the model.
       last_B: last token of each text.
       length_B: number of tokens of each text; nothing is stored for lengths above the size of the cache.
-      size_B: number of tokens to draft of each text, at most `size`; its draft does not depend on `size`.
+      size_B: number of tokens to draft for each text, at most `size`; drafts do not depend on `size`.
       cache: causal keys and values of all positions before the last token.
       size: P.
       mask: id of `<mask>`.
@@ -82,7 +82,7 @@ def log_distributions(
 def draw_draft(
     log_q_BxPxV: jax.Array, size_B: jax.Array, key_BxP: jax.Array, sampling: SamplingParams
 ) -> Draft:
-    """Draws drafted tokens independently of each other, `size_B` of each text."""
+    """Draws the drafted tokens independently of each other, `size_B` for each text."""
     draw = jax.vmap(jax.vmap(functools.partial(_draw, sampling=sampling)))
     return Draft(draw(log_q_BxPxV, key_BxP), log_q_BxPxV, size_B)
 
@@ -107,8 +107,8 @@ def verify(
 
     Returns:
       log_p_BxP1xV, the causal distributions of the drafted tokens and of the token after them, and the cache
-      with the drafted tokens. To reject tokens is to reduce the length of the text: later passes replace
-      their keys and values before a query attends to them.
+      with the drafted tokens. Reducing the length of a text rejects tokens: later passes overwrite their
+      keys and values before any query attends to them.
     """
     features_BxPxD, cache = forward_with_cache(model, draft.tokens_BxP, length_B, None, cache)
     log_p_BxPxV = log_distributions(model, features_BxPxD, sampling, special)
@@ -118,7 +118,7 @@ def verify(
 def log_acceptance(draft: Draft, log_p_BxP1xV: jax.Array) -> jax.Array:
     """Returns the log of the probability min(1, p/q) that each drafted token is accepted, [B, P].
 
-    The first token of a draft has probability 1, those after the draft's size 0.
+    The probability is 1 for the first token of a draft, and 0 for tokens beyond the size of the draft.
     """
     log_p_BxP, log_q_BxP = (
         jnp.take_along_axis(x, draft.tokens_BxP[..., None], axis=2)[..., 0]
@@ -155,7 +155,7 @@ def draw_next(
 
 
 def log_residual(log_p_V: jax.Array, log_q_V: jax.Array) -> jax.Array:
-    """Returns log max(p - q, 0) up to a constant; log p if p equals q, which is then never rejected."""
+    """Returns log max(p - q, 0) up to a constant; log p if p equals q, because then no token is rejected."""
     residual_V = jnp.maximum(jnp.exp(log_p_V) - jnp.exp(log_q_V), 0.0)
     return jnp.where(residual_V.sum() > 0, jnp.log(residual_V), log_p_V)
 

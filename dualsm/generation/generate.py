@@ -17,7 +17,7 @@ from dualsm.objectives.shares import trained_objectives
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
 
-_COMPARED_TOKENS = 64  # per text, of causal decoding beside speculative decoding
+_COMPARED_TOKENS = 64  # per text, to compare the speed of causal decoding
 MODES = (*autoregressive.MODES, "diffusion", "speculative")
 
 
@@ -119,8 +119,8 @@ class Throughput:
     def tokens_per_second(self) -> float:
         """Returns the generated tokens per second of decoding.
 
-        Intervals without a new token, such as those in which a program is compiled or the cache is filled,
-        do not count; nor does the first interval of diffusion, which is mostly compilation.
+        Excludes intervals without a new token, such as compilation and prefill, and the first interval of
+        diffusion, which is mostly compilation.
         """
         first = 1 if self._mode == "diffusion" and len(self._times) > 2 else 0
         tokens_S = np.diff([sum(counts) for counts in self._counts[first:]])

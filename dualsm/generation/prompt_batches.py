@@ -76,8 +76,8 @@ def pad_batch(texts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.
 def put_beside_params(params: dict, state: _State) -> _State:
     """Replicates the arrays of a state on the devices of the parameters.
 
-    Functions that map states to states return them with this sharding; with another one the second call would
-    compile again.
+    Compiled functions return states with this sharding. If the first state had another sharding, the second
+    call would compile again.
     """
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, NamedSharding):

@@ -1,6 +1,6 @@
 """Self-speculative decoding: the model drafts with masks and verifies with its causal mode.
 
-The distribution of the texts is that of causal decoding, and greedy texts are the same. Each step runs two
+Texts follow the distribution of causal decoding; greedy texts equal causally decoded ones. Each step runs two
 forward passes and adds at least two tokens, see `drafting`.
 """
 
@@ -26,11 +26,11 @@ from dualsm.process.errors import UserError
 
 MAX_DRAFT = 64
 ADAPTIVE_SIZES = (2, 4, 8, 16)  # compiled sizes; 1 would never test a token that a mask predicts
-# A draft is as long as the probability that its last token is accepted is at least this.
+# Adaptive drafts end at the last token whose probability of being accepted is at least this.
 _MIN_ACCEPTANCE = 0.15
-_PRIOR = (1.0, 2.0)  # accepted and tested tokens that each text starts with
-_MAX_POSITIONS = 1024  # of all drafts of a batch, whose distributions are in memory at the same time
-_MEMORY = 0.95  # factor per step on earlier counts of a text
+_PRIOR = (1.0, 2.0)  # pseudo-counts of accepted and of tested tokens
+_MAX_POSITIONS = 1024  # per batch, over all drafts; their distributions are in memory at the same time
+_MEMORY = 0.95  # decay factor per step of a text's earlier counts
 _DRAW, _ACCEPT, _NEXT = range(3)  # uses of the PRNG key of a position
 
 
@@ -39,14 +39,14 @@ class SpeculationParams:
     """Parameters of self-speculative decoding.
 
     Attributes:
-      draft: K, the number of tokens per draft; 0: adapts to the acceptance rate of each text.
+      draft: K, the number of tokens per draft; 0: adaptive, from the acceptance rate of each text.
     """
 
     draft: int = 0
 
     def __post_init__(self):
         if not 0 <= self.draft <= MAX_DRAFT:
-            raise UserError(f"draft={self.draft} must be in [0, {MAX_DRAFT}]; 0 adapts it")
+            raise UserError(f"draft={self.draft} must be in [0, {MAX_DRAFT}]; 0 means adaptive")
 
 
 class SpeculativeState(NamedTuple):
@@ -60,7 +60,7 @@ class SpeculativeState(NamedTuple):
       key_B: PRNG key of each text; a position has one key per use, see `drafting.position_keys`.
       drafts_B: number of drafts of each text so far, int32.
       accepted_B: number of drafted tokens that each text has kept, int32.
-      rate_Bx2: accepted and tested tokens among those that masks predicted, with decaying weights, float32.
+      rate_Bx2: decayed counts of accepted and of tested tokens that masks predicted, float32.
     """
 
     tokens_BxS: jax.Array
@@ -164,10 +164,11 @@ def speculate(
 
 
 def adapted_draft(rate_Bx2: np.ndarray) -> np.ndarray:
-    """Returns the number of tokens per draft for the counts of accepted and tested tokens, int32 [B].
+    """Returns K, the number of tokens per draft, from the counts of accepted and tested tokens, int32 [B].
 
-    The first token is always accepted. If a mask's token is accepted with probability r, the K-th token
-    is with probability r^(K - 1); K is the largest number for which this is at least `_MIN_ACCEPTANCE`.
+    The first token is always accepted. If each token that a mask predicts is accepted with probability r, the
+    first K tokens are all accepted with probability r^(K - 1). The result is the largest K for which this
+    probability is at least `_MIN_ACCEPTANCE`.
     """
     rate_B = (rate_Bx2[:, 0] + _PRIOR[0]) / (rate_Bx2[:, 1] + _PRIOR[1])
     size_B = 1 + np.floor(math.log(_MIN_ACCEPTANCE) / np.log(np.clip(rate_B, 1e-6, 1 - 1e-6)))
@@ -200,7 +201,7 @@ def generate(
       speculation: parameters of the drafts.
       key_B: PRNG key of each prompt; None: keys of seed 0, see `prompt_batches.prompt_keys`.
       counts: updated with the number of drafts and accepted tokens; None: not counted.
-      yield_every: number of drafts between two yields, and between two adaptations of their size.
+      yield_every: number of drafts between yields, and between adaptations of the draft size.
 
     Yields:
       Token ids of all texts, prompts included. The last item contains the finished texts.
@@ -262,7 +263,7 @@ def start(config, params, prompts_BxP, prompt_B, key_B, new_tokens, special) -> 
 def _draft_sizes(
     speculation: SpeculationParams, rate_Bx2: np.ndarray, active_B: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """Returns the draft size of each text, int32 [B], and the size to compute."""
+    """Returns the draft size of each text, int32 [B], and the compiled size."""
     if speculation.draft:
         return np.full(len(active_B), speculation.draft, np.int32), speculation.draft
     draft_B = adapted_draft(rate_Bx2)

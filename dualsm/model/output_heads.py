@@ -1,4 +1,4 @@
-"""Output heads: from the last block to the features, and the output matrix that makes logits of them."""
+"""Output heads: the layers from the last block to the features, and the output layer for the logits."""
 
 from __future__ import annotations
 

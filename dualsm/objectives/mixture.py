@@ -47,11 +47,11 @@ def sequence_counts(
 
     Args:
       shares_SxE: share of each entry of the rows of each step; sums to 1 at each step.
-      batch_size: rows per step, B, or int [S], rows of each step; even if there are pairs.
+      batch_size: rows of each step, B or int [S]; must be even if there are pairs.
       rows_E: rows per sequence of each entry, 1 or 2; None: 1.
 
     Returns:
-      int64 [S, E]; times `rows_E`, sums to the rows of each step.
+      int64 [S, E]; the counts times `rows_E` sum to the rows of each step.
     """
     counts_SxE = np.empty(shares_SxE.shape, np.int64)
     entries = range(shares_SxE.shape[1])

@@ -17,11 +17,11 @@ class MixturePlan:
     `mixture.sequence_counts`.
 
     Attributes:
-      sources: the run's sources; one without a name if there is no `config.sources`.
+      sources: the run's sources; one unnamed source if there is no `config.sources`.
       entries: trained entries of the mixture, source by source.
       members: members of all entries; `Batch.objective_B` refers to them.
       member_sources: name of the source of each member.
-      shares_SxE: share of each entry of the rows of each step.
+      shares_SxE: each entry's share of the rows of each step.
       num_sequences: number of sequences of the run. The two rows of a pair's sequence count once.
     """
 
@@ -69,7 +69,7 @@ class MixturePlan:
         return self.sequences(step) + within_step_B
 
     def row_sources(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns where each row of a step is read.
+        """Returns the source and the sequence of each row of a step.
 
         Returns:
           source_B: index of the row's source in `sources`.

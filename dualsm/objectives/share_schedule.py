@@ -33,7 +33,7 @@ def schedule_points(
       schedule: `name`, one of `SCHEDULES`, and `path`, the later points.
       where: key of the schedule, for messages.
       example: an example of a path, for messages.
-      check: raises `UserError` unless the shares are a distribution over known names.
+      check: function that raises `UserError` unless the shares are a distribution over known names.
 
     Raises:
       UserError: if the shares of a point are invalid, or if the points are not in order.

@@ -26,7 +26,7 @@ _EXAMPLE = "0.5 causal=0.25 masked_diffusion=0.75; 1 masked_diffusion=1"
 def points(config: ConfigDict, source: Source | None = None) -> list[Point]:
     """Returns the points of the schedule of a source's mixture; the first is the mixture at progress 0.
 
-    The mixture of a source of its own is constant.
+    A source's own mixture is constant.
 
     Raises:
       UserError: if `config.mixture` or a point of `config.mixture_schedule.path` is not a distribution over
@@ -62,7 +62,7 @@ def source_entries(config: ConfigDict, source: Source) -> list[Entry]:
 
 
 def trained_entries(config: ConfigDict) -> list[Entry]:
-    """Returns the entries that have a share at some step, source by source."""
+    """Returns the entries with a positive share at some step, source by source."""
     return [entry for source in trained_sources(config) for entry in source_entries(config, source)]
 
 
@@ -73,7 +73,7 @@ def trained_objectives(config: ConfigDict) -> list[str]:
 
 
 def step_shares(config: ConfigDict, names: Sequence[str], source: Source | None = None) -> np.ndarray:
-    """Returns the share of each named entry of the rows of a source at each step, float64 [S, E]."""
+    """Returns each named entry's share of the rows of a source at each step, float64 [S, E]."""
     return shares_of_steps(points(config, source), config.mixture_schedule.name, config.steps, names)
 
 
@@ -83,8 +83,8 @@ class SourceShares(NamedTuple):
     Attributes:
       source: the source.
       entries: trained entries of the source.
-      share_S: share of the source of the rows of a step.
-      within_SxE: share of each entry of the rows of the source.
+      share_S: the source's share of the rows of each step.
+      within_SxE: each entry's share of the rows of the source.
     """
 
     source: Source
@@ -94,7 +94,7 @@ class SourceShares(NamedTuple):
 
     @property
     def share_SxE(self) -> np.ndarray:
-        """Share of each entry of the rows of a step."""
+        """Each entry's share of the rows of each step."""
         return self.share_S[:, None] * self.within_SxE
 
 

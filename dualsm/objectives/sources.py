@@ -1,6 +1,6 @@
 """Sources of the training data (`config.sources`): corpora with their own shares, repetitions and mixtures.
 
-A run without `config.sources` has one source without a name, the corpus `config.data.path`.
+A run without `config.sources` has one unnamed source, the corpus `config.data.path`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dualsm.objectives.share_schedule import Point, schedule_points, shares_of_s
 from dualsm.process.errors import UserError
 from dualsm.process.value_rules import ANY, FRACTION, Rule, at_least
 
-RESERVED_NAMES = ("ema",)  # of metrics, such as valid/ema/causal/loss
+RESERVED_NAMES = ("ema",)  # used in the names of metrics, such as valid/ema/causal/loss
 
 
 class Source(NamedTuple):
@@ -42,7 +42,7 @@ class Source(NamedTuple):
         return f"config.sources.{self.name}" if self.name else "config"
 
     def unique(self, budget: int) -> int:
-        """Returns the number of unique tokens among a budget of training tokens of the source."""
+        """Returns the number of unique tokens in a budget of training tokens from the source."""
         return self.unique_tokens or -(-budget // self.repetitions)
 
 
@@ -54,7 +54,7 @@ class SourceKey(NamedTuple):
     doc: str
 
 
-# Beside these keys, `mixture` maps objectives and pairs to their shares of the source's rows.
+# In addition to these keys, `mixture` maps objectives and pairs to their shares of the source's rows.
 KEYS = {
     "corpus": SourceKey("", ANY, "Corpus, the output of `python -m dualsm.prepare`."),
     "share": SourceKey(0.0, FRACTION, "Share of the rows; the shares of all sources sum to 1."),
@@ -73,7 +73,7 @@ def default_source_options(sources: Mapping[str, Any], entries: Sequence[str]) -
       entries: objectives and pairs, which a source's own mixture may contain.
 
     Raises:
-      UserError: if the name of a source is taken, or a source is not a mapping.
+      UserError: if the name of a source is reserved or not an identifier, or a source is not a mapping.
     """
     found = {}
     for name, options in sources.items():
@@ -91,7 +91,7 @@ def default_source_options(sources: Mapping[str, Any], entries: Sequence[str]) -
 
 
 def check_sources(config: ConfigDict) -> None:
-    """Raises `UserError`, naming the key, for invalid sources whose keys and types are valid."""
+    """Raises `UserError`, naming the key, for invalid values. Keys and types must be valid."""
     if not config.sources:
         if config.sources_schedule.name != "constant" or config.sources_schedule.path:
             raise UserError(
@@ -157,7 +157,7 @@ def _source_points(config: ConfigDict) -> list[Point]:
 
 
 def trained_sources(config: ConfigDict) -> list[Source]:
-    """Returns the sources that have a share at some step, sorted by name."""
+    """Returns the sources with a positive share at some step, sorted by name."""
     if not config.sources:
         return [Source("", config.data.path, config.repetitions)]
     path, found = _source_points(config), []
@@ -177,7 +177,7 @@ def trained_sources(config: ConfigDict) -> list[Source]:
 
 
 def source_shares(config: ConfigDict, sources: Sequence[Source]) -> np.ndarray:
-    """Returns the share of each source of the rows of each step, float64 [S, O]."""
+    """Returns each source's share of the rows at each step, float64 [S, O]."""
     if not config.sources:
         return np.ones((config.steps, 1))
     names = [source.name for source in sources]

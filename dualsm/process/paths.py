@@ -28,8 +28,8 @@ from dualsm.process.errors import BucketError, UserError
 
 _SCHEME = re.compile("[a-z0-9]+://")
 _T = TypeVar("_T")
-_ATTEMPTS = 6  # to reach a bucket, after pauses of about 1, 2, 4, ... seconds
-_THREADS = 16  # for the latency of a bucket
+_ATTEMPTS = 6  # per operation on a bucket, with pauses of about 1, 2, 4, ... seconds
+_THREADS = 16  # hide the latency of a bucket
 
 
 def user_path(path: epath.PathLike) -> epath.Path:
@@ -147,7 +147,7 @@ def local_copy(path: epath.PathLike, *siblings: str) -> Iterator[str]:
 
     Args:
       path: a file or folder.
-      siblings: names of files beside it that are copied too.
+      siblings: names of files in the same folder that are also copied.
     """
     if not is_remote(path):
         yield str(path)
@@ -165,12 +165,12 @@ def local_copy(path: epath.PathLike, *siblings: str) -> Iterator[str]:
 
 
 def retry(work: Callable[[], _T], path: epath.PathLike, attempts: int = _ATTEMPTS) -> _T:
-    """Returns the result of `work`, which is repeated after an error if `path` is in a bucket."""
+    """Returns the result of `work`, which is retried after an error if `path` is in a bucket."""
     return _retry(work, path, attempts) if is_remote(path) else work()
 
 
 def _retry(work: Callable[[], _T], path: epath.PathLike, attempts: int = _ATTEMPTS) -> _T:
-    """Repeats work until it succeeds. Raises `BucketError` after the last attempt."""
+    """Retries `work` until it succeeds. Raises `BucketError` after the last attempt."""
     for attempt in range(attempts):
         try:
             return work()

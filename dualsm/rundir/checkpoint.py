@@ -22,15 +22,15 @@ from dualsm.rundir.checkpoint_metadata import CHECKSUMS, fill_missing_fields, sa
 from dualsm.rundir.save_barrier import SaveBarrier, align_operations
 
 _READS = 4  # attempts to read a checkpoint in a bucket before it counts as damaged
-_MAX_PAUSE = 60  # seconds between a failed save during training and its repetition
+_MAX_PAUSE = 60  # seconds between a failed save during training and its retry
 
 
 class Checkpoints:
     """Saves and restores the checkpoints of a run; saves are atomic and run in the background.
 
     A failed save does not end the run: the processes of a job agree on the failure and continue. During
-    training it is repeated after 1, 2, 4, ... seconds, with the state of the step that has been reached then
-    (`repeat_due`). At the end of a run `finish` waits for the repetitions.
+    training a failed save is retried after 1, 2, 4, ... seconds with the train state at that time
+    (`repeat_due`). At the end of a run `finish` waits for the retries.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Checkpoints:
         self._folder, self._latest = checkpoints_folder(workdir), user_path(workdir) / LATEST
         self._damaged: set[int] = set()  # on disk, skipped by `restore`
         self._writing: int | None = None
-        self._repeats = False  # the save in the background repeats a failed one
-        self._failed: list[int] = []  # steps of consecutive failed saves, without repetitions
-        self._attempts, self._next_attempt = 0, 0.0  # consecutive failures with repetitions; time of the next
+        self._repeats = False  # the save in the background is a retry
+        self._failed: list[int] = []  # steps of consecutive failed saves, without retries
+        self._attempts, self._next_attempt = 0, 0.0  # consecutive failures with retries; time of the next
         self._lost = False  # True while the folder does not exist or cannot be opened
         self._opened = 0
         self._manager = retry(self._open_together, self._folder)
@@ -96,8 +96,8 @@ class Checkpoints:
           state: tree of arrays.
           before: called before the checkpoint is written, to write files that must not be older than the
             checkpoint. If it raises OSError, the save has failed.
-          last: True if the run ends with this checkpoint; `finish` repeats a failed last save.
-          repeats: True if this call repeats a failed save; its failure does not count as another one.
+          last: True if the run ends with this checkpoint; `finish` retries a failed last save.
+          repeats: True if this call retries a failed save; then a failure does not count as another one.
 
         Raises:
           UserError: after more than `max_failed_saves` consecutive failures. Earlier failures are warnings.
@@ -125,9 +125,9 @@ class Checkpoints:
             self._writing, self._repeats = step, repeats
 
     def repeat_due(self, step: int) -> bool:
-        """Returns True if a failed save should be repeated after this step; the same in all processes.
+        """Returns True if a failed save should be retried after this step; the same in all processes.
 
-        Call it after every step. It looks at the save in the background 1, 2, 4, ... steps after its start.
+        Must be called after every step. Checks the save in the background 1, 2, 4, ... steps after its start.
         """
         if self._writing is not None and _is_power_of_two(step - self._writing):
             ended = self._barrier.broken or not self._manager.is_saving_in_progress()

@@ -1,4 +1,4 @@
-"""Milestones: checkpoints after given numbers of words, as the BabyLM challenge compares models."""
+"""Milestones: checkpoints at the word counts at which the BabyLM challenge compares models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dualsm.process.paths import user_path
 from dualsm.process.value_rules import parse_count
 
 FILE = "milestones.json"  # step -> name
-_TOLERANCE = 0.01  # a milestone may exceed the words of the run by this fraction, because steps are whole
+_TOLERANCE = 0.01  # a milestone may exceed the words of the run by this fraction, as steps are rounded
 
 
 def find_milestones(config: ConfigDict, plan: MixturePlan, corpora: Sequence[Corpus]) -> dict[int, str]:
@@ -50,7 +50,7 @@ def find_milestones(config: ConfigDict, plan: MixturePlan, corpora: Sequence[Cor
         if (words := parse_count(name)) > total * (1 + _TOLERANCE):
             raise UserError(
                 f"config.checkpoint.at_words={name}: the run has only {total:,.0f} words; raise config.steps "
-                "or leave it out"
+                "or remove the milestone"
             )
         steps = range(1, config.steps)
         step = 1 + bisect.bisect_left(steps, words, key=words_after)

@@ -39,9 +39,8 @@ def read_results(path: epath.Path) -> dict:
 def merge(old: Mapping, new: Mapping) -> dict:
     """Merges new results of a checkpoint into old ones.
 
-    A new result replaces the old result of the same task and mode, or of the same objective on held-out text;
-    a new acceptance of drafts replaces the old one.
-    Each result contains its own settings.
+    A new result replaces the old result of the same task and mode, or of the same objective on held-out text.
+    A new `acceptance` replaces the old one. Each result contains its own settings.
     """
     tasks = {name: dict(modes) for name, modes in old.get("tasks", {}).items()}
     for name, modes in new["tasks"].items():

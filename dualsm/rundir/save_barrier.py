@@ -1,7 +1,7 @@
-"""Barriers for the saves of a job of several processes, which end when one process fails.
+"""Barriers for saves in a job of several processes. The barriers end when one process fails.
 
 Orbax's own barriers do not notice a failure: the other processes would wait for minutes, or forever in a
-collective of their devices.
+collective operation on the devices.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class SaveBarrier:
             raise PeerError("another process failed to save")
 
     def fail(self) -> None:
-        """Reports a failure of this process to the processes that wait at the next barrier, or will."""
+        """Reports a failure of this process to the processes that wait, or will wait, at the next barrier."""
         if not self._broken:
             with contextlib.suppress(Exception):
                 self(key="failed", timeout_ms=distributed.WAIT_SECONDS * 1000)
@@ -88,9 +88,9 @@ class SaveBarrier:
 
 
 def align_operations() -> None:
-    """Gives Orbax the same operation number in all processes, which count apart after a failure.
+    """Gives Orbax the same operation number in all processes; the numbers differ after a failure.
 
-    Orbax sends the signals of a save under this number.
+    Orbax identifies the signals of a save by this number.
     """
     own = int(OperationIdGenerator.get_current_operation_id())
     newest = max(map(int, distributed.gather(str(own)).values()))

@@ -68,7 +68,7 @@ class _Job:
         """Copies the log to the folder of a sweep in a bucket."""
         target = log_file(self.sweep, self.cell)
         if is_remote(target) and self.log.exists():
-            with contextlib.suppress(OSError):  # the log is for people only
+            with contextlib.suppress(OSError):  # the copy is only for people to read
                 write_object(target, self.log.read_bytes())
 
     def _failure(self) -> dict:
@@ -86,7 +86,7 @@ def log_file(sweep: Sweep, cell: Cell) -> epath.Path:
 
 
 def _local_log(log: epath.Path) -> Path:
-    """Returns the path to write a log to: objects in a bucket cannot be appended to."""
+    """Returns a local path for a log, because objects in a bucket cannot be appended to."""
     return Path(tempfile.mkdtemp(prefix="dualsm-")) / log.name if is_remote(log) else Path(log)
 
 

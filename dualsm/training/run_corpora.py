@@ -1,4 +1,4 @@
-"""The corpora of a run, one per source: opening, and the order of their sequences."""
+"""The corpora of a run, one per source: opens them and orders their sequences."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _POLL_SECONDS = 1.0  # between checks whether the run was stopped
 
 
 class RunCorpus(NamedTuple):
-    """A source of a run and its corpus; a run without `config.sources` has one source without a name."""
+    """A source of a run and its corpus; a run without `config.sources` has one unnamed source."""
 
     source: Source
     corpus: Corpus
 
 
 def open_corpora(config: ConfigDict) -> list[RunCorpus]:
-    """Opens the corpora of a run, which have the same tokenizer, in the order of `trained_sources`.
+    """Opens the corpora of a run in the order of `trained_sources`; checks that their tokenizers are equal.
 
     Raises:
-      UserError: if a corpus cannot be read, or has another tokenizer than the first one.
+      UserError: if a corpus cannot be read, or its tokenizer differs from that of the first corpus.
     """
     opened = [RunCorpus(source, Corpus(source.corpus)) for source in trained_sources(config)]
     first = opened[0]

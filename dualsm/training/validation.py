@@ -204,7 +204,7 @@ class Validation:
 
 
 class SourceValidation:
-    """Computes the held-out loss of each objective on each source, and on all of them."""
+    """Computes the held-out loss of each objective on each source, and over all sources."""
 
     def __init__(self, by_source: Mapping[str, Validation]):
         """
