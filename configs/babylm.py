@@ -5,8 +5,9 @@ python -m dualsm.prepare --input='train_10M/*.train' --valid_input='dev/*.dev' -
 python -m dualsm.train --config=configs/babylm.py:corpus=runs/babylm_corpus --workdir=runs/babylm
 python -m dualsm.convert export --format=huggingface --milestones --workdir=runs/babylm --output=exported
 
-Arguments: `corpus`, whose size determines the number of steps; `track=strict`, for a larger model and more
-milestones; `alpha` (default 15/16); `repetitions` (default 10). See docs/babylm.md.
+Arguments: `corpus`, whose size determines the number of steps (not --config.data.path, which comes too late);
+`track=strict`, for a larger model and more milestones; `alpha` (default 15/16); `repetitions` (default 10).
+See docs/babylm.md.
 """
 
 from pathlib import Path

@@ -169,7 +169,7 @@ def _check_keys(config: ConfigDict) -> None:
             raise UserError(f"{where}={value!r} must be of type {wanted}, not {type(value).__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}={value!r} must be finite")
-        if isinstance(value, int) and abs(value) >= 2**31:
+        if isinstance(default, int) and abs(value) >= 2**31:
             raise UserError(f"{where}={value!r} must be less than 2^31")
     for key in KEYS:
         key.rule.check(f"config.{key.name}", values[key.name])

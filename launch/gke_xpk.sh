@@ -21,7 +21,8 @@
 # TYPE      type of a slice, such as v5litepod-16 or v5p-128
 # SLICES    number of slices (1); above 1 add --config.mesh.replica=SLICES
 # NAME      name of the workload and the run (dualsm)
-# CORPUS    path of the corpus in the bucket (corpora/NAME)
+# CORPUS    path of the corpus in the bucket (corpora/NAME); CORPUS= copies none, for configs with several sources,
+#           whose corpora are gs:// paths
 # SPOT      1: spot capacity, cheap and preemptible; 0: on demand (1)
 # IMAGE     base image of the container (python:3.12)
 # RESTARTS  maximum number of restarts after preemptions and failures (100)
@@ -46,7 +47,7 @@ verb=${1:-}
 shift
 NAME=${NAME:-dualsm} SPOT=${SPOT:-1} SLICES=${SLICES:-1} IMAGE=${IMAGE:-python:3.12} RESTARTS=${RESTARTS:-100}
 GRACE=${GRACE:-300}
-CORPUS=${CORPUS:-corpora/$NAME}
+CORPUS=${CORPUS-corpora/$NAME}
 here=$(cd "$(dirname "$0")/.." && pwd)
 
 # Runs a command, or prints it.
@@ -81,9 +82,9 @@ case $verb in
     # xpk restarts workloads by itself on exit statuses from 127 on. Status 75 is a run that was stopped before its
     # end; status 1 is any error except a user error, such as a lost peer.
     train=$(printf '%q ' python -m dualsm.train --stopped_status=75 "--workdir=gs://$BUCKET/runs/$NAME" \
-      "$@" --config.data.path=/tmp/corpus) # overrides must come after --config
-    command="pip install --quiet -e '.[tpu]' && python -c $(printf %q "$FETCH") $(printf %q "gs://$BUCKET/$CORPUS/") \
-/tmp/corpus/ && exec $train"
+      "$@" ${CORPUS:+--config.data.path=/tmp/corpus}) # overrides must come after --config
+    fetch="python -c $(printf %q "$FETCH") $(printf %q "gs://$BUCKET/$CORPUS/") /tmp/corpus/ &&"
+    command="pip install --quiet -e '.[tpu]' && ${CORPUS:+$fetch }exec $train"
     run xpk workload create "${where[@]}" "--workload=$NAME" "--tpu-type=$TYPE" "--num-slices=$SLICES" \
       "--base-docker-image=$IMAGE" "--script-dir=$here" "--max-restarts=$RESTARTS" \
       --restart-on-exit-codes=1,75 "--termination-grace-period-seconds=$GRACE" "--command=$command" ;;

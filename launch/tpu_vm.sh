@@ -22,7 +22,8 @@
 # TYPE     type of the slice, such as v5litepod-16 or v5p-128
 # RUNTIME  TPU software version, such as v2-alpha-tpuv5-lite or v2-alpha-tpuv5
 # NAME     name of the slice and the run (dualsm)
-# CORPUS   path of the corpus in the bucket (corpora/NAME)
+# CORPUS   path of the corpus in the bucket (corpora/NAME); CORPUS= copies none, for configs with several sources,
+#          whose corpora are gs:// paths
 # SPOT     1: spot capacity, cheap and preemptible; 0: on demand (1)
 # NETWORK  network of the slice, for which `create` adds a firewall rule (the default network, which needs none)
 #
@@ -41,7 +42,7 @@ esac
 verb=${1:-}
 [[ $verb ]] || die "no command; use train, create, setup, start, logs, status, stop or delete (see --help)"
 shift
-NAME=${NAME:-dualsm} SPOT=${SPOT:-1} NETWORK=${NETWORK:-} CORPUS=${CORPUS:-corpora/${NAME:-dualsm}}
+NAME=${NAME:-dualsm} SPOT=${SPOT:-1} NETWORK=${NETWORK:-} CORPUS=${CORPUS-corpora/${NAME:-dualsm}}
 WATCH=${WATCH:-30} # seconds for which `start` watches the workers
 here=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -102,8 +103,8 @@ setup() {
   on_workers all "set -e; mkdir -p dualsm corpus; tar -xzf dualsm.tar.gz -C dualsm; \
 python3 -m pip install --quiet --user uv; \
 python3 -m uv venv --quiet --allow-existing --python=3.11 venv; \
-python3 -m uv pip install --quiet --python=venv/bin/python -e 'dualsm[tpu]'; \
-gcloud storage rsync --recursive $(printf %q "gs://$BUCKET/$CORPUS") corpus"
+python3 -m uv pip install --quiet --python=venv/bin/python -e 'dualsm[tpu]'\
+${CORPUS:+; gcloud storage rsync --recursive $(printf %q "gs://$BUCKET/$CORPUS") corpus}"
 }
 
 start() {
@@ -112,7 +113,7 @@ start() {
   local command
   # Overrides must come after --config.
   command=$(printf '%q ' ../venv/bin/python -m dualsm.train "$@" "--workdir=gs://$BUCKET/runs/$NAME" \
-    --config.data.path=../corpus)
+    ${CORPUS:+--config.data.path=../corpus})
   on_workers all "if kill -0 \$(cat train.pid 2>/dev/null) 2>/dev/null; then echo already running; exit; fi; \
 cd dualsm || exit; setsid nohup $command >>../train.log 2>&1 </dev/null & pid=\$!; echo \$pid >\$HOME/train.pid; \
 for second in \$(seq $WATCH); do sleep 1; kill -0 \$pid 2>/dev/null && continue; wait \$pid && exit; status=\$?; \

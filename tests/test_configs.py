@@ -194,6 +194,13 @@ def test_invalid_values_are_rejected_by_name(key, value, message):
         check_config(config)
 
 
+def test_unique_tokens_of_a_source_may_exceed_two_billion():
+    """Also as an integer, in a config that does not use `add_source`."""
+    config = default_config()
+    config.sources = {"web": {"corpus": "web", "share": 1.0, "unique_tokens": 5_000_000_000}}
+    check_config(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

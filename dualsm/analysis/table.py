@@ -111,8 +111,8 @@ def measures(table: DataFrame) -> list[str]:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Returns True for the column of a loss, and False for that of a task score."""
-    return not metric.startswith("task/")
+    """Returns True for the column of a loss, and False for that of a task score or of an acceptance."""
+    return not metric.startswith(("task/", "acceptance/"))
 
 
 def usable(table: DataFrame, metric: str) -> DataFrame:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from dualsm.config import freeze
 from dualsm.data.corpus import Corpus
@@ -16,7 +15,7 @@ from dualsm.evaluation.scoring import Item, Scorer, Scores, encode_pair
 from dualsm.model.transformer import init_params
 from dualsm.objectives.plan import MixturePlan
 from dualsm.rundir.trained_run import TrainedRun
-from dualsm.training.run_corpora import open_corpora
+from dualsm.training.run_corpora import check_tokenizer, open_corpora
 
 UNTRAINED, UNIGRAM = "untrained", "unigram"
 BASELINES = (UNTRAINED, UNIGRAM)
@@ -39,7 +38,7 @@ def open_baselines(names: Sequence[str], run: TrainedRun) -> dict[str, ScoreItem
     """
     makers = {
         UNTRAINED: lambda: untrained_scorer(run),
-        UNIGRAM: lambda: UnigramScorer(training_log_probs(run.config), run.tokenizer),
+        UNIGRAM: lambda: UnigramScorer(training_log_probs(run), run.tokenizer),
     }
     return {name: makers[name]() for name in names}
 
@@ -52,14 +51,16 @@ def untrained_scorer(run: TrainedRun) -> Scorer:
     return Scorer(freeze(run.config.model), params, run.tokenizer, run.mesh)
 
 
-def training_log_probs(config: ConfigDict) -> np.ndarray:
+def training_log_probs(run: TrainedRun) -> np.ndarray:
     """Returns the log-probability of each token id in the training text of a run, in nats, float64 [V].
 
     Raises:
-      UserError: if a corpus of the run cannot be read.
+      UserError: if a corpus of the run cannot be read, or has another tokenizer than the run.
     """
-    log_prob_KxV = np.stack([unigram_log_probs(corpus) for _, corpus in open_corpora(config)])
-    sequences_K = np.array(MixturePlan(config).source_sequences(config.steps))
+    corpora = open_corpora(run.config)
+    check_tokenizer(corpora, run.tokenizer)
+    log_prob_KxV = np.stack([unigram_log_probs(corpus) for _, corpus in corpora])
+    sequences_K = np.array(MixturePlan(run.config).source_sequences(run.config.steps))
     return np.log(sequences_K / sequences_K.sum() @ np.exp(log_prob_KxV))
 
 

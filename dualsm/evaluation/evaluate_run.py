@@ -23,7 +23,7 @@ from dualsm.generation.generate import check_mode, is_shifted
 from dualsm.objectives.sources import Source
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
-from dualsm.training.run_corpora import RunCorpus, open_corpora
+from dualsm.training.run_corpora import RunCorpus, check_tokenizer, open_corpora
 from dualsm.training.validation import SourceValidation, Validation, rows_by_source
 
 
@@ -80,9 +80,9 @@ def _evaluate(
             results["held_out"][name] = result
             yield results
         if spec.draft and is_shifted(run):
-            results["acceptance"] = evaluate_acceptance(
-                run, [corpus.documents("valid") for _, corpus in corpora], spec.draft
-            )
+            documents = [corpus.documents("valid") for _, corpus in corpora]
+            results["acceptance"] = evaluate_acceptance(run, documents, spec.draft)
+            results["acceptance"]["settings"]["data"] = [str(corpus.folder) for _, corpus in corpora]
             yield results
 
 
@@ -97,11 +97,8 @@ def open_held_out(run: TrainedRun, path: str = "") -> list[RunCorpus]:
       UserError: if a corpus is damaged, has no held-out documents, or was made with another tokenizer.
     """
     corpora = [RunCorpus(Source("", path, 1), Corpus(path))] if path else open_corpora(run.config)
-    for source, corpus in corpora:
-        if corpus.manifest["tokenizer_sha256"] != run.tokenizer.sha256():
-            raise UserError(
-                f"--data={source.corpus} was prepared with another tokenizer than the run's; prepare it again"
-            )
+    check_tokenizer(corpora, run.tokenizer)
+    for _, corpus in corpora:
         corpus.verify("valid")
         corpus.documents("valid")  # reads the document lengths, and fails if there are none
     return corpora

@@ -14,12 +14,14 @@ from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Item, Scorer
 from dualsm.evaluation.task_formats import TASKS, Question, Task
 from dualsm.evaluation.task_metrics import (
+    above,
     accuracy_by_group,
     answer_metrics,
     answer_values,
     compute_metrics,
     correctness,
     equal_length_pairs,
+    guessing,
     mean_and_stderr,
     slor,
 )
@@ -66,8 +68,12 @@ def evaluate_task(
     entries = {baseline: _baseline_entry(task, kept, values) for baseline, values in known.items()}
     if task.pairs and UNIGRAM in known:
         values["slor"] = slor(answers, known[UNIGRAM]["acc"], tokens)
-    metrics = compute_metrics(kept, values, max((e["score"] or 0 for e in entries.values()), default=0))
+    metrics = compute_metrics(kept, values)
     main = metrics[task.metric]
+    above_baselines = None
+    if entries and kept:
+        floor = max(guessing(kept), *(entry["score"] for entry in entries.values()))
+        above_baselines = above(main.accuracy, floor)
     correct_N = correctness(kept, values[task.metric])
     groups = accuracy_by_group(kept, correct_N)
     if task.pairs:
@@ -86,6 +92,7 @@ def evaluate_task(
         "metrics": {name: metric._asdict() for name, metric in metrics.items()},
         "answer": answer_metrics(kept, answers)._asdict(),
         "baselines": entries,
+        "above_baselines": above_baselines,
         "groups": groups,
         "settings": scoring.settings(),
     }

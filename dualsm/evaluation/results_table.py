@@ -63,9 +63,13 @@ def _task_table(tasks: Mapping, modes: Sequence[str]) -> str:
         for baseline in first["baselines"]:
             cells = (_format_accuracy(by_mode[mode]["baselines"][baseline]) for mode in modes)
             rows.append([f"  {baseline}", "", "", *cells])
-    normalised = [[by_mode[mode]["normalised"] for by_mode in tasks.values()] for mode in modes]
-    means = ["" if None in values else f"{np.mean(values):.1f}" for values in normalised]
-    rows.append(["mean (0 guessing, 100 perfect)", "", "", *means])
+    floors = {"normalised": "guessing"}
+    if any(by_mode[mode]["baselines"] for by_mode in tasks.values() for mode in modes):
+        floors["above_baselines"] = "best baseline"
+    for key, floor in floors.items():
+        values = [[by_mode[mode][key] for by_mode in tasks.values()] for mode in modes]
+        means = ["" if None in scores else f"{np.mean(scores):.1f}" for scores in values]
+        rows.append([f"mean (0 {floor}, 100 perfect)", "", "", *means])
     return table(["task", "metric", "n", *modes], rows)
 
 

@@ -20,8 +20,7 @@ class Metric(NamedTuple):
     Attributes:
       accuracy: fraction of correctly answered questions; None without questions.
       stderr: standard error of the accuracy; None for fewer than two questions.
-      normalised: 100 * (accuracy - floor) / (1 - floor): 0 at the floor, 100 for perfect answers. The floor
-        is the accuracy of guessing or of the best baseline, whichever is higher.
+      normalised: 100 * (accuracy - guessing) / (1 - guessing); 0 for guessing, 100 for perfect answers.
       ties: number of questions whose correct answer shares the highest value with another answer.
     """
 
@@ -89,14 +88,13 @@ def equal_length_pairs(tokens: Sequence[np.ndarray], correct_N: np.ndarray) -> d
 
 
 def compute_metrics(
-    questions: Sequence[Question], values_by_metric: Mapping[str, Sequence[np.ndarray]], floor: float = 0.0
+    questions: Sequence[Question], values_by_metric: Mapping[str, Sequence[np.ndarray]]
 ) -> dict[str, Metric]:
     """Computes the accuracy under every metric.
 
     Args:
       questions: questions of a task.
       values_by_metric: the values that each metric compares, see `answer_values`.
-      floor: accuracy of the best baseline.
     """
     metrics = {}
     for name, values in values_by_metric.items():
@@ -104,12 +102,20 @@ def compute_metrics(
         accuracy, stderr = mean_and_stderr(correct_N)
         normalised = None
         if questions:
-            chance = float(np.mean([1 / len(question.items) for question in questions]))
-            guessing = max(chance, floor)
-            normalised = 100 * (accuracy - guessing) / (1 - guessing) if guessing < 1 else 0.0
+            normalised = above(accuracy, guessing(questions))
         ties = int(((correct_N > 0) & (correct_N < 1)).sum())
         metrics[name] = Metric(accuracy, stderr, normalised, ties)
     return metrics
+
+
+def guessing(questions: Sequence[Question]) -> float:
+    """Returns the expected accuracy of guessing."""
+    return float(np.mean([1 / len(question.items) for question in questions]))
+
+
+def above(accuracy: float, floor: float) -> float:
+    """Returns 100 * (accuracy - floor) / (1 - floor): 0 at the floor, 100 for perfect answers."""
+    return 100 * (accuracy - floor) / (1 - floor) if floor < 1 else 0.0
 
 
 def mean_and_stderr(values_N: np.ndarray) -> tuple[float | None, float | None]:

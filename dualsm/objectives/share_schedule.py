@@ -66,6 +66,8 @@ def _point(text: str, where: str, check: Callable[[Mapping[str, float]], None]) 
         point = Point(float(progress), {name: float(value) for name, value in parts})
     except ValueError as error:
         raise UserError(f"{where}.path: cannot parse {text!r}; write 'PROGRESS NAME=SHARE ...'") from error
+    if len(point.shares) < len(parts):
+        raise UserError(f"{where}.path: a name occurs twice in {text!r}; remove one")
     try:
         check(point.shares)
     except UserError as error:

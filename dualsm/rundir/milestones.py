@@ -68,9 +68,15 @@ def _words_per_token(corpus: Corpus) -> float:
     if "words" not in split:
         raise UserError(
             f"config.checkpoint.at_words: the corpus {corpus.folder} was prepared by an earlier version of "
-            "dualsm, which did not count words; prepare it again"
+            "dualsm, which did not count words; prepare it again in another folder"
         )
     return split["words"] / split["tokens"]
+
+
+def all_milestones(workdir: epath.Path, milestones: dict[int, str]) -> dict[int, str]:
+    """Returns `milestones` and those that the run had before a change of `config.checkpoint.at_words`."""
+    earlier = read_milestones(workdir) if (workdir / FILE).exists() else {}
+    return dict(sorted((earlier | milestones).items()))
 
 
 def write_milestones(workdir: epath.Path, milestones: dict[int, str]) -> None:

@@ -28,7 +28,7 @@ from dualsm.process.paths import user_path
 from dualsm.process.progress import bar, say, warn
 from dualsm.rundir.checkpoint import Checkpoints
 from dualsm.rundir.metrics import MetricsWriter, NoMetrics, read_metrics
-from dualsm.rundir.milestones import find_milestones, write_milestones
+from dualsm.rundir.milestones import all_milestones, find_milestones, write_milestones
 from dualsm.training.clock import Clock
 from dualsm.training.fork import forked_state, with_initial
 from dualsm.training.metrics_log import MetricsLog
@@ -118,8 +118,8 @@ class _Run:
 
     def go(self, stop: Callable[[int], bool], profiler: Profiler) -> bool:
         """Trains from the newest checkpoint until the end or until `stop`; returns True at the end."""
-        checkpoints = Checkpoints(self.workdir, self.config.checkpoint, self.milestones)
-        with contextlib.closing(checkpoints):
+        kept = all_milestones(self.workdir, self.milestones)
+        with contextlib.closing(Checkpoints(self.workdir, self.config.checkpoint, kept)) as checkpoints:
             state = checkpoints.restore(self.abstract_state)
             resumed = state is not None
             if resumed and state.opt_state is None:  # imported weights
@@ -140,7 +140,7 @@ class _Run:
             writer = NoMetrics()
             with distributed.together():  # starting a tracker may take minutes
                 if distributed.is_main_process():
-                    write_milestones(self.workdir, self.milestones)
+                    write_milestones(self.workdir, kept)
                     writer = MetricsWriter(self.workdir, self.config, resumed_at=first or None)
             with contextlib.closing(writer):
                 log = MetricsLog(

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from dualsm.data.batches import OrderedDocuments
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.data.sequence_order import SequenceOrder
+from dualsm.data.tokenizer import Tokenizer
 from dualsm.objectives.plan import MixturePlan
 from dualsm.objectives.sources import Source, trained_sources
 from dualsm.process import distributed
@@ -63,6 +64,16 @@ def finish_verification(corpora: Sequence[RunCorpus], stop: Callable[[], bool]) 
             return False
         if stop():
             return True
+
+
+def check_tokenizer(corpora: Sequence[RunCorpus], tokenizer: Tokenizer) -> None:
+    """Raises `UserError` if a corpus was prepared with another tokenizer than that of a trained run."""
+    for source, corpus in corpora:
+        if corpus.manifest["tokenizer_sha256"] != tokenizer.sha256():
+            raise UserError(
+                f"the corpus {source.corpus} was prepared with another tokenizer than the run's; prepare it "
+                "again with --tokenizer=WORKDIR/tokenizer.model"
+            )
 
 
 def order_documents(

@@ -38,6 +38,19 @@ def selected(result, table):
     return sorted(result.index)
 
 
+DIRECTIONS = {
+    LOSS: True,
+    "answer/piqa/causal/bits_per_byte": True,
+    "task/piqa/causal": False,
+    "acceptance/greedy": False,
+}
+
+
+@pytest.mark.parametrize(("metric", "lower"), DIRECTIONS.items())
+def test_direction_of_a_metric(metric, lower):
+    assert lower_is_better(metric) == lower
+
+
 def test_written_values_are_read_back(tmp_path):
     """Numbers keep all digits; text keeps its spaces, quotes and line breaks; None becomes NaN."""
     numbers, texts = [0.1, 1 / 3, 1e-300, -7, None], ["a,b", "two\nlines", '"', " 3", "NA"]

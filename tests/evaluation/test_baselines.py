@@ -1,6 +1,7 @@
 """Baselines of tasks: the untrained model and word frequencies."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,9 +11,11 @@ from dualsm.data.corpus import Corpus
 from dualsm.evaluation.baselines import BASELINES, open_baselines, unigram_log_probs
 from dualsm.evaluation.evaluate_run import evaluate_run
 from dualsm.evaluation.modes import ScoringParams
+from dualsm.evaluation.results_table import results_table
 from dualsm.evaluation.scoring import Item
 from dualsm.evaluation.spec import EvalSpec
 from dualsm.evaluation.task_formats import Question
+from dualsm.evaluation.task_metrics import above
 from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import open_run
@@ -80,6 +83,24 @@ def test_slor_needs_the_unigram_baseline(run):
         entry = results["tasks"]["blimp"]["masked"]
         assert ("slor" in entry["metrics"]) == bool(names)
         assert tuple(entry["baselines"]) == names
+
+
+def test_scores_above_baselines(run):
+    """The best baseline is the floor, or guessing if that is higher."""
+    (results,) = evaluate_run(run, spec(*BASELINES), {"blimp": PAIRS})
+    entry = results["tasks"]["blimp"]["causal"]
+    floor = max(0.5, *(baseline["score"] for baseline in entry["baselines"].values()))
+    assert entry["above_baselines"] == pytest.approx(above(entry["score"], floor))
+    assert entry["normalised"] == pytest.approx(above(entry["score"], 0.5))
+    table = results_table(results, ["causal"])
+    assert "mean (0 guessing, 100 perfect)" in table
+    assert "mean (0 best baseline, 100 perfect)" in table
+
+
+def test_corpus_with_another_tokenizer_is_rejected(run):
+    other = dataclasses.replace(run, tokenizer=SimpleNamespace(sha256=lambda: "other"))  # any other tokenizer
+    with pytest.raises(UserError, match="another tokenizer than the run's"):
+        open_baselines(["unigram"], other)
 
 
 def test_unknown_baseline_is_rejected():

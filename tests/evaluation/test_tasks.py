@@ -9,6 +9,7 @@ import pytest
 from dualsm.evaluation.scoring import Item
 from dualsm.evaluation.task_formats import TASKS, Question
 from dualsm.evaluation.task_metrics import (
+    above,
     accuracy_by_group,
     answer_metrics,
     answer_values,
@@ -426,13 +427,12 @@ def test_accuracy_by_group():
     assert accuracy_by_group(questions[:1], np.array([True])) == {}
 
 
-def test_baselines_are_the_floor_of_the_normalised_score():
-    questions = [Question((Item("", "a"), Item("", "b")), gold) for gold in [0] * 75 + [1] * 25]
-    values = {"acc": [np.array([1.0, 0.0])] * 100}
-    assert compute_metrics(questions, values, floor=0.5)["acc"].normalised == pytest.approx(50)
-    assert compute_metrics(questions, values, floor=0.3)["acc"].normalised == pytest.approx(50)  # guessing
-    assert compute_metrics(questions, values, floor=0.7)["acc"].normalised == pytest.approx(100 * 0.05 / 0.3)
-    assert compute_metrics(questions, values, floor=0.75)["acc"].normalised == pytest.approx(0)
+def test_above_a_floor_is_0_at_the_floor_and_100_for_perfect_answers():
+    assert above(0.75, 0.5) == pytest.approx(50)
+    assert above(0.75, 0.7) == pytest.approx(100 * 0.05 / 0.3)
+    assert above(0.7, 0.7) == above(1.0, 1.0) == 0
+    assert above(1.0, 0.7) == pytest.approx(100)
+    assert above(0.4, 0.5) < 0
 
 
 def test_bits_per_byte_of_the_correct_answer():

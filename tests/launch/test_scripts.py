@@ -118,6 +118,19 @@ def test_tpu_vm_creates_sets_up_and_starts():
     assert words[first : first + len(OVERRIDES) + 2] == [*OVERRIDES, *ours]
 
 
+def test_no_corpus_is_copied_for_configs_with_sources():
+    *_, setup, start = commands(dry_run("tpu_vm.sh", "--dry-run", "train", "--config=c", CORPUS="", **CLOUD))
+    assert "rsync" not in option(setup, "--command")
+    assert option(setup, "--command").rstrip().endswith("-e 'dualsm[tpu]'")
+    assert "config.data.path" not in option(start, "--command")
+    (command,) = commands(
+        dry_run("gke_xpk.sh", "--dry-run", "train", "--config=c", CORPUS="", CLUSTER="k", **CLOUD)
+    )
+    words = shlex.split(option(command, "--command"))
+    train = ["python", "-m", "dualsm.train", "--stopped_status=75", "--workdir=gs://b/runs/dualsm"]
+    assert words[words.index("&&") + 1 :] == ["exec", *train, "--config=c"]
+
+
 def test_tpu_vm_adds_a_firewall_rule_to_a_custom_network():
     firewall, create = commands(dry_run("tpu_vm.sh", "--dry-run", "create", NETWORK="net", **CLOUD))
     assert {"firewall-rules", "create", "--network=net", "--target-tags=dualsm"} <= set(firewall)

@@ -80,6 +80,7 @@ def test_objectives_of_later_points_are_trained():
         ("steps", "1.5 causal=1", "at most 1"),
         ("steps", "half causal=1", "cannot parse"),
         ("steps", "0.5 causal", "cannot parse"),
+        ("steps", "0.5 causal=1 causal=0.5 prefix=0.5", "a name occurs twice"),
         ("linear", "0.5 casual=1", "unknown objective"),
     ],
 )

@@ -1,10 +1,12 @@
 """Milestones: checkpoints after numbers of words, and their export."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 
+from dualsm.config import load_config
 from dualsm.exchange import export_milestones
 from dualsm.objectives.plan import MixturePlan
 from dualsm.process.errors import UserError
@@ -88,6 +90,18 @@ def test_each_milestone_is_exported_with_its_weights(run, tmp_path):
     assert all((third[key] == alone[key]).all() for key in alone)
     first = load_file(tmp_path / "all" / names[0] / "model.safetensors")
     assert any((first[key] != third[key]).any() for key in first)
+
+
+def test_milestones_are_kept_by_a_run_that_resumes_without_them(run, tmp_path):
+    """`config.checkpoint` may change when a run resumes."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    config = load_config((workdir / "config.json").read_text())
+    config.checkpoint.at_words, config.checkpoint.every = "", 5
+    train(config, workdir)
+    assert checkpoint_steps(workdir) == [1, 3, 12]
+    assert list(read_milestones(workdir)) == [1, 3, 12]
 
 
 def test_runs_without_milestones_are_not_exported(run, tmp_path):
