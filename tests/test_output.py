@@ -3,7 +3,7 @@
 import pytest
 
 from dualsm.process.errors import UserError
-from dualsm.process.output import check_output, write_output
+from dualsm.process.output import check_empty, check_output, write_output
 
 
 def test_a_file_and_its_folder_are_created(tmp_path):
@@ -30,3 +30,11 @@ def test_a_file_as_parent_folder_is_an_error(tmp_path):
         check_output(tmp_path / "a" / "b.json", "--output")
     with pytest.raises(UserError, match="^--output: cannot write"):
         write_output(tmp_path / "a" / "b.json", "text", "--output")
+
+
+@pytest.mark.parametrize("name", ["notes~", ".hidden", "file"])
+def test_a_folder_with_any_file_is_not_empty(tmp_path, name):
+    check_empty(tmp_path, "--output")
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="^--output=.* already exists"):
+        check_empty(tmp_path, "--output")

@@ -69,6 +69,17 @@ def test_paths(monkeypatch, tmp_path):
         user_path("s3://a")
 
 
+@pytest.mark.parametrize("root", ["gs", "s3", "az", "hf"])
+def test_local_folders_named_like_an_object_store_stay_local(monkeypatch, tmp_path, root):
+    """etils reads /hf/x as hf://x."""
+    monkeypatch.setenv("HOME", f"/{root}/home")
+    monkeypatch.setattr(paths.os, "getcwd", lambda: f"/{root}/here")
+    for path in (user_path(f"/{root}/x"), user_path("~/x"), absolute("x"), absolute(f"/{root}/x") / "y"):
+        assert not is_remote(path) and str(path).startswith(f"//{root}/")  # the same file as /{root}/
+        assert not path.exists() and not epath.Path(path).parent.exists()
+        assert user_path(path) == absolute(path) == path
+
+
 def test_local_files_are_listed_and_not_copied(tmp_path):
     (tmp_path / "b" / "c").mkdir(parents=True)
     for name in ("a", "b/c/d"):

@@ -41,7 +41,7 @@ def find_inputs(pattern: str, flag: str = "--input") -> list[str]:
         skip = {"site-packages", "dist-packages", "__pycache__"}
         paths = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
         return [str(p) for p in sorted(paths) if p.stat().st_size > 0]
-    is_path = user_path(pattern).exists()
+    is_path = bool(pattern) and user_path(pattern).exists()
     paths = []
     for part in [pattern] if is_path else filter(None, pattern.split(",")):
         matches = _files(_matches(part if is_remote(part) else os.path.expanduser(part), flag))
@@ -106,8 +106,13 @@ def _matches(part: str, flag: str) -> list[str]:
 def _files(paths: list[str]) -> list[str]:
     """Returns the paths that are files."""
     with futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda path: user_path(path).is_file(), paths))
+        found = list(pool.map(_is_file, paths))
     return [path for path, is_file in zip(paths, found, strict=True) if is_file]
+
+
+def _is_file(path: str) -> bool:
+    """Returns True for a file or an object, but not for a named pipe, which `epath.Path.is_file` accepts."""
+    return user_path(path).is_file() if is_remote(path) else os.path.isfile(path)
 
 
 def _saved_dataset(folder: str, flag: str) -> list[str]:

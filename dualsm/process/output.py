@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import os
 import secrets
 import shutil
 import tempfile
@@ -194,8 +195,14 @@ def try_lock(file: IO) -> bool | None:
 def check_empty(target: epath.PathLike, flag: str) -> None:
     """Raises `UserError`, naming the flag, unless the folder is empty or does not exist."""
     target = user_path(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if target.exists() and not (target.is_dir() and _is_empty(target)):
         raise UserError(f"{flag}={target} already exists; remove it or choose another")
+
+
+def _is_empty(folder: epath.Path) -> bool:
+    if is_remote(folder):
+        return not any(folder.iterdir())
+    return not os.listdir(folder)  # `epath.Path.iterdir` omits files such as "notes~"
 
 
 def _remove_if_abandoned(lock: Path) -> None:

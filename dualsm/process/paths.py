@@ -27,6 +27,7 @@ from etils import epath
 from dualsm.process.errors import BucketError, UserError
 
 _SCHEME = re.compile("[a-z0-9]+://")
+_LIKE_URI = re.compile("/(gs|s3|az|hf)(/|$)")
 _T = TypeVar("_T")
 _ATTEMPTS = 6  # per operation on a bucket, with pauses of about 1, 2, 4, ... seconds
 _THREADS = 16  # hide the latency of a bucket
@@ -44,7 +45,9 @@ def user_path(path: epath.PathLike) -> epath.Path:
         if importlib.util.find_spec("gcsfs") is None:
             raise UserError(f"{path}: gcsfs is not installed; run pip install 'dualsm[gcs]'")
         _set_up_gcsfs()
-    return epath.Path(path).expanduser()
+    path = os.path.expanduser(path)
+    # etils reads /gs/... as gs://..., but not //gs/..., which is the same file.
+    return epath.Path(f"/{path}" if _LIKE_URI.match(path) else path)
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -55,7 +58,7 @@ def is_remote(path: epath.PathLike) -> bool:
 def absolute(path: epath.PathLike) -> epath.Path:
     """Returns an absolute path; paths in buckets are absolute."""
     path = user_path(path)
-    return path if is_remote(path) else path.absolute()
+    return path if is_remote(path) else user_path(os.path.join(os.getcwd(), path))
 
 
 @functools.cache

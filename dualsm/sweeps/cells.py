@@ -230,7 +230,10 @@ def _loss_columns(workdir: epath.Path, record: Record) -> Record:
 
 def _evaluation_columns(workdir: epath.Path, record: Record) -> Record:
     """Merges all files in `eval/`; results of later checkpoints take precedence."""
-    results = [_read_object(path) for path in sorted((workdir / "eval").glob("*.json"))]
+    folder = workdir / "eval"  # `glob` would also interpret characters of the folder, as in "runs[1]"
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in found if path.suffix == ".json" and path.name[0] != "."]
+    results = [_read_object(path) for path in found]
     columns = {}
     for result in sorted(results, key=lambda result: result.get("checkpoint", 0)):
         for task, modes in result.get("tasks", {}).items():

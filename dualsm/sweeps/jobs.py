@@ -16,7 +16,7 @@ from pathlib import Path
 from etils import epath
 
 from dualsm.process.errors import UserError
-from dualsm.process.paths import is_remote, write_object
+from dualsm.process.paths import is_remote, retry, write_object
 from dualsm.process.progress import StatusTable, say
 from dualsm.sweeps.cells import CELL
 from dualsm.sweeps.grid import Cell
@@ -172,6 +172,7 @@ def _end(processes: Sequence[subprocess.Popen], signals: list[int]) -> None:
 
 def _clear(folder: epath.Path) -> None:
     """Deletes the outcome of an earlier attempt, and the folder if it is then empty."""
-    (folder / CELL).unlink(missing_ok=True)
-    if not is_remote(folder) and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    retry(lambda: (folder / CELL).unlink(missing_ok=True), folder)
+    if not is_remote(folder):
+        with contextlib.suppress(OSError):  # the folder is not empty or does not exist
+            os.rmdir(folder)  # `epath.Path.rmdir` would delete files such as "notes~"

@@ -1,10 +1,12 @@
 """Input patterns: paths, globs and saved datasets."""
 
 import json
+import os
 
 import pytest
 
 from dualsm.data import inputs
+from dualsm.process.errors import UserError
 from tests.data.reading import read
 
 
@@ -36,3 +38,18 @@ def test_only_the_last_suffix_determines_the_format(tmp_path):
     folder.mkdir()
     (folder / "1.jsonl.txt").write_text("no JSON")
     assert read(folder / "*.txt") == ["no JSON"]
+
+
+def test_an_empty_flag_is_reported(tmp_path, monkeypatch):
+    """The empty path is not the current folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--input is empty"):
+        inputs.find_inputs("")
+
+
+def test_named_pipes_are_not_inputs(tmp_path):
+    """A pipe could be read only once, and would block until another process writes to it."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    for pattern in ("a.jsonl", "*.jsonl"):
+        with pytest.raises(UserError, match="no files match"):
+            inputs.find_inputs(str(tmp_path / pattern))

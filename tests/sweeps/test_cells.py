@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from dualsm.analysis.table import make_table, seed_groups
 from dualsm.model.transformer import init_params
@@ -111,6 +112,11 @@ def test_later_evaluations_take_precedence(sweep):
     assert row["task/blimp/causal"] == 77.0
     assert row["held_out/causal/loss"] == 2.0
     assert [row["acceptance/greedy"], row["acceptance/sampled"]] == [1.5, 1.7]
+
+
+def test_results_of_a_sweep_whose_folder_looks_like_a_glob(tmp_path):
+    name = write_cell(tmp_path / "sw[1]", VALUES, name="cell")
+    assert cell_record(epath.Path(tmp_path) / "sw[1]" / "cells" / name, name, VALUES)["task/blimp/causal"] > 0
 
 
 def test_no_mean_score_without_all_tasks(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 
 from dualsm.evaluation.spec import EvalSpec
+from dualsm.sweeps import jobs
 from dualsm.sweeps.grid import make_cells
 from dualsm.sweeps.sweep_folder import Sweep
 from tests.micro import micro_config
@@ -40,3 +41,14 @@ def test_the_state_of_a_cell_is_read_without_orbax(sweep, monkeypatch):
     assert commands(sweep, cell) == ["dualsm.evaluate"]
     (sweep.path(cell) / "checkpoints" / "12").rmdir()
     assert commands(sweep, cell) == ["dualsm.train", "dualsm.evaluate"]
+
+
+def test_only_an_empty_folder_of_a_cell_is_removed(tmp_path):
+    """`epath.Path` does not list files such as "notes~", and its `rmdir` would delete them."""
+    folder = epath.Path(tmp_path) / "cell"
+    jobs._clear(folder)
+    for name, kept in (("cell.json", False), ("notes~", True)):
+        folder.mkdir()
+        (folder / name).touch()
+        jobs._clear(folder)
+        assert folder.exists() == kept
