@@ -112,13 +112,13 @@ def open_binary(path: epath.PathLike, buffering: int = -1) -> BinaryIO:
     return open(path, "rb", buffering)
 
 
-def write_object(path: epath.Path, content: bytes) -> None:
+def write_object(path: epath.Path, content: bytes, attempts: int = _ATTEMPTS) -> None:
     """Writes an object in a bucket, with retries; readers see the previous object or the new one.
 
     Raises:
       BucketError: if all attempts fail.
     """
-    _retry(lambda: path.write_bytes(content), path)
+    _retry(lambda: path.write_bytes(content), path, attempts)
 
 
 def upload(folder: epath.PathLike, target: epath.Path, last: str = "") -> None:

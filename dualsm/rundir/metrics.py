@@ -132,19 +132,25 @@ class _File:
 class _ObjectFile:
     """A text file in an object store; uploaded as a whole, because objects cannot be appended to."""
 
-    SECONDS = 10  # minimum time between uploads, except by `sync`
+    SECONDS = 10  # minimum time between attempts to upload, except by `sync`
 
     def __init__(self, path: epath.Path, text: str):
-        self._path, self._text, self._uploaded = path, text, time.monotonic()
+        self._path, self._text, self._last_attempt = path, text, time.monotonic()
 
     def write(self, line: str) -> None:
+        """Adds a line; uploads all lines if the last attempt is long enough ago, without retries."""
         self._text += line
-        if time.monotonic() - self._uploaded > self.SECONDS:
-            self.sync()
+        if time.monotonic() - self._last_attempt > self.SECONDS:
+            self._upload(attempts=1)  # training waits for it
 
     def sync(self) -> None:
-        write_object(self._path, self._text.encode())
-        self._uploaded = time.monotonic()
+        self._upload()
 
     def close(self) -> None:
         self.sync()
+
+    def _upload(self, **options: int) -> None:
+        try:
+            write_object(self._path, self._text.encode(), **options)
+        finally:
+            self._last_attempt = time.monotonic()
