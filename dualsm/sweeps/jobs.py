@@ -33,7 +33,8 @@ class _Job:
         self.sweep, self.cell, self.slot, self.jobs = sweep, cell, slot, jobs
         self.start, self.waiting, self.outcome = time.monotonic(), deque(sweep.remaining(cell)), {}
         only_evaluated = len(self.waiting) < len(sweep.commands(cell))
-        self.before = (sweep.recorded(cell).get("seconds") or 0.0) if only_evaluated else 0.0
+        recorded = retry(lambda: sweep.recorded(cell), sweep.folder)
+        self.before = (recorded.get("seconds") or 0.0) if only_evaluated else 0.0
         self.log = _local_log(log_file(sweep, cell))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         _clear(sweep.path(cell))

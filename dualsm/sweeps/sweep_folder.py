@@ -16,7 +16,7 @@ from dualsm.evaluation.spec import EvalSpec
 from dualsm.objectives.sources import trained_sources
 from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
-from dualsm.process.paths import absolute, size_and_time
+from dualsm.process.paths import absolute, is_remote, retry, size_and_time
 from dualsm.process.progress import warn
 from dualsm.rundir.checkpoint_folder import has_checkpoint
 from dualsm.rundir.metrics import METRICS, read_metrics
@@ -54,6 +54,7 @@ class Sweep:
         self.cells, self.eval_spec = [], eval_spec
         self.configs: dict[str, ConfigDict] = {}
         self._cached: dict[str, tuple[tuple[int, ...], list[dict]]] = {}  # see `records`
+        self._rows: dict[str, list[str]] = {}  # last rows of the status table
         first_names: dict[str, str] = {}
         for cell in cells:
             try:
@@ -142,12 +143,14 @@ class Sweep:
         """Returns a cell's first and last log lines, and the last ones of training and validation, in order.
 
         The file is read again only if it has changed since the last call. A damaged file counts as empty:
-        the run of the cell reports the error.
+        the run of the cell reports the error. In a bucket, a failed request raises an exception.
         """
         path = self.path(cell) / METRICS
         try:
             version = size_and_time(path)
-        except OSError:
+        except OSError as error:
+            if is_remote(path) and not isinstance(error, FileNotFoundError):
+                raise
             return []
         if self._cached.get(cell.name, ((), []))[0] != version:
             try:
@@ -159,6 +162,9 @@ class Sweep:
 
     def outcome(self, cell: Cell) -> dict | None:
         """Returns the outcome of a cell (done or diverged); None if it still has to run."""
+        return retry(lambda: self._outcome(cell), self.folder)
+
+    def _outcome(self, cell: Cell) -> dict | None:
         recorded = self.recorded(cell)
         if recorded.get("status") == "diverged":
             return recorded
@@ -173,7 +179,7 @@ class Sweep:
 
     def _trained(self, cell: Cell) -> bool:
         """Returns True if a cell's last log line and last checkpoint exist."""
-        records, steps = self.records(cell), self.configs[cell.name].steps
+        records, steps = retry(lambda: self.records(cell), self.folder), self.configs[cell.name].steps
         if not records or records[-1]["step"] < steps:
             return False
         return has_checkpoint(self.path(cell), steps)
@@ -202,7 +208,15 @@ class Sweep:
             return {}
 
     def row(self, cell: Cell) -> list[str]:
-        """Returns a cell's row of the status table."""
+        """Returns a cell's row of the status table; its last row if a request to a bucket fails."""
+        try:
+            self._rows[cell.name] = self._new_row(cell)
+        except Exception:  # the sweep and its cells continue
+            if not is_remote(self.folder):
+                raise
+        return self._rows.get(cell.name) or [cell.name, *[""] * (len(self.header()) - 1)]
+
+    def _new_row(self, cell: Cell) -> list[str]:
         records = self.records(cell)
         recorded = self.recorded(cell)
         step, steps = (records[-1]["step"] if records else 0), self.configs[cell.name].steps

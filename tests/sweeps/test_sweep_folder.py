@@ -7,7 +7,8 @@ import pytest
 from etils import epath
 
 from dualsm.evaluation.spec import EvalSpec
-from dualsm.sweeps import jobs
+from dualsm.process import paths
+from dualsm.sweeps import jobs, sweep_folder
 from dualsm.sweeps.grid import make_cells
 from dualsm.sweeps.sweep_folder import Sweep
 from tests.micro import micro_config
@@ -52,3 +53,31 @@ def test_only_an_empty_folder_of_a_cell_is_removed(tmp_path):
         (folder / name).touch()
         jobs._clear(folder)
         assert folder.exists() == kept
+
+
+def test_a_failed_request_to_a_bucket_does_not_end_a_sweep(sweep, monkeypatch):
+    """The status table shows the last row; the outcome of a cell, which decides, is read with retries."""
+    sweep, cell = sweep
+    shown, read = sweep.row(cell), sweep_folder.size_and_time
+    failures = []
+
+    def fail(path):
+        if failures:
+            raise failures.pop()
+        return read(path)
+
+    monkeypatch.setattr(sweep_folder, "size_and_time", fail)
+    failures.append(RuntimeError("503"))  # exceptions of gcsfs do not derive from OSError
+    with pytest.raises(RuntimeError):  # a local folder
+        sweep.row(cell)
+    monkeypatch.setattr(sweep_folder, "is_remote", lambda path: True)
+    monkeypatch.setattr(sweep_folder, "retry", paths._retry)
+    monkeypatch.setattr(paths.time, "sleep", lambda seconds: None)
+    for error in (RuntimeError("503"), ConnectionResetError("reset")):
+        failures.append(error)
+        assert sweep.row(cell) == shown and not failures
+        failures += [error, error]
+        assert commands(sweep, cell) == ["dualsm.evaluate"] and not failures
+    sweep._rows.clear()
+    failures.append(RuntimeError("503"))
+    assert sweep.row(cell) == [cell.name, *[""] * (len(shown) - 1)]
