@@ -14,7 +14,7 @@ from etils import epath
 from grain.sources import ArrayRecordDataSource
 
 from dualsm.process.errors import UserError
-from dualsm.process.paths import is_remote, retry
+from dualsm.process.paths import is_remote, retry, size_and_time
 
 RECORD_TOKENS = 2048
 _OTHER_FILES = 64  # reserve for open files other than shards
@@ -69,6 +69,8 @@ class Documents:
                 self.bytes_N = np.frombuffer((folder / split["document_bytes"]).read_bytes(), "<i8")
             records = len(self._source)
         except (RuntimeError, ValueError, OSError) as error:
+            if _is_unreachable(self._shards[0]):
+                raise
             damaged = next((shard for shard in self._shards if not _is_readable(shard)), None)
             name = f"corpus {folder}" if damaged is None else f"corpus shard {damaged}"
             raise UserError(
@@ -102,6 +104,7 @@ class Documents:
 
         Raises:
           UserError: if the checksum of a record is wrong; the message names the shard.
+          BucketError: if a bucket does not answer.
         """
         self._check()
         document_S = np.asarray(document_S, np.int64)
@@ -114,6 +117,8 @@ class Documents:
         try:
             records = iter(retry(lambda: self._read_records(indices), self._shards[0]))
         except (RuntimeError, ValueError, OSError) as error:
+            if _is_unreachable(self._shards[0]):
+                raise
             raise UserError(
                 f"corpus shard {self._damaged_shard(indices)} is damaged or missing ({_first_line(error)}); "
                 "copy or prepare the corpus again"
@@ -157,6 +162,17 @@ def _allow_open_files(count: int) -> None:
             f"with `ulimit -Hn {count + _OTHER_FILES}` or more"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + count, hard), hard))
+
+
+def _is_unreachable(shard: epath.Path) -> bool:
+    """Returns True if a shard is in a bucket that does not answer: then no shard need be damaged."""
+    if not is_remote(shard):
+        return False
+    try:
+        size_and_time(shard)
+    except Exception as error:  # the network libraries raise various errors
+        return not isinstance(error, FileNotFoundError)
+    return False
 
 
 def _is_readable(shard: epath.Path) -> bool:

@@ -1,5 +1,6 @@
 """Damaged and modified corpora raise errors."""
 
+import errno
 import functools
 import json
 import operator
@@ -9,12 +10,12 @@ import signal
 
 import pytest
 
-from dualsm.data import verification
+from dualsm.data import documents, verification
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
 from dualsm.data.workers import worker_pool
 from dualsm.process import paths
-from dualsm.process.errors import UserError
+from dualsm.process.errors import BucketError, UserError
 from tests.fuzzing.artifacts import real_texts
 from tests.fuzzing.corpora import make_corpus
 
@@ -117,6 +118,29 @@ def test_shards_in_a_bucket_are_read_again_after_an_error(monkeypatch):
     monkeypatch.setattr(paths.time, "sleep", lambda seconds: None)
     verification.Verification({"gs://bucket/shard": "hash"}).finish()
     assert len(attempts) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(RuntimeError("503"), BucketError), (FileNotFoundError("shard"), UserError), (None, UserError)],
+)
+def test_records_in_a_bucket_that_does_not_answer_are_not_damaged(small, monkeypatch, answer, expected):
+    """A user error would end the run for good; launchers repeat a command that could not reach its bucket."""
+    opened = Corpus(str(small)).documents("train")
+
+    def fail(*args):
+        raise BucketError(errno.EIO, "503", "gs://bucket/shard")
+
+    def size_and_time(shard):
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(documents, "retry", fail)
+    monkeypatch.setattr(documents, "is_remote", lambda path: True)
+    monkeypatch.setattr(documents, "size_and_time", size_and_time)
+    for read in (lambda: opened.read([0]), lambda: Corpus(str(small)).documents("train")):
+        with pytest.raises(expected, match="503"):
+            read()
 
 
 def test_changed_lengths_are_detected(copy):
