@@ -41,7 +41,12 @@ def test_a_process_does_not_load_the_corpus_into_memory(tmp_path):
     writer.close()
     size = RECORDS * RECORD_TOKENS
     (tmp_path / "lengths").write_bytes(np.full(DOCUMENTS, size, "<i4").tobytes())
-    split = {"tokens": DOCUMENTS * size, "bytes": 0, "shards": [{"file": "shard"}], "lengths": "lengths"}
+    split = {
+        "tokens": DOCUMENTS * size,
+        "bytes": 0,
+        "shards": [{"file": "shard", "documents": DOCUMENTS}],
+        "lengths": "lengths",
+    }
     assert os.path.getsize(tmp_path / "shard") > 3 * MAX_MB << 20
 
     done = subprocess.run(
