@@ -41,9 +41,9 @@ def _size(path: epath.Path) -> int | None:
 
 
 def _positive(value) -> int:
-    """Returns `value` if it is a positive integer, and raises `TypeError` otherwise."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise TypeError(f"{value!r} is not a positive integer")
+    """Returns `value` if it is a positive integer of 64 bits, and raises `TypeError` otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
+        raise TypeError(f"{value!r} is not a positive integer of 64 bits")
     return value
 
 
@@ -109,7 +109,7 @@ class Corpus:
                         "copy it again"
                     )
             for shard in split["shards"]:
-                _text(shard["sha256"])
+                _text(shard["sha256"]), _positive(shard["documents"])
         shards = [shard for name in SPLITS for shard in self.manifest["splits"][name]["shards"]]
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             sizes = pool.map(lambda shard: _size(self.folder / shard["file"]), shards)

@@ -77,13 +77,14 @@ class Documents:
                 f"{name} is damaged ({_first_line(error)}); copy or prepare the corpus again"
             ) from error
         records_N = record_count(self.lengths_N)
-        last_S = np.cumsum([shard["documents"] for shard in split["shards"]])
-        self._end_of_shard_S = np.cumsum(records_N)[last_S - 1]  # in records
+        documents_S = np.array([shard["documents"] for shard in split["shards"]], np.int64)
         self._first_record_N = np.cumsum(records_N) - records_N
-        if records_N.sum() != records or self.lengths_N.sum(dtype=np.int64) != self.tokens:
+        counts = (records_N.sum(), self.lengths_N.sum(dtype=np.int64), documents_S.sum())
+        if counts != (records, self.tokens, len(self)):
             raise UserError(
                 f"corpus {folder}: {split['lengths']} does not match the shards; prepare the corpus again"
             )
+        self._end_of_shard_S = np.cumsum(records_N)[np.cumsum(documents_S) - 1]  # in records
         if self.bytes_N is not None and (len(self.bytes_N), self.bytes_N.sum()) != (len(self), self.bytes):
             raise UserError(
                 f"corpus {folder}: {split['document_bytes']} does not match the shards; prepare it again"
