@@ -74,15 +74,15 @@ def _evaluate(
                 name, questions, scorer, scoring, spec.limit, baselines
             )
             yield results
+    if corpora and spec.draft and is_shifted(run):  # before the losses, by which a sweep knows the end
+        documents = [corpus.documents("valid") for _, corpus in corpora]
+        results["acceptance"] = evaluate_acceptance(run, documents, spec.draft)
+        results["acceptance"]["settings"]["data"] = [str(corpus.folder) for _, corpus in corpora]
+        yield results
     if corpora:
         results["held_out"] = {}
         for name, result in evaluate_held_out(run, corpora, spec.objectives(), spec.valid_samples):
             results["held_out"][name] = result
-            yield results
-        if spec.draft and is_shifted(run):
-            documents = [corpus.documents("valid") for _, corpus in corpora]
-            results["acceptance"] = evaluate_acceptance(run, documents, spec.draft)
-            results["acceptance"]["settings"]["data"] = [str(corpus.folder) for _, corpus in corpora]
             yield results
 
 

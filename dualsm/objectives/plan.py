@@ -63,11 +63,6 @@ class MixturePlan:
         """Returns objective_B, stratum_B and strata_B of a step; see `mixture.assign`."""
         return mixture.assign(self._counts_SxE[step], self._rows_E)
 
-    def row_sequences(self, step: int) -> np.ndarray:
-        """Returns the index of each row's sequence among the sequences of the run, int64 [B]."""
-        within_step_B = mixture.row_sequences(self._counts_SxE[step], self._rows_E)
-        return self.sequences(step) + within_step_B
-
     def row_sources(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the source and the sequence of each row of a step.
 

@@ -34,7 +34,7 @@ class UserError(Exception):
 
 
 class BucketError(OSError):
-    """A failure of a bucket or of the network to it, after retries; the command may succeed when repeated."""
+    """A failure of a bucket or of its network connection, after retries; the command may succeed later."""
 
 
 def user_message(error: BaseException) -> str | None:
@@ -62,9 +62,9 @@ def user_message(error: BaseException) -> str | None:
 
 
 def exit_status(error: BaseException) -> int:
-    """Returns the exit status for an error with a `user_message`: 2, or 1 for what a repetition may fix.
+    """Returns the exit status for an error with a `user_message`: 1 if a retry may succeed, otherwise 2.
 
-    Launchers repeat a command that ended with status 1.
+    Launchers retry a command that ended with status 1.
     """
     return 1 if _is_bucket_failure(error) else 2
 

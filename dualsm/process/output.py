@@ -92,8 +92,7 @@ def new_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]:
     rename is not atomic, the files are uploaded one by one and the file `last`, without which no command
     reads the folder, is written after all others. If the upload fails, the temporary folder is kept and the
     error names it. An interrupted upload leaves an object `.incomplete`, and the next call with the same
-    target deletes the leftovers. Concurrent calls with the same target in a
-    bucket are not detected.
+    target deletes the leftovers. Concurrent calls with the same target in a bucket are not detected.
 
     Locally, also removes temporary folders of processes that died. Each process locks a file in its folder:
     a held lock means that the process is alive, also on other machines and in containers that share the

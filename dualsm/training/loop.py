@@ -96,6 +96,7 @@ class _Run:
             row_sources=self.plan.row_sources,
         )
         self.milestones = find_milestones(config, self.plan, [corpus for _, corpus in corpora])
+        self.kept = all_milestones(workdir, self.milestones)
         self.schedule = learning_rate(config.optimizer, config.steps)
         self.abstract_state, self.init, self.step = compile_train_step(config, special, mesh)
 
@@ -118,8 +119,7 @@ class _Run:
 
     def go(self, stop: Callable[[int], bool], profiler: Profiler) -> bool:
         """Trains from the newest checkpoint until the end or until `stop`; returns True at the end."""
-        kept = all_milestones(self.workdir, self.milestones)
-        with contextlib.closing(Checkpoints(self.workdir, self.config.checkpoint, kept)) as checkpoints:
+        with contextlib.closing(Checkpoints(self.workdir, self.config.checkpoint, self.kept)) as checkpoints:
             state = checkpoints.restore(self.abstract_state)
             resumed = state is not None
             if resumed and state.opt_state is None:  # imported weights
@@ -140,7 +140,7 @@ class _Run:
             writer = NoMetrics()
             with distributed.together():  # starting a tracker may take minutes
                 if distributed.is_main_process():
-                    write_milestones(self.workdir, kept)
+                    write_milestones(self.workdir, self.kept)
                     writer = MetricsWriter(self.workdir, self.config, resumed_at=first or None)
             with contextlib.closing(writer):
                 log = MetricsLog(

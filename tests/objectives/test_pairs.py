@@ -45,7 +45,7 @@ def test_both_rows_of_a_pair_have_the_same_sequence_and_stratum():
 
 def test_every_sequence_of_a_run_is_read_in_order_and_once():
     plan = MixturePlan(paired(mir=0.5, causal=0.25, nemotron=0.25))
-    read = [np.unique(plan.row_sequences(step)) for step in range(12)]
+    read = [np.unique(plan.row_sources(step)[1]) for step in range(12)]
     assert np.concatenate(read).tolist() == list(range(plan.num_sequences))
     assert plan.sequences(5) == sum(map(len, read[:5]))
     assert plan.num_sequences == 12 * (2 + 2 + 1)
@@ -80,7 +80,7 @@ def test_pairs_can_be_added_and_scheduled():
     check_config(config)
     causal, both = trained_entries(config)
     assert both.members[1].options["span"] == 5
-    assert [MixturePlan(config).row_sequences(s).tolist() for s in (5, 6)] == [
+    assert [MixturePlan(config).row_sources(s)[1].tolist() for s in (5, 6)] == [
         list(range(40, 48)),
         [48, 48, 49, 49, 50, 50, 51, 51],
     ]

@@ -44,7 +44,7 @@ class Micro:
         documents[0, length // 4 :] = -1  # very different loss denominators
         documents[1, length // 2 :] = -1
         plan = MixturePlan(self.config)
-        sequence_B = plan.row_sequences(step) - plan.sequences(step)
+        sequence_B = plan.row_sources(step)[1] - plan.sequences(step)
         return Batch(tokens[sequence_B], documents[sequence_B], *plan.assign(step))
 
     def run(self, steps: int = 1):
