@@ -24,7 +24,8 @@ from dualsm.objectives.sources import Source
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
 from dualsm.training.run_corpora import RunCorpus, check_tokenizer, open_corpora
-from dualsm.training.validation import SourceValidation, Validation, rows_by_source
+from dualsm.training.valid_rows import rows_by_source
+from dualsm.training.validation import SourceValidation, Validation
 
 
 def load_tasks(spec: EvalSpec) -> dict[str, list[Question]]:

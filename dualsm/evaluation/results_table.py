@@ -8,7 +8,7 @@ import numpy as np
 
 from dualsm.evaluation.acceptance import SAMPLINGS
 from dualsm.process.progress import table
-from dualsm.training.validation import INEXACT_BYTES
+from dualsm.training.valid_rows import INEXACT_BYTES
 
 
 def results_table(results: Mapping, modes: Sequence[str]) -> str:

@@ -39,7 +39,8 @@ from dualsm.training.start import locked_workdir, open_job, print_start, warn_wi
 from dualsm.training.step import Batch, TrainState
 from dualsm.training.step_metrics import StepMetrics
 from dualsm.training.summary import summarize
-from dualsm.training.validation import INEXACT_BYTES, SourceValidation, Validation, rows_by_source
+from dualsm.training.valid_rows import INEXACT_BYTES, rows_by_source
+from dualsm.training.validation import SourceValidation, Validation
 
 
 def train(

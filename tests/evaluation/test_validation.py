@@ -14,7 +14,8 @@ from dualsm.data.corpus import Corpus
 from dualsm.devices import sharding
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.mixture import OBJECTIVES
-from dualsm.training.validation import SourceValidation, Validation, valid_rows
+from dualsm.training.valid_rows import valid_rows
+from dualsm.training.validation import SourceValidation, Validation
 from tests.exchange.conftest import ADDING, make_tokenizer_json, with_normalizers
 
 

@@ -15,7 +15,8 @@ from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.trained_run import open_run
 from dualsm.training.loop import _Run, train
 from dualsm.training.start import open_job
-from dualsm.training.validation import SourceValidation, Validation, valid_rows
+from dualsm.training.valid_rows import valid_rows
+from dualsm.training.validation import SourceValidation, Validation
 from tests.conftest import run_command
 from tests.micro_sources import two_sources
 from tests.processes import launch
