@@ -1,0 +1,272 @@
+"""Trains many runs of one shape in one program on one device.
+
+A run of a small model does not fill an accelerator. Here `jax.vmap` computes the train step of several runs
+at a time, each at a step of its own, and the slot of a complete run takes the next run. The data of all runs
+is on the device. Nothing is saved: the result of a run is its held-out losses.
+
+Runs may differ in data, seed, repetitions, number of steps, shares and weights of the objectives, and weight
+decay. Everything else must be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from dualsm.config import difference
+from dualsm.objectives.example import SpecialIds
+from dualsm.objectives.pairs import Entry, members_of
+from dualsm.objectives.shares import trained_entries
+from dualsm.optimizers.optimizer import make_optimizer
+from dualsm.process.errors import UserError
+from dualsm.sweeps.vectorized_data import DeviceData, load_data
+from dualsm.training.step import init_state, make_train_step
+from dualsm.training.valid_rows import ValidRows, valid_batches
+from dualsm.training.validation import make_score_function
+
+# Keys, or sections, in which the runs may differ.
+FREE = ("data", "mixture", "objectives", "optimizer.weight_decay", "pairs", "repetitions", "seed", "steps")
+_AT_ONCE = 8  # complete runs that are scored together
+_CURVE_STRIDE = 4  # the learning curve scores every fourth batch
+
+
+class _Run(NamedTuple):
+    """What differs between the runs.
+
+    Attributes:
+      seed, steps, weight_decay: as in the config.
+      first_batch, first_plan: index of the run's first step in `DeviceData`.
+      weight_J: loss weight of each member of the mixture.
+    """
+
+    seed: jax.Array
+    steps: jax.Array
+    weight_decay: jax.Array
+    first_batch: jax.Array
+    first_plan: jax.Array
+    weight_J: jax.Array
+
+
+def train_together(
+    configs: Mapping[str, ConfigDict],
+    special: SpecialIds,
+    splits: Mapping[str, ValidRows],
+    scored: Sequence[str],
+    slots: int,
+    every: int,
+    curve: str = "",
+    processes: int = 1,
+) -> Iterator[dict[str, Any]]:
+    """Trains all runs, and yields the results of each as soon as it is complete.
+
+    Args:
+      configs: name of a run -> its complete config.
+      special: the tokenizer's special ids.
+      splits: name -> held-out rows.
+      scored: objectives of the held-out losses.
+      slots: number of runs that train at the same time.
+      every: steps between two points of the learning curve; must divide the steps of every run.
+      curve: the split that the learning curve scores, a quarter of its rows; "" for no curve.
+      processes: number of processes that read the data.
+
+    Yields:
+      `name`, `steps`, `skipped` (number of updates), `<split>/<objective>/loss` in nats per token and
+      `<split>/<objective>/bits_per_byte`, the same of the average of the weights with the prefix `ema/` if
+      the runs have one, and `curve`, a list of [step, train loss, loss of each scored objective].
+
+    Raises:
+      UserError: if the runs do not have one shape.
+    """
+    check_one_shape(configs, every)
+    fleet = _Fleet(configs, special, splits, scored, slots, every, processes)
+    waiting = sorted(configs, key=lambda name: -configs[name].steps)
+    names: list[str | None] = [None] * slots
+    runs, curves, state = [fleet.run(waiting[0])] * slots, {}, None
+    while waiting or any(names):
+        fresh_K = np.zeros(slots, bool)
+        for k, name in enumerate(names):
+            if name is None and waiting:
+                names[k] = waiting.pop(0)
+                runs[k], fresh_K[k], curves[names[k]] = fleet.run(names[k]), True, []
+        run_K = jax.tree.map(lambda *leaves: np.stack(leaves), *runs)
+        state = fleet.init(run_K) if state is None else fleet.refill(run_K, state, fresh_K)
+        state = fleet.advance(run_K, state)
+        step_K, skipped_K = np.asarray(state.step), np.asarray(state.metrics.skipped)
+        train_K = np.asarray(state.metrics.loss / jnp.maximum(state.metrics.weight, 1))
+        loss_KxO = fleet.curve_losses(curve, state.params) if curve else np.zeros((slots, 0))
+        for k, name in enumerate(names):
+            if name is not None:
+                curves[name].append([int(step_K[k]), float(train_K[k]), *loss_KxO[k].tolist()])
+        done = [k for k, name in enumerate(names) if name and step_K[k] >= configs[name].steps]
+        for first in range(0, len(done), _AT_ONCE):
+            part = done[first : first + _AT_ONCE]
+            for k, metrics in zip(part, fleet.final_metrics(state, part), strict=True):
+                found = {"name": names[k], "steps": int(step_K[k]), "skipped": float(skipped_K[k])}
+                yield found | metrics | {"curve": curves.pop(names[k])}
+        for k in done:
+            names[k] = None
+
+
+def check_one_shape(configs: Mapping[str, ConfigDict], every: int) -> None:
+    """Raises `UserError` if the runs cannot train in one program."""
+    first, base = next(iter(configs.items()))
+    for name, config in configs.items():
+        if changes := difference(base, config, FREE):
+            raise UserError(f"the runs {first} and {name} differ in {'; '.join(changes)}")
+        if config.steps % every:
+            raise UserError(f"{name}: config.steps={config.steps} must be a multiple of {every}")
+        schedule = config.optimizer.schedule
+        if schedule.name != "wsd" or schedule.warmup_steps or schedule.final_fraction:
+            raise UserError(
+                f"{name}: config.optimizer.schedule must be wsd without warmup, with a decay to 0"
+            )
+        if config.optimizer.weight_decay_schedule.name == "linear" or config.sources:
+            raise UserError(f"{name}: linear weight decay and config.sources are not supported here")
+
+
+def common_entries(configs: Mapping[str, ConfigDict]) -> list[Entry]:
+    """Returns the entries that any of the runs trains.
+
+    Raises:
+      UserError: if the options of an objective differ between runs, other than its loss weight.
+    """
+    found: dict[str, Entry] = {}
+    for name, config in configs.items():
+        for entry in trained_entries(config):
+            known = found.setdefault(entry.name, entry)
+            unweighted = [[member._replace(weight=1.0) for member in both.members] for both in (entry, known)]
+            if unweighted[0] != unweighted[1]:
+                raise UserError(f"{name}: other runs have other options of {entry.name}")
+    return list(found.values())
+
+
+class _Fleet:
+    """The compiled functions of the runs; K is the number of slots, O of the scored objectives."""
+
+    def __init__(self, configs, special, splits, scored, slots: int, every: int, processes: int):
+        self._configs, self._special, self._every = configs, special, every
+        self._base = next(iter(configs.values()))
+        self._entries = common_entries(configs)
+        self._members = [member.name for member in members_of(self._entries)]
+        self._data, self._first = load_data(configs, self._members, processes)
+        self._scored = list(scored)
+        self._final = {name: self._make_score(rows, 1) for name, rows in splits.items()}
+        self._curve = {name: self._make_score(rows, _CURVE_STRIDE) for name, rows in splits.items()}
+        self.init = jax.jit(jax.vmap(lambda run: self._functions(run)[0]()))
+        self.refill = jax.jit(self._refill, donate_argnums=1)
+        self._advance = jax.jit(self._advance_slots, donate_argnums=1)
+
+    def run(self, name: str) -> _Run:
+        config = self._configs[name]
+        weight_J = np.ones(len(self._members), np.float32)
+        for member in members_of(trained_entries(config)):
+            weight_J[self._members.index(member.name)] = member.weight
+        return _Run(
+            seed=np.int32(config.seed),
+            steps=np.int32(config.steps),
+            weight_decay=np.float32(config.optimizer.weight_decay),
+            first_batch=np.int32(self._first.batch[name]),
+            first_plan=np.int32(self._first.plan[name]),
+            weight_J=weight_J,
+        )
+
+    def advance(self, run_K: _Run, state_K):
+        """Returns the states after `every` steps; complete runs stay as they are."""
+        return self._advance(run_K, state_K, self._data)
+
+    def curve_losses(self, split: str, params_K: dict) -> np.ndarray:
+        """Returns the losses on a part of a split, [K, O]."""
+        sums_KxOx3 = self._curve[split](params_K)
+        return sums_KxOx3[..., 0] / sums_KxOx3[..., 1]
+
+    def final_metrics(self, state_K, part: Sequence[int]) -> list[dict[str, float]]:
+        """Returns the held-out metrics of the runs in some of the slots."""
+        index = np.resize(np.array(part), _AT_ONCE)  # one compiled function for any number of runs
+        results: list[dict[str, float]] = [{} for _ in part]
+        for prefix, tree in (("", state_K.params), ("ema/", getattr(state_K, "ema", None))):
+            if tree is None:
+                continue
+            params_K = jax.tree.map(lambda leaf: leaf[index], tree)
+            for split, score in self._final.items():
+                for result, sums_Ox3 in zip(results, score(params_K), strict=False):
+                    for name, (nats, denominator, size) in zip(self._scored, sums_Ox3, strict=True):
+                        result[f"{prefix}{split}/{name}/loss"] = nats / denominator
+                        result[f"{prefix}{split}/{name}/bits_per_byte"] = nats / np.log(2) / size
+        return results
+
+    def _functions(self, run: _Run) -> tuple[Callable, Callable]:
+        """Returns the functions () -> state and (state, batch) -> (state, metrics) of a run."""
+        config = ConfigDict(self._base.to_dict(), type_safe=False)
+        config.seed, config.steps, config.log.every = run.seed, run.steps, self._every
+        config.optimizer.weight_decay = run.weight_decay
+        weights = iter(run.weight_J)
+        entries = [
+            entry._replace(members=tuple(m._replace(weight=next(weights)) for m in entry.members))
+            for entry in self._entries
+        ]
+        schedule = wsd_schedule(self._base.optimizer, run.steps)
+        optimizer = make_optimizer(config.optimizer, schedule, config.steps)
+        step = make_train_step(config, entries, self._special, optimizer)
+        return lambda: init_state(config, optimizer, len(self._members)), step
+
+    def _refill(self, run_K: _Run, state_K, fresh_K: jax.Array):
+        """Returns the states with those of the slots `fresh_K` replaced by new ones."""
+        new_K = jax.vmap(lambda run: self._functions(run)[0]())(run_K)
+
+        def choose(new, old):
+            return jnp.where(fresh_K.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(choose, new_K, state_K)
+
+    def _advance_slots(self, run_K: _Run, state_K, data: DeviceData):
+        def one(run: _Run, state):
+            index = jnp.minimum(state.step, run.steps - 1)
+            batch = data.batch(run.first_batch + index, run.first_plan + index)
+            new, _ = self._functions(run)[1](state, batch)
+            return jax.tree.map(lambda a, b: jnp.where(state.step < run.steps, a, b), new, state)
+
+        def all_slots(state_K, _):
+            return jax.vmap(one)(run_K, state_K), None
+
+        return jax.lax.scan(all_slots, state_K, length=self._every)[0]
+
+    def _make_score(self, rows: ValidRows, stride: int) -> Callable[[dict], np.ndarray]:
+        """Returns the function from the parameters of K runs to sums of each objective, float64 [K, O, 3]."""
+        score = make_score_function(
+            self._base, self._scored, self._special, rows.token_bytes_V, len(rows.tokens_VxL1)
+        )
+        chosen = list(valid_batches(rows, self._base.batch_size, self._special.pad))[::stride]
+        batches = [jnp.asarray(np.stack(arrays)) for arrays in zip(*chosen, strict=True)]
+
+        @jax.jit
+        def sums(params_K, batches):
+            def of_batch(batch):
+                def of_run(params):
+                    return jax.lax.map(
+                        lambda index: jnp.stack(score(params, *batch, index)), jnp.arange(len(self._scored))
+                    )
+
+                return jax.vmap(of_run)(params_K)
+
+            return jax.lax.map(of_batch, batches)
+
+        return lambda params_K: np.asarray(sums(params_K, batches), np.float64).sum(0)
+
+
+def wsd_schedule(config: ConfigDict, steps: jax.Array) -> optax.Schedule:
+    """Returns the `wsd` schedule without warmup and with a decay to 0, for a number of steps that is traced.
+
+    It equals `dualsm.optimizers.schedules.learning_rate`, whose number of steps must be known.
+
+    Args:
+      config: `config.optimizer`.
+      steps: int32 []; number of steps of the run.
+    """
+    decay = jnp.maximum(jnp.round(config.schedule.decay_fraction * steps), 1)
+    return lambda step: config.learning_rate * jnp.clip((steps - step) / decay, 0, 1)
