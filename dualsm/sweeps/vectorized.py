@@ -62,6 +62,7 @@ def train_together(
     every: int,
     curve: str = "",
     processes: int = 1,
+    capacity: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Trains all runs, and yields the results of each as soon as it is complete.
 
@@ -74,6 +75,7 @@ def train_together(
       every: steps between two points of the learning curve; must divide the steps of every run.
       curve: the split that the learning curve scores, a quarter of its rows; "" for no curve.
       processes: number of processes that read the data.
+      capacity: see `load_data`.
 
     Yields:
       `name`, `steps`, `skipped` (number of updates), `<split>/<objective>/loss` in nats per token and
@@ -84,7 +86,7 @@ def train_together(
       UserError: if the runs do not have one shape.
     """
     check_one_shape(configs, every)
-    fleet = _Fleet(configs, special, splits, scored, slots, every, processes)
+    fleet = _Fleet(configs, special, splits, scored, every, processes, capacity)
     waiting = sorted(configs, key=lambda name: -configs[name].steps)
     names: list[str | None] = [None] * slots
     runs, curves, state = [fleet.run(waiting[0])] * slots, {}, None
@@ -149,12 +151,12 @@ def common_entries(configs: Mapping[str, ConfigDict]) -> list[Entry]:
 class _Fleet:
     """The compiled functions of the runs; K is the number of slots, O of the scored objectives."""
 
-    def __init__(self, configs, special, splits, scored, slots: int, every: int, processes: int):
+    def __init__(self, configs, special, splits, scored, every: int, processes: int, capacity: int):
         self._configs, self._special, self._every = configs, special, every
         self._base = next(iter(configs.values()))
         self._entries = common_entries(configs)
         self._members = [member.name for member in members_of(self._entries)]
-        self._data, self._first = load_data(configs, self._members, processes)
+        self._data, self._first = load_data(configs, self._members, processes, capacity)
         self._scored = list(scored)
         self._final = {name: self._make_score(rows, 1) for name, rows in splits.items()}
         self._curve = {name: self._make_score(rows, _CURVE_STRIDE) for name, rows in splits.items()}

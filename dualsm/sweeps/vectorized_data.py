@@ -46,7 +46,7 @@ class FirstSteps(NamedTuple):
 
 
 def load_data(
-    configs: Mapping[str, ConfigDict], members: Sequence[str], processes: int = 1
+    configs: Mapping[str, ConfigDict], members: Sequence[str], processes: int = 1, capacity: int = 0
 ) -> tuple[DeviceData, FirstSteps]:
     """Reads the batches of all runs.
 
@@ -54,6 +54,8 @@ def load_data(
       configs: name of a run -> its complete config.
       members: names of the members of the mixture, which the plan refers to.
       processes: number of processes that read.
+      capacity: the arrays are padded to this number of steps, so that programs for several sets of runs have
+        the same shapes and are compiled once.
     """
     batch_keys = {name: _batch_key(config) for name, config in configs.items()}
     plan_keys = {name: _plan_key(config) for name, config in configs.items()}
@@ -69,9 +71,9 @@ def load_data(
     first_batch = dict(zip(of_batch_key, _starts(len(tokens) for tokens, _ in batches), strict=True))
     first_plan = dict(zip(of_plan_key, _starts(map(len, plans)), strict=True))
     data = DeviceData(
-        jnp.asarray(np.concatenate([tokens for tokens, _ in batches])),
-        jnp.asarray(np.concatenate([documents for _, documents in batches])),
-        jnp.asarray(np.concatenate(plans)),
+        _join([tokens for tokens, _ in batches], capacity),
+        _join([documents for _, documents in batches], capacity),
+        _join(plans, capacity),
     )
     return data, FirstSteps(
         {name: first_batch[key] for name, key in batch_keys.items()},
@@ -111,6 +113,13 @@ def read_plan(config: ConfigDict, members: Sequence[str]) -> np.ndarray:
     plan_SxBx3 = np.stack([np.stack(row, -1) for row in rows])
     plan_SxBx3[..., 0] = index_J[plan_SxBx3[..., 0]]
     return plan_SxBx3
+
+
+def _join(parts: Sequence[np.ndarray], capacity: int) -> jax.Array:
+    steps = max(capacity, sum(map(len, parts)))
+    joined = np.zeros((steps, *parts[0].shape[1:]), parts[0].dtype)
+    np.concatenate(parts, out=joined[: sum(map(len, parts))])
+    return jnp.asarray(joined)
 
 
 def _starts(sizes) -> list[int]:

@@ -1,0 +1,225 @@
+"""Runs the study of docs/reproduction/protocol.md on one device: tune, choose, confirm.
+
+python docs/reproduction/study.py --corpora=runs/study --output=runs/study_results
+
+`--corpora` contains the corpora A, B, C and D, whose held-out text is the dev split, and `test`, whose
+held-out text is the test split; protocol.md has the commands that make them. Each run is a line of
+`runs.jsonl`; a repeated call continues with the runs that are missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configs.starved import get_config
+from dualsm.data.corpus import Corpus
+from dualsm.sweeps.vectorized import train_together
+from dualsm.training.run_corpora import open_corpora
+from dualsm.training.start import complete
+from dualsm.training.valid_rows import valid_rows
+
+FLAGS = flags.FLAGS
+
+ALPHAS = {128: (1 / 4, 1 / 2, 3 / 4, 15 / 16, 1.0), 32: (1 / 2, 3 / 4, 15 / 16, 1.0)}
+DECAYS = {128: (0.3, 0.5, 1.0, 2.0), 32: (0.1, 0.3, 1.0)}
+LENGTHS = {128: (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), 32: (1 / 4, 1 / 2, 1)}
+REPLICATES = [(corpus, seed) for corpus in "BCD" for seed in (1, 2)]
+DROPOUT = 0.1
+EMA = 0.995
+POINTS = 16  # of the learning curve of a full run
+# name -> layers, d_model, heads, steps of a full run: 60 to 65 tokens per parameter
+SIZES = {"61k": (2, 32, 1, 464), "230k": (3, 64, 2, 1840), "1.0M": (4, 128, 4, 7360)}
+
+
+def cell(recipe, repetitions, alpha, decay, length, corpus, seed, size="230k", weight=1.0) -> dict:
+    """Returns a run of the study.
+
+    Args:
+      recipe: "plain", "dropout", "mir" (a pair; alpha is not used).
+      repetitions: R of a full run; a shorter run has the same unique tokens and fewer repetitions.
+      alpha: share of causal rows.
+      decay: weight decay.
+      length: share of the full run's tokens.
+      corpus: "A" to "D".
+      seed: seed of initialization, order and corruption.
+      size: key of `SIZES`.
+      weight: loss weight of the causal objective.
+    """
+    return {
+        "recipe": recipe,
+        "R": repetitions,
+        "alpha": alpha,
+        "weight_decay": decay,
+        "length": length,
+        "corpus": corpus,
+        "seed": seed,
+        "size": size,
+        "causal_weight": weight,
+    }
+
+
+def name_of(run: dict) -> str:
+    """Returns the name of a run."""
+    return ",".join(f"{key}={run[key]}" for key in sorted(run))
+
+
+def config_of(run: dict, corpora: Path):
+    """Returns the complete config of a run."""
+    config = get_config(f"alpha={run['alpha']},repetitions={max(1, round(run['R'] * run['length']))}")
+    layers, width, heads, steps = SIZES[run["size"]]
+    config.model.num_layers, config.model.d_model, config.model.num_heads = layers, width, heads
+    config.model.d_ff = 3 * width
+    # The two rows of a pair train the same tokens.
+    config.steps = round(steps * run["length"]) * (2 if run["recipe"] == "mir" else 1)
+    config.seed, config.optimizer.weight_decay = run["seed"], float(run["weight_decay"])
+    config.objectives.causal.weight = float(run["causal_weight"])
+    if run["recipe"] == "mir":
+        config.mixture.causal = config.mixture.masked_diffusion = 0.0
+        config.mixture.mir = 1.0
+    config.model.dropout = DROPOUT if run["recipe"] == "dropout" else 0.0
+    config.ema.decay = EMA
+    config.model.remat = "none"
+    config.data.path = str(corpora / run["corpus"])
+    return complete(config, open_corpora(config))
+
+
+def tuning(recipe: str, repetitions: int, alphas) -> list[dict]:
+    """Returns the runs on corpus A that choose weight decay and length."""
+    grid = itertools.product(alphas, DECAYS[repetitions], LENGTHS[repetitions])
+    return [
+        cell(recipe, repetitions, alpha, decay, length, "A", 0)
+        for alpha, decay, length in grid
+        if length > 1 / 16 or alpha > 3 / 4 or recipe == "mir"
+    ]
+
+
+def choose(results: list[dict]) -> dict[str, dict]:
+    """Returns, by (recipe, R, alpha), the best run on corpus A in causal loss on the dev split.
+
+    `full` is the best full run, `stop` the best run of any length.
+    """
+    chosen = {}
+    for result in results:
+        run = result["run"]
+        if run["corpus"] != "A" or run["size"] != "230k" or run["causal_weight"] != 1:
+            continue
+        key = f"{run['recipe']},{run['R']},{run['alpha']}"
+        for kind in ("full", "stop"):
+            if kind == "full" and run["length"] != 1:
+                continue
+            best = chosen.setdefault(key, {}).get(kind)
+            loss = result["dev/causal/loss"]
+            if best is None or loss < best["loss"]:
+                chosen[key][kind] = {"loss": loss, "run": run}
+    return chosen
+
+
+def best_alpha(chosen: dict, repetitions: int, kind: str) -> float:
+    """Returns the mixture, alpha < 1, with the lowest causal loss on the dev split."""
+    alphas = [alpha for alpha in ALPHAS[repetitions] if alpha < 1]
+    return min(alphas, key=lambda alpha: chosen[f"plain,{repetitions},{alpha}"][kind]["loss"])
+
+
+def confirming(chosen: dict, keys, replicates) -> list[dict]:
+    """Returns the replicates of the chosen runs."""
+    picked = [chosen[key][kind]["run"] for key in keys for kind in ("full", "stop")]
+    runs = [run | {"corpus": corpus, "seed": seed} for run in picked for corpus, seed in replicates]
+    return list({name_of(run): run for run in runs}.values())
+
+
+class Study:
+    """Trains the runs of the study and keeps their results in `runs.jsonl`."""
+
+    def __init__(self, corpora: Path, output: Path):
+        self.corpora, self.file = corpora, output / "runs.jsonl"
+        output.mkdir(parents=True, exist_ok=True)
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.results = [json.loads(line) for line in lines]
+        dev, test = (Corpus(str(corpora / name)) for name in ("A", "test"))
+        tokenizer = dev.tokenizer()
+        self.special = tokenizer.special
+        self.splits = {
+            name: valid_rows(corpus.documents("valid"), 128, 0, self.special, tokenizer.token_bytes())
+            for name, corpus in (("dev", dev), ("test", test))
+        }
+
+    def train(self, title: str, runs: list[dict], slots: int) -> None:
+        """Trains the runs without a result."""
+        done = {name_of(result["run"]) for result in self.results}
+        missing = {name_of(run): run for run in runs if name_of(run) not in done}
+        print(f"{title}: {len(runs)} runs, {len(missing)} to train", flush=True)
+        if not missing:
+            return
+        configs = {name: config_of(run, self.corpora) for name, run in missing.items()}
+        size = runs[0]["size"]  # all runs of a stage have one size
+        started, steps = time.time(), 0
+        results = train_together(
+            configs,
+            self.special,
+            self.splits,
+            ["causal", "masked_diffusion"],
+            min(slots, len(missing)),
+            SIZES[size][3] // POINTS,
+            "dev",
+            FLAGS.processes,
+            FLAGS.capacity,
+        )
+        with self.file.open("a") as file:
+            for result in results:
+                result = {"stage": title, "run": missing[result.pop("name")], **result}
+                self.results.append(result)
+                print(json.dumps(result), file=file, flush=True)
+                steps += result["steps"]
+        seconds = time.time() - started
+        print(f"{title}: {steps} steps in {seconds:.0f} s on {jax.devices()[0].device_kind}", flush=True)
+
+
+def main(_):
+    study, slots = Study(Path(FLAGS.corpora), Path(FLAGS.output)), FLAGS.slots
+    study.train("tune", [run for R in ALPHAS for run in tuning("plain", R, ALPHAS[R])], slots)
+    chosen = choose(study.results)
+    keys = {R: [f"plain,{R},{alpha}" for alpha in ALPHAS[R]] for R in ALPHAS}
+    runs = confirming(chosen, keys[128], REPLICATES) + confirming(chosen, keys[32], REPLICATES[::2])
+    for R, replicates in ((128, REPLICATES), (32, REPLICATES[::2])):
+        best = chosen[f"plain,{R},{best_alpha(chosen, R, 'full')}"]["full"]["run"]
+        runs += [best | {"corpus": c, "seed": s, "causal_weight": 2.0} for c, s in replicates]
+    study.train("confirm", runs, slots)
+
+    study.train("tune mir", tuning("mir", 128, [1.0]), min(slots, 24))
+    mixtures = sorted({best_alpha(chosen, 128, kind) for kind in ("full", "stop")})
+    study.train("tune dropout", tuning("dropout", 128, [*mixtures, 1.0]), slots)
+    chosen = choose(study.results)
+    # The tokens of half a run of MIR cost as much as all tokens of a causal run.
+    same_compute = min(
+        (r for r in study.results if r["run"]["recipe"] == "mir" and r["run"]["length"] == 1 / 2),
+        key=lambda result: result["dev/causal/loss"],
+    )["run"]
+    runs = confirming(chosen, ["mir,128,1.0"], REPLICATES)
+    runs += [same_compute | {"corpus": corpus, "seed": seed} for corpus, seed in REPLICATES]
+    study.train("confirm mir", list({name_of(run): run for run in runs}.values()), min(slots, 24))
+    keys = [f"dropout,128,{alpha}" for alpha in [*mixtures, 1.0]]
+    study.train("confirm dropout", confirming(chosen, keys, REPLICATES), slots)
+
+    for size in SIZES:
+        if size != "230k":
+            keys = {f"plain,128,{alpha}" for alpha in (*mixtures, 1.0)}
+            runs = [run | {"size": size} for run in confirming(chosen, sorted(keys), [("B", 1), ("C", 1)])]
+            study.train(f"size {size}", runs, slots)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("corpora", "runs/study", "Folder of the corpora A, B, C, D and test.")
+    flags.DEFINE_string("output", "runs/study_results", "Folder of the results.")
+    flags.DEFINE_integer("slots", 32, "Runs that train at the same time.")
+    flags.DEFINE_integer("processes", 1, "Processes that read the data.")
+    flags.DEFINE_integer("capacity", 0, "Steps of data on the device, at least; equal sizes compile once.")
+    app.run(main)
