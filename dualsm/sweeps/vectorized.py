@@ -26,14 +26,12 @@ from dualsm.objectives.shares import trained_entries
 from dualsm.optimizers.optimizer import make_optimizer
 from dualsm.process.errors import UserError
 from dualsm.sweeps.vectorized_data import DeviceData, load_data
+from dualsm.sweeps.vectorized_scores import HeldOutScores
 from dualsm.training.step import init_state, make_train_step
-from dualsm.training.valid_rows import ValidRows, valid_batches
-from dualsm.training.validation import make_score_function
+from dualsm.training.valid_rows import ValidRows
 
 # Keys, or sections, in which the runs may differ.
 FREE = ("data", "mixture", "objectives", "optimizer.weight_decay", "pairs", "repetitions", "seed", "steps")
-_AT_ONCE = 8  # complete runs that are scored together
-_CURVE_STRIDE = 4  # the learning curve scores every fourth batch
 
 
 class _Run(NamedTuple):
@@ -86,32 +84,32 @@ def train_together(
       UserError: if the runs do not have one shape.
     """
     check_one_shape(configs, every)
-    fleet = _Fleet(configs, special, splits, scored, every, processes, capacity)
+    fleet = _Fleet(configs, special, every, processes, capacity)
+    scores = HeldOutScores(next(iter(configs.values())), special, splits, scored)
     waiting = sorted(configs, key=lambda name: -configs[name].steps)
     names: list[str | None] = [None] * slots
-    runs, curves, state = [fleet.run(waiting[0])] * slots, {}, None
+    runs, curves, skipped, state = [fleet.run(waiting[0])] * slots, {}, {}, None
     while waiting or any(names):
         fresh_K = np.zeros(slots, bool)
         for k, name in enumerate(names):
             if name is None and waiting:
                 names[k] = waiting.pop(0)
-                runs[k], fresh_K[k], curves[names[k]] = fleet.run(names[k]), True, []
+                runs[k], fresh_K[k] = fleet.run(names[k]), True
+                curves[names[k]], skipped[names[k]] = [], 0
         run_K = jax.tree.map(lambda *leaves: np.stack(leaves), *runs)
-        state = fleet.init(run_K) if state is None else fleet.refill(run_K, state, fresh_K)
+        state = fleet.refill(run_K, fleet.empty(run_K) if state is None else state, fresh_K)
         state = fleet.advance(run_K, state)
         step_K, skipped_K = np.asarray(state.step), np.asarray(state.metrics.skipped)
         train_K = np.asarray(state.metrics.loss / jnp.maximum(state.metrics.weight, 1))
-        loss_KxO = fleet.curve_losses(curve, state.params) if curve else np.zeros((slots, 0))
-        for k, name in enumerate(names):
-            if name is not None:
-                curves[name].append([int(step_K[k]), float(train_K[k]), *loss_KxO[k].tolist()])
-        done = [k for k, name in enumerate(names) if name and step_K[k] >= configs[name].steps]
-        for first in range(0, len(done), _AT_ONCE):
-            part = done[first : first + _AT_ONCE]
-            for k, metrics in zip(part, fleet.final_metrics(state, part), strict=True):
-                found = {"name": names[k], "steps": int(step_K[k]), "skipped": float(skipped_K[k])}
-                yield found | metrics | {"curve": curves.pop(names[k])}
-        for k in done:
+        busy = [k for k, name in enumerate(names) if name]
+        losses = scores.curve_losses(curve, state.params, busy) if curve else [[] for _ in busy]
+        for k, loss_O in zip(busy, losses, strict=True):
+            curves[names[k]].append([int(step_K[k]), float(train_K[k]), *loss_O])
+            skipped[names[k]] += int(skipped_K[k])  # of the last `every` steps
+        done = [k for k in busy if step_K[k] >= configs[names[k]].steps]
+        for k, metrics in zip(done, scores.final_metrics(state, done), strict=True):
+            found = {"name": names[k], "steps": int(step_K[k]), "skipped": skipped.pop(names[k])}
+            yield found | metrics | {"curve": curves.pop(names[k])}
             names[k] = None
 
 
@@ -149,18 +147,14 @@ def common_entries(configs: Mapping[str, ConfigDict]) -> list[Entry]:
 
 
 class _Fleet:
-    """The compiled functions of the runs; K is the number of slots, O of the scored objectives."""
+    """The compiled functions of the runs; K is the number of slots."""
 
-    def __init__(self, configs, special, splits, scored, every: int, processes: int, capacity: int):
+    def __init__(self, configs, special, every: int, processes: int, capacity: int):
         self._configs, self._special, self._every = configs, special, every
         self._base = next(iter(configs.values()))
         self._entries = common_entries(configs)
         self._members = [member.name for member in members_of(self._entries)]
         self._data, self._first = load_data(configs, self._members, processes, capacity)
-        self._scored = list(scored)
-        self._final = {name: self._make_score(rows, 1) for name, rows in splits.items()}
-        self._curve = {name: self._make_score(rows, _CURVE_STRIDE) for name, rows in splits.items()}
-        self.init = jax.jit(jax.vmap(lambda run: self._functions(run)[0]()))
         self.refill = jax.jit(self._refill, donate_argnums=1)
         self._advance = jax.jit(self._advance_slots, donate_argnums=1)
 
@@ -182,25 +176,10 @@ class _Fleet:
         """Returns the states after `every` steps; complete runs stay as they are."""
         return self._advance(run_K, state_K, self._data)
 
-    def curve_losses(self, split: str, params_K: dict) -> np.ndarray:
-        """Returns the losses on a part of a split, [K, O]."""
-        sums_KxOx3 = self._curve[split](params_K)
-        return sums_KxOx3[..., 0] / sums_KxOx3[..., 1]
-
-    def final_metrics(self, state_K, part: Sequence[int]) -> list[dict[str, float]]:
-        """Returns the held-out metrics of the runs in some of the slots."""
-        index = np.resize(np.array(part), _AT_ONCE)  # one compiled function for any number of runs
-        results: list[dict[str, float]] = [{} for _ in part]
-        for prefix, tree in (("", state_K.params), ("ema/", getattr(state_K, "ema", None))):
-            if tree is None:
-                continue
-            params_K = jax.tree.map(lambda leaf: leaf[index], tree)
-            for split, score in self._final.items():
-                for result, sums_Ox3 in zip(results, score(params_K), strict=False):
-                    for name, (nats, denominator, size) in zip(self._scored, sums_Ox3, strict=True):
-                        result[f"{prefix}{split}/{name}/loss"] = nats / denominator
-                        result[f"{prefix}{split}/{name}/bits_per_byte"] = nats / np.log(2) / size
-        return results
+    def empty(self, run_K: _Run):
+        """Returns states of the right shapes, to be refilled."""
+        shapes = jax.eval_shape(jax.vmap(lambda run: self._functions(run)[0]()), run_K)
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     def _functions(self, run: _Run) -> tuple[Callable, Callable]:
         """Returns the functions () -> state and (state, batch) -> (state, metrics) of a run."""
@@ -237,28 +216,6 @@ class _Fleet:
             return jax.vmap(one)(run_K, state_K), None
 
         return jax.lax.scan(all_slots, state_K, length=self._every)[0]
-
-    def _make_score(self, rows: ValidRows, stride: int) -> Callable[[dict], np.ndarray]:
-        """Returns the function from the parameters of K runs to sums of each objective, float64 [K, O, 3]."""
-        score = make_score_function(
-            self._base, self._scored, self._special, rows.token_bytes_V, len(rows.tokens_VxL1)
-        )
-        chosen = list(valid_batches(rows, self._base.batch_size, self._special.pad))[::stride]
-        batches = [jnp.asarray(np.stack(arrays)) for arrays in zip(*chosen, strict=True)]
-
-        @jax.jit
-        def sums(params_K, batches):
-            def of_batch(batch):
-                def of_run(params):
-                    return jax.lax.map(
-                        lambda index: jnp.stack(score(params, *batch, index)), jnp.arange(len(self._scored))
-                    )
-
-                return jax.vmap(of_run)(params_K)
-
-            return jax.lax.map(of_batch, batches)
-
-        return lambda params_K: np.asarray(sums(params_K, batches), np.float64).sum(0)
 
 
 def wsd_schedule(config: ConfigDict, steps: jax.Array) -> optax.Schedule:

@@ -107,9 +107,7 @@ def _fit_to_documents(
     return token_bytes_V, np.divide(bytes_N, sum_N, out=np.ones(count), where=sum_N > 0)
 
 
-def valid_batches(
-    rows: ValidRows, size: int, pad: int, samples: int = 1
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def valid_batches(rows: ValidRows, size: int, pad: int, samples: int = 1) -> Iterator[tuple[np.ndarray, ...]]:
     """Yields batches of `size` rows; pads the last batch with empty rows.
 
     Each of n batches takes every n-th row, so that it is a sample of the whole split.
@@ -121,7 +119,8 @@ def valid_batches(
       samples: number of times that each row is in the batches.
 
     Yields:
-      tokens_BxL1, documents_BxL1, scale_BxL1, and the index of each row, int32 [B].
+      tokens_BxL1, documents_BxL1, scale_BxL1, and `Row.stratum` and `Row.strata` of each row, int32 [B]: the
+      amounts of corruption are spread over the split.
     """
     arrays = [np.tile(a, (samples, 1)) for a in rows[:3]]
     missing = -len(arrays[0]) % size
@@ -131,6 +130,7 @@ def valid_batches(
         for a, value in zip(arrays, fill, strict=True)
     ]
     index_V, batches = np.arange(len(arrays[0]), dtype=np.int32), len(arrays[0]) // size
+    strata_B = np.full(size, samples * len(rows.tokens_VxL1), np.int32)
     for first in range(batches):
         part = slice(first, None, batches)
-        yield *(a[part] for a in arrays), index_V[part]
+        yield *(a[part] for a in arrays), index_V[part], strata_B

@@ -29,8 +29,6 @@ def make_score_function(
     config: ml_collections.ConfigDict,
     names: Sequence[str],
     special: SpecialIds,
-    token_bytes_V: np.ndarray,
-    strata: int,
 ) -> Callable:
     """Returns the function that scores a batch of held-out rows under one objective.
 
@@ -38,21 +36,19 @@ def make_score_function(
       config: the run's config.
       names: objectives.
       special: the tokenizer's special ids.
-      token_bytes_V: see `ValidRows`.
-      strata: number of rows of the split, over which the amounts of corruption are spread.
 
     Returns:
-      A function (params, *batch of `valid_batches`, index into `names`) -> sums over the batch: loss in nats,
-      loss denominator, bytes of the scored targets.
+      A function (params, `ValidRows.token_bytes_V`, batch of `valid_batches`, index into `names`) -> sums
+      over the batch: loss in nats, loss denominator, bytes of the scored targets.
     """
     options = {"objectives": valid_options(config.objectives)}
     objectives = bind_members(members_of([entry(name, options) for name in names]), special)
-    token_bytes_V = jnp.asarray(token_bytes_V)
 
-    def score(params: dict, tokens_BxL1, documents_BxL1, scale_BxL1, stratum_B, objective: jax.Array):
+    def score(params: dict, token_bytes_V: jax.Array, batch: Sequence[jax.Array], objective: jax.Array):
+        tokens_BxL1, documents_BxL1, scale_BxL1, stratum_B, strata_B = batch
         size = tokens_BxL1.shape[0]
         keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(_SEED), i))(stratum_B)
-        row = Row(tokens_BxL1, documents_BxL1, stratum_B, jnp.full(size, strata), jnp.zeros(size))
+        row = Row(tokens_BxL1, documents_BxL1, stratum_B, strata_B, jnp.zeros(size))
         example = mixture.make_examples(objectives, row, jnp.full(size, objective), keys_B)
         example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
         _, denominator, stats = example_loss(
@@ -98,9 +94,8 @@ class Validation:
             tuple(shard_batch(mesh, part) for part in batch)
             for batch in valid_batches(rows, batch_size, special.pad, samples)
         ]
-        strata = samples * len(rows.tokens_VxL1)
-        score = make_score_function(config, names, special, rows.token_bytes_V, strata)
-        self._score = jax.jit(score, out_shardings=replicated(mesh))
+        self._token_bytes_V = jnp.asarray(rows.token_bytes_V)
+        self._score = jax.jit(make_score_function(config, names, special), out_shardings=replicated(mesh))
 
     def __call__(
         self, params: dict, name: str, every: int = 1, stop: Callable[[], bool] = lambda: False
@@ -122,7 +117,7 @@ class Validation:
         for batch in self._batches[::every]:
             if stop():
                 return None
-            parts.append(self._score(params, *batch, jnp.int32(index)))
+            parts.append(self._score(params, self._token_bytes_V, batch, jnp.int32(index)))
             jax.block_until_ready(parts[-_MAX_IN_FLIGHT:][0])
         return np.array(jax.device_get(parts), np.float64).sum(0)
 
