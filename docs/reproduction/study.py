@@ -162,6 +162,11 @@ class Study:
         configs = {name: config_of(run, self.corpora) for name, run in missing.items()}
         size = runs[0]["size"]  # all runs of a stage have one size
         started, steps = time.time(), 0
+        total = sum(config.steps for config in configs.values())
+
+        def progress(finished: int) -> None:
+            print(f"{title}: {finished} of {total} steps, {time.time() - started:.0f} s", flush=True)
+
         results = train_together(
             configs,
             self.special,
@@ -172,6 +177,7 @@ class Study:
             "dev",
             FLAGS.processes,
             FLAGS.capacity,
+            progress,
         )
         with self.file.open("a") as file:
             for result in results:

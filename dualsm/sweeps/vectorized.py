@@ -61,6 +61,7 @@ def train_together(
     curve: str = "",
     processes: int = 1,
     capacity: int = 0,
+    progress: Callable[[int], None] = lambda steps: None,
 ) -> Iterator[dict[str, Any]]:
     """Trains all runs, and yields the results of each as soon as it is complete.
 
@@ -74,6 +75,7 @@ def train_together(
       curve: the split that the learning curve scores, a quarter of its rows; "" for no curve.
       processes: number of processes that read the data.
       capacity: see `load_data`.
+      progress: called every `every` steps with the number of steps that all runs have finished together.
 
     Yields:
       `name`, `steps`, `skipped` (number of updates), `<split>/<objective>/loss` in nats per token and
@@ -89,6 +91,7 @@ def train_together(
     waiting = sorted(configs, key=lambda name: -configs[name].steps)
     names: list[str | None] = [None] * slots
     runs, curves, skipped, state = [fleet.run(waiting[0])] * slots, {}, {}, None
+    finished = 0
     while waiting or any(names):
         fresh_K = np.zeros(slots, bool)
         for k, name in enumerate(names):
@@ -106,6 +109,8 @@ def train_together(
         for k, loss_O in zip(busy, losses, strict=True):
             curves[names[k]].append([int(step_K[k]), float(train_K[k]), *loss_O])
             skipped[names[k]] += int(skipped_K[k])  # of the last `every` steps
+        finished += every * len(busy)
+        progress(finished)
         done = [k for k in busy if step_K[k] >= configs[names[k]].steps]
         for k, metrics in zip(done, scores.final_metrics(state, done), strict=True):
             found = {"name": names[k], "steps": int(step_K[k]), "skipped": skipped.pop(names[k])}
