@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from absl import flags
 
 from dualsm.data.build import Recipe, build
-from dualsm.data.inputs import SUFFIXES
-from dualsm.data.streams import COMPRESSIONS
+from dualsm.data.inputs import FORMATS, SUFFIXES
+from dualsm.data.streams import COMPRESSIONS, SPLITS
 from dualsm.devices.chips import usable_cores
 from dualsm.process import cli
 
 _INPUT = flags.DEFINE_string(
     "input",
     None,
-    f"python-stdlib, or comma-separated files and globs with the suffixes {' '.join(SUFFIXES)}; "
-    f"text and JSON may be compressed ({' '.join(COMPRESSIONS)})",
+    f"python-stdlib, or comma-separated files, folders and globs with the suffixes {' '.join(SUFFIXES)}; "
+    f"text, JSON and CSV may be compressed ({' '.join(COMPRESSIONS)})",
 )
 _OUTPUT = cli.DEFINE_path("output", None, "folder to create")
 _VOCAB_SIZE = flags.DEFINE_integer(
@@ -39,7 +39,21 @@ _VALID_FRACTION = flags.DEFINE_float(
     Recipe.valid_fraction,
     "fraction of documents to hold out, selected by a hash of their text",
 )
-_TEXT_KEY = flags.DEFINE_string("text_key", Recipe.text_key, "JSON field or column that contains the text")
+_FORMAT = flags.DEFINE_enum(
+    "format", Recipe.format, FORMATS, "format of the input files; auto: their suffixes determine it"
+)
+_SPLIT = flags.DEFINE_enum(
+    "split",
+    Recipe.split,
+    ["auto", *SPLITS],
+    "documents of a text file: its lines, its blocks between blank lines, the whole file, or paragraphs "
+    "merged up to about 2 kB; auto: paragraphs for a single file, otherwise the whole file",
+)
+_TEXT_KEY = flags.DEFINE_string(
+    "text_key",
+    Recipe.text_key,
+    "JSON fields or columns that contain the text, joined by a blank line (title,body); a.b is field b of a",
+)
 _MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
     "max_document_bytes", Recipe.max_document_bytes, "drop longer documents", lower_bound=1
 )
@@ -61,6 +75,8 @@ def main(_: Sequence[str]) -> None:
         text_key=_TEXT_KEY.value,
         max_document_bytes=_MAX_DOCUMENT_BYTES.value,
         max_bad_fraction=_MAX_BAD_FRACTION.value,
+        format=_FORMAT.value,
+        split=_SPLIT.value,
     )
     manifest = build(recipe, _OUTPUT.value, _WORKERS.value)
     for name, split in manifest["splits"].items():

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dualsm.data import inputs, readers
+from dualsm.data.faults import Fault
 from dualsm.data.recipe import Recipe
 from dualsm.data.workers import map_in_order
 from dualsm.process.errors import UserError
@@ -29,7 +30,7 @@ class Counts:
       read: number of documents, unusable ones included.
       held_out: number of usable documents in the split "valid", duplicates included.
       bytes: bytes of usable text.
-      faults: number of unusable documents per kind in `readers.FAULTS`.
+      faults: number of unusable documents per kind in `faults.FAULTS`.
       last_faults: description and location of the last unusable document of each kind.
     """
 
@@ -124,9 +125,12 @@ class Scatter:
         return any(not held_out for documents in buckets for held_out, _ in documents)
 
     def _blocks(self, path: str, divide: bool) -> Iterator[readers.Block]:
-        return readers.read_blocks(path, self.recipe.text_key, self.recipe.max_document_bytes, divide)
+        recipe = self.recipe
+        return readers.read_blocks(
+            path, recipe.text_key, recipe.max_document_bytes, divide, recipe.format, recipe.split
+        )
 
-    def _parse(self, item: bytes | None, form: str) -> str:
+    def _parse(self, item: bytes | None | Fault, form: str) -> str:
         return readers.parse(item, form, self.recipe.text_key, self.recipe.tokenizer)
 
     def write_block(
@@ -147,7 +151,7 @@ class Scatter:
         for offset, item in enumerate(block.items):
             try:
                 text = self._parse(item, block.form).encode("utf-8")
-            except readers.Fault as fault:
+            except Fault as fault:
                 faults.append((fault.kind, f"{block.location(offset)} ({fault})"))
                 continue
             size += len(text)

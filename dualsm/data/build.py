@@ -24,8 +24,9 @@ import numpy as np
 from etils import epath
 
 from dualsm import __version__
-from dualsm.data import corpus, inputs, readers, round_trip
+from dualsm.data import corpus, inputs, round_trip
 from dualsm.data.buckets import Counts, Scatter, read_bucket
+from dualsm.data.faults import FAULTS
 from dualsm.data.recipe import Recipe
 from dualsm.data.sentencepiece_tokenizer import train_tokenizer
 from dualsm.data.shards import Shard, write_shards
@@ -55,8 +56,16 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
     """
     recipe.check()
     target = user_path(output)
-    train_files = inputs.find_inputs(recipe.input)
-    valid_files = inputs.find_inputs(recipe.valid_input, "--valid_input") if recipe.valid_input else []
+    train_files = inputs.find_inputs(recipe.input, "--input", recipe.format, quiet)
+    valid_files = []
+    if recipe.valid_input:
+        valid_files = inputs.find_inputs(recipe.valid_input, "--valid_input", recipe.format, quiet)
+    formats = {inputs.format_of(path, recipe.format) for path in train_files + valid_files}
+    if recipe.split != "auto" and "text" not in formats:
+        raise UserError(
+            f"--split={recipe.split} splits text files, but the input has none; pass --format=text or "
+            "remove --split"
+        )
     fingerprint = _fingerprint(train_files, valid_files)
     if target.exists():
         manifest = _existing_manifest(recipe, target, fingerprint)
@@ -95,12 +104,13 @@ def _existing_manifest(recipe: Recipe, target: epath.Path, fingerprint: dict) ->
     """Returns the manifest in `target`. Raises `UserError` if the recipe or the input files differ."""
     try:
         manifest = json.loads((target / corpus.MANIFEST).read_text())
+        defaults = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name != "input"}
         arguments = dict(manifest["arguments"])
         if "inputs_sha256" in manifest:  # earlier versions identify the files by these paths only
             arguments |= {"input": recipe.input, "valid_input": recipe.valid_input}
         if "vocabulary" in arguments:  # the key in earlier versions
             arguments["vocab_size"] = arguments.pop("vocabulary")
-        same_recipe = arguments == dataclasses.asdict(recipe)
+        same_recipe = defaults | arguments == dataclasses.asdict(recipe)  # earlier versions lack options
         same_files = all(manifest.get(key, value) == value for key, value in fingerprint.items())
     except (OSError, ValueError, KeyError, TypeError):
         same_recipe = False
@@ -166,7 +176,7 @@ def _manifest(
         "tokenizer_sha256": tokenizer.sha256(),
         **fingerprint,
         "documents_read": counts.read,
-        "documents_faulty": {kind: counts.faults[kind] for kind in readers.FAULTS},
+        "documents_faulty": {kind: counts.faults[kind] for kind in FAULTS},
         "documents_duplicate": sum(shard.duplicates for shard in shards),
         "round_trip": {
             "lossless": tokenizer.lossless,

@@ -12,26 +12,41 @@ from pathlib import Path
 
 from dualsm.data import streams
 from dualsm.process.errors import UserError
-from dualsm.process.paths import glob_in_bucket, is_remote, size_and_time, user_path
+from dualsm.process.paths import files_in, glob_in_bucket, is_remote, size_and_time, user_path
+from dualsm.process.progress import say
 
 PYTHON_STDLIB = "python-stdlib"
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 BABYLM_SUFFIXES = (".train", ".dev", ".test")  # text files with many documents each
 TEXT_SUFFIXES = (".txt", *BABYLM_SUFFIXES)
 COLUMN_SUFFIXES = (".parquet", ".arrow")
-SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES, ".bin")
+DELIMITED_SUFFIXES = (".csv", ".tsv")
+STREAM_SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, *DELIMITED_SUFFIXES)  # these may be compressed
+SUFFIXES = (*STREAM_SUFFIXES, *COLUMN_SUFFIXES, ".bin")
+FORMATS = ("auto", "text", "json", "csv", "tsv")  # of `--format`
+_FORMAT_OF_SUFFIX = (
+    dict.fromkeys(JSON_SUFFIXES, "json")
+    | dict.fromkeys(TEXT_SUFFIXES, "text")
+    | dict.fromkeys(COLUMN_SUFFIXES, "columns")
+    | {".csv": "csv", ".tsv": "tsv", ".bin": "ids"}
+)
 _THREADS = 16  # hide the latency of a bucket
 _EXPANSION = dict.fromkeys(streams.COMPRESSIONS, 4) | {".parquet": 3, ".bin": 2}  # rough text bytes per byte
 
 
-def find_inputs(pattern: str, flag: str = "--input") -> list[str]:
+def find_inputs(
+    pattern: str, flag: str = "--input", file_format: str = "auto", quiet: bool = True
+) -> list[str]:
     """Returns the files that a pattern matches, in a fixed order.
 
     Args:
       pattern: `python-stdlib`, or comma-separated paths and globs (`**` matches any number of directories). A
-        directory must be a dataset saved by Hugging Face `datasets`. A path that exists is never interpreted
-        as a glob or a list.
+        directory is a dataset saved by Hugging Face `datasets`, or stands for the files in it and in its
+        subdirectories, except hidden files and files without a suffix in `SUFFIXES`. A path that exists is
+        never interpreted as a glob or a list.
       flag: name of the flag, for error messages.
+      file_format: one of `FORMATS`; unless it is "auto", files may have any suffix.
+      quiet: do not say which files of a directory are ignored.
 
     Raises:
       UserError: if a part of the pattern matches no file, or a file has an unknown suffix.
@@ -44,17 +59,21 @@ def find_inputs(pattern: str, flag: str = "--input") -> list[str]:
     is_path = bool(pattern) and user_path(pattern).exists()
     paths = []
     for part in [pattern] if is_path else filter(None, pattern.split(",")):
-        matches = _files(_matches(part if is_remote(part) else os.path.expanduser(part), flag))
+        path = part if is_remote(part) else os.path.expanduser(part)
+        if user_path(path).is_dir():
+            matches = _files_of_folder(path, flag, file_format, quiet)
+        else:
+            matches = _files(_matches(path))
         if not matches:
             raise UserError(f"{flag}: no files match {part!r}; check the path or quote the glob")
         paths += matches
     if not paths:
         raise UserError(f"{flag} is empty; pass files, globs or python-stdlib")
-    for path in paths:
+    for path in paths if file_format == "auto" else ():
         if file_suffix(path) not in SUFFIXES:
             raise UserError(
-                f"{flag}: {path} has none of the suffixes {', '.join(SUFFIXES)}; text and JSON may be "
-                f"compressed ({', '.join(streams.COMPRESSIONS)})"
+                f"{flag}: {path} has none of the suffixes {', '.join(SUFFIXES)}; text, JSON and CSV may be "
+                f"compressed ({', '.join(streams.COMPRESSIONS)}), and --format=text reads any text file"
             )
     return list(dict.fromkeys(paths))
 
@@ -62,13 +81,20 @@ def find_inputs(pattern: str, flag: str = "--input") -> list[str]:
 def file_suffix(path: str) -> str:
     """Returns the suffix that determines the format of a file, without the suffix of its compression.
 
-    The suffix is empty for compressed files of formats other than text and JSON.
+    The suffix is empty for compressed files of formats other than text, JSON and CSV.
     """
     stem, suffix = os.path.splitext(path.lower())
     if suffix not in streams.COMPRESSIONS:
         return suffix
     suffix = os.path.splitext(stem)[1]
-    return suffix if suffix in (*JSON_SUFFIXES, *TEXT_SUFFIXES) else ""
+    return suffix if suffix in STREAM_SUFFIXES else ""
+
+
+def format_of(path: str, file_format: str = "auto") -> str:
+    """Returns the format of a file: text, json, csv, tsv, columns (Parquet, Arrow) or ids (Megatron-LM)."""
+    if file_format != "auto":
+        return file_format
+    return _FORMAT_OF_SUFFIX.get(file_suffix(path), "text")  # the .py files of python-stdlib are text
 
 
 def input_bytes(paths: list[str]) -> int:
@@ -88,10 +114,8 @@ def estimated_text_bytes(paths: list[str]) -> int:
     return sum(size * factor for (size, *_), factor in zip(file_versions(paths), factors, strict=True))
 
 
-def _matches(part: str, flag: str) -> list[str]:
+def _matches(part: str) -> list[str]:
     """Returns the files of a path or glob; the leading directories that exist are not part of the glob."""
-    if user_path(part).is_dir():
-        return _saved_dataset(part, flag)
     if user_path(part).exists():
         return [part]
     if is_remote(part):
@@ -115,19 +139,38 @@ def _is_file(path: str) -> bool:
     return user_path(path).is_file() if is_remote(path) else os.path.isfile(path)
 
 
-def _saved_dataset(folder: str, flag: str) -> list[str]:
-    """Returns the files of a dataset written by `Dataset.save_to_disk`, in the order of the dataset."""
+def _files_of_folder(folder: str, flag: str, file_format: str, quiet: bool) -> list[str]:
+    """Returns the files of a saved dataset or of a folder of input files."""
     if (user_path(folder) / "dataset_dict.json").exists():
         raise UserError(f"{flag}: {folder} contains several splits; pass one of them, such as {folder}/train")
+    if (user_path(folder) / "state.json").exists():
+        return _saved_dataset(folder, flag)
+    root = user_path(folder)
+    visible = [
+        path
+        for path in files_in(root)
+        if not any(part.startswith((".", "~")) for part in path.relative_to(root).parts)
+    ]
+    paths = [p for p in visible if file_format != "auto" or file_suffix(p.name) in SUFFIXES]
+    if not paths:
+        raise UserError(
+            f"{flag}: {folder} contains no files with the suffixes {', '.join(SUFFIXES)}; check the path, or "
+            "pass --format=text to read other text files"
+        )
+    indexes = {p.with_suffix(".idx") for p in paths if p.suffix == ".bin"}
+    ignored = [path for path in visible if path not in {*paths, *indexes}]
+    if ignored and not quiet:
+        say(f"{folder}: ignored files with other suffixes ({len(ignored)}), such as {ignored[0].name}")
+    return list(map(str, paths))
+
+
+def _saved_dataset(folder: str, flag: str) -> list[str]:
+    """Returns the files of a dataset written by `Dataset.save_to_disk`, in the order of the dataset."""
     try:
         state = json.loads((user_path(folder) / "state.json").read_text("utf-8"))
         return [
             str(user_path(folder) / posixpath.basename(file["filename"])) for file in state["_data_files"]
         ]
-    except OSError as error:
-        raise UserError(
-            f"{flag}: {folder} is a directory; pass its files, for example '{folder}/*.jsonl'"
-        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{flag}: {folder}/state.json is damaged ({error!r}); save the dataset again"

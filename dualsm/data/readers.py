@@ -1,4 +1,4 @@
-"""Documents from JSON, text, Parquet, Arrow and Megatron-LM files.
+"""Documents from JSON, text, CSV, Parquet, Arrow and Megatron-LM files.
 
 Reading has two parts, so that it can run in parallel: `read_blocks` yields blocks of undecoded documents and
 is cheap enough for the main process; `parse` decodes one document and runs in worker processes.
@@ -15,16 +15,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from dualsm.data import inputs, streams
-from dualsm.data.columns import read_column
+from dualsm.data.columns import read_columns
+from dualsm.data.delimited import DELIMITERS, read_rows
+from dualsm.data.faults import Fault
+from dualsm.data.fields import json_text
 from dualsm.data.megatron import read_documents
 from dualsm.data.text import likely_encoding, parse_json, without_bom
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import UserError
 from dualsm.process.paths import local_copy
-
-FAULTS = ("bad_json", "no_text", "invalid_utf8", "empty_text", "too_long", "unknown_id")
-_MAX_KEYS = 8  # JSON keys listed in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,15 @@ class Block:
       form: "jsonl" (each item is a line of JSON), "json" (each item is a JSON object), "text" (each item is a
         document) or "ids" (each item is a document as int64 token ids).
       first: number of the first item in its file, counted from 1 (lines of .jsonl, rows of .parquet).
-      items: the undecoded documents; None for documents longer than allowed.
+      items: the undecoded documents; None for documents longer than allowed, and the fault of documents that
+        cannot be used.
       consumed: bytes of the file that the block represents, for progress bars.
     """
 
     path: str
     form: str
     first: int
-    items: list[bytes | None]
+    items: list[bytes | None | Fault]
     consumed: int
 
     def location(self, index: int) -> str:
@@ -51,46 +52,51 @@ class Block:
         return f"{self.path}, {'line' if self.form == 'jsonl' else 'document'} {self.first + index}"
 
 
-class Fault(ValueError):
-    """Raised for a document that cannot be used; `kind` is one of `FAULTS`."""
-
-    def __init__(self, kind: str, detail: str = ""):
-        super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
-
-
-def read_blocks(path: str, text_key: str, max_bytes: int, divide: bool = False) -> Iterator[Block]:
+def read_blocks(
+    path: str,
+    text_key: str,
+    max_bytes: int,
+    divide: bool = False,
+    file_format: str = "auto",
+    split: str = "auto",
+) -> Iterator[Block]:
     """Yields the blocks of a file, in bounded memory.
 
     Args:
-      path: the file; its suffix determines the format.
-      text_key: column of the text in a .parquet or .arrow file.
+      path: the file.
+      text_key: columns of the text in a .csv, .tsv, .parquet or .arrow file.
       max_bytes: longer documents are not read; their items are None.
-      divide: split a text file into documents at blank lines; otherwise the file is one document.
+      divide: with `split="auto"`, merge the paragraphs of a text file into documents; otherwise the file is
+        one document.
+      file_format: one of `inputs.FORMATS`; "auto": the suffix determines the format.
+      split: one of `streams.SPLITS`, the documents of a text file.
 
     Raises:
       UserError: if the file cannot be read, its compression is damaged or it is not UTF-8.
     """
     try:
-        suffix = inputs.file_suffix(path)
-        if suffix in inputs.COLUMN_SUFFIXES:
+        kind = inputs.format_of(path, file_format)
+        if kind == "columns":
             with local_copy(path) as copy:
                 yield from _column_blocks(copy, text_key, max_bytes)
-        elif suffix == ".bin":
+        elif kind == "ids":
             with local_copy(path, f"{posixpath.basename(path).removesuffix('.bin')}.idx") as copy:
                 yield from _id_blocks(copy, max_bytes)
         else:
-            yield from _text_blocks(path, max_bytes, divide or suffix in inputs.BABYLM_SUFFIXES)
+            if split == "auto":
+                divide |= inputs.file_suffix(path) in inputs.BABYLM_SUFFIXES
+                split = "paragraphs" if divide else "file"
+            yield from _text_blocks(path, kind, split, text_key, max_bytes)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def parse(item: bytes | None, form: str, text_key: str, tokenizer: str = "") -> str:
+def parse(item: bytes | None | Fault, form: str, text_key: str, tokenizer: str = "") -> str:
     """Returns the text of an undecoded document.
 
     Args:
       item, form: see `Block`.
-      text_key: field of the text in JSON.
+      text_key: fields of the text in JSON.
       tokenizer: tokenizer file that decodes token ids.
 
     Raises:
@@ -99,6 +105,8 @@ def parse(item: bytes | None, form: str, text_key: str, tokenizer: str = "") -> 
     """
     if item is None:
         raise Fault("too_long")
+    if isinstance(item, Fault):
+        raise item
     try:
         if form == "ids":
             text = _decode_ids(item, tokenizer)
@@ -124,33 +132,28 @@ def _json_field(item: bytes, text_key: str) -> str:
     except ValueError as error:
         item.decode("utf-8")  # invalid UTF-8 is the more useful error
         raise Fault("bad_json") from error
-    text = value.get(text_key) if isinstance(value, dict) else None
-    if isinstance(text, str):
-        return text
-    if not isinstance(value, dict):
-        raise Fault("no_text", "not a JSON object")
-    keys = [repr(key[:40]) for key in value][:_MAX_KEYS] + ["..."] * (len(value) > _MAX_KEYS)
-    problem = "is not a string" if text_key in value else "does not exist"
-    raise Fault("no_text", f"--text_key={text_key} {problem}; the keys are {', '.join(keys) or 'none'}")
+    return json_text(value, text_key)
 
 
-def _text_blocks(path: str, max_bytes: int, divide: bool) -> Iterator[Block]:
-    """Yields the blocks of a text or JSON file; `consumed` counts compressed bytes."""
+def _text_blocks(path: str, kind: str, split: str, text_key: str, max_bytes: int) -> Iterator[Block]:
+    """Yields the blocks of a text, JSON or CSV file; `consumed` counts compressed bytes."""
     with streams.open_text(path) as (raw, stream, head):
-        if inputs.file_suffix(path) not in inputs.JSON_SUFFIXES:
-            form = "text"
-            items = streams.documents(stream, max_bytes) if divide else [_read_all(stream, max_bytes)]
+        items: Iterator[bytes | None | Fault]
+        if kind in DELIMITERS:
+            form, items = "text", read_rows(stream, path, DELIMITERS[kind], text_key, max_bytes)
+        elif kind == "text":
+            form, items = "text", streams.SPLITS[split](stream, max_bytes)
         elif streams.holds_objects(head):
             form, items = "json", streams.objects(stream, max_bytes)
         else:
             form, items = "jsonl", streams.lines(stream, max_bytes)
         count, position = 0, 0
-        buffered: list[bytes | None] = []
+        buffered: list[bytes | None | Fault] = []
         size = 0
         for item in items:
             count += 1
             buffered.append(item)
-            size += len(item or b"") + 64
+            size += (len(item) if isinstance(item, bytes) else 0) + 64
             if size >= streams.BLOCK_BYTES:
                 consumed, position = raw.tell() - position, raw.tell()
                 yield Block(path, form, count - len(buffered) + 1, buffered, consumed)
@@ -158,14 +161,9 @@ def _text_blocks(path: str, max_bytes: int, divide: bool) -> Iterator[Block]:
         yield Block(path, form, count - len(buffered) + 1, buffered, raw.tell() - position)
 
 
-def _read_all(stream, max_bytes: int) -> bytes | None:
-    content = stream.read(max_bytes + 1)
-    return content if len(content) <= max_bytes else None
-
-
 def _column_blocks(path: str, text_key: str, max_bytes: int) -> Iterator[Block]:
     first = 1
-    for items, consumed in read_column(path, text_key, max_bytes):
+    for items, consumed in read_columns(path, text_key, max_bytes):
         yield Block(path, "text", first, items, consumed)
         first += len(items)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from dualsm.data.inputs import FORMATS
 from dualsm.data.sentencepiece_tokenizer import check_vocab_size
+from dualsm.data.streams import SPLITS
 from dualsm.process.errors import UserError
 
 
@@ -19,9 +21,11 @@ class Recipe:
       vocab_size: size of the tokenizer to train; 0 if `tokenizer` is given.
       tokenizer: tokenizer file to use instead of training one.
       tokenizer_bytes: bytes of text to train the tokenizer on.
-      text_key: field of the text in JSON, column in Parquet and Arrow.
+      text_key: fields of the text in JSON, columns in CSV, Parquet and Arrow, separated by commas.
       max_document_bytes: longer documents are dropped.
       max_bad_fraction: maximum fraction of documents that may be unusable.
+      format: format of the files; "auto": their suffixes determine it.
+      split: documents of a text file, one of `streams.SPLITS` or "auto".
     """
 
     input: str
@@ -33,6 +37,8 @@ class Recipe:
     text_key: str = "text"
     max_document_bytes: int = 64 << 20
     max_bad_fraction: float = 0.01
+    format: str = "auto"
+    split: str = "auto"
 
     def check(self) -> None:
         """Raises `UserError` for values out of range."""
@@ -42,6 +48,11 @@ class Recipe:
             raise UserError("--valid_fraction=0 holds out no documents; raise it or pass --valid_input=FILES")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"--max_bad_fraction={self.max_bad_fraction} must be in [0, 1]")
+        if not all(self.text_key.split(",")):
+            raise UserError(f"--text_key={self.text_key!r} has an empty name; remove the extra comma")
+        for flag, choices in (("format", FORMATS), ("split", ("auto", *SPLITS))):
+            if getattr(self, flag) not in choices:
+                raise UserError(f"--{flag}={getattr(self, flag)} must be one of {', '.join(choices)}")
         if bool(self.vocab_size) == bool(self.tokenizer):
             raise UserError("pass either --vocab_size=N to train a tokenizer or --tokenizer=FILE to use one")
         if self.vocab_size:

@@ -243,3 +243,46 @@ def documents(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | Non
     yield from finished()
     if document:
         yield document.rstrip(b"\r\n")
+
+
+def nonblank_lines(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]:
+    """Yields the lines of a stream that are not blank, without their line ends; None for longer lines."""
+    for line in lines(stream, max_bytes):
+        if line is None or line.strip():
+            yield None if line is None else line.rstrip(b"\r\n")
+
+
+def blank_line_blocks(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]:
+    """Yields the lines between blank lines as one document; None for longer documents."""
+    content, too_long = bytearray(), False
+
+    def finished() -> Iterator[bytes | None]:
+        nonlocal content, too_long
+        if content or too_long:
+            yield None if too_long else bytes(content).rstrip(b"\r\n")
+        content, too_long = bytearray(), False
+
+    for line in lines(stream, max_bytes):
+        if line is not None and not line.strip():
+            yield from finished()
+            continue
+        too_long = too_long or line is None or len(content) + len(line) > max_bytes
+        if too_long:
+            content.clear()
+        else:
+            content += line
+    yield from finished()
+
+
+def whole_file(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]:
+    """Yields the content of a stream, or None if it is longer than `max_bytes`."""
+    content = stream.read(max_bytes + 1)
+    yield content if len(content) <= max_bytes else None
+
+
+SPLITS = {  # how a text file is split into documents (`--split`)
+    "paragraphs": documents,
+    "line": nonblank_lines,
+    "blank": blank_line_blocks,
+    "file": whole_file,
+}

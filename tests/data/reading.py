@@ -5,11 +5,14 @@ from dualsm.data import inputs, readers
 TEXTS = ["first", "  second\twith tab", "third 🙂\nand a line", "naïve \x00"]
 
 
-def read(pattern, text_key="text", max_bytes=1 << 20, tokenizer="", divide=False) -> list[str]:
-    """Returns the texts of all documents; for unusable documents, the kind of fault in angle brackets."""
+def read(pattern, text_key="text", max_bytes=1 << 20, tokenizer="", divide=False, **options) -> list[str]:
+    """Returns the texts of all documents; for unusable documents, the kind of fault in angle brackets.
+
+    `options` are further arguments of `read_blocks`.
+    """
     found = []
-    for path in inputs.find_inputs(str(pattern)):
-        for block in readers.read_blocks(path, text_key, max_bytes, divide):
+    for path in inputs.find_inputs(str(pattern), file_format=options.get("file_format", "auto")):
+        for block in readers.read_blocks(path, text_key, max_bytes, divide, **options):
             assert block.first == sum(1 for text in found if text[0] == path) + 1
             for item in block.items:
                 try:

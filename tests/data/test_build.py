@@ -213,7 +213,11 @@ def test_unusable_documents_are_counted_by_kind(tmp_path, texts):
     write_lines(path, texts)
     path.write_bytes(path.read_bytes() + b"".join(FAULTY.values()) + FAULTY["no_text"] + b'["no object"]\n')
     manifest = make(tmp_path, input=str(path), max_bad_fraction=0.1, max_document_bytes=60_000)
-    assert manifest["documents_faulty"] == dict.fromkeys(FAULTY, 1) | {"no_text": 3, "unknown_id": 0}
+    assert manifest["documents_faulty"] == dict.fromkeys(FAULTY, 1) | {
+        "no_text": 3,
+        "unknown_id": 0,
+        "bad_csv": 0,
+    }
 
 
 @pytest.mark.parametrize("kind", FAULTY)
@@ -334,6 +338,7 @@ def test_a_corpus_of_an_earlier_version_is_recognized_by_its_arguments(tmp_path,
     manifest = make(tmp_path, input=path)
     del manifest["inputs_sha256"]
     manifest["arguments"]["vocabulary"] = manifest["arguments"].pop("vocab_size")
+    del manifest["arguments"]["format"], manifest["arguments"]["split"]
     (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
     assert make(tmp_path, input=path) == manifest
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")

@@ -72,8 +72,6 @@ def test_a_saved_dataset_is_read_in_order(tmp_path):
     (folder / "state.json").write_text("{}")
     with pytest.raises(UserError, match="state.json is damaged"):
         read(folder)
-    with pytest.raises(UserError, match="is a directory; pass its files"):
-        read(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,3 +150,34 @@ def test_damaged_megatron_files_raise(tmp_path, case):
     damage(case, tmp_path / "a.bin")
     with pytest.raises(UserError, match=DAMAGED[case]):
         read(tmp_path / "a.bin", tokenizer="unused")
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_nested_and_joined_columns_equal_those_of_json(tmp_path, form):
+    """Rows of Parquet and Arrow give the same texts as the same objects in JSON."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
+    rows = [
+        {"title": title, "data": {"text": text, "n": 1}, "a.b": "dotted"}
+        for title, text in [("one", "first"), (None, "second"), ("three", ""), ("", None)]
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    if form == "parquet":
+        from pyarrow import parquet
+
+        parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = {
+        "title,data.text": ["one\n\nfirst", "second", "three", "<empty_text>"],
+        "data.text,title": ["first\n\none", "second", "three", "<empty_text>"],
+        "a.b": ["dotted"] * 4,
+        "a.b,title": ["dotted\n\none", "dotted", "dotted\n\nthree", "dotted"],
+    }
+    for text_key, texts in expected.items():
+        assert read(tmp_path / f"a.{form}", text_key) == read(tmp_path / "a.jsonl", text_key) == texts
+    assert read(tmp_path / f"a.{form}", "data.text")[:2] == ["first", "second"]
+    assert read(tmp_path / f"a.{form}", "title,a.b", max_bytes=9)[0] == "<too_long>"
+    with pytest.raises(UserError, match="no column 'data.body'; .* to one of title, data.text, data.n, a.b"):
+        read(tmp_path / f"a.{form}", "title,data.body")

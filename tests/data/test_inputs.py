@@ -53,3 +53,19 @@ def test_named_pipes_are_not_inputs(tmp_path):
     for pattern in ("a.jsonl", "*.jsonl"):
         with pytest.raises(UserError, match="no files match"):
             inputs.find_inputs(str(tmp_path / pattern))
+
+
+def test_a_folder_stands_for_its_input_files(tmp_path, capsys):
+    names = ["a.jsonl", "sub/b.json", "sub/deep/c.txt", ".hidden/d.jsonl", "sub/.e.jsonl", "~f.jsonl"]
+    for name in (*names, "README.md", "sub/g.jsonl.bak"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    found = inputs.find_inputs(str(tmp_path), quiet=False)
+    assert found == [str(tmp_path / name) for name in names[:3]]
+    assert "ignored files with other suffixes (2), such as README.md" in capsys.readouterr().out
+    assert len(inputs.find_inputs(str(tmp_path), file_format="text")) == 5
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "README.md").write_text("text")
+    with pytest.raises(UserError, match="contains no files with the suffixes .jsonl"):
+        inputs.find_inputs(str(empty))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,8 @@ from dualsm.data.tokenizer_file import load_tokenizer
 from tests.fuzzing.artifacts import Target, files_of, jsonl
 
 FORMATS = (
-    ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".bin", ".parquet", ".arrow, a stream", ".arrow, a file",
+    ".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".txt", ".bin", ".parquet", ".arrow, a stream",
+    ".arrow, a file",
 )  # fmt: skip
 
 
@@ -75,6 +78,7 @@ def _documents(texts: list[str], tokenizer: Tokenizer, scratch: Path) -> dict[st
         ".jsonl": {"a.jsonl": lines},
         ".jsonl.gz": {"a.jsonl.gz": gzip.compress(lines)},
         ".jsonl.zst": {"a.jsonl.zst": zstandard.ZstdCompressor().compress(lines)},
+        ".csv": {"a.csv": _csv(texts)},
         ".txt": {"a.txt": texts[1].encode(), "b.txt": texts[2].encode()},
         ".bin": _megatron(tokenizer.encode(texts)),
     }
@@ -94,6 +98,12 @@ def _documents(texts: list[str], tokenizer: Tokenizer, scratch: Path) -> dict[st
         ".arrow, a stream": {"a.arrow": (scratch / "a.arrow").read_bytes()},
         ".arrow, a file": {"a.arrow": (scratch / "b.arrow").read_bytes()},
     }
+
+
+def _csv(texts: list[str]) -> bytes:
+    content = io.StringIO()
+    csv.writer(content).writerows([("n", "text"), *enumerate(texts)])
+    return content.getvalue().encode()
 
 
 def _megatron(documents: list[list[int]]) -> dict[str, bytes]:

@@ -1,0 +1,124 @@
+"""Rows of .csv and .tsv files with a header, quoted as in RFC 4180."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+
+from dualsm.data.faults import Fault
+from dualsm.data.fields import join, names_of
+from dualsm.data.text import without_bom
+from dualsm.process.errors import UserError
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+_ROW_BYTES_PER_TEXT_BYTE = 4  # rows may have other columns and doubled quotes
+_MIN_ROW_BYTES = 1 << 20
+_UNCLOSED = "the file ends inside a quoted value"
+
+
+def read_rows(
+    stream: io.BufferedIOBase, path: str, delimiter: str, text_key: str, max_bytes: int
+) -> Iterator[bytes | None | Fault]:
+    """Yields the text of each row after the header, in the encoding of the file.
+
+    Malformed rows are faults. Rows and texts that are too long are None; they are never held in memory
+    completely. Blank lines are skipped.
+
+    Args:
+      stream: the decompressed file.
+      path: its path, for messages.
+      delimiter: character between columns.
+      text_key: names of columns, separated by commas.
+      max_bytes: maximum size of a text.
+
+    Raises:
+      UserError: if the header lacks a column.
+      EOFError: if the file ends inside a quoted value.
+    """
+    limit = max(_MIN_ROW_BYTES, _ROW_BYTES_PER_TEXT_BYTE * max_bytes)
+    csv.field_size_limit(limit)
+    header: list[str] | None = None
+    for row in _rows(stream, delimiter, limit):
+        if header is None:
+            if isinstance(row, Fault) or row is None:
+                raise UserError(f"{path}: the header is malformed ({row or 'too long'}); check the file")
+            header = row
+            indices = [_index(path, header, name) for name in names_of(text_key, header)]
+        elif not isinstance(row, list):
+            yield row
+        elif len(row) != len(header):
+            yield Fault("bad_csv", f"{len(row)} columns, but the header has {len(header)}")
+        else:
+            text = join(row[index] for index in indices).encode("utf-8", "surrogateescape")
+            yield text if len(text) <= max_bytes else None
+
+
+def _index(path: str, header: list[str], name: str) -> int:
+    if name not in header:
+        raise UserError(f"{path} has no column {name!r}; set --text_key to one of {', '.join(header)}")
+    return header.index(name)
+
+
+class _RowTooLong(Exception):
+    """Raised inside a CSV reader, which cannot be used afterwards."""
+
+
+class _Lines:
+    """Iterates over the lines of a stream, and limits their total size between calls of `start_row`."""
+
+    def __init__(self, stream: io.BufferedIOBase, limit: int):
+        self._stream, self._limit, self._first = stream, limit, True
+        self.start_row()
+
+    def start_row(self) -> None:
+        self._size = self._quotes = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._read(self._limit - self._size + 1)
+        if not line:
+            raise StopIteration
+        self._size += len(line)
+        if self._size > self._limit:
+            self._skip_row(line)
+            raise _RowTooLong
+        line, self._first = without_bom(line) if self._first else line, False
+        return line.decode("utf-8", "surrogateescape")
+
+    def _read(self, size: int) -> bytes:
+        line = self._stream.readline(size)
+        self._quotes += line.count(b'"')
+        return line
+
+    def _skip_row(self, line: bytes) -> None:
+        """Reads to the first line end after an even number of quotes, which is not inside a quoted value."""
+        while self._quotes % 2 or not line.endswith(b"\n"):
+            line = self._read(self._limit)
+            if not line:
+                if self._quotes % 2:
+                    raise EOFError(_UNCLOSED)
+                return
+
+
+def _rows(stream: io.BufferedIOBase, delimiter: str, limit: int) -> Iterator[list[str] | None | Fault]:
+    lines = _Lines(stream, limit)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        lines.start_row()
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except _RowTooLong:
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            yield None
+        except csv.Error as error:
+            if str(error) == "unexpected end of data":
+                raise EOFError(_UNCLOSED) from error
+            yield Fault("bad_csv", str(error))
+        else:
+            if row:
+                yield row

@@ -1,0 +1,71 @@
+"""The text of a record: a field, a nested field, or several fields joined (`--text_key`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+from dualsm.data.faults import Fault
+
+SEPARATOR = "\n\n"  # between joined fields
+_MAX_KEYS = 8  # keys listed in an error
+
+
+def names_of(text_key: str, existing: Collection[str]) -> list[str]:
+    """Returns the fields that a text key names; a field whose name contains a comma takes precedence."""
+    return [text_key] if text_key in existing else text_key.split(",")
+
+
+def join(parts: Iterable[str | None]) -> str:
+    """Joins the values of fields, without null and empty values."""
+    return SEPARATOR.join(part for part in parts if part)
+
+
+def json_text(value: Any, text_key: str) -> str:
+    """Returns the text of a JSON object.
+
+    Args:
+      value: parsed JSON.
+      text_key: names of fields, separated by commas; `a.b` is the field `b` of the object `a`, unless a field
+        is named `a.b`.
+
+    Raises:
+      Fault: if a field does not exist or is not a string. Null is accepted if there are several fields.
+    """
+    if not isinstance(value, dict):
+        raise Fault("no_text", "not a JSON object")
+    names = names_of(text_key, value)
+    parts = []
+    for name in names:
+        try:
+            part = _field(value, name)
+        except KeyError:
+            raise Fault("no_text", _problem(value, name, "does not exist")) from None
+        if not isinstance(part, str) and not (part is None and len(names) > 1):
+            raise Fault("no_text", _problem(value, name, "is not a string"))
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else join(parts)
+
+
+def _field(value: dict, name: str) -> Any:
+    if name in value:
+        return value[name]
+    head, _, tail = name.partition(".")
+    if tail and isinstance(value.get(head), dict):
+        return _field(value[head], tail)
+    raise KeyError(name)
+
+
+def _problem(value: dict, name: str, problem: str) -> str:
+    keys = [repr(key[:40]) for key, _ in zip(_paths(value), range(_MAX_KEYS + 1), strict=False)]
+    keys[_MAX_KEYS:] = ["..."] * (len(keys) > _MAX_KEYS)
+    return f"--text_key={name} {problem}; the keys are {', '.join(keys) or 'none'}"
+
+
+def _paths(value: dict) -> Iterator[str]:
+    """Yields the keys of an object; for a key with an object, the keys in that object, such as `a.b`."""
+    for key, field in value.items():
+        if isinstance(field, dict) and field:
+            yield from (f"{key}.{inner}" for inner in field)
+        else:
+            yield key

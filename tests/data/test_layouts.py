@@ -1,0 +1,132 @@
+"""Layouts of text data: fields of JSON, rows of CSV files, and ways to split text files."""
+
+import csv
+import gzip
+import io
+import json
+import pickle
+
+import pytest
+
+from dualsm.data.build import Recipe, build
+from dualsm.data.faults import Fault
+from dualsm.process.errors import UserError
+from tests.data.reading import TEXTS, read
+
+# Quotes, delimiters and line ends inside of values, and values that are empty.
+VALUES = [*TEXTS, 'say "a,b"', "tab\tand, comma", "line\nand\r\nline\n", '"', "", " ", "é" * 300]
+
+
+def write_rows(path, rows, delimiter, end="\r\n"):
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, lineterminator=end).writerows(rows)
+    content = text.getvalue().encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_rows_are_read_as_they_were_written(tmp_path, name, end):
+    rows = [["id", "text", "title"], *([number, value, "t"] for number, value in enumerate(VALUES))]
+    write_rows(tmp_path / name, rows, "\t" if ".tsv" in name else ",", end)
+    expected = [value if value.strip() else "<empty_text>" for value in VALUES]
+    assert read(tmp_path / name) == expected
+    assert read(tmp_path / name, "title,text")[:2] == ["t\n\nfirst", f"t\n\n{VALUES[1]}"]
+    with pytest.raises(UserError, match="has no column 'body'; set --text_key to one of id, text, title"):
+        read(tmp_path / name, "body")
+    long = read(tmp_path / name, max_bytes=599)
+    assert long == [*expected[:-1], "<too_long>"]
+
+
+def test_malformed_rows_are_faults_and_the_next_row_is_read(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbftext,n\none,1\nshort\n"bad"x,2\n\nlong,1,2\n' + "é,3\n".encode("latin-1") + b"two,4"
+    )
+    assert read(path) == ["one", "<bad_csv>", "<bad_csv>", "<bad_csv>", "<invalid_utf8>", "two"]
+    path.write_bytes(b'text,n\none,1\n"' + b"line\n" * 300_000 + b'",2\ntwo,3\n')
+    assert read(path, max_bytes=1 << 10) == ["one", "<too_long>", "two"]
+    assert read(path, max_bytes=1 << 21)[::2] == ["one", "two"]
+    path.write_bytes(b'text,n\none,1\n"' + b"line\n" * 300_000)
+    with pytest.raises(UserError, match="the file ends inside a quoted value"):
+        read(path, max_bytes=1 << 10)
+    path.write_bytes(b'text,n\none,1\n"two,2\n')
+    with pytest.raises(UserError, match="cannot read .*a.csv: the file ends inside a quoted value"):
+        read(path)
+
+
+def test_faults_survive_the_way_between_processes():
+    fault = pickle.loads(pickle.dumps(Fault("bad_csv", "detail")))
+    assert (fault.kind, str(fault)) == ("bad_csv", "bad_csv: detail")
+
+
+def test_fields_of_json_are_nested_and_joined(tmp_path):
+    value = {"title": "T", "data": {"text": "B", "more": {"x": "X"}}, "data.text": "dotted", "n": None}
+    cases = {
+        "title": "T",
+        "data.text": "dotted",
+        "data.more.x": "X",
+        "title,data.more.x": "T\n\nX",
+        "n,title": "T",
+        "n": "<no_text>",
+        "data.more": "<no_text>",
+        "title,missing": "<no_text>",
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(value))
+    (tmp_path / "b.json").write_text(json.dumps([value], indent=1))
+    for text_key, text in cases.items():
+        assert read(tmp_path / "a.jsonl", text_key) == read(tmp_path / "b.json", text_key) == [text]
+    (tmp_path / "c.jsonl").write_text('{"a,b": "comma", "a": "A", "b": "B"}')
+    assert read(tmp_path / "c.jsonl", "a,b") == ["comma"] and read(tmp_path / "c.jsonl", "b,a") == ["B\n\nA"]
+    keys = "--text_key=x.y does not exist; the keys are 'title', 'data.text', 'data.more', 'data.text', 'n'"
+    recipe = Recipe(str(tmp_path / "a.jsonl"), vocab_size=384, text_key="x.y")
+    with pytest.raises(UserError, match=keys):
+        build(recipe, str(tmp_path / "out"), 1, quiet=True)
+
+
+TEXT = b"\xef\xbb\xbfone\n two \n\n \t\nthree\r\n\r\n\n\nfour"
+SPLITS = {
+    "line": ["one", " two ", "three", "four"],
+    "blank": ["one\n two ", "three", "four"],
+    "file": [TEXT[3:].decode()],
+    "paragraphs": [TEXT[3:].decode()],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", ["a.txt", "a.train", "a.md", "a.txt.gz", "noextension"])
+def test_text_files_are_split_into_documents(tmp_path, split, name):
+    (tmp_path / name).write_bytes(gzip.compress(TEXT) if name.endswith("gz") else TEXT)
+    options = {"split": split, "file_format": "text"}
+    assert read(tmp_path / name, **options) == read(tmp_path, **options) == SPLITS[split]
+    if split in ("line", "blank"):
+        expected = [text if len(text) <= 6 else "<too_long>" for text in SPLITS[split]]
+        assert read(tmp_path / name, max_bytes=10, **options) == expected
+
+
+def test_other_suffixes_need_a_format(tmp_path):
+    (tmp_path / "a.md").write_text("text")
+    with pytest.raises(UserError, match="a.md has none of the suffixes .* --format=text reads any text"):
+        read(tmp_path / "a.md")
+    (tmp_path / "a.dump").write_text('{"text": "from JSON"}')
+    assert read(tmp_path / "a.dump", file_format="json") == ["from JSON"]
+    (tmp_path / "b.dump").write_text("text\nfrom CSV\n")
+    assert read(tmp_path / "b.dump", file_format="csv") == ["from CSV"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "line"}, "--split=line splits text files, but the input has none"),
+        ({"split": "lines"}, "--split=lines must be one of auto, paragraphs, line, blank, file"),
+        ({"format": "xml"}, "--format=xml must be one of auto, text"),
+        ({"text_key": "a,,b"}, "--text_key='a,,b' has an empty name"),
+    ],
+)
+def test_options_without_effect_or_meaning_are_rejected(tmp_path, options, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 3)
+    with pytest.raises(UserError, match=message):
+        build(
+            Recipe(str(tmp_path / "a.jsonl"), vocab_size=384, **options), str(tmp_path / "out"), 1, quiet=True
+        )
+    assert not (tmp_path / "out").exists()
