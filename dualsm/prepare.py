@@ -54,6 +54,15 @@ _TEXT_KEY = flags.DEFINE_string(
     Recipe.text_key,
     "JSON fields or columns that contain the text, joined by a blank line (title,body); a.b is field b of a",
 )
+_DECONTAMINATE = flags.DEFINE_string(
+    "decontaminate",
+    "",
+    "folders or files of evaluation tasks, as in `evaluate --task_data`; documents that overlap their texts "
+    "are dropped",
+)
+_DECONTAMINATE_WORDS = flags.DEFINE_integer(
+    "decontaminate_words", Recipe.decontaminate_words, "words of an overlap", lower_bound=1
+)
 _MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
     "max_document_bytes", Recipe.max_document_bytes, "drop longer documents", lower_bound=1
 )
@@ -77,8 +86,11 @@ def main(_: Sequence[str]) -> None:
         max_bad_fraction=_MAX_BAD_FRACTION.value,
         format=_FORMAT.value,
         split=_SPLIT.value,
+        decontaminate=_DECONTAMINATE.value,
+        decontaminate_words=_DECONTAMINATE_WORDS.value,
     )
-    manifest = build(recipe, _OUTPUT.value, _WORKERS.value)
+    task_texts = _read_task_texts(recipe.decontaminate) if recipe.decontaminate else None
+    manifest = build(recipe, _OUTPUT.value, _WORKERS.value, task_texts=task_texts)
     for name, split in manifest["splits"].items():
         print(
             f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
@@ -86,7 +98,20 @@ def main(_: Sequence[str]) -> None:
         )
     faulty = sum(manifest["documents_faulty"].values())
     print(f"dropped {manifest['documents_duplicate']:,} duplicates and {faulty:,} unusable documents")
+    if recipe.decontaminate:
+        overlaps = manifest["documents_contaminated"]
+        files = sum(count > 0 for count in overlaps["by_task_file"].values())
+        print(
+            f"dropped {overlaps['all']:,} documents that overlap {files} of "
+            f"{len(overlaps['by_task_file'])} task files"
+        )
     print(f"wrote {_OUTPUT.value} with a vocabulary of {manifest['vocabulary']:,} ids")
+
+
+def _read_task_texts(paths: str) -> dict[str, list[str]]:
+    from dualsm.evaluation.task_texts import read_task_texts  # imports JAX, which takes seconds
+
+    return read_task_texts(paths)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from dualsm.data import inputs, readers
+from dualsm.data.decontamination import TaskNgrams, load_ngrams
 from dualsm.data.faults import Fault
 from dualsm.data.recipe import Recipe
 from dualsm.data.workers import map_in_order
@@ -19,7 +21,28 @@ from dualsm.process.errors import UserError
 from dualsm.process.progress import bar
 
 _MIN_CHECKED = 1000  # documents; the fraction of unusable ones among fewer is too noisy
+NGRAMS = "task-ngrams.npz"  # in the folder of the buckets
 _HEADER = struct.Struct("<16s?I")  # hash, held out, bytes of text
+
+
+class BlockCounts(NamedTuple):
+    """Statistics of a block.
+
+    Attributes:
+      read: number of documents, dropped ones included.
+      held_out: number of kept documents in the split "valid", duplicates included.
+      bytes: bytes of kept text.
+      faults: kind and description of each unusable document.
+      contaminated: for each document that overlaps task texts, the indices of the task files.
+      consumed: bytes of the file that the block represents.
+    """
+
+    read: int
+    held_out: int
+    bytes: int
+    faults: list[tuple[str, str]]
+    contaminated: list[list[int]]
+    consumed: int
 
 
 @dataclasses.dataclass
@@ -27,9 +50,11 @@ class Counts:
     """Statistics of the first pass.
 
     Attributes:
-      read: number of documents, unusable ones included.
-      held_out: number of usable documents in the split "valid", duplicates included.
-      bytes: bytes of usable text.
+      read: number of documents, dropped ones included.
+      held_out: number of kept documents in the split "valid", duplicates included.
+      bytes: bytes of kept text.
+      contaminated: number of documents that overlap task texts, duplicates included.
+      contaminated_by: number of these documents per index of the task file.
       faults: number of unusable documents per kind in `faults.FAULTS`.
       last_faults: description and location of the last unusable document of each kind.
     """
@@ -37,8 +62,22 @@ class Counts:
     read: int = 0
     held_out: int = 0
     bytes: int = 0
+    contaminated: int = 0
+    contaminated_by: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     last_faults: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, block: BlockCounts) -> None:
+        """Adds the statistics of a block."""
+        self.read += block.read
+        self.held_out += block.held_out
+        self.bytes += block.bytes
+        self.contaminated += len(block.contaminated)
+        for files in block.contaminated:
+            self.contaminated_by.update(files)
+        for kind, description in block.faults:
+            self.faults[kind] += 1
+            self.last_faults[kind] = description
 
     def check_faults(self, max_fraction: float, min_documents: int = 0) -> None:
         """Raises `UserError` if more than `max_fraction` of the documents are unusable."""
@@ -53,7 +92,12 @@ class Counts:
 
     def check_splits(self, recipe: Recipe) -> None:
         """Raises `UserError` if a split has no documents."""
-        usable = self.read - self.faults.total()
+        usable = self.read - self.faults.total() - self.contaminated
+        if self.contaminated and (not usable or (recipe.valid_input and usable == self.held_out)):
+            raise UserError(
+                f"all documents to train on overlap texts of --decontaminate={recipe.decontaminate}; give "
+                f"more text or raise --decontaminate_words={recipe.decontaminate_words}"
+            )
         if not usable or (recipe.valid_input and usable == self.held_out):
             raise UserError(f"--input={recipe.input} contains no documents; check the files and --text_key")
         if recipe.valid_input and not self.held_out:
@@ -81,11 +125,13 @@ class Scatter:
       recipe: the recipe of the corpus.
       folder: the folder of the bucket files.
       buckets: the number of buckets.
+      ngrams_sha256: hash of the n-grams of task texts, if they are removed.
     """
 
     recipe: Recipe
     folder: Path
     buckets: int
+    ngrams_sha256: str = ""
 
     def run(self, pool, workers: int, train_files, valid_files, quiet: bool) -> Counts:
         """Reads all files into the buckets.
@@ -101,14 +147,9 @@ class Scatter:
         )
         with bar(total=total, desc="reading", unit="B", unit_scale=True, disable=quiet) as progress:
             results = map_in_order(pool, self.write_block, blocks, lookahead=4 * workers)
-            for read, held_out, size, faults, consumed in results:
-                progress.update(consumed)
-                counts.read += read
-                counts.held_out += held_out
-                counts.bytes += size
-                for kind, description in faults:
-                    counts.faults[kind] += 1
-                    counts.last_faults[kind] = description
+            for block_counts in results:
+                progress.update(block_counts.consumed)
+                counts.add(block_counts)
                 counts.check_faults(self.recipe.max_bad_fraction, _MIN_CHECKED)
         counts.check_faults(self.recipe.max_bad_fraction)
         counts.check_splits(self.recipe)
@@ -133,27 +174,30 @@ class Scatter:
     def _parse(self, item: bytes | None | Fault, form: str) -> str:
         return readers.parse(item, form, self.recipe.text_key, self.recipe.tokenizer)
 
-    def write_block(
-        self, job: tuple[readers.Block, bool]
-    ) -> tuple[int, int, int, list[tuple[str, str]], int]:
+    def _ngrams(self) -> TaskNgrams | None:
+        return load_ngrams(self.folder / NGRAMS, self.ngrams_sha256) if self.ngrams_sha256 else None
+
+    def write_block(self, job: tuple[readers.Block, bool]) -> BlockCounts:
         """Appends the documents of a block to the bucket files of this worker process.
 
         Args:
-          job: the block, and True if its documents are from `valid_input`.
-
-        Returns:
-          Number of documents, number of held-out documents, bytes of text, faults as (kind, description), and
-          bytes of the file that the block represents.
+          job: the block, and True if its documents are from `valid_input`. Those are not trained on, so they
+            may overlap task texts.
         """
         block, from_valid_input = job
         records: dict[int, list[bytes]] = collections.defaultdict(list)
-        faults, num_held_out, size = [], 0, 0
+        ngrams = None if from_valid_input else self._ngrams()
+        faults, contaminated, num_held_out, size = [], [], 0, 0
         for offset, item in enumerate(block.items):
             try:
-                text = self._parse(item, block.form).encode("utf-8")
+                parsed = self._parse(item, block.form)
             except Fault as fault:
                 faults.append((fault.kind, f"{block.location(offset)} ({fault})"))
                 continue
+            if ngrams and (matches := ngrams.matches(parsed)):
+                contaminated.append(matches)
+                continue
+            text = parsed.encode("utf-8")
             size += len(text)
             digest = hashlib.blake2b(text, digest_size=16).digest()
             held_out = from_valid_input
@@ -165,7 +209,7 @@ class Scatter:
         for bucket, content in records.items():
             with open(self.folder / f"{bucket:06d}-{os.getpid()}", "ab") as file:
                 file.write(b"".join(content))
-        return len(block.items), num_held_out, size, faults, block.consumed
+        return BlockCounts(len(block.items), num_held_out, size, faults, contaminated, block.consumed)
 
 
 def read_bucket(folder: Path, bucket: int) -> tuple[list[tuple[bool, bytes]], int]:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import posixpath
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ from etils import epath
 
 from dualsm import __version__
 from dualsm.data import corpus, inputs, round_trip
-from dualsm.data.buckets import Counts, Scatter, read_bucket
+from dualsm.data.buckets import NGRAMS, Counts, Scatter, read_bucket
+from dualsm.data.decontamination import TaskNgrams
 from dualsm.data.faults import FAULTS
 from dualsm.data.recipe import Recipe
 from dualsm.data.sentencepiece_tokenizer import train_tokenizer
@@ -42,7 +43,13 @@ _BUCKET_BYTES = 32 << 20  # approximate text per bucket; each worker loads one b
 _MIN_BUCKETS = 8
 
 
-def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dict:
+def build(
+    recipe: Recipe,
+    output: str,
+    workers: int,
+    quiet: bool = False,
+    task_texts: Mapping[str, Sequence[str]] | None = None,
+) -> dict:
     """Writes a corpus and returns its manifest.
 
     Args:
@@ -50,11 +57,16 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
       output: folder to create. An existing corpus of the same recipe and files is kept.
       workers: number of processes; 1: only this process.
       quiet: show no progress bars and no messages.
+      task_texts: texts of tasks by the names of their files, with `recipe.decontaminate`
+        (`evaluation.task_texts.read_task_texts`).
 
     Raises:
       UserError: for invalid input, or if `output` exists and is not the same corpus.
     """
     recipe.check()
+    if bool(recipe.decontaminate) != bool(task_texts):
+        raise ValueError("recipe.decontaminate and task_texts must be given together")
+    ngrams = TaskNgrams.of(task_texts, recipe.decontaminate_words) if task_texts else None
     target = user_path(output)
     train_files = inputs.find_inputs(recipe.input, "--input", recipe.format, quiet)
     valid_files = []
@@ -66,7 +78,9 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
             f"--split={recipe.split} splits text files, but the input has none; pass --format=text or "
             "remove --split"
         )
-    fingerprint = _fingerprint(train_files, valid_files)
+    fingerprint = _fingerprint(train_files, valid_files) | (
+        {"tasks_sha256": ngrams.sha256()} if ngrams else {}
+    )
     if target.exists():
         manifest = _existing_manifest(recipe, target, fingerprint)
         if not quiet:
@@ -76,7 +90,9 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
     with new_folder(target, "--output", last=corpus.MANIFEST) as folder, worker_pool(workers) as pool:
         (folder / "buckets").mkdir()
         buckets = max(_MIN_BUCKETS, -(-inputs.estimated_text_bytes(train_files) // _BUCKET_BYTES))
-        scatter = Scatter(recipe, folder / "buckets", buckets)
+        scatter = Scatter(recipe, folder / "buckets", buckets, fingerprint.get("tasks_sha256", ""))
+        if ngrams:
+            ngrams.save(folder / "buckets" / NGRAMS)
         counts = scatter.run(pool, workers, train_files, valid_files, quiet)
         if tokenizer is None:
             tokenizer = _train_tokenizer(recipe, folder / "buckets", buckets, quiet)
@@ -84,6 +100,9 @@ def build(recipe: Recipe, output: str, workers: int, quiet: bool = False) -> dic
         shards = write_shards(pool, folder, buckets, counts.bytes, quiet)
         shutil.rmtree(folder / "buckets")
         manifest = _manifest(recipe, fingerprint, folder, tokenizer, counts, shards)
+        if ngrams:
+            by_file = {name: counts.contaminated_by[index] for index, name in enumerate(ngrams.files)}
+            manifest["documents_contaminated"] = {"all": counts.contaminated, "by_task_file": by_file}
         (folder / corpus.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     if not quiet:
         round_trip.warn_of_losses(manifest["round_trip"])
@@ -108,15 +127,24 @@ def _existing_manifest(recipe: Recipe, target: epath.Path, fingerprint: dict) ->
         arguments = dict(manifest["arguments"])
         if "inputs_sha256" in manifest:  # earlier versions identify the files by these paths only
             arguments |= {"input": recipe.input, "valid_input": recipe.valid_input}
+        if bool(arguments.get("decontaminate")) == bool(recipe.decontaminate):
+            arguments["decontaminate"] = recipe.decontaminate  # the hash of their n-grams is compared
         if "vocabulary" in arguments:  # the key in earlier versions
             arguments["vocab_size"] = arguments.pop("vocabulary")
         same_recipe = defaults | arguments == dataclasses.asdict(recipe)  # earlier versions lack options
-        same_files = all(manifest.get(key, value) == value for key, value in fingerprint.items())
+        same_files = all(
+            manifest.get(key, value) == value for key, value in fingerprint.items() if key != "tasks_sha256"
+        )
     except (OSError, ValueError, KeyError, TypeError):
         same_recipe = False
     if not same_recipe:
         raise UserError(
             f"--output={target} exists and was not created by this command; remove it or choose another"
+        )
+    if manifest.get("tasks_sha256") != fingerprint.get("tasks_sha256"):
+        raise UserError(
+            f"--output={target} was created with other task files in --decontaminate; remove it or choose "
+            "another"
         )
     if not same_files:
         raise UserError(

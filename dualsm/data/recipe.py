@@ -25,6 +25,8 @@ class Recipe:
       max_document_bytes: longer documents are dropped.
       max_bad_fraction: maximum fraction of documents that may be unusable.
       format: format of the files; "auto": their suffixes determine it.
+      decontaminate: folders or files of tasks; documents that share n-grams with their texts are dropped.
+      decontaminate_words: n, the words of an n-gram.
       split: documents of a text file, one of `streams.SPLITS` or "auto".
     """
 
@@ -39,6 +41,8 @@ class Recipe:
     max_bad_fraction: float = 0.01
     format: str = "auto"
     split: str = "auto"
+    decontaminate: str = ""
+    decontaminate_words: int = 13
 
     def check(self) -> None:
         """Raises `UserError` for values out of range."""
@@ -53,6 +57,8 @@ class Recipe:
         for flag, choices in (("format", FORMATS), ("split", ("auto", *SPLITS))):
             if getattr(self, flag) not in choices:
                 raise UserError(f"--{flag}={getattr(self, flag)} must be one of {', '.join(choices)}")
+        if self.decontaminate_words < 1:
+            raise UserError(f"--decontaminate_words={self.decontaminate_words} must be at least 1")
         if bool(self.vocab_size) == bool(self.tokenizer):
             raise UserError("pass either --vocab_size=N to train a tokenizer or --tokenizer=FILE to use one")
         if self.vocab_size:

@@ -40,7 +40,7 @@ def load_task(name: str, folder: epath.PathLike, limit: int = 0) -> list[Questio
       UserError: if the task is unknown, has no files, a line cannot be parsed, or two files contain the same
         questions.
     """
-    by_file = {path: [_parse(name, record) for record in _records(path)] for path in task_files(name, folder)}
+    by_file = {path: read_questions(name, path) for path in task_files(name, folder)}
     _check_duplicates(by_file)
     questions = [question for part in by_file.values() for question in part]
     if not questions:
@@ -49,6 +49,11 @@ def load_task(name: str, folder: epath.PathLike, limit: int = 0) -> list[Questio
         count = min(limit, len(questions))
         questions = [questions[i * len(questions) // count] for i in range(count)]
     return questions
+
+
+def read_questions(name: str, path: epath.Path) -> list[Question]:
+    """Returns the questions of one file of a task. Raises `UserError` if a line cannot be parsed."""
+    return [_parse(name, record) for record in _records(path)]
 
 
 def _parse(name: str, record: TaskRecord) -> Question:
@@ -80,7 +85,7 @@ def _check_duplicates(by_file: dict[epath.Path, list[Question]]) -> None:
         first |= dict.fromkeys(questions, path)
 
 
-def task_files(name: str, folder: epath.PathLike) -> list[epath.Path]:
+def task_files(name: str, folder: epath.PathLike, flag: str = "--task_data") -> list[epath.Path]:
     """Returns the files that contain the questions of a task.
 
     Hidden files and folders (such as `.ipynb_checkpoints`) and editors' backup files are ignored. A file
@@ -105,9 +110,7 @@ def task_files(name: str, folder: epath.PathLike) -> list[epath.Path]:
         and not any(part.startswith((".", "~")) for part in path.relative_to(inside).parts)
     ]
     if not paths:
-        raise UserError(
-            f"--task_data={folder} contains neither {name}.jsonl nor {name}/*{' or '.join(suffixes)}"
-        )
+        raise UserError(f"{flag}={folder} contains neither {name}.jsonl nor {name}/*{' or '.join(suffixes)}")
     for split in TASKS[name].splits:
         in_name = re.compile(rf"(^|[^a-z]){split}")
         if chosen := [path for path in paths if in_name.search(path.stem.lower())]:

@@ -102,8 +102,10 @@ def test_long_values_of_a_column_are_none(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
     from pyarrow import parquet
 
-    from dualsm.data.columns import read_column
+    from dualsm.data.columns import read_columns
 
     parquet.write_table(pyarrow.table({"text": ["short", "x" * 5000, None, ""]}), tmp_path / "a.parquet")
-    values = [value for batch, _ in read_column(str(tmp_path / "a.parquet"), "text", 4999) for value in batch]
+    values = [
+        value for batch, _ in read_columns(str(tmp_path / "a.parquet"), "text", 4999) for value in batch
+    ]
     assert values == [b"short", None, b"", b""]
