@@ -12,6 +12,7 @@ from absl import flags
 
 from dualsm.data.build import Recipe, build
 from dualsm.data.inputs import FORMATS, SUFFIXES
+from dualsm.data.recipe import DEDUPLICATE
 from dualsm.data.streams import COMPRESSIONS, SPLITS
 from dualsm.devices.chips import usable_cores
 from dualsm.process import cli
@@ -54,6 +55,18 @@ _TEXT_KEY = flags.DEFINE_string(
     Recipe.text_key,
     "JSON fields or columns that contain the text, joined by a blank line (title,body); a.b is field b of a",
 )
+_DEDUPLICATE = flags.DEFINE_enum(
+    "deduplicate",
+    Recipe.deduplicate,
+    DEDUPLICATE,
+    "drop documents that equal another document, or also near duplicates (extra dedup)",
+)
+_NEAR_SIMILARITY = flags.DEFINE_float(
+    "near_similarity", Recipe.near_similarity, "minimum Jaccard similarity of near duplicates"
+)
+_NEAR_WORDS = flags.DEFINE_integer(
+    "near_words", Recipe.near_words, "words of the n-grams that near duplicates share", lower_bound=1
+)
 _DECONTAMINATE = flags.DEFINE_string(
     "decontaminate",
     "",
@@ -86,6 +99,9 @@ def main(_: Sequence[str]) -> None:
         max_bad_fraction=_MAX_BAD_FRACTION.value,
         format=_FORMAT.value,
         split=_SPLIT.value,
+        deduplicate=_DEDUPLICATE.value,
+        near_similarity=_NEAR_SIMILARITY.value,
+        near_words=_NEAR_WORDS.value,
         decontaminate=_DECONTAMINATE.value,
         decontaminate_words=_DECONTAMINATE_WORDS.value,
     )
@@ -98,6 +114,8 @@ def main(_: Sequence[str]) -> None:
         )
     faulty = sum(manifest["documents_faulty"].values())
     print(f"dropped {manifest['documents_duplicate']:,} duplicates and {faulty:,} unusable documents")
+    if recipe.deduplicate == "near":
+        print(f"dropped {manifest['documents_near_duplicate']:,} near duplicates")
     if recipe.decontaminate:
         overlaps = manifest["documents_contaminated"]
         files = sum(count > 0 for count in overlaps["by_task_file"].values())

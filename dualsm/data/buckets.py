@@ -6,13 +6,12 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from dualsm.data import inputs, readers
+from dualsm.data.bucket_files import append_records, pack_record, read_bucket
 from dualsm.data.decontamination import TaskNgrams, load_ngrams
 from dualsm.data.faults import Fault
 from dualsm.data.recipe import Recipe
@@ -22,7 +21,6 @@ from dualsm.process.progress import bar
 
 _MIN_CHECKED = 1000  # documents; the fraction of unusable ones among fewer is too noisy
 NGRAMS = "task-ngrams.npz"  # in the folder of the buckets
-_HEADER = struct.Struct("<16s?I")  # hash, held out, bytes of text
 
 
 class BlockCounts(NamedTuple):
@@ -205,28 +203,7 @@ class Scatter:
                 held_out = int.from_bytes(digest[8:], "big") < self.recipe.valid_fraction * 2.0**64
             num_held_out += held_out
             bucket = int.from_bytes(digest[:8], "big") * self.buckets >> 64
-            records[bucket] += (_HEADER.pack(digest, held_out, len(text)), text)
+            records[bucket] += pack_record(digest, held_out, text)
         for bucket, content in records.items():
-            with open(self.folder / f"{bucket:06d}-{os.getpid()}", "ab") as file:
-                file.write(b"".join(content))
+            append_records(self.folder, bucket, content)
         return BlockCounts(len(block.items), num_held_out, size, faults, contaminated, block.consumed)
-
-
-def read_bucket(folder: Path, bucket: int) -> tuple[list[tuple[bool, bytes]], int]:
-    """Reads a bucket, sorted by hash and deduplicated.
-
-    If one of several equal documents is held out, the held-out one is kept, so that it is not trained on.
-
-    Returns:
-      Documents as (held out, text), and the number of dropped duplicates.
-    """
-    documents = []
-    for path in folder.glob(f"{bucket:06d}-*"):
-        data, position = path.read_bytes(), 0
-        while position < len(data):
-            digest, held_out, size = _HEADER.unpack_from(data, position)
-            position += _HEADER.size + size
-            documents.append((digest, not held_out, data[position - size : position]))
-    documents.sort(key=lambda document: document[:2])
-    unique = [next(group) for _, group in itertools.groupby(documents, key=lambda document: document[0])]
-    return [(not train, text) for _, train, text in unique], len(documents) - len(unique)

@@ -4,6 +4,7 @@ Documents are sorted by a hash of their text. Sorting shuffles the documents and
 another part of the same hash selects the held-out documents.
 
     inputs -> blocks of documents -> [workers: parse, hash] -> buckets by hash, on disk
+           -> near duplicates removed, if requested
            -> tokenizer, trained on the first buckets
            -> [workers: sort a bucket, deduplicate, encode] -> one shard per bucket
 
@@ -24,8 +25,9 @@ import numpy as np
 from etils import epath
 
 from dualsm import __version__
-from dualsm.data import corpus, inputs, round_trip
-from dualsm.data.buckets import NGRAMS, Counts, Scatter, read_bucket
+from dualsm.data import corpus, inputs, near_duplicates, round_trip
+from dualsm.data.bucket_files import read_bucket
+from dualsm.data.buckets import NGRAMS, Counts, Scatter
 from dualsm.data.decontamination import TaskNgrams
 from dualsm.data.faults import FAULTS
 from dualsm.data.recipe import Recipe
@@ -66,6 +68,8 @@ def build(
     recipe.check()
     if bool(recipe.decontaminate) != bool(task_texts):
         raise ValueError("recipe.decontaminate and task_texts must be given together")
+    if recipe.deduplicate == "near":
+        near_duplicates.check_installed()
     ngrams = TaskNgrams.of(task_texts, recipe.decontaminate_words) if task_texts else None
     target = user_path(output)
     train_files = inputs.find_inputs(recipe.input, "--input", recipe.format, quiet)
@@ -94,12 +98,20 @@ def build(
         if ngrams:
             ngrams.save(folder / "buckets" / NGRAMS)
         counts = scatter.run(pool, workers, train_files, valid_files, quiet)
+        near = 0
+        if recipe.deduplicate == "near":
+            report = folder / near_duplicates.REPORT
+            near = near_duplicates.remove_near_duplicates(
+                recipe, folder / "buckets", buckets, report, pool, quiet
+            )
         if tokenizer is None:
             tokenizer = _train_tokenizer(recipe, folder / "buckets", buckets, quiet)
         (folder / corpus.TOKENIZER).write_bytes(tokenizer.model)
         shards = write_shards(pool, folder, buckets, counts.bytes, quiet)
         shutil.rmtree(folder / "buckets")
         manifest = _manifest(recipe, fingerprint, folder, tokenizer, counts, shards)
+        if recipe.deduplicate == "near":
+            manifest["documents_near_duplicate"] = near
         if ngrams:
             by_file = {name: counts.contaminated_by[index] for index, name in enumerate(ngrams.files)}
             manifest["documents_contaminated"] = {"all": counts.contaminated, "by_task_file": by_file}

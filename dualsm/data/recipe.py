@@ -9,6 +9,8 @@ from dualsm.data.sentencepiece_tokenizer import check_vocab_size
 from dualsm.data.streams import SPLITS
 from dualsm.process.errors import UserError
 
+DEDUPLICATE = ("exact", "near")
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -27,6 +29,9 @@ class Recipe:
       format: format of the files; "auto": their suffixes determine it.
       decontaminate: folders or files of tasks; documents that share n-grams with their texts are dropped.
       decontaminate_words: n, the words of an n-gram.
+      deduplicate: "exact", or "near" to drop near duplicates also.
+      near_similarity: minimum Jaccard similarity of near duplicates.
+      near_words: words of the n-grams that near duplicates share.
       split: documents of a text file, one of `streams.SPLITS` or "auto".
     """
 
@@ -41,6 +46,9 @@ class Recipe:
     max_bad_fraction: float = 0.01
     format: str = "auto"
     split: str = "auto"
+    deduplicate: str = "exact"
+    near_similarity: float = 0.8
+    near_words: int = 5
     decontaminate: str = ""
     decontaminate_words: int = 13
 
@@ -54,9 +62,17 @@ class Recipe:
             raise UserError(f"--max_bad_fraction={self.max_bad_fraction} must be in [0, 1]")
         if not all(self.text_key.split(",")):
             raise UserError(f"--text_key={self.text_key!r} has an empty name; remove the extra comma")
-        for flag, choices in (("format", FORMATS), ("split", ("auto", *SPLITS))):
+        for flag, choices in (
+            ("format", FORMATS),
+            ("split", ("auto", *SPLITS)),
+            ("deduplicate", DEDUPLICATE),
+        ):
             if getattr(self, flag) not in choices:
                 raise UserError(f"--{flag}={getattr(self, flag)} must be one of {', '.join(choices)}")
+        if not 0 < self.near_similarity <= 1:
+            raise UserError(f"--near_similarity={self.near_similarity} must be in (0, 1]")
+        if self.near_words < 1:
+            raise UserError(f"--near_words={self.near_words} must be at least 1")
         if self.decontaminate_words < 1:
             raise UserError(f"--decontaminate_words={self.decontaminate_words} must be at least 1")
         if bool(self.vocab_size) == bool(self.tokenizer):

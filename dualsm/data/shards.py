@@ -13,7 +13,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from dualsm.data import corpus, round_trip
-from dualsm.data.buckets import read_bucket
+from dualsm.data.bucket_files import read_bucket
 from dualsm.data.documents import RECORD_TOKENS, token_dtype
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
@@ -31,7 +31,7 @@ class Shard:
       splits: manifest entry of the file of each split.
       lengths: tokens of each document, by split.
       bytes: bytes of text of each document, by split.
-      duplicates: number of dropped documents.
+      duplicates: number of dropped documents, without near duplicates.
       round_trip: counts of `round_trip.verify` over both splits.
     """
 
