@@ -9,6 +9,7 @@ held-out text is the test split; protocol.md has the commands that make them. Ea
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import sys
@@ -35,6 +36,7 @@ LENGTHS = {128: (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), 32: (1 / 4, 1 / 2, 1)}
 REPLICATES = [(corpus, seed) for corpus in "BCD" for seed in (1, 2)]
 DROPOUT = 0.1
 EMA = 0.995
+SCORED = ["causal", "masked_diffusion"]
 POINTS = 16  # of the learning curve of a full run
 # name -> layers, d_model, heads, steps of a full run: 60 to 65 tokens per parameter
 SIZES = {"61k": (2, 32, 1, 464), "230k": (3, 64, 2, 1840), "1.0M": (4, 128, 4, 7360)}
@@ -136,6 +138,33 @@ def confirming(chosen: dict, keys, replicates) -> list[dict]:
     return list({name_of(run): run for run in runs}.values())
 
 
+def write_tables(results: list[dict], folder: Path) -> None:
+    """Writes `runs.csv`, a line per run, and `curves.csv`, a line per point of the confirmed runs.
+
+    Losses are in nats per token; `ema_` is the moving average of the weights. Curves are of a quarter of the
+    dev split.
+    """
+    names = [f"{p}{s}/{o}/loss" for p in ("", "ema/") for s in ("dev", "test") for o in SCORED]
+    short = [name.replace("/loss", "").replace("/", "_") for name in names]
+    keys = list(results[0]["run"])
+    results = sorted(results, key=lambda result: (result["stage"], name_of(result["run"])))
+    with (folder / "runs.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["stage", *keys, "steps", "skipped", *short])
+        for result in results:
+            losses = [f"{result[name]:.4f}" for name in names]
+            run = [f"{v:g}" if isinstance(v, float) else v for v in result["run"].values()]
+            writer.writerow([result["stage"], *run, result["steps"], int(result["skipped"]), *losses])
+    with (folder / "curves.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*keys, "step", "train", *SCORED])
+        for result in results:
+            if result["run"]["corpus"] != "A":
+                run = [f"{v:g}" if isinstance(v, float) else v for v in result["run"].values()]
+                for step, *losses in result["curve"]:
+                    writer.writerow([*run, step, *(f"{loss:.4f}" for loss in losses)])
+
+
 class Study:
     """Trains the runs of the study and keeps their results in `runs.jsonl`."""
 
@@ -171,7 +200,7 @@ class Study:
             configs,
             self.special,
             self.splits,
-            ["causal", "masked_diffusion"],
+            SCORED,
             min(slots, len(missing)),
             SIZES[size][3] // POINTS,
             "dev",
@@ -220,6 +249,7 @@ def main(_):
             keys = {f"plain,128,{alpha}" for alpha in (*mixtures, 1.0)}
             runs = [run | {"size": size} for run in confirming(chosen, sorted(keys), [("B", 1), ("C", 1)])]
             study.train(f"size {size}", runs, slots)
+    write_tables(study.results, Path(FLAGS.output))
 
 
 if __name__ == "__main__":
