@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from dualsm.objectives.example import Row
 from dualsm.objectives.registry import OBJECTIVES
 from dualsm.process import cli
 from dualsm.process.errors import UserError
+from dualsm.process.output import check_output, write_output
+from dualsm.process.paths import user_path
 from dualsm.process.progress import bar, say, table
 from dualsm.rundir.trained_run import TrainedRun, open_run
 from dualsm.training.objective_loss import example_loss
@@ -113,9 +115,16 @@ def ratio(sum_V: np.ndarray, count_V: np.ndarray) -> tuple[float, float]:
 
 def main(_: Sequence[str]) -> None:
     cli.set_up_jax()
-    fractions = [float(text) for text in _FRACTIONS.value]
+    try:
+        fractions = [float(text) for text in _FRACTIONS.value]
+    except ValueError:
+        fractions = [math.nan]
     if not all(0 < fraction < 1 for fraction in fractions):
-        raise UserError(f"--fractions={','.join(_FRACTIONS.value)} must be between 0 and 1, such as 0.15")
+        raise UserError(
+            f"--fractions={','.join(_FRACTIONS.value)}: must be numbers between 0 and 1, such as 0.15,0.5"
+        )
+    if _OUTPUT.value:
+        check_output(user_path(_OUTPUT.value), "--output")
     run = open_run(_WORKDIR.value)
     (source,) = open_held_out(run, _DATA.value)
     run.config.model.dtype = _DTYPE.value
@@ -140,7 +149,7 @@ def main(_: Sequence[str]) -> None:
     )
     if _OUTPUT.value:
         found = {"workdir": _WORKDIR.value, "checkpoint": run.step, "dtype": _DTYPE.value, "losses": results}
-        Path(_OUTPUT.value).write_text(json.dumps(found) + "\n")
+        write_output(user_path(_OUTPUT.value), json.dumps(found) + "\n", "--output")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,12 @@ import pandas as pd
 
 HERE = Path(__file__).parent
 MODELS = ("before", "mixture", "causal", "masked", "random")
-OBJECTIVES = ("causal", "masked_diffusion", "masked")
+OBJECTIVES = ("causal", "masked_diffusion")
+MASKED = "masked at 0.15"
+COLUMNS = ("first", "first_loss", "second", "second_loss", "difference", "stderr")
 PAIRS = [
     *((model, "before") for model in MODELS[1:4]),
+    ("mixture", "random"),
     ("mixture", "causal"),
     ("mixture", "masked"),
     ("causal", "masked"),
@@ -62,22 +65,38 @@ def scores(folder: Path) -> pd.DataFrame:
 
 
 def differences(folder: Path) -> pd.DataFrame:
-    """Returns the differences of losses between models, with standard errors over paired sequences."""
+    """Returns differences of losses between models and, within a model, between masked and causal tokens.
+
+    Standard errors are over sequences: each sequence is one pair.
+    """
     losses = {model: json.loads((folder / model / "losses.json").read_text())["losses"] for model in MODELS}
     lines = []
+
+    def add(first, first_loss, second, second_loss):
+        a, b = losses[first][first_loss], losses[second][second_loss]
+        residual_V = residuals(a) - residuals(b)
+        size = len(residual_V)
+        difference = a["nats_per_token"] - b["nats_per_token"]
+        stderr = np.sqrt((residual_V**2).sum() * size / (size - 1))
+        lines.append(
+            dict(zip(COLUMNS, (first, first_loss, second, second_loss, difference, stderr), strict=True))
+        )
+
     for first, second in PAIRS:
         for name in losses[first]:
-            a, b = losses[first][name], losses[second][name]
-            assert a["tokens"] == b["tokens"], "the models were scored on other sequences or masks"
-            tokens_V = np.array(a["tokens"])
-            delta_V = np.array(a["nll"]) - np.array(b["nll"])
-            mean, size = delta_V.sum() / tokens_V.sum(), len(delta_V)
-            residual_V = delta_V - mean * tokens_V
-            stderr = np.sqrt((residual_V**2).sum() * size / (size - 1)) / tokens_V.sum()
-            lines.append(
-                {"first": first, "second": second, "loss": name, "difference": mean, "stderr": stderr}
-            )
-    return pd.DataFrame(lines, columns=["first", "second", "loss", "difference", "stderr"])
+            assert losses[first][name]["tokens"] == losses[second][name]["tokens"], "other sequences or masks"
+            add(first, name, second, name)
+    for model in MODELS:
+        add(model, MASKED, model, "causal")
+    for model in ("mixture", "masked"):
+        add(model, MASKED, "causal", "causal")
+    return pd.DataFrame(lines)
+
+
+def residuals(loss: dict) -> np.ndarray:
+    """Returns the effect of each sequence on the loss, whose squares add up to the squared standard error."""
+    nll_V, tokens_V = np.array(loss["nll"]), np.array(loss["tokens"])
+    return (nll_V - loss["nats_per_token"] * tokens_V) / tokens_V.sum()
 
 
 def main(folder: Path) -> None:

@@ -14,25 +14,31 @@ LABELS = {
     "mixture": "75% causal, 25% masked diffusion",
     "causal": "causal only",
     "masked": "masked diffusion only",
-    "random": "the same mixture from random weights",
+    "random": "75% / 25% from random weights",
 }
 TITLES = {
     "causal": "causal loss",
     "masked_diffusion": "masked-diffusion loss (NELBO)",
-    "masked": "30% of tokens masked in spans",
 }
+LIMITS = {"causal": (2.9, 3.6), "masked_diffusion": (4, 8.2)}
 
 
 def main() -> None:
     table = pd.read_csv(HERE / "curves.csv")
-    figure = new_figure(11, 3.8)
-    for axes, (name, title) in zip(figure.subplots(1, 3), TITLES.items(), strict=True):
+    figure = new_figure(10, 4.4)
+    all_axes = figure.subplots(1, 2)
+    for axes, (name, title) in zip(all_axes, TITLES.items(), strict=True):
         for model, rows in table.groupby("model", sort=False):
             axes.plot(rows.tokens / 1e6, rows[name], color=COLORS[model], label=LABELS[model], marker=".")
-        axes.set(title=title, xlabel="training tokens, millions")
+            if rows[name].min() > LIMITS[name][1]:
+                text = f"from random weights: from {rows[name].iloc[0]:.1f} to {rows[name].iloc[-1]:.2f}"
+                axes.text(0.5, 0.97, text, transform=axes.transAxes, ha="center", va="top", color="0.45")
+        axes.set(title=title, xlabel="training tokens, millions", ylim=LIMITS[name])
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out nats per token")
-    figure.axes[1].legend(fontsize=8)
+    all_axes[0].set_ylabel("held-out nats per token")
+    figure.legend(
+        *all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     figure.savefig(HERE / "curves.png")
 
 
