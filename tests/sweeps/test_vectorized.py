@@ -34,11 +34,9 @@ def configs(corpus):
         "mixture": run_config(path),
         "causal": run_config(path, 1.0, 0.0, seed=3, repetitions=2),
         "short": run_config(path, 0.25, 0.75, steps=4),
-        "decay": run_config(path),
-        "weight": run_config(path),
+        "options": run_config(path),
     }
-    runs["decay"].optimizer.weight_decay = 1.0
-    runs["weight"].objectives.causal.weight = 2.0
+    runs["options"].optimizer.weight_decay, runs["options"].objectives.causal.weight = 1.0, 2.0
     return runs
 
 
@@ -52,7 +50,7 @@ def results(configs, corpus):
     return {result["name"]: result for result in found}
 
 
-@pytest.mark.parametrize("name", ["mixture", "causal", "short", "decay", "weight"])
+@pytest.mark.parametrize("name", ["causal", "short", "options"])
 def test_held_out_losses_equal_those_of_a_run_alone(configs, results, name, tmp_path):
     config = configs[name].copy_and_resolve_references()
     config.valid.parameters = "both"
