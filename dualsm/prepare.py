@@ -20,7 +20,8 @@ from dualsm.process import cli
 _INPUT = flags.DEFINE_string(
     "input",
     None,
-    f"python-stdlib, or comma-separated files, folders and globs with the suffixes {' '.join(SUFFIXES)}; "
+    "python-stdlib, or comma-separated files, folders, globs and URLs (hf://, s3://, gs://, https://) with "
+    f"the suffixes {' '.join(SUFFIXES)}; "
     f"text, JSON and CSV may be compressed ({' '.join(COMPRESSIONS)})",
 )
 _OUTPUT = cli.DEFINE_path("output", None, "folder to create")

@@ -30,7 +30,7 @@ def read_columns(path: str, text_key: str, max_bytes: int) -> Iterator[tuple[lis
         import pyarrow
     except ImportError as error:
         raise UserError(f"reading {path} needs pyarrow: pip install 'dualsm[parquet]'") from error
-    batches = _parquet_batches if path.endswith(".parquet") else _arrow_batches
+    batches = _parquet_batches if path.lower().endswith(".parquet") else _arrow_batches
     size = remaining = Path(path).stat().st_size
     try:
         for columns, fraction in batches(path, text_key):

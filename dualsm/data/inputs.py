@@ -12,8 +12,9 @@ from pathlib import Path
 
 from dualsm.data import streams
 from dualsm.process.errors import UserError
-from dualsm.process.paths import files_in, glob_in_bucket, is_remote, size_and_time, user_path
+from dualsm.process.paths import files_in, glob_in_bucket, is_remote, user_path
 from dualsm.process.progress import say
+from dualsm.process.urls import file_name, find_files, input_size, is_url
 
 PYTHON_STDLIB = "python-stdlib"
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -40,10 +41,10 @@ def find_inputs(
     """Returns the files that a pattern matches, in a fixed order.
 
     Args:
-      pattern: `python-stdlib`, or comma-separated paths and globs (`**` matches any number of directories). A
-        directory is a dataset saved by Hugging Face `datasets`, or stands for the files in it and in its
-        subdirectories, except hidden files and files without a suffix in `SUFFIXES`. A path that exists is
-        never interpreted as a glob or a list.
+      pattern: `python-stdlib`, or comma-separated paths, URLs and globs (`**` matches any number of
+        directories). A directory is a dataset saved by Hugging Face `datasets`, or stands for the files in it
+        and in its subdirectories, except hidden files and files without a suffix in `SUFFIXES`. A local path
+        that exists is never interpreted as a glob or a list.
       flag: name of the flag, for error messages.
       file_format: one of `FORMATS`; unless it is "auto", files may have any suffix.
       quiet: do not say which files of a directory are ignored.
@@ -56,11 +57,15 @@ def find_inputs(
         skip = {"site-packages", "dist-packages", "__pycache__"}
         paths = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
         return [str(p) for p in sorted(paths) if p.stat().st_size > 0]
-    is_path = bool(pattern) and user_path(pattern).exists()
+    is_path = bool(pattern) and not is_url(pattern) and user_path(pattern).exists()
     paths = []
     for part in [pattern] if is_path else filter(None, pattern.split(",")):
         path = part if is_remote(part) else os.path.expanduser(part)
-        if user_path(path).is_dir():
+        if is_url(path):
+            matches, folder = find_files(path)
+            if folder:
+                matches = _inputs_of_folder(matches, folder, flag, file_format, quiet)
+        elif user_path(path).is_dir():
             matches = _files_of_folder(path, flag, file_format, quiet)
         else:
             matches = _files(_matches(path))
@@ -83,7 +88,7 @@ def file_suffix(path: str) -> str:
 
     The suffix is empty for compressed files of formats other than text, JSON and CSV.
     """
-    stem, suffix = os.path.splitext(path.lower())
+    stem, suffix = os.path.splitext(file_name(path).lower())
     if suffix not in streams.COMPRESSIONS:
         return suffix
     suffix = os.path.splitext(stem)[1]
@@ -105,12 +110,12 @@ def input_bytes(paths: list[str]) -> int:
 def file_versions(paths: list[str]) -> list[tuple[int, ...]]:
     """Returns the size of each file in bytes, and numbers that change when it is written."""
     with futures.ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(size_and_time, paths))
+        return list(pool.map(input_size, paths))
 
 
 def estimated_text_bytes(paths: list[str]) -> int:
     """Returns a rough estimate of the text in the files, for choosing the number of shards."""
-    factors = [_EXPANSION.get(os.path.splitext(path)[1], 1) for path in paths]
+    factors = [_EXPANSION.get(os.path.splitext(file_name(path))[1], 1) for path in paths]
     return sum(size * factor for (size, *_), factor in zip(file_versions(paths), factors, strict=True))
 
 
@@ -145,23 +150,27 @@ def _files_of_folder(folder: str, flag: str, file_format: str, quiet: bool) -> l
         raise UserError(f"{flag}: {folder} contains several splits; pass one of them, such as {folder}/train")
     if (user_path(folder) / "state.json").exists():
         return _saved_dataset(folder, flag)
-    root = user_path(folder)
-    visible = [
-        path
-        for path in files_in(root)
-        if not any(part.startswith((".", "~")) for part in path.relative_to(root).parts)
-    ]
-    paths = [p for p in visible if file_format != "auto" or file_suffix(p.name) in SUFFIXES]
-    if not paths:
+    return _inputs_of_folder(
+        list(map(str, files_in(folder))), str(user_path(folder)), flag, file_format, quiet
+    )
+
+
+def _inputs_of_folder(paths: list[str], folder: str, flag: str, file_format: str, quiet: bool) -> list[str]:
+    """Returns the input files among all files of a folder."""
+    names = {path: path[len(folder) :].strip("/") for path in paths}
+    visible = [p for p in paths if not any(part.startswith((".", "~")) for part in names[p].split("/"))]
+    chosen = [path for path in visible if file_format != "auto" or file_suffix(path) in SUFFIXES]
+    if not chosen:
         raise UserError(
             f"{flag}: {folder} contains no files with the suffixes {', '.join(SUFFIXES)}; check the path, or "
             "pass --format=text to read other text files"
         )
-    indexes = {p.with_suffix(".idx") for p in paths if p.suffix == ".bin"}
-    ignored = [path for path in visible if path not in {*paths, *indexes}]
+    indexes = {f"{os.path.splitext(path)[0]}.idx" for path in chosen if path.endswith(".bin")}
+    ignored = [path for path in visible if path not in {*chosen, *indexes}]
     if ignored and not quiet:
-        say(f"{folder}: ignored files with other suffixes ({len(ignored)}), such as {ignored[0].name}")
-    return list(map(str, paths))
+        name = names[ignored[0]]
+        say(f"{folder}: ignored files with other suffixes ({len(ignored)}), such as {name}")
+    return chosen
 
 
 def _saved_dataset(folder: str, flag: str) -> list[str]:

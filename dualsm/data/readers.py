@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import posixpath
 import zlib
 from collections.abc import Iterator
 
@@ -23,8 +22,8 @@ from dualsm.data.megatron import read_documents
 from dualsm.data.text import likely_encoding, parse_json, without_bom
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
-from dualsm.process.errors import UserError
-from dualsm.process.paths import local_copy
+from dualsm.process.errors import BucketError, UserError
+from dualsm.process.urls import file_name, local_input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +72,23 @@ def read_blocks(
 
     Raises:
       UserError: if the file cannot be read, its compression is damaged or it is not UTF-8.
+      BucketError: if the server of a URL does not answer.
     """
     try:
         kind = inputs.format_of(path, file_format)
         if kind == "columns":
-            with local_copy(path) as copy:
+            with local_input(path) as copy:
                 yield from _column_blocks(copy, text_key, max_bytes)
         elif kind == "ids":
-            with local_copy(path, f"{posixpath.basename(path).removesuffix('.bin')}.idx") as copy:
+            with local_input(path, f"{file_name(path).removesuffix('.bin')}.idx") as copy:
                 yield from _id_blocks(copy, max_bytes)
         else:
             if split == "auto":
                 divide |= inputs.file_suffix(path) in inputs.BABYLM_SUFFIXES
                 split = "paragraphs" if divide else "file"
             yield from _text_blocks(path, kind, split, text_key, max_bytes)
+    except BucketError:
+        raise
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 

@@ -15,7 +15,7 @@ import zstandard
 
 from dualsm.data.text import foreign_encoding, without_bom
 from dualsm.process.errors import UserError
-from dualsm.process.paths import open_binary
+from dualsm.process.urls import file_name, open_input
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20
@@ -51,15 +51,15 @@ def open_text(path: str) -> Iterator[tuple[io.BufferedReader, io.BufferedIOBase,
       UserError: if the file is not a text file, or its first bytes show an encoding other than UTF-8.
       OSError, EOFError, zlib.error: if the file cannot be read, or its compression is damaged.
     """
-    with open_binary(path) as raw:
+    with open_input(path) as raw:
         kind = _kind(raw.read(16), path)
     if kind and kind not in COMPRESSIONS:
         raise UserError(f"{path} is {kind}, not text; extract or convert it first")
-    with open_binary(path) as raw, _decompressed(raw, kind) as stream:
+    with open_input(path) as raw, _decompressed(raw, kind) as stream:
         head = stream.read(_HEAD_BYTES)
     if encoding := foreign_encoding(head):
         raise UserError(f"{path} is encoded in {encoding}; convert it to UTF-8, for example with iconv")
-    with open_binary(path, BLOCK_BYTES) as raw, _decompressed(raw, kind) as stream:
+    with open_input(path, BLOCK_BYTES) as raw, _decompressed(raw, kind) as stream:
         yield raw, stream, head
 
 
@@ -68,7 +68,7 @@ def _kind(head: bytes, path: str) -> str | None:
     for magic, kind in _MAGIC.items():
         if re.match(magic, head):
             return kind
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = os.path.splitext(file_name(path))[1].lower()
     return suffix if suffix in COMPRESSIONS else None
 
 

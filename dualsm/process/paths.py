@@ -41,7 +41,10 @@ def user_path(path: epath.PathLike) -> epath.Path:
     """
     if is_remote(path):
         if not str(path).startswith("gs://"):
-            raise UserError(f"{path}: only Google Cloud Storage is supported; use gs://BUCKET/PATH")
+            raise UserError(
+                f"{path}: only Google Cloud Storage is supported; use gs://BUCKET/PATH (other URLs can only "
+                "be inputs of prepare)"
+            )
         if importlib.util.find_spec("gcsfs") is None:
             raise UserError(f"{path}: gcsfs is not installed; run pip install 'dualsm[gcs]'")
         _set_up_gcsfs()

@@ -1,0 +1,197 @@
+"""Input files at URLs: any protocol of fsspec, such as hf://, s3:// and https://, for reading only.
+
+Local paths and buckets of Google Cloud Storage (`gs://`) are left to `paths`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import posixpath
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from dualsm.process.errors import BucketError, UserError
+from dualsm.process.paths import is_remote, local_copy, open_binary, retry, size_and_time
+
+_EXTRAS = {"hf": "hub", "http": "http", "https": "http", "s3": "s3", "s3a": "s3"}
+_ATTEMPTS = 3  # per read; most file systems also retry requests
+_MIN_BUFFER = 1 << 16
+
+
+def is_url(path: epath.PathLike) -> bool:
+    """Returns True for a remote path outside of Google Cloud Storage."""
+    return is_remote(path) and not str(path).startswith("gs://")
+
+
+def file_name(path: str) -> str:
+    """Returns the last part of a path or URL, without the query of an HTTP URL."""
+    return posixpath.basename(re.split("[?#]", path)[0] if _is_http(path) else path)
+
+
+def find_files(url: str) -> tuple[list[str], str]:
+    """Returns the files at a URL, which may be a file, a folder or a glob, in a fixed order.
+
+    Returns:
+      The URLs, and the URL of the folder; the latter is "" for a file or a glob.
+
+    Raises:
+      UserError: if the protocol is unknown or its package is not installed.
+      BucketError: if the server does not answer.
+    """
+    with _one_line(url):
+        system, path = _resolve(url)
+        if _is_glob(url) and (names := _glob(system, path)):
+            return sorted(map(system.unstrip_protocol, names)), ""
+        try:
+            kind = system.info(path)["type"]
+        except FileNotFoundError as error:
+            if _is_unreachable(error):
+                raise
+            return [], ""
+        if kind == "file":
+            return [url], ""
+        folder = system.unstrip_protocol(path).rstrip("/")
+        return sorted(map(system.unstrip_protocol, system.find(path))), folder
+
+
+def _is_glob(url: str) -> bool:
+    return re.search("[*[]" if _is_http(url) else "[*?[]", url) is not None
+
+
+def _is_http(url: str) -> bool:
+    return re.match("https?://", url) is not None  # a `?` begins the query
+
+
+def _glob(system: Any, path: str) -> list[str]:
+    found = system.glob(path, detail=True)
+    return [name for name, info in found.items() if info["type"] == "file"]
+
+
+def input_size(path: str) -> tuple[int, ...]:
+    """Returns the size of a file in bytes, 0 if it is unknown, and numbers that change when it is written."""
+    if not is_url(path):
+        return size_and_time(path)
+    with _one_line(path):
+        system, name = _resolve(path)
+        return (system.info(name).get("size") or 0,)
+
+
+def open_input(path: str, buffering: int = -1) -> BinaryIO:
+    """Opens a file for reading from start to end, with `readline(limit)` and `tell`."""
+    if not is_url(path):
+        return open_binary(path, buffering)
+    return io.BufferedReader(_UrlFile(path), max(buffering, _MIN_BUFFER))
+
+
+@contextlib.contextmanager
+def local_input(path: str, *siblings: str) -> Iterator[str]:
+    """Yields a local path of a file: the file itself, or a temporary copy of a remote file.
+
+    Args:
+      path: the file.
+      siblings: names of files in the same folder that are also copied.
+    """
+    if not is_url(path):
+        with local_copy(path, *siblings) as copy:
+            yield copy
+        return
+    with tempfile.TemporaryDirectory(prefix="dualsm-") as folder:
+        for url in (path, *(f"{posixpath.dirname(path)}/{name}" for name in siblings)):
+            with open_input(url) as source, open(os.path.join(folder, file_name(url)), "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 22)
+        yield os.path.join(folder, file_name(path))
+
+
+class _UrlFile(io.RawIOBase):
+    """Reads a file at a URL sequentially, and continues where it was after an error."""
+
+    def __init__(self, url: str):
+        self._url, self._position, self._file = url, 0, None
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        data = retry(lambda: self._read(len(buffer)), self._url, _ATTEMPTS)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                system, path = _resolve(self._url)
+                self._file = system.open(path, "rb")
+                if self._position:
+                    self._file.seek(self._position)
+            return self._file.read(size)
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) and not _is_unreachable(error):
+                raise UserError(f"{self._url} does not exist; check the URL") from error
+            self._close_file()
+            raise
+
+    def _close_file(self) -> None:
+        with contextlib.suppress(Exception):  # the connection may be broken
+            if self._file is not None:
+                self._file.close()
+        self._file = None
+
+    def close(self) -> None:
+        self._close_file()
+        super().close()
+
+
+def _resolve(url: str) -> tuple[Any, str]:
+    """Returns the file system of a URL and the path in it."""
+    from fsspec.core import url_to_fs
+
+    protocol = url.partition("://")[0]
+    try:
+        return url_to_fs(url)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        advice = f"run pip install 'dualsm[{extra}]'" if extra else str(error)
+        raise UserError(f"{url}: a package for {protocol}:// is not installed; {advice}") from error
+    except ValueError as error:
+        raise UserError(f"{url}: {error}; use a protocol that fsspec supports") from error
+
+
+@contextlib.contextmanager
+def _one_line(url: str) -> Iterator[None]:
+    """Turns the various errors of network libraries into one."""
+    try:
+        yield
+    except (UserError, BucketError):
+        raise
+    except FileNotFoundError as error:
+        if _is_unreachable(error):
+            raise BucketError(errno.EIO, _reason(error.__cause__), url) from error
+        raise UserError(f"{url} does not exist; check the URL") from error
+    except (ValueError, NotImplementedError) as error:  # the URL has another form than its protocol requires
+        raise UserError(f"{url}: {_reason(error)}; check the URL") from error
+    except Exception as error:
+        raise BucketError(errno.EIO, _reason(error), url) from error
+
+
+def _is_unreachable(error: FileNotFoundError) -> bool:
+    """Returns True if a connection failed, for which fsspec's HTTP file system raises the same error."""
+    cause = error.__cause__
+    if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
+        return False
+    return isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

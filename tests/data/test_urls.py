@@ -1,0 +1,268 @@
+"""Inputs at URLs: the same documents as from local files, and errors in one line."""
+
+import gzip
+import http.server
+import importlib
+import json
+import threading
+import urllib.parse
+
+import pytest
+
+from dualsm.data import inputs
+from dualsm.data.build import Recipe, build
+from dualsm.process import paths, urls
+from dualsm.process.errors import BucketError, UserError, exit_status, user_message
+from tests.data.reading import TEXTS, read
+from tests.data.test_build import write_lines
+
+fsspec = pytest.importorskip("fsspec")
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+FILES = {
+    "a.jsonl": LINES,
+    "sub/b.jsonl.gz": gzip.compress(LINES),
+    "sub/c.csv": b"text,n\none,1\ntwo,2\n",
+    "sub/d.txt": b"a document",
+    "README.md": b"text",
+    ".hidden/e.jsonl": LINES,
+}
+
+
+@pytest.fixture
+def local(tmp_path):
+    """Returns a folder with the files."""
+    folder = tmp_path / "local"
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        return folder
+    parquet.write_table(pyarrow.table({"text": TEXTS}), folder / "sub" / "f.parquet")
+    return folder
+
+
+@pytest.fixture
+def memory(local):
+    """Returns the URL of a copy of the folder in memory."""
+    system = fsspec.filesystem("memory")
+    system.put(f"{local}/", "/data/", recursive=True)
+    yield "memory://data"
+    system.rm("/data", recursive=True)
+
+
+def test_files_folders_and_globs_give_the_documents_of_local_files(local, memory, capsys):
+    for part in (
+        "",
+        "/a.jsonl",
+        "/*.jsonl",
+        "/**/*.csv",
+        "/sub",
+        "/sub/*",
+        "/?.jsonl",
+        "/a.jsonl,{}/sub/c.csv",
+    ):
+        url, path = (f"{root}{part}".replace("{}", str(root)) for root in (memory, local))
+        assert read(url) == read(path) != []
+        names = [urls.file_name(found) for found in inputs.find_inputs(url)]
+        assert names == [urls.file_name(found) for found in inputs.find_inputs(path)]
+    inputs.find_inputs(memory, quiet=False)
+    assert "ignored files with other suffixes (1), such as README.md" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--input: no files match 'memory://data/.*none"):
+        inputs.find_inputs(f"{memory}/*.none")
+    with pytest.raises(UserError, match="no files match 'memory://data/none.jsonl'"):
+        inputs.find_inputs(f"{memory}/none.jsonl")
+
+
+def test_a_corpus_does_not_depend_on_where_its_text_is(tmp_path, documents, memory):
+    path = write_lines(tmp_path / "x.jsonl", documents[:100])
+    fsspec.filesystem("memory").put(path, "/data/x.jsonl")
+    made = [
+        build(Recipe(source, vocab_size=384, valid_fraction=0.2), str(tmp_path / name), workers, quiet=True)
+        for name, source, workers in (("one", path, 1), ("two", f"{memory}/x.jsonl", 2))
+    ]
+    keys = ("identity", "inputs_sha256", "documents_read")
+    assert [made[0][key] for key in keys] == [made[1][key] for key in keys]
+
+
+class Flaky:
+    """An open file that fails in every second read, and in some of them after a part of the data."""
+
+    def __init__(self, file, failures):
+        self._file, self._failures = file, failures
+
+    def read(self, size):
+        self._failures.append(len(self._failures) % 2 == 0)
+        if self._failures[-1]:
+            self._file.read(7)
+            raise ConnectionError("the connection was reset")
+        return self._file.read(min(size, 50_000))
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def test_reading_continues_after_a_lost_connection(memory, monkeypatch):
+    content = b"".join(b'{"text": "%d"}\n' % i for i in range(20_000))
+    system = fsspec.filesystem("memory")
+    system.pipe("/data/long.jsonl", content)
+    opened, failures, real = [], [], type(system).open
+
+    def open_flaky(self, path, mode):
+        opened.append(path)
+        return Flaky(real(self, path, mode), failures)
+
+    monkeypatch.setattr(type(system), "open", open_flaky)
+    monkeypatch.setattr(paths.time, "sleep", lambda seconds: None)
+    assert read(f"{memory}/long.jsonl") == [str(i) for i in range(20_000)]
+    assert sum(failures) > 5 and len(opened) > sum(failures)
+    monkeypatch.setattr(Flaky, "read", lambda self, size: 1 / 0)
+    with pytest.raises(BucketError) as caught:
+        read(f"{memory}/long.jsonl")
+    assert exit_status(caught.value) == 1 and "division by zero" in user_message(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://bucket/*.jsonl", r"a package for s3:// is not installed; run pip install 'dualsm\[s3\]'"),
+        ("hf://datasets/a/b", r"a package for hf:// is not installed; run pip install 'dualsm\[hub\]'"),
+        ("https://host/a.jsonl", r"run pip install 'dualsm\[http\]'"),
+        ("abfs://bucket/a.jsonl", "a package for abfs:// is not installed; Install adlfs"),
+        ("nothing://a.jsonl", "Protocol not known: nothing; use a protocol that fsspec supports"),
+    ],
+)
+def test_a_missing_package_is_one_line(url, message, monkeypatch):
+    registry = importlib.import_module("fsspec.registry")
+
+    def fail(name, *args):
+        raise ImportError(name)
+
+    monkeypatch.setattr(registry, "registry", {})
+    monkeypatch.setattr(registry, "_import_class", fail)
+    with pytest.raises(UserError, match=message):
+        inputs.find_inputs(url)
+
+
+def test_outputs_cannot_be_urls(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", ["a", "b"])
+    with pytest.raises(UserError, match="s3://bucket/out: only Google Cloud Storage is supported"):
+        build(Recipe(path, vocab_size=384), "s3://bucket/out", 1, quiet=True)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves a folder over HTTP, and as a dataset repository with the API of the Hugging Face Hub."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self, body: bool = True):
+        parsed = urllib.parse.urlparse(self.path)
+        path, folder = urllib.parse.unquote(parsed.path), self.server.folder
+        api = f"/api/datasets/{REPOSITORY}"
+        if path in (api, f"{api}/revision/main"):
+            self.answer({"id": REPOSITORY, "sha": "c" * 40, "siblings": [], "tags": []}, body)
+        elif path.startswith(f"{api}/tree/main"):
+            below = folder / path.removeprefix(f"{api}/tree/main").strip("/")
+            found = below.rglob("*") if "recursive=true" in parsed.query.lower() else below.iterdir()
+            self.answer([self.entry(p) for p in sorted(found)] if below.is_dir() else None, body)
+        else:
+            name = path.removeprefix(f"/datasets/{REPOSITORY}/resolve/main").lstrip("/")
+            self.send_file(folder / name, body)
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_POST(self):
+        form = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        wanted = json.loads(form)["paths"] if form.startswith("{") else urllib.parse.parse_qs(form)["paths"]
+        entries = [self.server.folder / name for name in wanted]
+        self.answer([self.entry(path) for path in entries if path.exists()], True)
+
+    def entry(self, path) -> dict:
+        kind = "directory" if path.is_dir() else "file"
+        name = str(path.relative_to(self.server.folder))
+        return {"type": kind, "path": name, "size": path.stat().st_size, "oid": "0" * 40}
+
+    def answer(self, value, body: bool) -> None:
+        content = json.dumps({} if value is None else value).encode()
+        headers = {"Content-Type": "application/json"}
+        if value is None:
+            headers["X-Error-Code"] = "EntryNotFound"
+        self.send(404 if value is None else 200, content, headers, body)
+
+    def send_file(self, path, body: bool) -> None:
+        if not path.is_file():
+            self.send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+            return
+        content, status, headers = path.read_bytes(), 200, {"ETag": '"1"', "X-Repo-Commit": "c" * 40}
+        if self.server.ranges:
+            headers["Accept-Ranges"] = "bytes"
+            if requested := self.headers.get("Range", "").removeprefix("bytes="):
+                first, _, last = requested.partition("-")
+                end = min(len(content), int(last) + 1 if last else len(content))
+                headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(content)}"
+                content, status = content[int(first) : end], 206
+        self.send(status, content, headers, body)
+
+    def send(self, status: int, content: bytes, headers: dict, body: bool) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+REPOSITORY = "owner/name"
+
+
+@pytest.fixture
+def server(local):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
+        made.folder, made.ranges, made.daemon_threads = local, True, True
+        made.address = f"http://127.0.0.1:{made.server_port}"
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield made
+        made.shutdown()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_files_are_read_over_http(server, local, ranges):
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    server.ranges = ranges
+    for name in ("a.jsonl", "sub/b.jsonl.gz", "sub/c.csv", "sub/f.parquet"):
+        if (local / name).exists():
+            assert read(f"{server.address}/{name}") == read(local / name)
+    assert read(f"{server.address}/a.jsonl?download=true&x=.gz") == TEXTS
+    with pytest.raises(UserError, match="no files match 'http://127.0.0.1:.*/none.jsonl'"):
+        inputs.find_inputs(f"{server.address}/none.jsonl")
+
+
+def test_a_server_that_does_not_answer_ends_with_status_1():
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    with pytest.raises(BucketError) as caught:
+        inputs.find_inputs("http://127.0.0.1:9/a.jsonl")
+    assert exit_status(caught.value) == 1 and "check" in user_message(caught.value)
+
+
+def test_files_of_the_hugging_face_hub_are_read(server, local, monkeypatch):
+    pytest.importorskip("huggingface_hub", reason="needs the extra hub")
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "".join(template[1:]))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    root = f"hf://datasets/{REPOSITORY}"
+    for part in ("/a.jsonl", "/*.jsonl", "/sub/*", "/sub", "/**/*.csv", ""):
+        assert read(f"{root}{part}") == read(f"{local}{part}") != []
+    assert read(f"{root}@main/sub/c.csv") == ["one", "two"]
+    with pytest.raises(UserError, match="no files match 'hf://datasets/owner/name/none.jsonl'"):
+        inputs.find_inputs(f"{root}/none.jsonl")
+    with pytest.raises(UserError, match="hf://datasets: .*; check the URL"):
+        inputs.find_inputs("hf://datasets")
