@@ -1,7 +1,8 @@
 """Recommends a mixture for repeated data, with its uncertainty.
 
 Without --sweep, the command prints the rules of the paper (from models of 470M parameters), followed by the
-answer of the table that comes with dualsm (from models of 0.23M parameters).
+answers of two tables that come with dualsm (from models of 0.23M parameters): a sweep with one weight decay
+for all shares, and the confirmed runs of docs/reproduction.md, with a tuned weight decay.
 
 python -m dualsm.recommend --unique_tokens=1e8 --budget=3.2e9
 python -m dualsm.recommend --unique_tokens=1e6 --budget=6.4e7 --sweep=runs/sweep --metric=valid/causal/loss
@@ -26,6 +27,7 @@ from dualsm.analysis.advice import (
     round_repetitions,
 )
 from dualsm.analysis.advice_text import describe, describe_sources
+from dualsm.analysis.confirmed import answer
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output
@@ -33,6 +35,9 @@ from dualsm.process.paths import user_path
 
 _UNIQUE = flags.DEFINE_float("unique_tokens", None, "unique tokens of the corpus", lower_bound=1)
 _BUDGET = flags.DEFINE_float("budget", None, "tokens to train on, including repeated ones", lower_bound=1)
+_PARAMETERS = flags.DEFINE_float(
+    "parameters", None, "parameters of the model, to warn about the distance from our runs", lower_bound=1
+)
 _SOURCES = flags.DEFINE_multi_string(
     "source",
     [],
@@ -57,14 +62,22 @@ def main(_: Sequence[str]) -> None:
     answers = {
         name: advise(budget.repetitions, _SWEEP.value, _METRIC.value) for name, budget in budgets.items()
     }
+    confirmed = None
+    if not (_SOURCES.value or _SWEEP.value or _METRIC.value):
+        confirmed = answer(*questions[""], _PARAMETERS.value)
     if _SOURCES.value:
         print(describe_sources(budgets, answers, _SWEEP.value))
     else:
-        print(describe(budgets[""], answers[""], _SWEEP.value))
+        print(describe(budgets[""], answers[""], _SWEEP.value, confirmed=confirmed))
     if _OUTPUT.value:
         found = {name: _as_dict(budgets[name], answers[name]) for name in budgets}
-        answer = {"sources": found} if _SOURCES.value else found[""]
-        write_output(user_path(_OUTPUT.value), json.dumps(answer, indent=1) + "\n", "--output")
+        content = {"sources": found} if _SOURCES.value else found[""]
+        if confirmed:
+            content["confirmed"] = {
+                name: value._asdict() if hasattr(value, "_asdict") else value
+                for name, value in confirmed._asdict().items()
+            }
+        write_output(user_path(_OUTPUT.value), json.dumps(content, indent=1) + "\n", "--output")
 
 
 def _questions() -> dict[str, tuple[float, float]]:

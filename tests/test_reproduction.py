@@ -29,6 +29,11 @@ def test_the_page_is_what_the_tables_give(modules, runs):
     assert page.render(runs) == page.PAGE.read_text()
 
 
+def test_the_table_of_recommend_is_what_the_tables_give(modules, runs):
+    page, _ = modules
+    assert page.confirmed_csv(runs) == page.CONFIRMED.read_text()
+
+
 def test_choices_on_the_page_are_those_of_the_study(modules, runs):
     page, study = modules
     keys = ["recipe", "R", "alpha", "weight_decay", "length", "corpus", "seed", "size", "causal_weight"]

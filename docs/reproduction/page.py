@@ -1,4 +1,6 @@
-"""Makes docs/reproduction.md and its plots from runs.csv, curves.csv and page.template.md.
+"""Makes docs/reproduction.md, its plots and the table of `dualsm recommend`.
+
+The sources are runs.csv, curves.csv and page.template.md:
 
 python docs/reproduction/page.py
 
@@ -15,6 +17,8 @@ import pandas as pd
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "reproduction.md"
+CONFIRMED = FOLDER.parents[1] / "dualsm" / "analysis" / "confirmed.csv"
+BUDGET, PARAMETERS = 1840 * 64 * 128, 230_336
 LOSS, MASKED = "test_causal", "test_masked_diffusion"
 CELL = ["recipe", "R", "alpha", "weight_decay", "length", "causal_weight", "size"]
 
@@ -22,6 +26,7 @@ CELL = ["recipe", "R", "alpha", "weight_decay", "length", "causal_weight", "size
 def main() -> None:
     runs, curves = (pd.read_csv(FOLDER / name) for name in ("runs.csv", "curves.csv"))
     PAGE.write_text(render(runs))
+    CONFIRMED.write_text(confirmed_csv(runs))
     plot_curves(curves, runs, FOLDER / "curves.png")
     plot_lengths(runs, FOLDER / "lengths.png")
 
@@ -143,6 +148,25 @@ def confirm_table(runs: pd.DataFrame, chosen: Chosen, R: int) -> str:
                 mean, error = over_corpora(replicates(runs, cell, column))
                 rows[-1].append(f"{mean:.3f} ± {error:.3f}")
     return markdown(rows)
+
+
+def confirmed_csv(runs: pd.DataFrame) -> str:
+    """Returns the table of `dualsm.analysis.confirmed`."""
+    chosen, rows = Chosen(runs), []
+    for R in (32, 128):
+        for alpha in chosen.alphas(R):
+            cells = {str(c): c for c in (chosen.best("plain", R, alpha, kind) for kind in ("full", "stop"))}
+            for cell in cells.values():
+                losses = [
+                    f"{x:.4f}"
+                    for column in (LOSS, MASKED)
+                    for x in over_corpora(replicates(runs, cell, column))
+                ]
+                setting = [R, BUDGET // R, BUDGET, PARAMETERS, f"{alpha:g}", f"{cell['weight_decay']:g}"]
+                rows.append([*setting, f"{cell['length']:g}", len(replicates(runs, cell, LOSS)), *losses])
+    names = "repetitions,unique_tokens,budget_tokens,parameters,alpha,weight_decay,length,replicates,"
+    names += "causal,causal_error,masked,masked_error"
+    return "\n".join([names, *(",".join(map(str, row)) for row in rows)]) + "\n"
 
 
 def rivals_table(runs: pd.DataFrame) -> str:

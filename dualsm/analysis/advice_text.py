@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dualsm.analysis import paper_rules
 from dualsm.analysis.advice import INSTALL, Advice, TokenBudget
+from dualsm.analysis.confirmed import Confirmed, describe_confirmed
 from dualsm.analysis.scales import fraction
 from dualsm.analysis.stopping import Side, Stopping, setting_text
 from dualsm.analysis.surface import CREDIBLE, Estimate
@@ -21,7 +22,11 @@ class NamedSource(NamedTuple):
 
 
 def describe(
-    token_budget: TokenBudget, answers: Sequence[Advice], sweep: str, source: NamedSource | None = None
+    token_budget: TokenBudget,
+    answers: Sequence[Advice],
+    sweep: str,
+    source: NamedSource | None = None,
+    confirmed: Confirmed | None = None,
 ) -> str:
     """Returns the answers of the rules and of the tables as text.
 
@@ -30,16 +35,20 @@ def describe(
       answers: from `advise`.
       sweep: path of the sweep; "" without one.
       source: the source that the question is about; None for the whole run.
+      confirmed: the answer of the confirmed runs; None to leave it out.
     """
     lines = [_numbers(token_budget), *_rounding(token_budget)]
     for advice in answers:
         flags = _flags(advice, source)
         lines += _by_surface(advice, sweep, flags) if advice.surface else _by_rules(advice, flags)
+    if confirmed:
+        lines += describe_confirmed(confirmed)
     if not any(advice.surface for advice in answers):
         lines.append(
             f"the table of small models that comes with dualsm needs pandas and scikit-learn: {INSTALL}"
         )
-    if len({advice.alpha for advice in answers}) > 1:
+    alphas = {advice.alpha for advice in answers} | ({confirmed.mixture.alpha} if confirmed else set())
+    if len(alphas) > 1:
         lines.append(
             "the answers differ: each is valid for the model size and metric of its source; "
             "run a sweep of your own models and pass it with --sweep"
