@@ -35,7 +35,7 @@ _WEIGHTS = (
 _EXCERPT = 200  # characters in the report
 
 
-class _Document(NamedTuple):
+class Document(NamedTuple):
     """A document of the report, and where its text is."""
 
     digest: bytes
@@ -89,7 +89,7 @@ def remove_near_duplicates(
       UserError: if a split is empty afterwards.
     """
     sign = functools.partial(_sign_bucket, folder, recipe.near_words)
-    index = _Index(recipe, folder)
+    index = Index(recipe, folder)
     dropped = collections.Counter()
     kept = collections.Counter()
     with bar(total=2 * buckets, desc="removing near duplicates", disable=quiet) as progress:
@@ -115,21 +115,34 @@ def remove_near_duplicates(
     return dropped.total()
 
 
-def _sign_bucket(folder: Path, n: int, bucket: int) -> None:
-    """Writes the MinHash signatures of a bucket. Runs in a worker process."""
+@functools.cache
+def _empty_signature():
     from datasketch import MinHash
 
-    empty = MinHash(_PERMUTATIONS, hashfunc=int)
+    return MinHash(_PERMUTATIONS, hashfunc=int)
+
+
+def sign(text: bytes, n: int) -> np.ndarray | None:
+    """Returns the MinHash signature of a text, uint32, or None for a text without words."""
+    shingles_S = shingles(text, n) >> np.uint64(32)  # datasketch takes 32 bits
+    if not len(shingles_S):
+        return None
+    signature = _empty_signature().copy()
+    for start in range(0, len(shingles_S), _BATCH_SHINGLES):
+        signature.update_batch(shingles_S[start : start + _BATCH_SHINGLES].tolist())
+    return signature.hashvalues
+
+
+def _sign_bucket(folder: Path, n: int, bucket: int) -> None:
+    """Writes the MinHash signatures of a bucket. Runs in a worker process."""
     records, _ = read_records(folder, bucket)
     hashes_NxP = np.zeros((len(records), _PERMUTATIONS), np.uint32)
     has_words_N = np.zeros(len(records), bool)
     for i, record in enumerate(records):
-        shingles_S = shingles(record.text, n) >> np.uint64(32)  # datasketch takes 32 bits
-        has_words_N[i] = len(shingles_S) > 0
-        signature = empty.copy()
-        for start in range(0, len(shingles_S), _BATCH_SHINGLES):
-            signature.update_batch(shingles_S[start : start + _BATCH_SHINGLES].tolist())
-        hashes_NxP[i] = signature.hashvalues
+        signature_P = sign(record.text, n)
+        has_words_N[i] = signature_P is not None
+        if has_words_N[i]:
+            hashes_NxP[i] = signature_P
     with open(_signature_file(folder, bucket), "wb") as file:
         np.savez(
             file,
@@ -148,17 +161,17 @@ def _signature_file(folder: Path, bucket: int) -> Path:
 
 def _signed_documents(
     folder: Path, bucket: int, held_out: bool
-) -> Iterator[tuple[_Document, np.ndarray | None]]:
+) -> Iterator[tuple[Document, np.ndarray | None]]:
     """Yields the documents of a split with their MinHash signatures, which are None without words."""
     with np.load(_signature_file(folder, bucket)) as arrays:
         arrays = dict(arrays)
     for i in np.flatnonzero(arrays["held_out"] == held_out):
         location = Location(str(arrays["files"][i]), *arrays["spans"][i].tolist())
-        document = _Document(arrays["digests"][i].tobytes(), held_out, location)
+        document = Document(arrays["digests"][i].tobytes(), held_out, location)
         yield document, arrays["hashes"][i] if arrays["has_words"][i] else None
 
 
-class _Index:
+class Index:
     """The kept documents, indexed by their MinHash signatures."""
 
     def __init__(self, recipe: Recipe, folder: Path):
@@ -167,10 +180,10 @@ class _Index:
         self._recipe, self._folder = recipe, folder
         self._signature = MinHash(_PERMUTATIONS)
         self._lsh = MinHashLSH(recipe.near_similarity, _PERMUTATIONS, weights=_WEIGHTS, hashfunc=_short_hash)
-        self._kept: list[_Document] = []
-        self._shingles = functools.lru_cache(maxsize=64)(self._read_shingles)
+        self._kept: list[Document] = []
+        self._shingles = functools.lru_cache(maxsize=16)(self._read_shingles)
 
-    def find_or_add(self, document: _Document, hashes_P: np.ndarray | None) -> tuple[_Document, float] | None:
+    def find_or_add(self, document: Document, hashes_P: np.ndarray | None) -> tuple[Document, float] | None:
         """Returns the most similar kept document and its similarity; if there is none, keeps the document."""
         if hashes_P is None:
             return None
@@ -196,8 +209,8 @@ def _short_hash(band: bytes) -> bytes:
     return hashlib.blake2b(band, digest_size=8).digest()
 
 
-def _report_line(folder: Path, document: _Document, kept: _Document, similarity: float) -> str:
-    def describe(one: _Document) -> dict:
+def _report_line(folder: Path, document: Document, kept: Document, similarity: float) -> str:
+    def describe(one: Document) -> dict:
         text = read_text(folder, one.location).decode("utf-8")
         return {
             "blake2b": one.digest.hex(),

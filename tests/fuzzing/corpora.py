@@ -19,8 +19,12 @@ from tests.fuzzing.artifacts import Target, files_of, jsonl
 
 FORMATS = (
     ".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".txt", ".bin", ".parquet", ".arrow, a stream",
-    ".arrow, a file",
+    ".arrow, a file", "text, by blocks", ".csv, joined columns",
 )  # fmt: skip
+OPTIONS = {
+    "text, by blocks": {"format": "text", "split": "blank"},
+    ".csv, joined columns": {"text_key": "n,text"},
+}
 
 
 def make_corpus(scratch: Path, texts: list[str]) -> Path:
@@ -42,7 +46,7 @@ def targets(corpus: Path, texts: list[str], scratch: Path) -> dict[str, Target]:
             {"a.jsonl": jsonl({"text": t} for t in texts[:20])}, _preparer("a.jsonl", None)
         ),
         **{
-            f"prepare {form}": Target(parts, _preparer(next(iter(parts)), tokenizer))
+            f"prepare {form}": Target(parts, _preparer(next(iter(parts)), tokenizer, **OPTIONS.get(form, {})))
             for form, parts in documents.items()
         },
     }
@@ -79,6 +83,8 @@ def _documents(texts: list[str], tokenizer: Tokenizer, scratch: Path) -> dict[st
         ".jsonl.gz": {"a.jsonl.gz": gzip.compress(lines)},
         ".jsonl.zst": {"a.jsonl.zst": zstandard.ZstdCompressor().compress(lines)},
         ".csv": {"a.csv": _csv(texts)},
+        ".csv, joined columns": {"a.csv": _csv(texts)},
+        "text, by blocks": {"a.log": "\n\n".join(texts).encode()},
         ".txt": {"a.txt": texts[1].encode(), "b.txt": texts[2].encode()},
         ".bin": _megatron(tokenizer.encode(texts)),
     }
@@ -115,8 +121,8 @@ def _megatron(documents: list[list[int]]) -> dict[str, bytes]:
     return {"a.bin": np.concatenate(documents).astype("<u2").tobytes(), "a.idx": index}
 
 
-def _preparer(name: str, tokenizer: Path | None) -> Callable[[Path], None]:
-    options = {"tokenizer": str(tokenizer)} if tokenizer else {"vocab_size": 384}
+def _preparer(name: str, tokenizer: Path | None, **options) -> Callable[[Path], None]:
+    options |= {"tokenizer": str(tokenizer)} if tokenizer else {"vocab_size": 384}
     suffix = name[1:]
 
     def use(folder: Path) -> None:
