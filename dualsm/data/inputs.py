@@ -14,7 +14,7 @@ from dualsm.data import streams
 from dualsm.process.errors import UserError
 from dualsm.process.paths import files_in, glob_in_bucket, is_remote, user_path
 from dualsm.process.progress import say
-from dualsm.process.urls import file_name, find_files, input_size, is_url
+from dualsm.process.urls import file_name, find_files, input_size, is_existing_path, is_url
 
 PYTHON_STDLIB = "python-stdlib"
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -57,9 +57,8 @@ def find_inputs(
         skip = {"site-packages", "dist-packages", "__pycache__"}
         paths = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
         return [str(p) for p in sorted(paths) if p.stat().st_size > 0]
-    is_path = bool(pattern) and not is_url(pattern) and user_path(pattern).exists()
     paths = []
-    for part in [pattern] if is_path else filter(None, pattern.split(",")):
+    for part in [pattern] if is_existing_path(pattern) else filter(None, pattern.split(",")):
         path = part if is_remote(part) else os.path.expanduser(part)
         if is_url(path):
             matches, folder = find_files(path)

@@ -32,6 +32,7 @@ _WEIGHTS = (
     0.05,
     0.95,
 )  # of false positives, which are verified, and of false negatives, in the choice of bands
+_MAX_LSH_THRESHOLD = 0.95  # higher ones leave too few bands; candidates are verified
 _EXCERPT = 200  # characters in the report
 
 
@@ -179,7 +180,8 @@ class Index:
 
         self._recipe, self._folder = recipe, folder
         self._signature = MinHash(_PERMUTATIONS)
-        self._lsh = MinHashLSH(recipe.near_similarity, _PERMUTATIONS, weights=_WEIGHTS, hashfunc=_short_hash)
+        threshold = min(recipe.near_similarity, _MAX_LSH_THRESHOLD)
+        self._lsh = MinHashLSH(threshold, _PERMUTATIONS, weights=_WEIGHTS, hashfunc=_short_hash)
         self._kept: list[Document] = []
         self._shingles = functools.lru_cache(maxsize=16)(self._read_shingles)
 

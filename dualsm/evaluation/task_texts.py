@@ -10,6 +10,7 @@ from dualsm.evaluation.task_formats import TASKS, Question
 from dualsm.evaluation.tasks import read_questions, task_files
 from dualsm.process.errors import UserError
 from dualsm.process.paths import user_path
+from dualsm.process.urls import is_existing_path
 
 _TEMPLATE = re.compile("^(Question|Answer|Q|A):", re.MULTILINE)  # words of prompts, not of the task
 
@@ -27,8 +28,7 @@ def read_task_texts(paths: str, flag: str = "--decontaminate") -> dict[str, list
       UserError: if there are no task files, or a line is not in the format of its task.
     """
     texts: dict[str, list[str]] = {}
-    is_path = bool(paths) and user_path(paths).exists()
-    for part in [paths] if is_path else filter(None, paths.split(",")):
+    for part in [paths] if is_existing_path(paths) else filter(None, paths.split(",")):
         for name, path in _find(user_path(part), flag):
             texts[str(path)] = [text for question in read_questions(name, path) for text in _texts(question)]
     if not texts:

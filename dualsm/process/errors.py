@@ -9,7 +9,9 @@ import traceback
 
 # Operating system errors that a user can fix.
 _DISK = "check free space, permissions and the disk, or choose another folder"
-_BUCKET = "check the name of the bucket, your access to it and the network, and run the same command again"
+_BUCKET = (
+    "check the name of the bucket or URL, your access to it and the network, and run the same command again"
+)
 _BUCKET_LIBRARIES = ("gcsfs", "aiohttp", "google")  # whose exceptions have various base classes
 _FILE_SYSTEMS = ("gcsfs", "fsspec")
 _NETWORK = "check the network and run the same command again"

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from dualsm.process.errors import BucketError, UserError
-from dualsm.process.paths import is_remote, local_copy, open_binary, retry, size_and_time
+from dualsm.process.paths import is_remote, local_copy, open_binary, retry, size_and_time, user_path
 
 _EXTRAS = {"hf": "hub", "http": "http", "https": "http", "s3": "s3", "s3a": "s3"}
 _ATTEMPTS = 3  # per read; most file systems also retry requests
@@ -29,6 +29,12 @@ _MIN_BUFFER = 1 << 16
 def is_url(path: epath.PathLike) -> bool:
     """Returns True for a remote path outside of Google Cloud Storage."""
     return is_remote(path) and not str(path).startswith("gs://")
+
+
+def is_existing_path(pattern: str) -> bool:
+    """Returns True if a list of paths or globs is the name of one existing path, local or `gs://`."""
+    is_list = re.search(",[a-z0-9]+://", pattern) is not None
+    return bool(pattern) and not is_list and not is_url(pattern) and user_path(pattern).exists()
 
 
 def file_name(path: str) -> str:

@@ -119,6 +119,18 @@ def test_documents_are_those_that_a_comparison_of_all_pairs_keeps(built):
     assert splits == {("train", "train"), ("train", "valid"), ("valid", "valid")}
 
 
+def test_at_similarity_1_only_documents_with_the_same_ngrams_are_dropped(tmp_path):
+    pytest.importorskip("datasketch", reason="datasketch is not installed (extra dedup)")
+    texts = clusters(2)
+    texts += [text.upper() + "!" for text in texts[::3]]
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    recipe = Recipe(path, vocab_size=384, valid_fraction=0.3, deduplicate="near", near_similarity=1.0)
+    manifest = build(recipe, str(tmp_path / "out"), 1, quiet=True)
+    unique = {text for text in texts if shingle_set(text, 5)}
+    sets = {frozenset(shingle_set(text, 5)) for text in unique}
+    assert manifest["documents_near_duplicate"] == len(unique) - len(sets) > 10
+
+
 def test_a_split_without_documents_raises(tmp_path):
     pytest.importorskip("datasketch", reason="datasketch is not installed (extra dedup)")
     path = write_lines(tmp_path / "a.jsonl", [f"the same words {'!' * i}" for i in range(30)])

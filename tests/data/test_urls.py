@@ -68,6 +68,7 @@ def test_files_folders_and_globs_give_the_documents_of_local_files(local, memory
         assert read(url) == read(path) != []
         names = [urls.file_name(found) for found in inputs.find_inputs(url)]
         assert names == [urls.file_name(found) for found in inputs.find_inputs(path)]
+    assert read(f"{local}/a.jsonl,{memory}/sub/c.csv") == [*TEXTS, "one", "two"]
     inputs.find_inputs(memory, quiet=False)
     assert "ignored files with other suffixes (1), such as README.md" in capsys.readouterr().out
     with pytest.raises(UserError, match="--input: no files match 'memory://data/.*none"):
