@@ -64,7 +64,7 @@ def main(_: Sequence[str]) -> None:
     }
     confirmed = None
     if not (_SOURCES.value or _SWEEP.value or _METRIC.value):
-        confirmed = answer(*questions[""], _PARAMETERS.value)
+        confirmed = answer(budgets[""], _PARAMETERS.value)
     if _SOURCES.value:
         print(describe_sources(budgets, answers, _SWEEP.value))
     else:

@@ -44,13 +44,17 @@ def render(runs: pd.DataFrame) -> str:
 def page_values(runs: pd.DataFrame) -> dict[str, str]:
     """Returns the text of each name in the template."""
     chosen = Chosen(runs)
-    values = {"num_runs": str(len(runs)), "num_tune": str((runs.corpus == "A").sum())}
-    values["num_confirm"] = str((runs.corpus != "A").sum())
+    values = {"num_runs": str(len(runs)), "num_tune": str((runs.stage == "tune").sum())}
+    weighted = (runs.corpus != "A") & (runs.causal_weight == 2)
+    values["num_confirm"] = str(((runs.corpus != "A") & ~weighted).sum())
+    values["num_weight"] = str(weighted.sum())
+    values["num_explore"] = str(((runs.corpus == "A") & (runs.stage != "tune")).sum())
     for R in (128, 32):
         for kind in ("full", "stop"):
             mixture, causal = chosen.mixture(R, kind), chosen.best("plain", R, 1.0, kind)
             for name, column in (("causal", LOSS), ("masked", MASKED)):
                 values[f"{kind}_{R}_{name}"] = signed(difference(runs, mixture, causal, column))
+            values[f"{kind}_{R}_interval"] = interval(difference(runs, mixture, causal, LOSS))
             values[f"{kind}_{R}_each"] = ", ".join(
                 f"{x:+.3f}" for x in paired(runs, mixture, causal, LOSS).groupby("corpus").mean()
             )
@@ -108,8 +112,15 @@ def replicates(runs: pd.DataFrame, cell: dict, column: str) -> pd.Series:
 
 
 def paired(runs: pd.DataFrame, a: dict, b: dict, column: str) -> pd.Series:
-    """Returns the difference of two cells by corpus and seed."""
-    return replicates(runs, a, column) - replicates(runs, b, column)
+    """Returns the difference of two cells by corpus and seed.
+
+    Raises:
+      ValueError: if the cells do not have the same replicates.
+    """
+    first, second = (replicates(runs, cell, column).sort_index() for cell in (a, b))
+    if not first.index.equals(second.index):
+        raise ValueError(f"{a} and {b} have different replicates")
+    return first - second
 
 
 def over_corpora(values: pd.Series) -> tuple[float, float]:
@@ -126,10 +137,15 @@ def signed(value: tuple[float, float]) -> str:
     return f"{value[0]:+.3f} ± {value[1]:.3f}"
 
 
+def interval(value: tuple[float, float]) -> str:
+    """Returns the 95% interval of a mean over three corpora."""
+    half = 4.303 * value[1]  # Student's t with 2 degrees of freedom
+    return f"{value[0] - half:+.3f} to {value[0] + half:+.3f}"
+
+
 def describe(cell: dict) -> str:
-    alpha = "causal" if cell["alpha"] == 1 else f"alpha {Fraction(cell['alpha'])}"
-    length = "" if cell["length"] == 1 else f", stopped at {Fraction(cell['length'])}"
-    return f"{alpha}, weight decay {cell['weight_decay']:g}{length}"
+    alpha = "" if cell["alpha"] == 1 else f"alpha {Fraction(cell['alpha'])}, "
+    return f"{alpha}weight decay {cell['weight_decay']:g}"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -139,7 +155,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 def confirm_table(runs: pd.DataFrame, chosen: Chosen, R: int) -> str:
     """Returns the table of the confirmed cells of one R."""
-    rows = [["alpha", "weight decay", "length", "causal loss", "masked loss", "causal loss of the average"]]
+    rows = [["alpha", "weight decay", "length", "causal loss", "masked loss", "causal loss (EMA)"]]
     for alpha in chosen.alphas(R):
         cells = {str(c): c for c in (chosen.best("plain", R, alpha, kind) for kind in ("full", "stop"))}
         for cell in cells.values():
@@ -154,6 +170,13 @@ def confirmed_csv(runs: pd.DataFrame) -> str:
     """Returns the table of `dualsm.analysis.confirmed`."""
     chosen, rows = Chosen(runs), []
     for R in (32, 128):
+        largest = max(alpha for alpha in chosen.alphas(R) if alpha < 1)
+        roles = {
+            "causal": chosen.best("plain", R, 1.0, "full"),
+            "causal_stop": chosen.best("plain", R, 1.0, "stop"),
+            "mixture": chosen.mixture(R, "stop"),
+            "second_mode": chosen.best("plain", R, largest, "stop"),
+        }
         for alpha in chosen.alphas(R):
             cells = {str(c): c for c in (chosen.best("plain", R, alpha, kind) for kind in ("full", "stop"))}
             for cell in cells.values():
@@ -163,20 +186,25 @@ def confirmed_csv(runs: pd.DataFrame) -> str:
                     for x in over_corpora(replicates(runs, cell, column))
                 ]
                 setting = [R, BUDGET // R, BUDGET, PARAMETERS, f"{alpha:g}", f"{cell['weight_decay']:g}"]
-                rows.append([*setting, f"{cell['length']:g}", len(replicates(runs, cell, LOSS)), *losses])
+                mine = " ".join(name for name, other in roles.items() if other == cell)
+                rows.append(
+                    [*setting, f"{cell['length']:g}", len(replicates(runs, cell, LOSS)), *losses, mine]
+                )
     names = "repetitions,unique_tokens,budget_tokens,parameters,alpha,weight_decay,length,replicates,"
-    names += "causal,causal_error,masked,masked_error"
+    names += "causal,causal_error,masked,masked_error,roles"
     return "\n".join([names, *(",".join(map(str, row)) for row in rows)]) + "\n"
 
 
 def rivals_table(runs: pd.DataFrame) -> str:
     """Returns the best run of each recipe at R = 128 on corpus A and the dev split."""
-    rows = [["recipe", "averaging", "weight decay", "length", "compute", "causal loss", "masked loss"]]
+    rows = [
+        ["recipe", "EMA", "weight decay", "length", "compute", "causal loss", "masked loss", "causal, test"]
+    ]
     tuned = runs[runs.stage.str.startswith("tune") & (runs.R == 128)]
     recipes = [
         ("causal", tuned[(tuned.recipe == "plain") & (tuned.alpha == 1)]),
         ("causal, dropout 0.1", tuned[(tuned.recipe == "dropout") & (tuned.alpha == 1)]),
-        ("MIR", tuned[tuned.recipe == "mir"]),
+        ("MIR without dropout", tuned[tuned.recipe == "mir"]),
         ("mixture", tuned[(tuned.recipe == "plain") & (tuned.alpha < 1)]),
         ("mixture, dropout 0.1", tuned[(tuned.recipe == "dropout") & (tuned.alpha < 1)]),
     ]
@@ -193,6 +221,7 @@ def rivals_table(runs: pd.DataFrame) -> str:
                     f"{best.length * (2 if best.recipe == 'mir' else 1):g}",
                     f"{best[f'{prefix}dev_causal']:.3f}",
                     f"{best[f'{prefix}dev_masked_diffusion']:.3f}",
+                    f"{best[f'{prefix}test_causal']:.3f}",
                 ]
             )
     return markdown(rows)

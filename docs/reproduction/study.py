@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs.starved import get_config
 from dualsm.data.corpus import Corpus
+from dualsm.process.errors import UserError
 from dualsm.sweeps.vectorized import train_together
 from dualsm.training.run_corpora import open_corpora
 from dualsm.training.start import complete
@@ -176,6 +177,9 @@ class Study:
         dev, test = (Corpus(str(corpora / name)) for name in ("A", "test"))
         tokenizer = dev.tokenizer()
         self.special = tokenizer.special
+        for name in "BCD":
+            if Corpus(str(corpora / name)).manifest["tokenizer_sha256"] != dev.manifest["tokenizer_sha256"]:
+                raise UserError(f"the corpora A and {name} have different tokenizers; see protocol.md")
         self.splits = {
             name: valid_rows(corpus.documents("valid"), 128, 0, self.special, tokenizer.token_bytes())
             for name, corpus in (("dev", dev), ("test", test))
@@ -214,6 +218,7 @@ class Study:
                 self.results.append(result)
                 print(json.dumps(result), file=file, flush=True)
                 steps += result["steps"]
+        write_tables(self.results, self.file.parent)
         seconds = time.time() - started
         print(f"{title}: {steps} steps in {seconds:.0f} s on {jax.devices()[0].device_kind}", flush=True)
 
@@ -235,7 +240,11 @@ def main(_):
     chosen = choose(study.results)
     # The tokens of half a run of MIR cost as much as all tokens of a causal run.
     same_compute = min(
-        (r for r in study.results if r["run"]["recipe"] == "mir" and r["run"]["length"] == 1 / 2),
+        (
+            r
+            for r in study.results
+            if r["stage"] == "tune mir" and r["run"]["length"] == 1 / 2  # on corpus A
+        ),
         key=lambda result: result["dev/causal/loss"],
     )["run"]
     runs = confirming(chosen, ["mir,128,1.0"], REPLICATES)
@@ -249,7 +258,6 @@ def main(_):
             keys = {f"plain,128,{alpha}" for alpha in (*mixtures, 1.0)}
             runs = [run | {"size": size} for run in confirming(chosen, sorted(keys), [("B", 1), ("C", 1)])]
             study.train(f"size {size}", runs, slots)
-    write_tables(study.results, Path(FLAGS.output))
 
 
 if __name__ == "__main__":

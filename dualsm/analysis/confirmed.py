@@ -1,16 +1,18 @@
 """Answers from the confirmed runs of docs/reproduction.md, whose table comes with dualsm.
 
-In these runs every share has its best weight decay, and settings were chosen on other text than the losses
-are from. They have two numbers of repetitions only, so the answer is that of the nearest one.
+Each share of causal rows has its best weight decay. Settings were chosen on another corpus and held-out split
+than the losses are from. The table covers R = 32 and R = 128; `answer` uses the nearest.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dualsm.analysis.advice import TokenBudget
 from dualsm.analysis.scales import doublings_outside, fraction
 
 TABLE = Path(__file__).with_name("confirmed.csv")  # written by docs/reproduction/page.py
@@ -29,6 +31,7 @@ class ConfirmedCell(NamedTuple):
       replicates: number of runs, on several corpora.
       causal, causal_error: held-out causal loss in nats per token, and its standard error.
       masked, masked_error: the same of the masked-diffusion loss.
+      roles: names, separated by spaces, of the fields of `Confirmed` that the cell was chosen for.
     """
 
     repetitions: int
@@ -43,113 +46,98 @@ class ConfirmedCell(NamedTuple):
     causal_error: float
     masked: float
     masked_error: float
+    roles: str
 
 
 class Confirmed(NamedTuple):
-    """The cells of the nearest number of repetitions that decide.
+    """The cells that determine the answer, all at the nearest R.
 
     Attributes:
-      mixture: the mixture with the lowest causal loss.
-      causal_only: causal rows only, for the whole budget.
-      causal_stopped: causal rows only, for a part of the budget; None if that was not better.
-      second_mode: the mixture with the largest share of causal rows, for the whole budget.
-      outside: distance of the question from the runs, in doublings, of repetitions, unique tokens, training
-        tokens and, if known, parameters.
+      repetitions: R of the question.
+      mixture: the best mixture, at its best stop.
+      causal: causal rows only, for the whole budget.
+      causal_stop: causal rows only, at their best stop.
+      second_mode: the mixture with the largest share of causal rows, at its best stop.
+      outside: distance of the question from the runs, in doublings: from the nearest R, and from the range of
+        unique tokens, training tokens and, if known, parameters.
     """
 
+    repetitions: int
     mixture: ConfirmedCell
-    causal_only: ConfirmedCell
-    causal_stopped: ConfirmedCell | None
+    causal: ConfirmedCell
+    causal_stop: ConfirmedCell
     second_mode: ConfirmedCell
     outside: dict[str, float]
 
 
 def read_confirmed(path: Path = TABLE) -> list[ConfirmedCell]:
     """Returns all cells of the table."""
+    types = dict.fromkeys(ConfirmedCell._fields, float) | dict.fromkeys(_INTEGERS, int) | {"roles": str}
     with path.open(newline="") as file:
         return [
-            ConfirmedCell(**{name: (int if name in _INTEGERS else float)(text) for name, text in row.items()})
+            ConfirmedCell(**{name: types[name](text) for name, text in row.items()})
             for row in csv.DictReader(file)
         ]
 
 
 def answer(
-    unique_tokens: float,
-    budget_tokens: float,
+    token_budget: TokenBudget,
     parameters: float | None = None,
     cells: Sequence[ConfirmedCell] | None = None,
 ) -> Confirmed:
     """Returns the answer of the cells with the nearest number of repetitions.
 
     Args:
-      unique_tokens, budget_tokens: size of the corpus, and tokens to train on.
+      token_budget: the question.
       parameters: size of the model; None if unknown.
       cells: the cells; None: the table that comes with dualsm.
     """
     cells = read_confirmed() if cells is None else cells
-    repetitions = max(budget_tokens / unique_tokens, 1)
-    nearest = min({cell.repetitions for cell in cells}, key=lambda r: doublings_outside(repetitions, r, r))
-    here = [cell for cell in cells if cell.repetitions == nearest]
-    mixtures = [cell for cell in here if cell.alpha < 1]
-    causal_only = next(cell for cell in here if cell.alpha == 1 and cell.length == 1)
-    shorter = [cell for cell in here if cell.alpha == 1 and cell.length < 1]
-    stopped = min(shorter, key=lambda cell: cell.causal, default=None)
-    return Confirmed(
-        mixture=min(mixtures, key=lambda cell: cell.causal),
-        causal_only=causal_only,
-        causal_stopped=stopped if stopped and stopped.causal < causal_only.causal else None,
-        second_mode=max((cell for cell in mixtures if cell.length == 1), key=lambda cell: cell.alpha),
-        outside=_outside(cells, repetitions, unique_tokens, budget_tokens, parameters),
-    )
-
-
-def _outside(cells, repetitions, unique_tokens, budget_tokens, parameters) -> dict[str, float]:
-    asked = {
-        "repetitions": repetitions,
-        "unique_tokens": unique_tokens,
-        "budget_tokens": budget_tokens,
-        "parameters": parameters,
-    }
-    found = {}
-    for name, value in asked.items():
+    asked = token_budget.repetitions
+    tried = sorted({cell.repetitions for cell in cells}, reverse=True)  # of two equally near, the larger
+    nearest = min(tried, key=lambda r: doublings_outside(asked, r, r))
+    by_role = {role: cell for cell in cells if cell.repetitions == nearest for role in cell.roles.split()}
+    outside = {"repetitions": doublings_outside(asked, nearest, nearest)}
+    for name, value in (
+        ("unique_tokens", token_budget.unique_tokens),
+        ("budget_tokens", token_budget.budget_tokens),
+        ("parameters", parameters),
+    ):
         if value is not None:
-            tried = [getattr(cell, name) for cell in cells]
-            found[name] = doublings_outside(value, min(tried), max(tried))
-    return found
+            values = [getattr(cell, name) for cell in cells]
+            outside[name] = doublings_outside(value, min(values), max(values))
+    return Confirmed(asked, **by_role, outside=outside)
 
 
 def describe_confirmed(found: Confirmed) -> list[str]:
     """Returns the answer as lines of text."""
-    best, only, stopped, second = found.mixture, found.causal_only, found.causal_stopped, found.second_mode
+    best, stop, second = found.mixture, found.causal_stop, found.second_mode
     flags = {
         "mixture.causal": best.alpha,
+        "mixture.prefix": 0.0,
         "mixture.masked_diffusion": 1 - best.alpha,
         "optimizer.weight_decay": best.weight_decay,
-        "repetitions": best.repetitions * best.length,
+        "repetitions": max(1, round(found.repetitions * best.length)),
     }
     lines = [
         f"by the confirmed runs that come with dualsm, {best.budget_tokens:,} training tokens, "
         f"{best.unique_tokens:,} unique tokens (R = {best.repetitions}), {best.parameters:,} parameters, "
         f"{best.replicates} runs per setting:",
         f"    train with: causal {fraction(best.alpha)}, masked_diffusion {fraction(1 - best.alpha)}, "
-        f"weight decay {best.weight_decay:g}{_stop(best)}",
+        f"weight decay {best.weight_decay:g}, {_stop(best)}",
         "    " + " ".join(f"--config.{name}={value:.6g}" for name, value in flags.items()),
-        f"    causal loss {_loss(best.causal, best.causal_error)}, "
-        f"masked-diffusion loss {_loss(best.masked, best.masked_error)}",
-        f"    causal rows only, weight decay {only.weight_decay:g}: "
-        f"{_loss(only.causal, only.causal_error)} and {_loss(only.masked, only.masked_error)}",
+        f"    causal and masked-diffusion loss: {_losses(best)}",
     ]
-    if stopped:
+    for cell in dict.fromkeys((found.causal, stop)):
         lines.append(
-            f"    causal rows only, weight decay {stopped.weight_decay:g}{_stop(stopped)}: "
-            f"{_loss(stopped.causal, stopped.causal_error)} and {_loss(stopped.masked, stopped.masked_error)}"
+            f"    causal rows only, weight decay {cell.weight_decay:g}, {_stop(cell)}: {_losses(cell)}"
         )
-    price = second.causal - only.causal
+    price, error = second.causal - stop.causal, math.hypot(second.causal_error, stop.causal_error)
     lines.append(
-        f"    price of a second mode: causal {fraction(second.alpha)} changes the causal loss by "
-        f"{price:+.3f} and the masked-diffusion loss by {second.masked - only.masked:+.2f}"
+        f"    price of a second mode, each at its best stop: causal {fraction(second.alpha)} changes the causal "
+        f"loss by {price:+.3f} ± {error:.3f} and the masked-diffusion loss by {second.masked - stop.masked:+.2f}"
     )
-    far = [f"{name.replace('_', ' ')} by {x:.1f}" for name, x in found.outside.items() if x]
+    far = [f"{name.replace('_', ' ')} by {x:.1f}" for name, x in found.outside.items() if x > 0.05]
     if far:
         lines.append(f"    warning: the question is outside these runs, in doublings: {', '.join(far)}")
     lines.append("    dropout and other sizes have not been confirmed; see docs/reproduction.md")
@@ -158,9 +146,9 @@ def describe_confirmed(found: Confirmed) -> list[str]:
 
 def _stop(cell: ConfirmedCell) -> str:
     if cell.length == 1:
-        return ", no early stop"
-    return f", stopped after {cell.repetitions * cell.length:g} repetitions"
+        return "no early stop"
+    return f"stopped at {fraction(cell.length)} of the tokens"
 
 
-def _loss(mean: float, error: float) -> str:
-    return f"{mean:.3f} ± {error:.3f}"
+def _losses(cell: ConfirmedCell) -> str:
+    return f"{cell.causal:.3f} ± {cell.causal_error:.3f} and {cell.masked:.3f} ± {cell.masked_error:.3f}"

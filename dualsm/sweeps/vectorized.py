@@ -1,11 +1,11 @@
 """Trains many runs of one shape in one program on one device.
 
-A run of a small model does not fill an accelerator. Here `jax.vmap` computes the train step of several runs
-at a time, each at a step of its own, and the slot of a complete run takes the next run. The data of all runs
-is on the device. Nothing is saved: the result of a run is its held-out losses.
+A run of a small model does not fill an accelerator. Here `jax.vmap` trains several runs at once, each at its
+own step. When a run finishes, the next run takes its slot. The data of all runs is on the device. Nothing is
+saved: the result of a run is its held-out losses.
 
 Runs may differ in data, seed, repetitions, number of steps, shares and weights of the objectives, and weight
-decay. Everything else must be equal.
+decay. Everything else must be equal, also the tokenizer, which the caller checks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FREE = ("data", "mixture", "objectives", "optimizer.weight_decay", "pairs", "rep
 
 
 class _Run(NamedTuple):
-    """What differs between the runs.
+    """The values that differ between runs.
 
     Attributes:
       seed, steps, weight_decay: as in the config.
@@ -75,7 +75,7 @@ def train_together(
       curve: the split that the learning curve scores, a quarter of its rows; "" for no curve.
       processes: number of processes that read the data.
       capacity: see `load_data`.
-      progress: called every `every` steps with the number of steps that all runs have finished together.
+      progress: called every `every` steps with the total number of finished steps of all runs.
 
     Yields:
       `name`, `steps`, `skipped` (number of updates), `<split>/<objective>/loss` in nats per token and

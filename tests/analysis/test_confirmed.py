@@ -2,59 +2,77 @@
 
 import pytest
 
+from dualsm.analysis.advice import round_repetitions
 from dualsm.analysis.confirmed import ConfirmedCell, answer, describe_confirmed, read_confirmed
 
 
-def cell(repetitions, alpha, length, causal, masked=4.0):
+def cell(repetitions, alpha, length, causal, masked, roles):
+    unique = 1000 // repetitions
     return ConfirmedCell(
-        repetitions, 1000 // repetitions, 1000, 50, alpha, 0.5, length, 6, causal, 0.01, masked, 0.02
+        repetitions, unique, 1000, 50, alpha, 0.5, length, 6, causal, 0.03, masked, 0.02, roles
     )
 
 
 CELLS = [
-    cell(8, 0.5, 1.0, 3.0),
-    cell(8, 0.75, 1.0, 2.5),
-    cell(8, 0.75, 0.5, 2.4),
-    cell(8, 1.0, 1.0, 2.9, 6.0),
-    cell(8, 1.0, 0.25, 2.6, 5.0),
-    cell(2, 0.5, 1.0, 2.0),
-    cell(2, 1.0, 1.0, 1.5),
-    cell(2, 1.0, 0.5, 1.6),
+    cell(8, 0.5, 1.0, 2.5, 4.0, "mixture"),
+    cell(8, 0.75, 0.5, 2.7, 4.5, "second_mode"),
+    cell(8, 1.0, 1.0, 2.9, 6.0, "causal"),
+    cell(8, 1.0, 0.25, 2.6, 5.0, "causal_stop"),
+    cell(2, 0.5, 1.0, 2.0, 4.0, "mixture second_mode"),
+    cell(2, 1.0, 1.0, 1.5, 5.0, "causal causal_stop"),
 ]
 
 
-def test_the_nearest_repetitions_and_the_lowest_loss_are_chosen():
-    found = answer(1000 / 5, 1000, cells=CELLS)  # 5 is nearer to 8 than to 2, in doublings
-    assert (found.mixture.repetitions, found.mixture.alpha, found.mixture.length) == (8, 0.75, 0.5)
-    assert found.causal_stopped.length == 0.25
-    assert found.causal_only.causal == 2.9
-    assert (found.second_mode.alpha, found.second_mode.length) == (0.75, 1.0)
+def ask(unique, budget, **kwargs):
+    return answer(round_repetitions(unique, budget), cells=CELLS, **kwargs)
 
 
-def test_a_stop_that_is_worse_is_left_out():
-    found = answer(500, 1000, cells=CELLS)
-    assert found.causal_stopped is None
-    assert not any("stopped" in line for line in describe_confirmed(found))
+def test_the_nearest_repetitions_are_used():
+    assert ask(200, 1000).mixture.repetitions == 8  # 5 is nearer to 8 than to 2, in doublings
+    assert ask(333, 1000).mixture.repetitions == 2
+    assert ask(250, 1000).mixture.repetitions == 8  # of two equally near ones, the larger
+
+
+def test_a_cell_with_two_roles_is_described_once():
+    lines = describe_confirmed(ask(500, 1000))
+    assert sum("causal rows only" in line for line in lines) == 1
+    assert sum("causal rows only" in line for line in describe_confirmed(ask(125, 1000))) == 2
+
+
+def test_flags_are_those_of_the_question():
+    text = "\n".join(describe_confirmed(ask(1e9, 1e9)))
+    assert (
+        "--config.mixture.causal=0.5 --config.mixture.prefix=0 --config.mixture.masked_diffusion=0.5" in text
+    )
+    assert "--config.optimizer.weight_decay=0.5 --config.repetitions=1" in text
 
 
 def test_distance_is_in_doublings_per_dimension():
-    found = answer(4000, 16 * 4000, parameters=200, cells=CELLS)  # R = 16, 8 times the unique tokens
+    found = ask(4000, 16 * 4000, parameters=200)  # R = 16, 8 times the unique tokens
     assert found.outside == pytest.approx(
         {"repetitions": 1, "unique_tokens": 3, "budget_tokens": 6, "parameters": 2}, abs=0.01
     )
     assert "repetitions by 1.0, unique tokens by 3.0" in "\n".join(describe_confirmed(found))
-    assert "parameters" not in answer(500, 1000, cells=CELLS).outside
+    assert "parameters" not in ask(500, 1000).outside
 
 
-def test_text_has_the_flags_and_the_price():
-    text = "\n".join(describe_confirmed(answer(125, 1000, cells=CELLS)))
-    assert "--config.mixture.causal=0.75 --config.mixture.masked_diffusion=0.25" in text
-    assert "--config.optimizer.weight_decay=0.5 --config.repetitions=4" in text
-    assert "causal 3/4 changes the causal loss by -0.400 and the masked-diffusion loss by -2.00" in text
+def test_repetitions_between_those_of_the_runs_are_outside():
+    assert ask(250, 1000).outside["repetitions"] == 1
+    assert ask(125, 1000).outside["repetitions"] == 0
+
+
+def test_the_price_compares_the_best_stops():
+    text = "\n".join(describe_confirmed(ask(125, 1000)))
+    assert (
+        "causal 3/4 changes the causal loss by +0.100 ± 0.042 and the masked-diffusion loss by -0.50" in text
+    )
     assert "warning" not in text
 
 
-def test_the_shipped_table_has_both_numbers_of_repetitions():
+def test_the_shipped_table_answers_at_both_numbers_of_repetitions():
     cells = read_confirmed()
     assert {c.repetitions for c in cells} == {32, 128}
     assert all(c.unique_tokens * c.repetitions == c.budget_tokens for c in cells)
+    for repetitions in (32, 128):
+        found = answer(round_repetitions(1e6, repetitions * 1e6))
+        assert found.mixture.repetitions == repetitions and found.mixture.alpha < 1
