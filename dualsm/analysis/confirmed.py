@@ -134,8 +134,9 @@ def describe_confirmed(found: Confirmed) -> list[str]:
         )
     price, error = second.causal - stop.causal, math.hypot(second.causal_error, stop.causal_error)
     lines.append(
-        f"    price of a second mode, each at its best stop: causal {fraction(second.alpha)} changes the causal "
-        f"loss by {price:+.3f} ± {error:.3f} and the masked-diffusion loss by {second.masked - stop.masked:+.2f}"
+        f"    price of a second mode, each at its best stop: causal {fraction(second.alpha)} changes the "
+        f"causal loss by {price:+.3f} ± {error:.3f} "
+        f"and the masked-diffusion loss by {second.masked - stop.masked:+.2f}"
     )
     far = [f"{name.replace('_', ' ')} by {x:.1f}" for name, x in found.outside.items() if x > 0.05]
     if far:
