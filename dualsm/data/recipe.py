@@ -73,6 +73,16 @@ class Recipe:
             raise UserError(f"--near_similarity={self.near_similarity} must be in (0, 1]")
         if self.near_words < 1:
             raise UserError(f"--near_words={self.near_words} must be at least 1")
+        near, contaminated = self.deduplicate == "near", bool(self.decontaminate)
+        for flag, other, is_used in (
+            ("near_similarity", "deduplicate=near", near),
+            ("near_words", "deduplicate=near", near),
+            ("decontaminate_words", "decontaminate=FOLDER", contaminated),
+        ):
+            if not is_used and getattr(self, flag) != getattr(Recipe, flag):
+                raise UserError(
+                    f"--{flag}={getattr(self, flag)} has no effect; pass --{other} also, or remove it"
+                )
         if self.decontaminate_words < 1:
             raise UserError(f"--decontaminate_words={self.decontaminate_words} must be at least 1")
         if bool(self.vocab_size) == bool(self.tokenizer):

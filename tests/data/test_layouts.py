@@ -120,6 +120,10 @@ def test_other_suffixes_need_a_format(tmp_path):
         ({"split": "line"}, "--split=line splits text files, but the input has none"),
         ({"split": "lines"}, "--split=lines must be one of auto, paragraphs, line, blank, file"),
         ({"format": "xml"}, "--format=xml must be one of auto, text"),
+        ({"near_words": 3}, "--near_words=3 has no effect; pass --deduplicate=near also, or remove it"),
+        ({"near_similarity": 0.9}, "--near_similarity=0.9 has no effect; pass --deduplicate=near"),
+        ({"decontaminate_words": 8}, "--decontaminate_words=8 has no effect; pass --decontaminate=FOLDER"),
+        ({"near_similarity": 2.0, "deduplicate": "near"}, "--near_similarity=2.0 must be in"),
         ({"text_key": "a,,b"}, "--text_key='a,,b' has an empty name"),
     ],
 )
