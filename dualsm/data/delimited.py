@@ -1,9 +1,10 @@
-"""Rows of .csv and .tsv files with a header, quoted as in RFC 4180."""
+"""Rows of .csv files, quoted as in RFC 4180, and of .tsv files, which are not quoted, with a header."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Iterator
 
 from dualsm.data.faults import Fault
@@ -22,8 +23,8 @@ def read_rows(
 ) -> Iterator[bytes | None | Fault]:
     """Yields the text of each row after the header, in the encoding of the file.
 
-    Malformed rows are faults. Rows and texts that are too long are None; they are never held in memory
-    completely. Blank lines are skipped.
+    A malformed row is one fault per line, because an unpaired quote joins the lines of many rows. Rows and
+    texts that are too long are None; they are never held in memory completely. Blank lines are skipped.
 
     Args:
       stream: the decompressed file.
@@ -39,16 +40,19 @@ def read_rows(
     limit = max(_MIN_ROW_BYTES, _ROW_BYTES_PER_TEXT_BYTE * max_bytes)
     csv.field_size_limit(limit)
     header: list[str] | None = None
-    for row in _rows(stream, delimiter, limit):
+    for row, num_lines in _rows(stream, delimiter, limit):
         if header is None:
             if isinstance(row, Fault) or row is None:
                 raise UserError(f"{path}: the header is malformed ({row or 'too long'}); check the file")
             header = row
             indices = [_index(path, header, name) for name in names_of(text_key, header)]
-        elif not isinstance(row, list):
-            yield row
+        elif row is None:
+            yield None
+        elif isinstance(row, Fault):
+            yield from itertools.repeat(row, num_lines)
         elif len(row) != len(header):
-            yield Fault("bad_csv", f"{len(row)} columns, but the header has {len(header)}")
+            fault = Fault("bad_csv", f"{len(row)} columns, but the header has {len(header)}")
+            yield from itertools.repeat(fault, num_lines)
         else:
             text = join(row[index] for index in indices).encode("utf-8", "surrogateescape")
             yield text if len(text) <= max_bytes else None
@@ -65,14 +69,18 @@ class _RowTooLong(Exception):
 
 
 class _Lines:
-    """Iterates over the lines of a stream, and limits their total size between calls of `start_row`."""
+    """Iterates over the lines of a stream, and limits their total size between calls of `start_row`.
 
-    def __init__(self, stream: io.BufferedIOBase, limit: int):
-        self._stream, self._limit, self._first = stream, limit, True
+    Attributes:
+      count: number of lines since the last call of `start_row`.
+    """
+
+    def __init__(self, stream: io.BufferedIOBase, limit: int, quoted: bool):
+        self._stream, self._limit, self._quoted, self._first = stream, limit, quoted, True
         self.start_row()
 
     def start_row(self) -> None:
-        self._size = self._quotes = 0
+        self._size = self._quotes = self.count = 0
 
     def __iter__(self) -> _Lines:
         return self
@@ -82,6 +90,7 @@ class _Lines:
         if not line:
             raise StopIteration
         self._size += len(line)
+        self.count += 1
         if self._size > self._limit:
             self._skip_row(line)
             raise _RowTooLong
@@ -90,7 +99,7 @@ class _Lines:
 
     def _read(self, size: int) -> bytes:
         line = self._stream.readline(size)
-        self._quotes += line.count(b'"')
+        self._quotes += line.count(b'"') if self._quoted else 0
         return line
 
     def _skip_row(self, line: bytes) -> None:
@@ -103,9 +112,15 @@ class _Lines:
                 return
 
 
-def _rows(stream: io.BufferedIOBase, delimiter: str, limit: int) -> Iterator[list[str] | None | Fault]:
-    lines = _Lines(stream, limit)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+def _rows(
+    stream: io.BufferedIOBase, delimiter: str, limit: int
+) -> Iterator[tuple[list[str] | None | Fault, int]]:
+    """Yields each row, or its fault, with its number of lines."""
+    quoted = delimiter == DELIMITERS["csv"]
+    lines = _Lines(stream, limit, quoted)
+    options = {"delimiter": delimiter, "strict": True}
+    options["quoting"] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader = csv.reader(lines, **options)
     while True:
         lines.start_row()
         try:
@@ -113,12 +128,13 @@ def _rows(stream: io.BufferedIOBase, delimiter: str, limit: int) -> Iterator[lis
         except StopIteration:
             return
         except _RowTooLong:
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            yield None
+            reader = csv.reader(lines, **options)
+            yield None, lines.count
         except csv.Error as error:
             if str(error) == "unexpected end of data":
                 raise EOFError(_UNCLOSED) from error
-            yield Fault("bad_csv", str(error))
+            size = f", in a row of {lines.count} lines" if lines.count > 1 else ""
+            yield Fault("bad_csv", f"{error}{size}"), lines.count
         else:
             if row:
-                yield row
+                yield row, lines.count

@@ -17,18 +17,18 @@ from tests.data.reading import TEXTS, read
 VALUES = [*TEXTS, 'say "a,b"', "tab\tand, comma", "line\nand\r\nline\n", '"', "", " ", "é" * 300]
 
 
-def write_rows(path, rows, delimiter, end="\r\n"):
+def write_rows(path, rows, end):
     text = io.StringIO()
-    csv.writer(text, delimiter=delimiter, lineterminator=end).writerows(rows)
+    csv.writer(text, lineterminator=end).writerows(rows)
     content = text.getvalue().encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz"])
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_rows_are_read_as_they_were_written(tmp_path, name, end):
     rows = [["id", "text", "title"], *([number, value, "t"] for number, value in enumerate(VALUES))]
-    write_rows(tmp_path / name, rows, "\t" if ".tsv" in name else ",", end)
+    write_rows(tmp_path / name, rows, end)
     expected = [value if value.strip() else "<empty_text>" for value in VALUES]
     assert read(tmp_path / name) == expected
     assert read(tmp_path / name, "title,text")[:2] == ["t\n\nfirst", f"t\n\n{VALUES[1]}"]
@@ -53,6 +53,27 @@ def test_malformed_rows_are_faults_and_the_next_row_is_read(tmp_path):
     path.write_bytes(b'text,n\none,1\n"two,2\n')
     with pytest.raises(UserError, match="cannot read .*a.csv: the file ends inside a quoted value"):
         read(path)
+
+
+def test_quotes_of_tsv_files_are_text(tmp_path):
+    texts = ['"foo', *(f"row {i}" for i in range(998)), 'bar "x" y"', '"quoted"']
+    for end in ("\n", "\r\n"):
+        rows = "".join(f"{i}\t{text}{end}" for i, text in enumerate(texts))
+        (tmp_path / "a.tsv").write_bytes(f"id\ttext{end}{rows}".encode())
+        assert read(tmp_path / "a.tsv") == texts
+    long = '"' + "x" * (5 << 20)
+    (tmp_path / "a.tsv").write_text(f"text\n{long}\nnext\n")
+    assert read(tmp_path / "a.tsv") == ["<too_long>", "next"]
+
+
+@pytest.mark.parametrize("last", ["bar", ",bar"])
+def test_rows_that_an_unpaired_quote_joins_count_as_one_fault_per_line(tmp_path, last):
+    rows = [',"foo', *(f"{i},row" for i in range(998)), f'1000,"{last}']
+    (tmp_path / "a.csv").write_text("id,text\n" + "\n".join(rows) + "\n1001,good\n")
+    assert read(tmp_path / "a.csv") == ["<bad_csv>"] * 1000 + ["good"]
+    recipe = Recipe(str(tmp_path / "a.csv"), vocab_size=384)
+    with pytest.raises(UserError, match="1000 of 1001 documents are unusable .1000 bad_csv.*raise --max_bad"):
+        build(recipe, str(tmp_path / "out"), 1, quiet=True)
 
 
 def test_faults_survive_the_way_between_processes():
