@@ -76,6 +76,14 @@ def build(
     valid_files = []
     if recipe.valid_input:
         valid_files = inputs.find_inputs(recipe.valid_input, "--valid_input", recipe.format, quiet)
+        # A text file is divided into other documents in --valid_input than among several files of --input.
+        held_out = set(map(inputs.absolute_path, valid_files))
+        train_files = [path for path in train_files if inputs.absolute_path(path) not in held_out]
+        if not train_files:
+            raise UserError(
+                f"no documents to train on: --valid_input contains all files of --input={recipe.input}; "
+                "remove some of them from --valid_input"
+            )
     formats = {inputs.format_of(path, recipe.format) for path in train_files + valid_files}
     if recipe.split != "auto" and "text" not in formats:
         raise UserError(

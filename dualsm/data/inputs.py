@@ -11,10 +11,11 @@ from concurrent import futures
 from pathlib import Path
 
 from dualsm.data import streams
+from dualsm.data.corpus import MANIFEST
 from dualsm.process.errors import UserError
 from dualsm.process.paths import files_in, glob_in_bucket, is_remote, user_path
 from dualsm.process.progress import say
-from dualsm.process.urls import file_name, find_files, input_size, is_existing_path, is_url
+from dualsm.process.urls import file_name, find_files, input_size, is_existing_path, is_url, open_input
 
 PYTHON_STDLIB = "python-stdlib"
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -43,8 +44,8 @@ def find_inputs(
     Args:
       pattern: `python-stdlib`, or comma-separated paths, URLs and globs (`**` matches any number of
         directories). A directory is a dataset saved by Hugging Face `datasets`, or stands for the files in it
-        and in its subdirectories, except hidden files and files without a suffix in `SUFFIXES`. A local path
-        that exists is never interpreted as a glob or a list.
+        and in its subdirectories, except hidden files, corpora and files without a suffix in `SUFFIXES`. A
+        local path that exists is never interpreted as a glob or a list.
       flag: name of the flag, for error messages.
       file_format: one of `FORMATS`; unless it is "auto", files may have any suffix.
       quiet: do not say which files of a directory are ignored.
@@ -63,9 +64,10 @@ def find_inputs(
         if is_url(path):
             matches, folder = find_files(path)
             if folder:
-                matches = _inputs_of_folder(matches, folder, flag, file_format, quiet)
+                matches = _files_of_folder(matches, folder, flag, file_format, quiet)
         elif user_path(path).is_dir():
-            matches = _files_of_folder(path, flag, file_format, quiet)
+            found = list(map(str, files_in(path)))
+            matches = _files_of_folder(found, str(user_path(path)), flag, file_format, quiet)
         else:
             matches = _files(_matches(path))
         if not matches:
@@ -99,6 +101,11 @@ def format_of(path: str, file_format: str = "auto") -> str:
     if file_format != "auto":
         return file_format
     return _FORMAT_OF_SUFFIX.get(file_suffix(path), "text")  # the .py files of python-stdlib are text
+
+
+def absolute_path(path: str) -> str:
+    """Returns a path that is equal for all spellings of a local path; a URL is returned unchanged."""
+    return path if is_remote(path) else os.path.realpath(path)
 
 
 def input_bytes(paths: list[str]) -> int:
@@ -143,43 +150,61 @@ def _is_file(path: str) -> bool:
     return user_path(path).is_file() if is_remote(path) else os.path.isfile(path)
 
 
-def _files_of_folder(folder: str, flag: str, file_format: str, quiet: bool) -> list[str]:
-    """Returns the files of a saved dataset or of a folder of input files."""
-    if (user_path(folder) / "dataset_dict.json").exists():
+def _files_of_folder(paths: list[str], folder: str, flag: str, file_format: str, quiet: bool) -> list[str]:
+    """Returns the files of a saved dataset, or the input files, among all files of a folder."""
+    path_of = {_name_in(folder, path): path for path in paths}
+    if "dataset_dict.json" in path_of:
         raise UserError(f"{flag}: {folder} contains several splits; pass one of them, such as {folder}/train")
-    if (user_path(folder) / "state.json").exists():
-        return _saved_dataset(folder, flag)
-    return _inputs_of_folder(
-        list(map(str, files_in(folder))), str(user_path(folder)), flag, file_format, quiet
-    )
+    if "state.json" in path_of:
+        return _saved_dataset(path_of["state.json"], folder, flag)
+    hidden = [name for name in path_of if any(part.startswith((".", "~")) for part in name.split("/"))]
+    for name in hidden:
+        del path_of[name]
+    manifests = [name for name in path_of if posixpath.basename(name) == MANIFEST]
+    corpora = tuple(name.removesuffix(MANIFEST) for name in manifests if _is_manifest(path_of[name]))
+    if "" in corpora:
+        raise UserError(f"{flag}: {folder} is a corpus; pass the text that it was made from")
+    texts = {name: path for name, path in path_of.items() if not name.startswith(corpora)}
+    return _inputs_of_folder(texts, folder, flag, file_format, quiet)
 
 
-def _inputs_of_folder(paths: list[str], folder: str, flag: str, file_format: str, quiet: bool) -> list[str]:
-    """Returns the input files among all files of a folder."""
-    names = {path: path[len(folder) :].strip("/") for path in paths}
-    visible = [p for p in paths if not any(part.startswith((".", "~")) for part in names[p].split("/"))]
-    chosen = [path for path in visible if file_format != "auto" or file_suffix(path) in SUFFIXES]
+def _name_in(folder: str, path: str) -> str:
+    """Returns the path of a file relative to its folder."""
+    return path.removeprefix(folder).strip("/") if is_remote(folder) else os.path.relpath(path, folder)
+
+
+def _is_manifest(path: str) -> bool:
+    """Returns True for the manifest of a corpus, whose files are not input."""
+    try:
+        with open_input(path) as file:
+            manifest = json.load(file)
+    except ValueError:
+        return False
+    return isinstance(manifest, dict) and {"identity", "tokenizer_sha256", "splits"} <= manifest.keys()
+
+
+def _inputs_of_folder(
+    path_of: dict[str, str], folder: str, flag: str, file_format: str, quiet: bool
+) -> list[str]:
+    """Returns the input files among the files of a folder, given by their names in it."""
+    chosen = [path for path in path_of.values() if file_format != "auto" or file_suffix(path) in SUFFIXES]
     if not chosen:
         raise UserError(
             f"{flag}: {folder} contains no files with the suffixes {', '.join(SUFFIXES)}; check the path, or "
             "pass --format=text to read other text files"
         )
     indexes = {f"{os.path.splitext(path)[0]}.idx" for path in chosen if path.endswith(".bin")}
-    ignored = [path for path in visible if path not in {*chosen, *indexes}]
+    ignored = [name for name, path in path_of.items() if path not in {*chosen, *indexes}]
     if ignored and not quiet:
-        name = names[ignored[0]]
-        say(f"{folder}: ignored files with other suffixes ({len(ignored)}), such as {name}")
+        say(f"{folder}: ignored files with other suffixes ({len(ignored)}), such as {ignored[0]}")
     return chosen
 
 
-def _saved_dataset(folder: str, flag: str) -> list[str]:
+def _saved_dataset(state: str, folder: str, flag: str) -> list[str]:
     """Returns the files of a dataset written by `Dataset.save_to_disk`, in the order of the dataset."""
     try:
-        state = json.loads((user_path(folder) / "state.json").read_text("utf-8"))
-        return [
-            str(user_path(folder) / posixpath.basename(file["filename"])) for file in state["_data_files"]
-        ]
+        with open_input(state) as file:
+            names = [posixpath.basename(entry["filename"]) for entry in json.load(file)["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{flag}: {folder}/state.json is damaged ({error!r}); save the dataset again"
-        ) from error
+        raise UserError(f"{flag}: {state} is damaged ({error!r}); save the dataset again") from error
+    return [f"{folder}/{name}" for name in names]

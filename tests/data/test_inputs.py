@@ -6,8 +6,10 @@ import os
 import pytest
 
 from dualsm.data import inputs
+from dualsm.data.build import Recipe, build
 from dualsm.process.errors import UserError
 from tests.data.reading import read
+from tests.data.test_build import texts_of
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,46 @@ def test_a_folder_stands_for_its_input_files(tmp_path, capsys):
     (empty / "README.md").write_text("text")
     with pytest.raises(UserError, match="contains no files with the suffixes .jsonl"):
         inputs.find_inputs(str(empty))
+
+
+@pytest.mark.parametrize("folder", [".", "./", "data", "data/", "../{here}", "~"])
+def test_names_in_a_folder_are_relative_to_it(tmp_path, monkeypatch, folder):
+    root = tmp_path / "data" if folder.startswith("data") else tmp_path
+    for name in ("1.jsonl", "a.jsonl", ".h/z.jsonl", ".i.jsonl", "sub/.j.jsonl", "sub/b.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps({"text": name}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read(folder.format(here=tmp_path.name)) == ["1.jsonl", "a.jsonl", "sub/b.jsonl"]
+
+
+def test_a_corpus_inside_of_its_input_is_not_input(tmp_path, monkeypatch, documents):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "sub/manifest"):
+        (tmp_path / f"data/{name}.json").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"data/{name}.json").write_text(
+            json.dumps([{"text": f"{name} {text}"} for text in documents[:40]])
+        )
+    made = [build(Recipe("data", vocab_size=384), "data/corpus", 1, quiet=True) for _ in range(2)]
+    assert made[0] == made[1] and made[0]["files_read"] == 3
+    assert len(inputs.find_inputs(".")) == 3
+    with pytest.raises(UserError, match="--input: data/corpus is a corpus; pass the text"):
+        inputs.find_inputs("data/corpus")
+
+
+@pytest.mark.parametrize(
+    "spelling", ["data/valid.txt", "./data/valid.txt", "data/../data/valid.txt", "data/*d.txt"]
+)
+def test_held_out_text_files_are_not_trained_on(tmp_path, monkeypatch, documents, spelling):
+    """The only file of a flag is divided into paragraphs, unlike one of several files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("train", "valid"):
+        (tmp_path / f"data/{name}.txt").write_text("\n\n".join(f"#{name}# {text}" for text in documents[:60]))
+    recipe = Recipe("data", valid_input=spelling, vocab_size=384)
+    manifest = build(recipe, "out", 1, quiet=True)
+    assert manifest["files_read"] == 2
+    assert all("#valid#" not in text for text in texts_of("out", "train"))
+    assert len(texts_of("out", "valid")) > 1
+    with pytest.raises(UserError, match="--valid_input contains all files of --input=data/v"):
+        build(Recipe("data/v*", valid_input=spelling, vocab_size=384), "none", 1, quiet=True)

@@ -88,6 +88,21 @@ def test_a_corpus_does_not_depend_on_where_its_text_is(tmp_path, documents, memo
     assert [made[0][key] for key in keys] == [made[1][key] for key in keys]
 
 
+def test_a_saved_dataset_at_a_url_is_read_like_a_local_one(memory):
+    system = fsspec.filesystem("memory")
+    state = {"_data_files": [{"filename": name} for name in ("z.jsonl", "a.jsonl")]}
+    for name, value in (("z", "last"), ("a", "first"), ("other", "no")):
+        system.pipe(f"/data/saved/train/{name}.jsonl", json.dumps({"text": value}).encode())
+    system.pipe("/data/saved/train/state.json", json.dumps(state).encode())
+    assert read(f"{memory}/saved/train") == ["last", "first"]
+    system.pipe("/data/saved/dataset_dict.json", b"{}")
+    with pytest.raises(UserError, match="data/saved contains several splits; .* such as memory://.*/train"):
+        inputs.find_inputs(f"{memory}/saved")
+    system.pipe("/data/saved/train/state.json", b"{}")
+    with pytest.raises(UserError, match="memory://.*/state.json is damaged"):
+        inputs.find_inputs(f"{memory}/saved/train")
+
+
 class Flaky:
     """An open file that fails in every second read, and in some of them after a part of the data."""
 
