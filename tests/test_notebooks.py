@@ -10,11 +10,41 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 
+from dualsm.exchange.weight_files import write_safetensors
 from tests.conftest import ROOT, command_env
+from tests.exchange.conftest import make_tokenizer_json
+from tests.exchange.test_families import content
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def write_checkpoint(folder: Path, documents: list[str]) -> Path:
+    """Writes a Llama with random weights as transformers does."""
+    config = content("llama")
+    d_model, d_ff, vocab_size = (config[f"{key}_size"] for key in ("hidden", "intermediate", "vocab"))
+    d_kv = d_model * config["num_key_value_heads"] // config["num_attention_heads"]
+    layer = {
+        "self_attn.q_proj": (d_model, d_model), "self_attn.o_proj": (d_model, d_model),
+        "self_attn.k_proj": (d_kv, d_model), "self_attn.v_proj": (d_kv, d_model),
+        "mlp.gate_proj": (d_ff, d_model), "mlp.up_proj": (d_ff, d_model), "mlp.down_proj": (d_model, d_ff),
+        "input_layernorm": (d_model,), "post_attention_layernorm": (d_model,),
+    }  # fmt: skip
+    layers = range(config["num_hidden_layers"])
+    shapes = {f"model.layers.{i}.{name}": shape for i in layers for name, shape in layer.items()}
+    shapes |= {"model.embed_tokens": (vocab_size, d_model), "model.norm": (d_model,)}
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"{name}.weight": rng.normal(1 if len(shape) == 1 else 0, 0.05, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(make_tokenizer_json(documents[:200]))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +62,8 @@ def settings(jsonl, documents, tmp_path_factory) -> dict[str, str]:
         "01_train": common("a") + "STEPS = 8\nMIXTURE = {'causal': 0.5, 'masked_diffusion': 0.5}\n",
         "02_objectives": "TEXTS = ['a b c a b c', 'b a']\n",
         "03_repetition": common("b") + "REPETITIONS, ALPHAS, STEPS = '1,8', '0,1', 8\n",
+        "04_adapt": common("c")
+        + f"WEIGHTS, STEPS = {str(write_checkpoint(folder / 'llama', documents))!r}, 8\n",
     }
 
 
