@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import posixpath
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ from dualsm.process.errors import UserError
 from dualsm.process.output import new_folder
 from dualsm.process.paths import user_path
 from dualsm.process.progress import bar, say
+from dualsm.process.urls import file_name, without_queries
 
 _BUCKET_BYTES = 32 << 20  # approximate text per bucket; each worker loads one bucket
 _MIN_BUCKETS = 8
@@ -123,6 +123,7 @@ def build(
         if ngrams:
             by_file = {name: counts.contaminated_by[index] for index, name in enumerate(ngrams.files)}
             manifest["documents_contaminated"] = {"all": counts.contaminated, "by_task_file": by_file}
+            manifest["task_texts_skipped"] = ngrams.skipped
         (folder / corpus.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     if not quiet:
         round_trip.warn_of_losses(manifest["round_trip"])
@@ -133,7 +134,7 @@ def _fingerprint(train_files: list[str], valid_files: list[str]) -> dict:
     """Returns manifest entries that identify the input files by name and size."""
     files = [("train", path) for path in train_files] + [("valid", path) for path in valid_files]
     sizes = [size for size, *_ in inputs.file_versions([path for _, path in files])]
-    names = [(split, posixpath.basename(path)) for split, path in files]
+    names = [(split, file_name(path)) for split, path in files]
     known = sorted((*name, size) for name, size in zip(names, sizes, strict=True))
     digest = hashlib.sha256(json.dumps(known).encode())
     return {"files_read": len(known), "inputs_sha256": digest.hexdigest()}
@@ -197,6 +198,10 @@ def _manifest(
     recipe: Recipe, fingerprint: dict, folder: Path, tokenizer: Tokenizer, counts: Counts, shards: list[Shard]
 ) -> dict:
     """Returns the manifest, and writes the lengths and sizes of the documents."""
+    # Queries of URLs may contain credentials.
+    recipe = dataclasses.replace(
+        recipe, input=without_queries(recipe.input), valid_input=without_queries(recipe.valid_input)
+    )
     splits = {}
     for split in corpus.SPLITS:
         entries = [shard.splits[split] for shard in shards if split in shard.splits]

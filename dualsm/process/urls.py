@@ -24,6 +24,8 @@ from dualsm.process.paths import is_remote, local_copy, open_binary, retry, size
 _EXTRAS = {"hf": "hub", "http": "http", "https": "http", "s3": "s3", "s3a": "s3"}
 _ATTEMPTS = 3  # per read; most file systems also retry requests
 _MIN_BUFFER = 1 << 16
+_MAX_SKIP = 1 << 20  # bytes per read
+_TIMEOUT = 60  # seconds without data from an HTTP server
 
 
 def is_url(path: epath.PathLike) -> bool:
@@ -39,7 +41,18 @@ def is_existing_path(pattern: str) -> bool:
 
 def file_name(path: str) -> str:
     """Returns the last part of a path or URL, without the query of an HTTP URL."""
-    return posixpath.basename(re.split("[?#]", path)[0] if _is_http(path) else path)
+    return posixpath.basename(_split_query(path)[0])
+
+
+def without_queries(pattern: str) -> str:
+    """Returns comma-separated paths and URLs without the queries of HTTP URLs."""
+    return ",".join(_split_query(part)[0] for part in pattern.split(","))
+
+
+def _split_query(path: str) -> tuple[str, str]:
+    """Returns a path or URL without the query of an HTTP URL, and the query with its separator."""
+    base = re.split("[?#]", path)[0] if _is_http(path) else path
+    return base, path[len(base) :]
 
 
 def find_files(url: str) -> tuple[list[str], str]:
@@ -109,8 +122,9 @@ def local_input(path: str, *siblings: str) -> Iterator[str]:
         with local_copy(path, *siblings) as copy:
             yield copy
         return
+    base, query = _split_query(path)
     with tempfile.TemporaryDirectory(prefix="dualsm-") as folder:
-        for url in (path, *(f"{posixpath.dirname(path)}/{name}" for name in siblings)):
+        for url in (path, *(f"{posixpath.dirname(base)}/{name}{query}" for name in siblings)):
             with open_input(url) as source, open(os.path.join(folder, file_name(url)), "wb") as target:
                 shutil.copyfileobj(source, target, 1 << 22)
         yield os.path.join(folder, file_name(path))
@@ -121,6 +135,7 @@ class _UrlFile(io.RawIOBase):
 
     def __init__(self, url: str):
         self._url, self._position, self._file = url, 0, None
+        self._streamed = False
 
     def readable(self) -> bool:
         return True
@@ -136,17 +151,40 @@ class _UrlFile(io.RawIOBase):
 
     def _read(self, size: int) -> bytes:
         try:
-            if self._file is None:
-                system, path = _resolve(self._url)
-                self._file = system.open(path, "rb")
-                if self._position:
-                    self._file.seek(self._position)
-            return self._file.read(size)
+            try:
+                return self._read_on(size)
+            except ValueError:  # the HTTP server does not support range requests
+                if self._streamed or not _is_http(self._url):
+                    raise
+                self._close_file()
+                self._streamed = True
+                return self._read_on(size)
         except Exception as error:
             if isinstance(error, FileNotFoundError) and not _is_unreachable(error):
                 raise UserError(f"{self._url} does not exist; check the URL") from error
             self._close_file()
             raise
+
+    def _read_on(self, size: int) -> bytes:
+        if self._file is None:
+            system, path = _resolve(self._url)
+            if self._streamed:
+                self._file = system.open(path, "rb", block_size=0)
+                self._skip_to_position()
+            else:
+                self._file = system.open(path, "rb")
+                if self._position:
+                    self._file.seek(self._position)
+        return self._file.read(size)
+
+    def _skip_to_position(self) -> None:
+        """Reads and discards what was read before, for servers that only send whole files."""
+        remaining = self._position
+        while remaining:
+            data = self._file.read(min(remaining, _MAX_SKIP))
+            if not data:
+                raise OSError(f"the file ends before byte {self._position}, which was read before")
+            remaining -= len(data)
 
     def _close_file(self) -> None:
         with contextlib.suppress(Exception):  # the connection may be broken
@@ -165,13 +203,21 @@ def _resolve(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0]
     try:
-        return url_to_fs(url)
+        return url_to_fs(url, **(_http_options() if _is_http(url) else {}))
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         advice = f"run pip install 'dualsm[{extra}]'" if extra else str(error)
         raise UserError(f"{url}: a package for {protocol}:// is not installed; {advice}") from error
     except ValueError as error:
         raise UserError(f"{url}: {error}; use a protocol that fsspec supports") from error
+
+
+def _http_options() -> dict[str, Any]:
+    """Returns options of fsspec's HTTP file system: no limit on the time of a download, no compression."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
+    return {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import gzip
 import http.server
 import importlib
 import json
+import pathlib
 import threading
 import urllib.parse
 
@@ -174,6 +175,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self, body: bool = True):
+        self.server.requested.append(self.path)
         parsed = urllib.parse.urlparse(self.path)
         path, folder = urllib.parse.unquote(parsed.path), self.server.folder
         api = f"/api/datasets/{REPOSITORY}"
@@ -213,6 +215,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
             return
         content, status, headers = path.read_bytes(), 200, {"ETag": '"1"', "X-Repo-Commit": "c" * 40}
+        if self.server.accepts:
+            headers["Accept-Ranges"] = self.server.accepts
         if self.server.ranges:
             headers["Accept-Ranges"] = "bytes"
             if requested := self.headers.get("Range", "").removeprefix("bytes="):
@@ -228,7 +232,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if body:
+        if body and self.server.cuts and len(content) > self.server.cuts[-1]:
+            self.wfile.write(content[: self.server.cuts.pop()])  # a lost connection
+            self.close_connection = True
+        elif body:
             self.wfile.write(content)
 
     def log_message(self, *_):
@@ -242,6 +249,7 @@ REPOSITORY = "owner/name"
 def server(local):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
         made.folder, made.ranges, made.daemon_threads = local, True, True
+        made.accepts, made.cuts, made.requested = None, [], []
         made.address = f"http://127.0.0.1:{made.server_port}"
         threading.Thread(target=made.serve_forever, daemon=True).start()
         yield made
@@ -258,6 +266,56 @@ def test_files_are_read_over_http(server, local, ranges):
     assert read(f"{server.address}/a.jsonl?download=true&x=.gz") == TEXTS
     with pytest.raises(UserError, match="no files match 'http://127.0.0.1:.*/none.jsonl'"):
         inputs.find_inputs(f"{server.address}/none.jsonl")
+
+
+@pytest.mark.parametrize("accepts", [None, "none"])
+def test_long_files_are_read_from_servers_without_range_requests(server, local, accepts, monkeypatch):
+    """`Accept-Ranges: none` makes fsspec stream the file, and reading continues after a lost connection."""
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    server.ranges, server.accepts = False, accepts
+    texts = [f"{i:4}" * 1000 for i in range(2000)]
+    (local / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    size = (local / "long.jsonl").stat().st_size
+    assert size > 6 << 20
+    url = f"{server.address}/long.jsonl"
+    assert read(url, max_bytes=1 << 20) == texts
+    monkeypatch.setattr(paths.time, "sleep", lambda seconds: None)
+    server.cuts = [size - 1000, 3 << 20, 1 << 20]
+    with urls.open_input(url) as file:
+        assert file.read() == (local / "long.jsonl").read_bytes()
+    assert server.cuts == []
+
+
+def test_files_are_requested_without_compression_and_a_limit_on_the_time():
+    aiohttp = pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    system, _ = urls._resolve("https://host/a.jsonl")
+    assert system.kwargs["headers"] == {"Accept-Encoding": "identity"}
+    timeout = system.client_kwargs["timeout"]
+    assert isinstance(timeout, aiohttp.ClientTimeout) and timeout.total is None and timeout.sock_read == 60
+
+
+def test_signed_urls_are_recognized_and_not_stored(server, local, tmp_path, documents):
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    write_lines(local / "x.jsonl", documents[:60])
+    write_lines(local / "y.jsonl", documents[60:80])
+    made = []
+    for signature in ("one", "two"):
+        urls_of = [f"{server.address}/{name}.jsonl?signature={signature}" for name in "xy"]
+        recipe = Recipe(urls_of[0], valid_input=urls_of[1], vocab_size=384)
+        made.append(build(recipe, str(tmp_path / "out"), 1, quiet=True))
+    assert made[0] == made[1] and "signature" not in json.dumps(made[0])
+    assert made[0]["arguments"]["input"] == f"{server.address}/x.jsonl"
+
+
+def test_a_sibling_of_a_url_has_its_query(server, local):
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    (local / "a.bin").write_bytes(b"ids")
+    (local / "a.idx").write_bytes(b"index")
+    requested = server.requested = []
+    with urls.local_input(f"{server.address}/a.bin?token=a/b", "a.idx") as path:
+        files = [pathlib.Path(path).with_suffix(suffix) for suffix in (".bin", ".idx")]
+        assert [file.read_bytes() for file in files] == [b"ids", b"index"]
+    assert {"/a.bin?token=a/b", "/a.idx?token=a/b"} == set(requested)
 
 
 def test_a_server_that_does_not_answer_ends_with_status_1():
