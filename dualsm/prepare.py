@@ -66,7 +66,7 @@ _NEAR_SIMILARITY = flags.DEFINE_float(
     "near_similarity", Recipe.near_similarity, "minimum Jaccard similarity of near duplicates"
 )
 _NEAR_WORDS = flags.DEFINE_integer(
-    "near_words", Recipe.near_words, "words of the n-grams that near duplicates share", lower_bound=1
+    "near_words", Recipe.near_words, "n-gram size in words, for the similarity", lower_bound=1
 )
 _DECONTAMINATE = flags.DEFINE_string(
     "decontaminate",
@@ -75,7 +75,10 @@ _DECONTAMINATE = flags.DEFINE_string(
     "are dropped",
 )
 _DECONTAMINATE_WORDS = flags.DEFINE_integer(
-    "decontaminate_words", Recipe.decontaminate_words, "words of an overlap", lower_bound=1
+    "decontaminate_words",
+    Recipe.decontaminate_words,
+    "consecutive words in common that count as an overlap",
+    lower_bound=1,
 )
 _MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
     "max_document_bytes", Recipe.max_document_bytes, "drop longer documents", lower_bound=1
@@ -124,6 +127,8 @@ def main(_: Sequence[str]) -> None:
             f"dropped {overlaps['all']:,} documents that overlap {files} of "
             f"{len(overlaps['by_task_file'])} task files"
         )
+        if skipped := manifest.get("task_texts_skipped"):
+            print(f"ignored {skipped:,} task texts that are too short to be compared")
     print(f"wrote {_OUTPUT.value} with a vocabulary of {manifest['vocabulary']:,} ids")
 
 

@@ -103,9 +103,10 @@ class Counts:
                 f"--valid_input={recipe.valid_input} contains no documents; check the files and --text_key"
             )
         if usable == 1:
+            dropped = f" ({self.contaminated} overlap texts of --decontaminate)" if self.contaminated else ""
             raise UserError(
-                f"--input={recipe.input} is a single document, so none can be held out; split it into "
-                "several documents or pass --valid_input=FILES"
+                f"--input={recipe.input} has a single usable document{dropped}, so none can be held out; "
+                "split it into several documents, give more text or pass --valid_input=FILES"
             )
         if self.held_out in (0, usable):
             split, action = ("train", "lower") if self.held_out else ("valid", "raise")

@@ -13,43 +13,51 @@ import numpy as np
 
 from dualsm.data.words import hash_words, ngram_hashes
 
+MIN_WORDS = 8  # shorter texts occur by chance; also the minimum of GPT-3
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskNgrams:
     """Hashes of the n-grams of task texts.
 
-    A text with fewer than n words contributes all of its words as one n-gram. Two n-grams with the same
-    64-bit hash count as equal.
+    A text with fewer than n words contributes all of its words as one n-gram. A text with fewer than
+    `MIN_WORDS` and fewer than n words is skipped. Two n-grams with the same 64-bit hash count as equal.
 
     Attributes:
       files: names of the task files.
       tables: number of words -> (hashes of the n-grams, sorted, uint64; index of the file of each, int32). An
         n-gram of several files has one entry per file.
+      skipped: number of texts that are too short; 0 after `load_ngrams`.
 
-    The rule, an overlap of 13 words, is that of GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C).
+    The rule, an overlap of 13 words, or of at least 8 for short texts, follows GPT-3 (Brown et al. 2020,
+    arXiv 2005.14165, appendix C).
     """
 
     files: tuple[str, ...]
     tables: dict[int, tuple[np.ndarray, np.ndarray]]
+    skipped: int = 0
 
     @classmethod
     def of(cls, texts: Mapping[str, Sequence[str]], n: int) -> TaskNgrams:
         """Returns the n-grams of task texts, given by file."""
         entries = collections.defaultdict(list)
+        skipped = 0
         for index, of_file in enumerate(texts.values()):
             for text in of_file:
                 words_W = hash_words(text)
-                if len(words_W):
-                    size = min(n, len(words_W))
-                    hashes_N = ngram_hashes(words_W, size)
-                    pair = np.empty(len(hashes_N), [("hash", "<u8"), ("file", "<i4")])
-                    pair["hash"], pair["file"] = hashes_N, index
-                    entries[size].append(pair)
+                if len(words_W) < min(n, MIN_WORDS):
+                    skipped += 1
+                    continue
+                size = min(n, len(words_W))
+                hashes_N = ngram_hashes(words_W, size)
+                pair = np.empty(len(hashes_N), [("hash", "<u8"), ("file", "<i4")])
+                pair["hash"], pair["file"] = hashes_N, index
+                entries[size].append(pair)
         tables = {}
         for size in sorted(entries):
             unique = np.unique(np.concatenate(entries[size]))  # sorted by hash, then by file
             tables[size] = (unique["hash"].copy(), unique["file"].copy())
-        return cls(tuple(texts), tables)
+        return cls(tuple(texts), tables, skipped)
 
     def matches(self, text: str) -> list[int]:
         """Returns the indices of the files that share an n-gram with a text, sorted."""

@@ -30,7 +30,8 @@ def json_text(value: Any, text_key: str) -> str:
         is named `a.b`.
 
     Raises:
-      Fault: if a field does not exist or is not a string. Null is accepted if there are several fields.
+      Fault: if a field is not a string or none exists. If there are several names, null and missing fields
+        are accepted.
     """
     if not isinstance(value, dict):
         raise Fault("no_text", "not a JSON object")
@@ -40,11 +41,13 @@ def json_text(value: Any, text_key: str) -> str:
         try:
             part = _field(value, name)
         except KeyError:
-            raise Fault("no_text", _problem(value, name, "does not exist")) from None
+            continue
         if not isinstance(part, str) and not (part is None and len(names) > 1):
             raise Fault("no_text", _problem(value, name, "is not a string"))
         parts.append(part)
-    return parts[0] if len(parts) == 1 else join(parts)
+    if not parts:
+        raise Fault("no_text", _problem(value, text_key, "does not exist"))
+    return parts[0] if len(names) == 1 else join(parts)
 
 
 def _field(value: dict, name: str) -> Any:

@@ -6,6 +6,8 @@ import re
 
 from etils import epath
 
+from dualsm.data.decontamination import MIN_WORDS
+from dualsm.data.words import words_of
 from dualsm.evaluation.task_formats import TASKS, Question
 from dualsm.evaluation.tasks import read_questions, task_files
 from dualsm.process.errors import UserError
@@ -16,7 +18,10 @@ _TEMPLATE = re.compile("^(Question|Answer|Q|A):", re.MULTILINE)  # words of prom
 
 
 def read_task_texts(paths: str, flag: str = "--decontaminate") -> dict[str, list[str]]:
-    """Returns the texts of task files: each question with each of its answers, without words of the prompt.
+    """Returns the texts of task files: each question with each of its answers.
+
+    These texts are given as in the prompt of `evaluate` and without the words that only the prompt adds. A
+    question of at least `MIN_WORDS` words is also given without an answer.
 
     Args:
       paths: comma-separated folders and files. A folder contains the files of tasks, as for
@@ -37,7 +42,10 @@ def read_task_texts(paths: str, flag: str = "--decontaminate") -> dict[str, list
 
 
 def _texts(question: Question) -> list[str]:
-    return [_TEMPLATE.sub("", item.context + item.completion) for item in question.items]
+    prompts = [item.context + item.completion for item in question.items]
+    contexts = [_TEMPLATE.sub("", item.context) for item in question.items]
+    long = [context for context in contexts if len(words_of(context)) >= MIN_WORDS]
+    return list(dict.fromkeys([*(_TEMPLATE.sub("", prompt) for prompt in prompts), *prompts, *long]))
 
 
 def _find(path: epath.Path, flag: str) -> list[tuple[str, epath.Path]]:

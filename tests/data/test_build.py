@@ -288,7 +288,7 @@ def test_a_vocab_size_too_large_for_the_text_raises(tmp_path, texts):
 @pytest.mark.parametrize(
     ("train", "valid", "message"),
     [
-        (["one"], None, "a single document, so.*split it.*--valid_input"),
+        (["one"], None, "a single usable document, so.*split it.*--valid_input"),
         (["one", "two", "six"], None, "for the valid split at --valid_fraction=1e-09; raise"),
         (["one", "two"], [], "--valid_input=.*valid.jsonl contains no documents"),
         ([], ["one", "two"], "--input=.*train.jsonl contains no documents"),

@@ -91,7 +91,10 @@ def test_fields_of_json_are_nested_and_joined(tmp_path):
         "n,title": "T",
         "n": "<no_text>",
         "data.more": "<no_text>",
-        "title,missing": "<no_text>",
+        "title,missing": "T",
+        "missing,n": "<empty_text>",
+        "missing,none": "<no_text>",
+        "title,data.more": "<no_text>",
     }
     (tmp_path / "a.jsonl").write_text(json.dumps(value))
     (tmp_path / "b.json").write_text(json.dumps([value], indent=1))
