@@ -101,7 +101,7 @@ def build(
     tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     with new_folder(target, "--output", last=corpus.MANIFEST) as folder, worker_pool(workers) as pool:
         (folder / "buckets").mkdir()
-        buckets = max(_MIN_BUCKETS, -(-inputs.estimated_text_bytes(train_files) // _BUCKET_BYTES))
+        buckets = max(_MIN_BUCKETS, -(-inputs.estimated_text_bytes(train_files, quiet) // _BUCKET_BYTES))
         scatter = Scatter(recipe, folder / "buckets", buckets, fingerprint.get("tasks_sha256", ""))
         if ngrams:
             ngrams.save(folder / "buckets" / NGRAMS)

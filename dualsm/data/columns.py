@@ -11,7 +11,9 @@ from dualsm.process.errors import UserError
 _BATCH_ROWS = 256  # rows per batch of a .parquet file
 
 
-def read_columns(path: str, text_key: str, max_bytes: int) -> Iterator[tuple[list[bytes | None], int]]:
+def read_columns(
+    path: str, text_key: str, max_bytes: int, name: str = ""
+) -> Iterator[tuple[list[bytes | None], int]]:
     """Yields batches of texts, and the bytes of the file that each batch represents.
 
     Texts are UTF-8; null values are b"", and texts longer than `max_bytes` are None.
@@ -22,25 +24,27 @@ def read_columns(path: str, text_key: str, max_bytes: int) -> Iterator[tuple[lis
       text_key: names of columns, separated by commas, whose values are joined; `a.b` is the field `b` of the
         column of structs `a`, unless a column is named `a.b`.
       max_bytes: maximum size of a text.
+      name: path for messages, if `path` is a temporary copy.
 
     Raises:
       UserError: if pyarrow is not installed, or if the file is damaged or has no such text column.
     """
+    name = name or path
     try:
         import pyarrow
     except ImportError as error:
-        raise UserError(f"reading {path} needs pyarrow: pip install 'dualsm[parquet]'") from error
+        raise UserError(f"reading {name} needs pyarrow: pip install 'dualsm[parquet]'") from error
     batches = _parquet_batches if path.lower().endswith(".parquet") else _arrow_batches
     size = remaining = Path(path).stat().st_size
     try:
-        for columns, fraction in batches(path, text_key):
+        for columns, fraction in batches(path, text_key, name):
             consumed = min(remaining, round(size * fraction))
             remaining -= consumed
-            yield _texts([_as_bytes(name, values) for name, values in columns], max_bytes), consumed
+            yield _texts([_as_bytes(column, values) for column, values in columns], max_bytes), consumed
     except pyarrow.ArrowException as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {name}: {error}") from error
     except _NotText as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 class _NotText(ValueError):
@@ -81,28 +85,28 @@ def _value(value, max_bytes: int) -> bytes | None:
     return value.as_py() if len(value.as_buffer()) <= max_bytes else None
 
 
-def _parquet_batches(path: str, text_key: str):
+def _parquet_batches(path: str, text_key: str, name: str):
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        paths = _column_paths(path, text_key, file.schema_arrow)
+        paths = _column_paths(name, text_key, file.schema_arrow)
         rows = max(1, file.metadata.num_rows)
         columns = list(dict.fromkeys(paths))
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-            yield [(name, _select(batch, keys)) for name, keys in paths.items()], batch.num_rows / rows
+            yield [(column, _select(batch, keys)) for column, keys in paths.items()], batch.num_rows / rows
 
 
-def _arrow_batches(path: str, text_key: str):
+def _arrow_batches(path: str, text_key: str, name: str):
     import pyarrow
 
     with pyarrow.memory_map(path) as source:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         with pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source) as reader:
-            paths = _column_paths(path, text_key, reader.schema)
+            paths = _column_paths(name, text_key, reader.schema)
 
             def select(batch):
-                return [(name, _select(batch, keys)) for name, keys in paths.items()]
+                return [(column, _select(batch, keys)) for column, keys in paths.items()]
 
             if is_file:
                 for index in range(reader.num_record_batches):

@@ -15,7 +15,15 @@ from dualsm.data.corpus import MANIFEST
 from dualsm.process.errors import UserError
 from dualsm.process.paths import files_in, glob_in_bucket, is_remote, user_path
 from dualsm.process.progress import say
-from dualsm.process.urls import file_name, find_files, input_size, is_existing_path, is_url, open_input
+from dualsm.process.urls import (
+    file_name,
+    find_files,
+    input_size,
+    is_existing_path,
+    is_url,
+    open_input,
+    without_queries,
+)
 
 PYTHON_STDLIB = "python-stdlib"
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -32,6 +40,7 @@ _FORMAT_OF_SUFFIX = (
     | dict.fromkeys(COLUMN_SUFFIXES, "columns")
     | {".csv": "csv", ".tsv": "tsv", ".bin": "ids"}
 )
+_UNKNOWN_BYTES = 1 << 30  # assumed text of a file of unknown size
 _THREADS = 16  # hide the latency of a bucket
 _EXPANSION = dict.fromkeys(streams.COMPRESSIONS, 4) | {".parquet": 3, ".bin": 2}  # rough text bytes per byte
 
@@ -119,10 +128,23 @@ def file_versions(paths: list[str]) -> list[tuple[int, ...]]:
         return list(pool.map(input_size, paths))
 
 
-def estimated_text_bytes(paths: list[str]) -> int:
-    """Returns a rough estimate of the text in the files, for choosing the number of shards."""
+def estimated_text_bytes(paths: list[str], quiet: bool = True) -> int:
+    """Returns a rough estimate of the text in the files, for choosing the number of shards.
+
+    Args:
+      paths: the files. A file at a URL whose size is unknown counts as `_UNKNOWN_BYTES`.
+      quiet: do not warn of unknown sizes.
+    """
+    sizes = [size for size, *_ in file_versions(paths)]
+    unknown = [path for path, size in zip(paths, sizes, strict=True) if not size and is_url(path)]
+    if unknown and not quiet:
+        say(
+            f"warning: the size of {without_queries(unknown[0])} is unknown (files: {len(unknown)}); prepare "
+            f"needs more memory if a file has more than {_UNKNOWN_BYTES >> 30} GiB of text"
+        )
     factors = [_EXPANSION.get(os.path.splitext(file_name(path))[1], 1) for path in paths]
-    return sum(size * factor for (size, *_), factor in zip(file_versions(paths), factors, strict=True))
+    known = sum(size * factor for size, factor in zip(sizes, factors, strict=True))
+    return known + len(unknown) * _UNKNOWN_BYTES
 
 
 def _matches(part: str) -> list[str]:

@@ -22,30 +22,34 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
-def read_documents(path: str, max_tokens: int) -> Iterator[np.ndarray | None]:
+def read_documents(path: str, max_tokens: int, name: str = "") -> Iterator[np.ndarray | None]:
     """Yields the token ids of each document, int64, in the order of the file.
 
     Args:
       path: the .bin file, with its .idx file in the same folder.
       max_tokens: longer documents are not read; None is yielded for them.
+      name: path for messages, if `path` is a temporary copy.
 
     Raises:
       UserError: if one of the files is damaged, or they do not match.
     """
-    index = Path(path).with_suffix(".idx")
+    name, index = name or path, Path(path).with_suffix(".idx")
     try:
         dtype, length_S, offset_S, boundary_D = _read_index(index.read_bytes())
     except OSError as error:
-        raise UserError(f"cannot read {index}, the index of {path}: {error.strerror or error}") from error
+        raise UserError(
+            f"cannot read {index.name}, the index of {name}: {error.strerror or error}"
+        ) from error
     except (struct.error, ValueError, KeyError, OverflowError) as error:
         raise UserError(
-            f"{index} is damaged or not a Megatron-LM index ({error!r}); copy it again"
+            f"{index.name}, the index of {name}, is damaged or not a Megatron-LM index ({error!r}); copy it "
+            "again"
         ) from error
     end_S = offset_S + length_S.astype(np.int64) * dtype.itemsize
     if len(length_S) and (
         offset_S.min() < 0 or length_S.min() < 0 or end_S.max() > Path(path).stat().st_size
     ):
-        raise UserError(f"{path} is shorter than its index {index} states; copy both files again")
+        raise UserError(f"{name} is shorter than its index {index.name} states; copy both files again")
     if not len(length_S):
         return
     data = np.memmap(path, np.uint8, "r")

@@ -78,10 +78,10 @@ def read_blocks(
         kind = inputs.format_of(path, file_format)
         if kind == "columns":
             with local_input(path) as copy:
-                yield from _column_blocks(copy, text_key, max_bytes)
+                yield from _column_blocks(copy, path, text_key, max_bytes)
         elif kind == "ids":
             with local_input(path, f"{file_name(path).removesuffix('.bin')}.idx") as copy:
-                yield from _id_blocks(copy, max_bytes)
+                yield from _id_blocks(copy, path, max_bytes)
         else:
             if split == "auto":
                 divide |= inputs.file_suffix(path) in inputs.BABYLM_SUFFIXES
@@ -163,18 +163,18 @@ def _text_blocks(path: str, kind: str, split: str, text_key: str, max_bytes: int
         yield Block(path, form, count - len(buffered) + 1, buffered, raw.tell() - position)
 
 
-def _column_blocks(path: str, text_key: str, max_bytes: int) -> Iterator[Block]:
+def _column_blocks(copy: str, path: str, text_key: str, max_bytes: int) -> Iterator[Block]:
     first = 1
-    for items, consumed in read_columns(path, text_key, max_bytes):
+    for items, consumed in read_columns(copy, text_key, max_bytes, path):
         yield Block(path, "text", first, items, consumed)
         first += len(items)
 
 
-def _id_blocks(path: str, max_bytes: int) -> Iterator[Block]:
+def _id_blocks(copy: str, path: str, max_bytes: int) -> Iterator[Block]:
     """Yields blocks of documents as little-endian int64 ids, at most `max_bytes` ids per document."""
     items: list[bytes | None] = []
     first, num_ids = 1, 0
-    for ids in read_documents(path, max_bytes):
+    for ids in read_documents(copy, max_bytes, path):
         items.append(None if ids is None else ids.astype("<i8").tobytes())
         num_ids += 0 if ids is None else len(ids)
         if num_ids >= streams.BLOCK_BYTES:

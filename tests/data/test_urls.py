@@ -10,7 +10,7 @@ import urllib.parse
 
 import pytest
 
-from dualsm.data import inputs
+from dualsm.data import inputs, readers
 from dualsm.data.build import Recipe, build
 from dualsm.process import paths, urls
 from dualsm.process.errors import BucketError, UserError, exit_status, user_message
@@ -316,6 +316,33 @@ def test_a_sibling_of_a_url_has_its_query(server, local):
         files = [pathlib.Path(path).with_suffix(suffix) for suffix in (".bin", ".idx")]
         assert [file.read_bytes() for file in files] == [b"ids", b"index"]
     assert {"/a.bin?token=a/b", "/a.idx?token=a/b"} == set(requested)
+
+
+def test_messages_of_copied_files_name_their_urls(memory):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
+    system = fsspec.filesystem("memory")
+    for name in ("bad.parquet", "bad.arrow", "bad.bin", "bad.idx"):
+        system.pipe(f"/data/{name}", b"neither of them")
+    for pattern, message in {
+        "sub/f.parquet": f"{memory}/sub/f.parquet has no column 'body'",
+        "bad.parquet": f"cannot read {memory}/bad.parquet",
+        "bad.arrow": f"cannot read {memory}/bad.arrow",
+        "bad.bin": f"bad.idx, the index of {memory}/bad.bin, is damaged",
+    }.items():
+        with pytest.raises(UserError, match=f"^{message}"):
+            read(f"{memory}/{pattern}", "body")
+    (block, *_) = readers.read_blocks(f"{memory}/sub/f.parquet", "text", 1 << 20)
+    assert block.location(0) == f"{memory}/sub/f.parquet, document 1"
+
+
+def test_a_file_of_unknown_size_counts_as_a_gibibyte_of_text(memory, monkeypatch, capsys):
+    """`input_size` is replaced, because the server of these tests states all sizes."""
+    known = inputs.estimated_text_bytes([f"{memory}/a.jsonl"], quiet=False)
+    assert (known, capsys.readouterr().out) == (len(LINES), "")
+    monkeypatch.setattr(inputs, "input_size", lambda path: (0,) if path.startswith("http") else (5,))
+    paths_of = ["http://host/a.jsonl?key=secret", "local.jsonl"]
+    assert inputs.estimated_text_bytes(paths_of, quiet=False) == (1 << 30) + 5
+    assert "the size of http://host/a.jsonl is unknown (files: 1)" in capsys.readouterr().out
 
 
 def test_a_server_that_does_not_answer_ends_with_status_1():
