@@ -117,7 +117,7 @@ def describe_confirmed(found: Confirmed) -> list[str]:
         "mixture.prefix": 0.0,
         "mixture.masked_diffusion": 1 - best.alpha,
         "optimizer.weight_decay": best.weight_decay,
-        "repetitions": max(1, round(found.repetitions * best.length)),
+        "repetitions": found.repetitions,
     }
     lines = [
         f"by the confirmed runs that come with dualsm, {best.budget_tokens:,} training tokens, "
@@ -148,7 +148,7 @@ def describe_confirmed(found: Confirmed) -> list[str]:
 def _stop(cell: ConfirmedCell) -> str:
     if cell.length == 1:
         return "no early stop"
-    return f"stopped at {fraction(cell.length)} of the tokens"
+    return f"stopped at {fraction(cell.length)} of the tokens (of config.steps and config.repetitions)"
 
 
 def _losses(cell: ConfirmedCell) -> str:
