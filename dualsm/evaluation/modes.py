@@ -60,7 +60,6 @@ class ScoredSequence(NamedTuple):
     Attributes:
       item: index of its item.
       tokens: input token ids.
-      prefix_end: end of the bidirectional prefix.
       positions: positions whose logits are scored.
       targets: target token id at each of these positions.
       weight: factor on the sum of the targets' log-probabilities in the item's score.
@@ -68,7 +67,6 @@ class ScoredSequence(NamedTuple):
 
     item: int
     tokens: list[int]
-    prefix_end: int
     positions: Sequence[int]
     targets: list[int]
     weight: float
@@ -89,16 +87,6 @@ def make_sequences(
     return _MAKE_SEQUENCES[scoring.mode](item, context, completion, scoring=scoring, mask=mask)
 
 
-def _causal_sequences(item, context, completion, *, scoring, mask) -> list[ScoredSequence]:
-    positions = range(len(context) - 1, len(context) + len(completion) - 1)
-    return [ScoredSequence(item, (context + completion)[:-1], 0, positions, completion, 1.0)]
-
-
-def _prefix_sequences(item, context, completion, *, scoring, mask) -> list[ScoredSequence]:
-    (sequence,) = _causal_sequences(item, context, completion, scoring=scoring, mask=mask)
-    return [sequence._replace(prefix_end=len(context))]
-
-
 def _masked_sequences(item, context, completion, *, scoring, mask) -> list[ScoredSequence]:
     sequences = []
     for i, target in enumerate(completion):
@@ -106,7 +94,7 @@ def _masked_sequences(item, context, completion, *, scoring, mask) -> list[Score
         for hidden, count in Counter(min(n, len(completion) - i) for n in scoring.masks).items():
             tokens = context + completion[:i] + [mask] * hidden + completion[i + hidden :]
             position, weight = len(context) + i - 1, count / len(scoring.masks)
-            sequences.append(ScoredSequence(item, tokens, len(tokens), [position], [target], weight))
+            sequences.append(ScoredSequence(item, tokens, [position], [target], weight))
     return sequences
 
 
@@ -126,15 +114,11 @@ def _monte_carlo_sequences(item, context, completion, *, scoring, mask) -> list[
         positions = [len(context) + i - 1 for i in chosen]
         targets = [completion[i] for i in chosen]
         weight = count * size / len(chosen) / scoring.samples
-        sequences.append(
-            ScoredSequence(item, context + hidden, len(context) + size, positions, targets, weight)
-        )
+        sequences.append(ScoredSequence(item, context + hidden, positions, targets, weight))
     return sequences
 
 
 _MAKE_SEQUENCES = {
-    "causal": _causal_sequences,
-    "prefix": _prefix_sequences,
     "masked": _masked_sequences,
     "monte_carlo": _monte_carlo_sequences,
 }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,14 +17,19 @@ from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.devices.sharding import batch_devices, shard_batch
+from dualsm.evaluation import shared_context
 from dualsm.evaluation.modes import ScoredSequence, ScoringParams, make_sequences
+from dualsm.evaluation.shared_context import Group, PackedRows
+from dualsm.evaluation.target_scores import target_scores
 from dualsm.model.transformer import bind
 from dualsm.process.errors import UserError
 from dualsm.process.progress import bar
 
 _MIN_BUCKET = 16  # tokens
 _BATCH_TOKENS = 8192  # per device and forward pass
-_LOGITS_CHUNK = 1024  # positions per device whose logits are in memory at the same time
+_CPU_BATCH_TOKENS = (
+    2048  # larger ones are not faster on CPUs, and the last batch of each shape has more padding
+)
 
 
 class Item(NamedTuple):
@@ -76,7 +82,22 @@ def encode_pair(tokenizer: Tokenizer, item: Item) -> tuple[list[int], list[int]]
 
 def scoring_batch_size(mesh: jax.sharding.Mesh, length: int) -> int:
     """Returns the number of sequences of `length` tokens per forward pass, over all devices of a mesh."""
-    return batch_devices(mesh) * max(1, _BATCH_TOKENS // length)
+    tokens = _CPU_BATCH_TOKENS if mesh.devices.flat[0].platform == "cpu" else _BATCH_TOKENS
+    return batch_devices(mesh) * max(1, tokens // length)
+
+
+class _Part(NamedTuple):
+    """The scored positions of an item in a batch.
+
+    Attributes:
+      item: index of the item.
+      weight: factor on the sum of the log-probabilities.
+      scored: index of the positions in the arrays [B, P] of scores.
+    """
+
+    item: int
+    weight: float
+    scored: tuple[int, slice]
 
 
 class Scorer:
@@ -130,22 +151,27 @@ class Scorer:
             index_N[i] = distinct.setdefault((tuple(kept), tuple(completion)), len(distinct))
         totals, greedy = np.zeros(len(distinct) + 1), np.ones(len(distinct) + 1, bool)
         totals[-1], greedy[-1] = np.nan, False  # index -1: pairs that are not scored
-        sequences_per_item = np.zeros(len(distinct), int)
+        sequences_per_item = np.ones(len(distinct), int)
+        whole = [((special.bos, *context), completion) for context, completion in distinct]
 
         def sequences() -> Iterator[ScoredSequence]:
-            for index, (context, completion) in enumerate(distinct):
-                made = make_sequences(index, [special.bos, *context], list(completion), scoring, special.mask)
+            for index, (context, completion) in enumerate(whole):
+                made = make_sequences(index, list(context), list(completion), scoring, special.mask)
                 sequences_per_item[index] = len(made)
                 yield from made
 
+        if scoring.mode in ("causal", "prefix"):
+            batches = self._score_rows(whole, bidirectional=scoring.mode == "prefix")
+        else:
+            batches = self._score_sequences(sequences())
         with bar(total=len(distinct), desc=label or scoring.mode, unit="item", disable=quiet) as progress:
             done = 0.0
-            batches = _batches(sequences(), self._batch_size)
-            for batch, results in _with_lookahead(batches, self._score):
-                for sequence, nll, is_greedy in zip(batch, *jax.device_get(results), strict=False):
-                    totals[sequence.item] -= sequence.weight * nll
-                    greedy[sequence.item] &= bool(is_greedy)
-                done += sum(1 / sequences_per_item[sequence.item] for sequence in batch)
+            for parts, results in _with_lookahead(batches):
+                nll, is_argmax = jax.device_get(results)
+                for part in parts:
+                    totals[part.item] -= part.weight * nll[part.scored].sum(dtype=np.float64)
+                    greedy[part.item] &= bool(is_argmax[part.scored].all())
+                done += sum(1 / sequences_per_item[part.item] for part in parts)
                 progress.update(round(done) - progress.n)
         if not np.isfinite(totals[:-1]).all():
             count = int((~np.isfinite(totals[:-1])).sum())
@@ -155,51 +181,70 @@ class Scorer:
         forwards = int(sequences_per_item.sum())
         return Scores(totals[index_N], greedy[index_N], tokens_N, truncated_N, forwards)
 
-    def _batch_size(self, length: int) -> int:
-        return scoring_batch_size(self._mesh, length)
+    def _score_rows(self, pairs, bidirectional: bool) -> Iterator[tuple[list[_Part], tuple]]:
+        """Scores pairs of context and completion in rows that share contexts; see `_Part`."""
+        num_rows = batch_devices(self._mesh)
+        row_tokens = scoring_batch_size(self._mesh, 1) // num_rows
+        rows = shared_context.fill_rows(shared_context.make_groups(pairs), row_tokens)
+        for batch in iter(lambda: list(itertools.islice(rows, num_rows)), []):
+            packed = shared_context.pack(batch, row_tokens, num_rows, self._tokenizer.special.pad)
+            results = self._run(functools.partial(_score_packed, bidirectional=bidirectional), packed)
+            yield list(_parts_of_rows(batch)), results
 
-    def _score(self, batch: list[ScoredSequence]) -> tuple[jax.Array, jax.Array]:
-        """Returns the negative log-likelihood of each sequence, and True where all targets are the argmax."""
+    def _score_sequences(self, sequences: Iterable[ScoredSequence]) -> Iterator[tuple[list[_Part], tuple]]:
+        """Scores sequences with bidirectional attention; see `_Part`."""
+        for batch in _batches(sequences, functools.partial(scoring_batch_size, self._mesh)):
+            parts = [
+                _Part(sequence.item, sequence.weight, (b, slice(len(sequence.positions))))
+                for b, sequence in enumerate(batch)
+            ]
+            yield parts, self._run(_score_batch, self._sequence_arrays(batch))
+
+    def _run(self, function: Callable, arrays: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        """Runs a scoring function on arrays whose rows are sharded over the devices."""
+        with jax.set_mesh(self._mesh):
+            return function(self._config, self._params, *(shard_batch(self._mesh, a) for a in arrays))
+
+    def _sequence_arrays(self, batch: list[ScoredSequence]) -> tuple[np.ndarray, ...]:
+        """Returns tokens [B, L], number of tokens [B], and scored positions and their targets [B, P]."""
         length = _bucket(max(len(sequence.tokens) for sequence in batch))
         scored = 1 if max(len(sequence.positions) for sequence in batch) == 1 else length
-        size = self._batch_size(length)
+        size = scoring_batch_size(self._mesh, length)
         tokens_BxL = np.full((size, length), self._tokenizer.special.pad, np.int32)
-        prefix_end_B, position_BxP, target_BxP, weight_BxP = (
-            np.zeros(shape, np.int32) for shape in ((size,), *((size, scored),) * 3)
-        )
+        length_B = np.zeros(size, np.int32)
+        position_BxP, target_BxP = np.zeros((2, size, scored), np.int32)
         for b, sequence in enumerate(batch):
             tokens_BxL[b, : len(sequence.tokens)] = sequence.tokens
-            prefix_end_B[b] = sequence.prefix_end
+            length_B[b] = len(sequence.tokens)
             position_BxP[b, : len(sequence.positions)] = sequence.positions
             target_BxP[b, : len(sequence.targets)] = sequence.targets
-            weight_BxP[b, : len(sequence.positions)] = 1
-        arrays = (tokens_BxL, prefix_end_B, position_BxP, target_BxP, weight_BxP)
-        with jax.set_mesh(self._mesh):
-            sharded = (shard_batch(self._mesh, a) for a in arrays)
-            return _score_batch(self._config, self._params, *sharded)
+        return tokens_BxL, length_B, position_BxP, target_BxP
+
+
+def _parts_of_rows(rows: Sequence[Sequence[Group]]) -> Iterator[_Part]:
+    """Yields the part of each completion in `PackedRows`."""
+    for n, row in enumerate(rows):
+        start = 0
+        for group in row:
+            for item, completion in zip(group.items, group.completions, strict=True):
+                yield _Part(item, 1.0, (n, slice(start, start + len(completion))))
+                start += len(completion)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "bidirectional"))
+def _score_packed(config, params, *arrays, bidirectional):
+    """Scores packed rows; see `shared_context.score_rows`."""
+    return shared_context.score_rows(bind(config, params), PackedRows(*arrays), bidirectional)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score_batch(config, params, tokens_BxL, prefix_end_B, position_BxP, target_BxP, weight_BxP):
-    """Sums -log p(target) over the scored positions of each sequence; see `Scorer._score`."""
+def _score_batch(config, params, tokens_BxL, length_B, position_BxP, target_BxP):
+    """Scores sequences with bidirectional attention; see `Scorer._sequence_arrays` and `target_scores`."""
     model = bind(config, params)
-    ends_L = jnp.arange(1, tokens_BxL.shape[1] + 1)
-    key_end_BxL = jnp.maximum(ends_L, prefix_end_B[:, None])
+    key_end_BxL = jnp.maximum(jnp.arange(1, tokens_BxL.shape[1] + 1), length_B[:, None])
     features_BxLxD = model.features(tokens_BxL, jnp.zeros_like(tokens_BxL), key_end_BxL)
     features_BxPxD = jnp.take_along_axis(features_BxLxD, position_BxP[..., None], axis=1)
-    kernel_DxV = model.head.output.kernel[...].astype(features_BxPxD.dtype)
-    bias_V = model.output_bias().astype(jnp.float32)
-
-    def score(features_BxD, target_B):
-        logits_BxV = jnp.dot(features_BxD, kernel_DxV, preferred_element_type=jnp.float32) + bias_V
-        nll_B = jax.nn.logsumexp(logits_BxV, -1) - jnp.take_along_axis(logits_BxV, target_B[:, None], 1)[:, 0]
-        return nll_B, logits_BxV.argmax(-1) == target_B
-
-    by_position = (features_BxPxD.swapaxes(0, 1), target_BxP.T)
-    chunk_size = max(1, _LOGITS_CHUNK * tokens_BxL.shape[1] // _BATCH_TOKENS)
-    nll_PxB, is_argmax_PxB = jax.lax.map(lambda part: score(*part), by_position, batch_size=chunk_size)
-    is_scored_PxB = weight_BxP.T > 0
-    return (nll_PxB * is_scored_PxB).sum(0), (is_argmax_PxB | ~is_scored_PxB).all(0)
+    return target_scores(model, features_BxPxD, target_BxP)
 
 
 def _bucket(length: int) -> int:
@@ -222,15 +267,12 @@ def _batches(
         yield members
 
 
-def _with_lookahead(
-    batches: Iterable[list[ScoredSequence]], score: Callable
-) -> Iterator[tuple[list[ScoredSequence], Any]]:
+def _with_lookahead(batches: Iterable[tuple[list, Any]]) -> Iterator[tuple[list, Any]]:
     """Yields each batch with its results, after dispatching the next batch to the devices."""
     pending = None
     for batch in batches:
-        results = score(batch)
         if pending:
             yield pending
-        pending = batch, results
+        pending = batch
     if pending:
         yield pending
