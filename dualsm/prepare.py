@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from dualsm.data.build import Recipe, build
+from dualsm.data.domains import FILE_DOMAIN
 from dualsm.data.inputs import FORMATS, SUFFIXES
 from dualsm.data.recipe import DEDUPLICATE
 from dualsm.data.streams import COMPRESSIONS, SPLITS
@@ -55,6 +56,12 @@ _TEXT_KEY = flags.DEFINE_string(
     "text_key",
     Recipe.text_key,
     "JSON fields or columns that contain the text, joined by a blank line (title,body); a.b is field b of a",
+)
+_DOMAIN_KEY = flags.DEFINE_string(
+    "domain_key",
+    "",
+    "JSON field or column with the domain of a held-out document, for held-out losses by domain; "
+    f"{FILE_DOMAIN}: the name of its file",
 )
 _DEDUPLICATE = flags.DEFINE_enum(
     "deduplicate",
@@ -108,6 +115,7 @@ def main(_: Sequence[str]) -> None:
         near_words=_NEAR_WORDS.value,
         decontaminate=_DECONTAMINATE.value,
         decontaminate_words=_DECONTAMINATE_WORDS.value,
+        domain_key=_DOMAIN_KEY.value,
     )
     task_texts = _read_task_texts(recipe.decontaminate) if recipe.decontaminate else None
     manifest = build(recipe, _OUTPUT.value, _WORKERS.value, task_texts=task_texts)
@@ -116,6 +124,8 @@ def main(_: Sequence[str]) -> None:
             f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
             f"{split['bytes']:,} bytes ({split['bytes'] / split['tokens']:.2f} bytes per token)"
         )
+    if domains := manifest["splits"]["valid"].get("domains"):
+        print("held-out documents: " + ", ".join(f"{name} {count:,}" for name, count in domains.items()))
     faulty = sum(manifest["documents_faulty"].values())
     print(f"dropped {manifest['documents_duplicate']:,} duplicates and {faulty:,} unusable documents")
     if recipe.deduplicate == "near":

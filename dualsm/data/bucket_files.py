@@ -1,6 +1,7 @@
 """Files of the buckets that hold documents between the passes of `prepare`.
 
-Each worker process appends records to a file per bucket: the hash of a document, its split and its text.
+Each worker process appends records to a file per bucket: the hash of a document, its split, its domain and
+its text.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_HEADER = struct.Struct("<16s?I")  # hash, held out, bytes of text
+_HEADER = struct.Struct("<16s?HI")  # hash, held out, bytes of the domain, bytes of text
 HASH_BYTES = 16
 
 
@@ -25,17 +26,19 @@ class Location(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A document in a bucket."""
+    """A document in a bucket; `domain` is empty unless the domains of held-out documents are recorded."""
 
     digest: bytes
     held_out: bool
+    domain: str
     text: bytes
     location: Location
 
 
-def pack_record(digest: bytes, held_out: bool, text: bytes) -> tuple[bytes, bytes]:
+def pack_record(digest: bytes, held_out: bool, text: bytes, domain: str = "") -> tuple[bytes, bytes, bytes]:
     """Returns the parts of the record of a document."""
-    return _HEADER.pack(digest, held_out, len(text)), text
+    name = domain.encode("utf-8")
+    return _HEADER.pack(digest, held_out, len(name), len(text)), name, text
 
 
 def append_records(folder: Path, bucket: int, parts: Iterable[bytes]) -> None:
@@ -47,7 +50,8 @@ def append_records(folder: Path, bucket: int, parts: Iterable[bytes]) -> None:
 def read_records(folder: Path, bucket: int) -> tuple[list[Record], int]:
     """Reads a bucket, sorted by hash and without duplicates.
 
-    If one of several equal documents is held out, the held-out one is kept, so that it is not trained on.
+    If one of several equal documents is held out, the held-out one is kept, so that it is not trained on. Of
+    several held-out ones, the one with the first domain in alphabetical order is kept.
 
     Returns:
       The documents without those of `drop_documents`, and the number of duplicates.
@@ -56,11 +60,13 @@ def read_records(folder: Path, bucket: int) -> tuple[list[Record], int]:
     for path in folder.glob(f"{bucket:06d}-*"):
         data, position = path.read_bytes(), 0
         while position < len(data):
-            digest, held_out, size = _HEADER.unpack_from(data, position)
-            position += _HEADER.size + size
-            location = Location(path.name, position - size, size)
-            records.append(Record(digest, held_out, data[position - size : position], location))
-    records.sort(key=lambda record: (record.digest, not record.held_out))
+            digest, held_out, name_size, size = _HEADER.unpack_from(data, position)
+            start = position + _HEADER.size + name_size
+            domain = data[start - name_size : start].decode("utf-8")
+            position = start + size
+            location = Location(path.name, start, size)
+            records.append(Record(digest, held_out, domain, data[start:position], location))
+    records.sort(key=lambda record: (record.digest, not record.held_out, record.domain))
     unique = [next(group) for _, group in itertools.groupby(records, key=lambda record: record.digest)]
     dropped = set(_dropped(folder, bucket))
     return [record for record in unique if record.digest not in dropped], len(records) - len(unique)

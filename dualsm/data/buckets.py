@@ -13,6 +13,7 @@ from typing import NamedTuple
 from dualsm.data import inputs, readers
 from dualsm.data.bucket_files import append_records, pack_record, read_bucket
 from dualsm.data.decontamination import TaskNgrams, load_ngrams
+from dualsm.data.domains import MAX_DOMAINS, check_domains
 from dualsm.data.faults import Fault
 from dualsm.data.recipe import Recipe
 from dualsm.data.workers import map_in_order
@@ -32,6 +33,7 @@ class BlockCounts(NamedTuple):
       bytes: bytes of kept text.
       faults: kind and description of each unusable document.
       contaminated: for each document that overlaps task texts, the indices of the task files.
+      domains: domains of the held-out documents; empty if they are not recorded.
       consumed: bytes of the file that the block represents.
     """
 
@@ -40,6 +42,7 @@ class BlockCounts(NamedTuple):
     bytes: int
     faults: list[tuple[str, str]]
     contaminated: list[list[int]]
+    domains: set[str]
     consumed: int
 
 
@@ -53,6 +56,7 @@ class Counts:
       bytes: bytes of kept text.
       contaminated: number of documents that overlap task texts, duplicates included.
       contaminated_by: number of these documents per index of the task file.
+      domains: domains of the held-out documents; empty if they are not recorded.
       faults: number of unusable documents per kind in `faults.FAULTS`.
       last_faults: description and location of the last unusable document of each kind.
     """
@@ -62,6 +66,7 @@ class Counts:
     bytes: int = 0
     contaminated: int = 0
     contaminated_by: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    domains: set[str] = dataclasses.field(default_factory=set)
     faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     last_faults: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -71,6 +76,7 @@ class Counts:
         self.held_out += block.held_out
         self.bytes += block.bytes
         self.contaminated += len(block.contaminated)
+        self.domains |= block.domains
         for files in block.contaminated:
             self.contaminated_by.update(files)
         for kind, description in block.faults:
@@ -150,8 +156,12 @@ class Scatter:
                 progress.update(block_counts.consumed)
                 counts.add(block_counts)
                 counts.check_faults(self.recipe.max_bad_fraction, _MIN_CHECKED)
+                if len(counts.domains) > MAX_DOMAINS:
+                    check_domains(self.recipe.domain_key, counts.domains)
         counts.check_faults(self.recipe.max_bad_fraction)
         counts.check_splits(self.recipe)
+        if self.recipe.domain_key:
+            check_domains(self.recipe.domain_key, counts.domains)
         if self.recipe.valid_input and not self._has_training_documents():
             raise UserError(
                 f"no documents to train on: --valid_input contains all documents of "
@@ -167,10 +177,16 @@ class Scatter:
     def _blocks(self, path: str, divide: bool) -> Iterator[readers.Block]:
         recipe = self.recipe
         return readers.read_blocks(
-            path, recipe.text_key, recipe.max_document_bytes, divide, recipe.format, recipe.split
+            path,
+            recipe.text_key,
+            recipe.max_document_bytes,
+            divide,
+            recipe.format,
+            recipe.split,
+            recipe.domain_key,
         )
 
-    def _parse(self, item: bytes | None | Fault, form: str) -> str:
+    def _parse(self, item: readers.Item, form: str) -> str:
         return readers.parse(item, form, self.recipe.text_key, self.recipe.tokenizer)
 
     def _ngrams(self) -> TaskNgrams | None:
@@ -186,7 +202,7 @@ class Scatter:
         block, from_valid_input = job
         records: dict[int, list[bytes]] = collections.defaultdict(list)
         ngrams = None if from_valid_input else self._ngrams()
-        faults, contaminated, num_held_out, size = [], [], 0, 0
+        faults, contaminated, domains, num_held_out, size = [], [], set(), 0, 0
         for offset, item in enumerate(block.items):
             try:
                 parsed = self._parse(item, block.form)
@@ -203,8 +219,14 @@ class Scatter:
             if not self.recipe.valid_input:
                 held_out = int.from_bytes(digest[8:], "big") < self.recipe.valid_fraction * 2.0**64
             num_held_out += held_out
+            domain = ""
+            if held_out and self.recipe.domain_key:
+                domain = readers.parse_domain(block, offset, self.recipe.domain_key)
+                domains.add(domain)
             bucket = int.from_bytes(digest[:8], "big") * self.buckets >> 64
-            records[bucket] += pack_record(digest, held_out, text)
+            records[bucket] += pack_record(digest, held_out, text, domain)
         for bucket, content in records.items():
             append_records(self.folder, bucket, content)
-        return BlockCounts(len(block.items), num_held_out, size, faults, contaminated, block.consumed)
+        return BlockCounts(
+            len(block.items), num_held_out, size, faults, contaminated, domains, block.consumed
+        )

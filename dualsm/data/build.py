@@ -28,6 +28,7 @@ from dualsm.data import corpus, inputs, near_duplicates, round_trip
 from dualsm.data.bucket_files import read_bucket
 from dualsm.data.buckets import NGRAMS, Counts, Scatter
 from dualsm.data.decontamination import TaskNgrams
+from dualsm.data.domains import check_formats
 from dualsm.data.faults import FAULTS
 from dualsm.data.recipe import Recipe
 from dualsm.data.sentencepiece_tokenizer import train_tokenizer
@@ -90,6 +91,9 @@ def build(
             f"--split={recipe.split} splits text files, but the input has none; pass --format=text or "
             "remove --split"
         )
+    held_out_files, flag = (valid_files, "--valid_input") if valid_files else (train_files, "--input")
+    held_out_formats = {inputs.format_of(path, recipe.format) for path in held_out_files}
+    check_formats(recipe.domain_key, held_out_formats, flag)
     fingerprint = _fingerprint(train_files, valid_files) | (
         {"tasks_sha256": ngrams.sha256()} if ngrams else {}
     )
@@ -194,6 +198,18 @@ def _train_tokenizer(recipe: Recipe, folder: Path, buckets: int, quiet: bool) ->
         return train_tokenizer(sample(), recipe.vocab_size)
 
 
+def _write_domains(folder: Path, names: list[str]) -> dict:
+    """Writes the domains of the held-out documents; returns their manifest entries."""
+    domains, domain_N, count_D = np.unique(names, return_inverse=True, return_counts=True)
+    path = folder / "valid-domains.uint16"
+    path.write_bytes(domain_N.astype("<u2").tobytes())
+    return {
+        "domains": dict(zip(domains.tolist(), count_D.tolist(), strict=True)),
+        "document_domains": path.name,
+        "document_domains_sha256": corpus.sha256(path),
+    }
+
+
 def _manifest(
     recipe: Recipe, fingerprint: dict, folder: Path, tokenizer: Tokenizer, counts: Counts, shards: list[Shard]
 ) -> dict:
@@ -217,6 +233,8 @@ def _manifest(
         "document_bytes": "valid-bytes.int64",
         "document_bytes_sha256": corpus.sha256(folder / "valid-bytes.int64"),
     }
+    if recipe.domain_key:
+        splits["valid"] |= _write_domains(folder, [name for shard in shards for name in shard.domains])
     identity = hashlib.sha256(tokenizer.model)
     for split in corpus.SPLITS:
         for entry in splits[split]["shards"]:

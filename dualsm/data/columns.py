@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from dualsm.data.domains import Labeled
 from dualsm.data.fields import SEPARATOR, names_of
 from dualsm.process.errors import UserError
 
@@ -12,8 +14,8 @@ _BATCH_ROWS = 256  # rows per batch of a .parquet file
 
 
 def read_columns(
-    path: str, text_key: str, max_bytes: int, name: str = ""
-) -> Iterator[tuple[list[bytes | None], int]]:
+    path: str, text_key: str, max_bytes: int, name: str = "", domain_key: str = ""
+) -> Iterator[tuple[list[bytes | Labeled | None], int]]:
     """Yields batches of texts, and the bytes of the file that each batch represents.
 
     Texts are UTF-8; null values are b"", and texts longer than `max_bytes` are None.
@@ -25,6 +27,7 @@ def read_columns(
         column of structs `a`, unless a column is named `a.b`.
       max_bytes: maximum size of a text.
       name: path for messages, if `path` is a temporary copy.
+      domain_key: name of the column with the domain, which is yielded with the text; "": only the text.
 
     Raises:
       UserError: if pyarrow is not installed, or if the file is damaged or has no such text column.
@@ -37,10 +40,11 @@ def read_columns(
     batches = _parquet_batches if path.lower().endswith(".parquet") else _arrow_batches
     size = remaining = Path(path).stat().st_size
     try:
-        for columns, fraction in batches(path, text_key, name):
+        for columns, domains, fraction in batches(path, text_key, name, domain_key):
             consumed = min(remaining, round(size * fraction))
             remaining -= consumed
-            yield _texts([_as_bytes(column, values) for column, values in columns], max_bytes), consumed
+            texts = _texts([_as_bytes(column, values) for column, values in columns], max_bytes)
+            yield _label(texts, domain_key, domains) if domains is not None else texts, consumed
     except pyarrow.ArrowException as error:
         raise UserError(f"cannot read {name}: {error}") from error
     except _NotText as error:
@@ -78,6 +82,17 @@ def _texts(columns: list, max_bytes: int) -> list[bytes | None]:
     return texts
 
 
+def _label(texts: list[bytes | None], name: str, domains) -> list[bytes | Labeled | None]:
+    """Adds the domain of each row to its text."""
+    import pyarrow
+
+    try:
+        values = domains.cast(pyarrow.string()).to_pylist()
+    except pyarrow.ArrowNotImplementedError as error:
+        raise UserError(f"--domain_key={name}: the column is not text ({error}); choose another") from error
+    return [None if text is None else Labeled(text, value) for text, value in zip(texts, values, strict=True)]
+
+
 def _value(value, max_bytes: int) -> bytes | None:
     """Converts an Arrow value to bytes, without copying values that are too long."""
     if not value.is_valid:
@@ -85,52 +100,75 @@ def _value(value, max_bytes: int) -> bytes | None:
     return value.as_py() if len(value.as_buffer()) <= max_bytes else None
 
 
-def _parquet_batches(path: str, text_key: str, name: str):
+def _parquet_batches(path: str, text_key: str, name: str, domain_key: str):
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        paths = _column_paths(name, text_key, file.schema_arrow)
+        select = _selection(name, text_key, domain_key, file.schema_arrow)
         rows = max(1, file.metadata.num_rows)
-        columns = list(dict.fromkeys(paths))
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-            yield [(column, _select(batch, keys)) for column, keys in paths.items()], batch.num_rows / rows
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=select.columns):
+            yield *select(batch), batch.num_rows / rows
 
 
-def _arrow_batches(path: str, text_key: str, name: str):
+def _arrow_batches(path: str, text_key: str, name: str, domain_key: str):
     import pyarrow
 
     with pyarrow.memory_map(path) as source:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         with pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source) as reader:
-            paths = _column_paths(name, text_key, reader.schema)
-
-            def select(batch):
-                return [(column, _select(batch, keys)) for column, keys in paths.items()]
-
+            select = _selection(name, text_key, domain_key, reader.schema)
             if is_file:
                 for index in range(reader.num_record_batches):
-                    yield select(reader.get_batch(index)), 1 / reader.num_record_batches
+                    yield *select(reader.get_batch(index)), 1 / reader.num_record_batches
                 return
             position = 0
             for batch in reader:
-                yield select(batch), (source.tell() - position) / source.size()
+                yield *select(batch), (source.tell() - position) / source.size()
                 position = source.tell()
 
 
-def _column_paths(path: str, text_key: str, schema) -> dict[str, list[str]]:
-    """Returns the columns that a text key names, each with the keys that lead to it through structs."""
+class _Selection(NamedTuple):
+    """Selects the columns of the text and of the domain from a batch.
+
+    Attributes:
+      paths: name of each text column, and the keys that lead to it through structs.
+      domain: the keys that lead to the domain column; None without one.
+    """
+
+    paths: dict[str, list[str]]
+    domain: list[str] | None
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns to read."""
+        return list(dict.fromkeys([*self.paths, *([".".join(self.domain)] if self.domain else [])]))
+
+    def __call__(self, batch) -> tuple[list, Any]:
+        """Returns the text columns with their names, and the domain column or None."""
+        texts = [(column, _select(batch, keys)) for column, keys in self.paths.items()]
+        return texts, _select(batch, self.domain) if self.domain else None
+
+
+def _selection(path: str, text_key: str, domain_key: str, schema) -> _Selection:
+    texts = _column_paths(path, names_of(text_key, schema.names), schema, "--text_key")
+    domains = _column_paths(path, [domain_key] if domain_key else [], schema, "--domain_key")
+    return _Selection(texts, domains.get(domain_key))
+
+
+def _column_paths(path: str, names: Sequence[str], schema, flag: str) -> dict[str, list[str]]:
+    """Returns each name with the keys that lead to the column through structs."""
     import pyarrow
 
     paths = {}
-    for name in names_of(text_key, schema.names):
+    for name in names:
         keys = [name] if name in schema.names else name.split(".")
         fields = list(schema)
         for key in keys:
             field = next((field for field in fields if field.name == key), None)
             if field is None:
-                names = ", ".join(_field_names(schema))
-                raise UserError(f"{path} has no column {name!r}; set --text_key to one of {names}")
+                existing = ", ".join(_field_names(schema))
+                raise UserError(f"{path} has no column {name!r}; set {flag} to one of {existing}")
             fields = list(field.type.fields) if pyarrow.types.is_struct(field.type) else []
         paths[name] = keys
     return paths

@@ -29,7 +29,7 @@ _THREADS = 8  # for hashes, and to hide the latency of a bucket
 
 def _array_keys(split: dict) -> list[str]:
     """Returns the manifest keys of the files with one number per document."""
-    return ["lengths", *(["document_bytes"] if "document_bytes" in split else [])]
+    return ["lengths", *(key for key in ("document_bytes", "document_domains") if key in split)]
 
 
 def _size(path: epath.Path) -> int | None:
@@ -108,6 +108,8 @@ class Corpus:
                         f"{self.folder / MANIFEST} refers to {name!r}, which is outside the corpus folder; "
                         "copy it again"
                     )
+            for count in split.get("domains", {}).values():
+                _positive(count), _text(split["document_domains"])
             for shard in split["shards"]:
                 _text(shard["sha256"]), _positive(shard["documents"])
         shards = [shard for name in SPLITS for shard in self.manifest["splits"][name]["shards"]]

@@ -7,6 +7,7 @@ import io
 import itertools
 from collections.abc import Iterator
 
+from dualsm.data.domains import Labeled
 from dualsm.data.faults import Fault
 from dualsm.data.fields import join, names_of
 from dualsm.data.text import without_bom
@@ -19,8 +20,13 @@ _UNCLOSED = "the file ends inside a quoted value"
 
 
 def read_rows(
-    stream: io.BufferedIOBase, path: str, delimiter: str, text_key: str, max_bytes: int
-) -> Iterator[bytes | None | Fault]:
+    stream: io.BufferedIOBase,
+    path: str,
+    delimiter: str,
+    text_key: str,
+    max_bytes: int,
+    domain_key: str = "",
+) -> Iterator[bytes | Labeled | None | Fault]:
     """Yields the text of each row after the header, in the encoding of the file.
 
     A malformed row is one fault per line, because an unpaired quote joins the lines of many rows. Rows and
@@ -32,6 +38,7 @@ def read_rows(
       delimiter: character between columns.
       text_key: names of columns, separated by commas.
       max_bytes: maximum size of a text.
+      domain_key: name of the column with the domain, which is yielded with the text; "": only the text.
 
     Raises:
       UserError: if the header lacks a column.
@@ -46,6 +53,7 @@ def read_rows(
                 raise UserError(f"{path}: the header is malformed ({row or 'too long'}); check the file")
             header = row
             indices = [_index(path, header, name) for name in names_of(text_key, header)]
+            domain_index = _index(path, header, domain_key, "--domain_key") if domain_key else None
         elif row is None:
             yield None
         elif isinstance(row, Fault):
@@ -55,12 +63,15 @@ def read_rows(
             yield from itertools.repeat(fault, num_lines)
         else:
             text = join(row[index] for index in indices).encode("utf-8", "surrogateescape")
-            yield text if len(text) <= max_bytes else None
+            if len(text) > max_bytes:
+                yield None
+            else:
+                yield text if domain_index is None else Labeled(text, row[domain_index])
 
 
-def _index(path: str, header: list[str], name: str) -> int:
+def _index(path: str, header: list[str], name: str, flag: str = "--text_key") -> int:
     if name not in header:
-        raise UserError(f"{path} has no column {name!r}; set --text_key to one of {', '.join(header)}")
+        raise UserError(f"{path} has no column {name!r}; set {flag} to one of {', '.join(header)}")
     return header.index(name)
 
 

@@ -39,6 +39,8 @@ class Documents:
       bytes: bytes of text of the split.
       bytes_N: bytes of text of each document, int64; None for the training split and for corpora of earlier
         versions.
+      domains: names of the domains; empty if they are not recorded.
+      domain_N: index of each document's domain, uint16; None if the domains are not recorded.
     """
 
     def __init__(
@@ -57,7 +59,8 @@ class Documents:
         """
         self.tokens: int = split["tokens"]
         self.bytes: int = split["bytes"]
-        self.bytes_N = None
+        self.bytes_N = self.domain_N = None
+        self.domains: list[str] = list(split.get("domains", {}))
         self._dtype, self._remote, self._check = dtype, is_remote(folder), check
         self._shards = [folder / shard["file"] for shard in split["shards"]]
         if not self._remote:
@@ -67,6 +70,8 @@ class Documents:
             self.lengths_N = np.frombuffer((folder / split["lengths"]).read_bytes(), "<i4")
             if "document_bytes" in split:
                 self.bytes_N = np.frombuffer((folder / split["document_bytes"]).read_bytes(), "<i8")
+            if self.domains:
+                self.domain_N = np.frombuffer((folder / split["document_domains"]).read_bytes(), "<u2")
             records = len(self._source)
         except (RuntimeError, ValueError, OSError) as error:
             if _is_unreachable(self._shards[0]):
@@ -89,6 +94,13 @@ class Documents:
             raise UserError(
                 f"corpus {folder}: {split['document_bytes']} does not match the shards; prepare it again"
             )
+        if self.domain_N is not None:
+            counts = np.bincount(self.domain_N, minlength=len(self.domains)).tolist()
+            if len(self.domain_N) != len(self) or counts != list(split["domains"].values()):
+                raise UserError(
+                    f"corpus {folder}: {split['document_domains']} does not match the manifest; prepare it "
+                    "again"
+                )
 
     def __len__(self) -> int:
         return len(self.lengths_N)

@@ -39,7 +39,7 @@ def json_text(value: Any, text_key: str) -> str:
     parts = []
     for name in names:
         try:
-            part = _field(value, name)
+            part = field_of(value, name)
         except KeyError:
             continue
         if not isinstance(part, str) and not (part is None and len(names) > 1):
@@ -50,12 +50,13 @@ def json_text(value: Any, text_key: str) -> str:
     return parts[0] if len(names) == 1 else join(parts)
 
 
-def _field(value: dict, name: str) -> Any:
+def field_of(value: dict, name: str) -> Any:
+    """Returns a field of a JSON object; `a.b` as in `json_text`. Raises `KeyError` if it does not exist."""
     if name in value:
         return value[name]
     head, _, tail = name.partition(".")
     if tail and isinstance(value.get(head), dict):
-        return _field(value[head], tail)
+        return field_of(value[head], tail)
     raise KeyError(name)
 
 

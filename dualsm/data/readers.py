@@ -16,6 +16,7 @@ import numpy as np
 from dualsm.data import inputs, streams
 from dualsm.data.columns import read_columns
 from dualsm.data.delimited import DELIMITERS, read_rows
+from dualsm.data.domains import FILE_DOMAIN, Labeled, domain_name, file_domain, json_domain
 from dualsm.data.faults import Fault
 from dualsm.data.fields import json_text
 from dualsm.data.megatron import read_documents
@@ -24,6 +25,8 @@ from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import BucketError, UserError
 from dualsm.process.urls import file_name, local_input
+
+Item = bytes | Labeled | None | Fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +38,15 @@ class Block:
       form: "jsonl" (each item is a line of JSON), "json" (each item is a JSON object), "text" (each item is a
         document) or "ids" (each item is a document as int64 token ids).
       first: number of the first item in its file, counted from 1 (lines of .jsonl, rows of .parquet).
-      items: the undecoded documents; None for documents longer than allowed, and the fault of documents that
-        cannot be used.
+      items: the undecoded documents, with their domains if they are read from columns; None for documents
+        longer than allowed, and the fault of documents that cannot be used.
       consumed: bytes of the file that the block represents, for progress bars.
     """
 
     path: str
     form: str
     first: int
-    items: list[bytes | None | Fault]
+    items: list[Item]
     consumed: int
 
     def location(self, index: int) -> str:
@@ -58,6 +61,7 @@ def read_blocks(
     divide: bool = False,
     file_format: str = "auto",
     split: str = "auto",
+    domain_key: str = "",
 ) -> Iterator[Block]:
     """Yields the blocks of a file, in bounded memory.
 
@@ -69,16 +73,18 @@ def read_blocks(
         one document.
       file_format: one of `inputs.FORMATS`; "auto": the suffix determines the format.
       split: one of `streams.SPLITS`, the documents of a text file.
+      domain_key: column of the domain in a .csv, .tsv, .parquet or .arrow file.
 
     Raises:
       UserError: if the file cannot be read, its compression is damaged or it is not UTF-8.
       BucketError: if the server of a URL does not answer.
     """
+    column = "" if domain_key == FILE_DOMAIN else domain_key
     try:
         kind = inputs.format_of(path, file_format)
         if kind == "columns":
             with local_input(path) as copy:
-                yield from _column_blocks(copy, path, text_key, max_bytes)
+                yield from _column_blocks(copy, path, text_key, max_bytes, column)
         elif kind == "ids":
             with local_input(path, f"{file_name(path).removesuffix('.bin')}.idx") as copy:
                 yield from _id_blocks(copy, path, max_bytes)
@@ -86,14 +92,14 @@ def read_blocks(
             if split == "auto":
                 divide |= inputs.file_suffix(path) in inputs.BABYLM_SUFFIXES
                 split = "paragraphs" if divide else "file"
-            yield from _text_blocks(path, kind, split, text_key, max_bytes)
+            yield from _text_blocks(path, kind, split, text_key, max_bytes, column)
     except BucketError:
         raise
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def parse(item: bytes | None | Fault, form: str, text_key: str, tokenizer: str = "") -> str:
+def parse(item: Item, form: str, text_key: str, tokenizer: str = "") -> str:
     """Returns the text of an undecoded document.
 
     Args:
@@ -105,6 +111,8 @@ def parse(item: bytes | None | Fault, form: str, text_key: str, tokenizer: str =
       Fault: if the document has no usable text.
       UserError: for token ids without a tokenizer.
     """
+    if isinstance(item, Labeled):
+        item = item.text
     if item is None:
         raise Fault("too_long")
     if isinstance(item, Fault):
@@ -127,6 +135,28 @@ def parse(item: bytes | None | Fault, form: str, text_key: str, tokenizer: str =
     return text
 
 
+def parse_domain(block: Block, index: int, domain_key: str) -> str:
+    """Returns the domain of a usable document of a block.
+
+    Args:
+      block: the block, which was read with `domain_key`.
+      index: index of the document in the block.
+      domain_key: name of the field or column, or `FILE_DOMAIN`.
+
+    Raises:
+      UserError: if the value cannot be a domain.
+    """
+    item = block.items[index]
+    try:
+        if domain_key == FILE_DOMAIN:
+            return file_domain(block.path)
+        if isinstance(item, Labeled):
+            return domain_name(item.domain)
+        return json_domain(item, domain_key)
+    except ValueError as error:
+        raise UserError(f"{block.location(index)}: --domain_key={domain_key} {error}") from error
+
+
 def _json_field(item: bytes, text_key: str) -> str:
     """Returns the text of a JSON object, with invalid UTF-8 as lone surrogates."""
     try:
@@ -137,12 +167,15 @@ def _json_field(item: bytes, text_key: str) -> str:
     return json_text(value, text_key)
 
 
-def _text_blocks(path: str, kind: str, split: str, text_key: str, max_bytes: int) -> Iterator[Block]:
+def _text_blocks(
+    path: str, kind: str, split: str, text_key: str, max_bytes: int, domain_key: str
+) -> Iterator[Block]:
     """Yields the blocks of a text, JSON or CSV file; `consumed` counts compressed bytes."""
     with streams.open_text(path) as (raw, stream, head):
-        items: Iterator[bytes | None | Fault]
+        items: Iterator[Item]
         if kind in DELIMITERS:
-            form, items = "text", read_rows(stream, path, DELIMITERS[kind], text_key, max_bytes)
+            rows = read_rows(stream, path, DELIMITERS[kind], text_key, max_bytes, domain_key)
+            form, items = "text", rows
         elif kind == "text":
             form, items = "text", streams.SPLITS[split](stream, max_bytes)
         elif streams.holds_objects(head):
@@ -150,12 +183,13 @@ def _text_blocks(path: str, kind: str, split: str, text_key: str, max_bytes: int
         else:
             form, items = "jsonl", streams.lines(stream, max_bytes)
         count, position = 0, 0
-        buffered: list[bytes | None | Fault] = []
+        buffered: list[Item] = []
         size = 0
         for item in items:
             count += 1
             buffered.append(item)
-            size += (len(item) if isinstance(item, bytes) else 0) + 64
+            text = item.text if isinstance(item, Labeled) else item
+            size += (len(text) if isinstance(text, bytes) else 0) + 64
             if size >= streams.BLOCK_BYTES:
                 consumed, position = raw.tell() - position, raw.tell()
                 yield Block(path, form, count - len(buffered) + 1, buffered, consumed)
@@ -163,9 +197,9 @@ def _text_blocks(path: str, kind: str, split: str, text_key: str, max_bytes: int
         yield Block(path, form, count - len(buffered) + 1, buffered, raw.tell() - position)
 
 
-def _column_blocks(copy: str, path: str, text_key: str, max_bytes: int) -> Iterator[Block]:
+def _column_blocks(copy: str, path: str, text_key: str, max_bytes: int, domain_key: str) -> Iterator[Block]:
     first = 1
-    for items, consumed in read_columns(copy, text_key, max_bytes, path):
+    for items, consumed in read_columns(copy, text_key, max_bytes, path, domain_key):
         yield Block(path, "text", first, items, consumed)
         first += len(items)
 

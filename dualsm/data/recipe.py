@@ -33,6 +33,8 @@ class Recipe:
       near_similarity: minimum Jaccard similarity of near duplicates.
       near_words: words of the n-grams that near duplicates share.
       split: documents of a text file, one of `streams.SPLITS` or "auto".
+      domain_key: field or column with the domain of each held-out document, or `FILE_DOMAIN`; "": not
+        recorded.
     """
 
     input: str
@@ -51,6 +53,7 @@ class Recipe:
     near_words: int = 5
     decontaminate: str = ""
     decontaminate_words: int = 13
+    domain_key: str = ""
 
     def check(self) -> None:
         """Raises `UserError` for values out of range."""

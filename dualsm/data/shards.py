@@ -13,7 +13,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from dualsm.data import corpus, round_trip
-from dualsm.data.bucket_files import read_bucket
+from dualsm.data.bucket_files import read_records
 from dualsm.data.documents import RECORD_TOKENS, token_dtype
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
@@ -31,6 +31,7 @@ class Shard:
       splits: manifest entry of the file of each split.
       lengths: tokens of each document, by split.
       bytes: bytes of text of each document, by split.
+      domains: domain of each held-out document; empty names if they are not recorded.
       duplicates: number of dropped documents, without near duplicates.
       round_trip: counts of `round_trip.verify` over both splits.
     """
@@ -38,6 +39,7 @@ class Shard:
     splits: dict[str, dict]
     lengths: dict[str, np.ndarray]
     bytes: dict[str, np.ndarray]
+    domains: list[str]
     duplicates: int
     round_trip: collections.Counter
 
@@ -65,10 +67,11 @@ def write_shards(pool, folder: Path, buckets: int, total_bytes: int, quiet: bool
 def _write_shard(folder: Path, buckets: int, bucket: int) -> Shard:
     """Sorts, deduplicates, encodes and writes one bucket. Runs in a worker process."""
     tokenizer = load_tokenizer(str(folder / corpus.TOKENIZER))
-    documents, duplicates = read_bucket(folder / "buckets", bucket)
-    shard = Shard({}, {}, {}, duplicates, collections.Counter())
+    records, duplicates = read_records(folder / "buckets", bucket)
+    domains = [record.domain for record in records if record.held_out]
+    shard = Shard({}, {}, {}, domains, duplicates, collections.Counter())
     for split in corpus.SPLITS:
-        texts = [text for held_out, text in documents if held_out == (split == "valid")]
+        texts = [record.text for record in records if record.held_out == (split == "valid")]
         if not texts:
             continue
         path = folder / f"{split}-{bucket:05d}-of-{buckets:05d}.array_record"
