@@ -24,7 +24,7 @@ from absl import flags
 
 from dualsm.config import freeze
 from dualsm.evaluation.acceptance import SAMPLINGS
-from dualsm.evaluation.evaluate_run import open_held_out
+from dualsm.evaluation.held_out import open_held_out
 from dualsm.generation import drafting
 from dualsm.generation.autoregressive import DecodeState, decode, forward_with_cache, prefill
 from dualsm.generation.generate import Throughput, generate

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from dualsm.devices.sharding import batch_devices, shard_batch
-from dualsm.evaluation.evaluate_run import open_held_out
+from dualsm.evaluation.held_out import open_held_out
 from dualsm.evaluation.scoring import scoring_batch_size
 from dualsm.model import transformer
 from dualsm.objectives import mixture

@@ -43,6 +43,12 @@ _VALID_SAMPLES = flags.DEFINE_integer(
 _DRAFT = flags.DEFINE_integer(
     "draft", 8, "held-out text: tokens per draft, to measure acceptance; 0: skip", lower_bound=0
 )
+_INFILL_WORDS = flags.DEFINE_integer(
+    "infill_words",
+    EvalSpec.infill_words,
+    "held-out text, modes masked and monte_carlo: number of words to fill in; 0: skip",
+    lower_bound=0,
+)
 _LIMIT = flags.DEFINE_integer("limit", 0, "maximum number of questions per task; 0: all", lower_bound=0)
 _BASELINES = flags.DEFINE_list(
     "baselines",
@@ -89,6 +95,7 @@ def _spec() -> EvalSpec:
     spec = EvalSpec(
         tasks, modes, _TASK_DATA.value, _LIMIT.value, tuple(map(int, _MASKS.value)), _SAMPLES.value,
         _VALID_SAMPLES.value, _DATA.value, list(dict.fromkeys(_BASELINES.value)), _DRAFT.value,
+        _INFILL_WORDS.value,
     )  # fmt: skip
     spec.check()
     return spec

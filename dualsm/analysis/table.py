@@ -107,12 +107,13 @@ def read_table(path: epath.PathLike) -> DataFrame:
 
 def measures(table: DataFrame) -> list[str]:
     """Returns the columns that can serve as a score, in the order of the table."""
-    return [name for name in table.dropna(axis=1, how="all") if "/" in name and not name.endswith("/step")]
+    others = ("/step", "/stderr")
+    return [name for name in table.dropna(axis=1, how="all") if "/" in name and not name.endswith(others)]
 
 
 def lower_is_better(metric: str) -> bool:
-    """Returns True for the column of a loss, and False for that of a task score or of an acceptance."""
-    return not metric.startswith(("task/", "acceptance/"))
+    """Returns True for the column of a loss, and False for that of a score, an acceptance or an accuracy."""
+    return not metric.startswith(("task/", "acceptance/", "infilling/accuracy"))
 
 
 def usable(table: DataFrame, metric: str) -> DataFrame:

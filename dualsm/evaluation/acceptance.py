@@ -14,6 +14,7 @@ from ml_collections import FrozenConfigDict
 from dualsm.config import freeze
 from dualsm.data.documents import Documents
 from dualsm.data.tokenizer import SpecialIds
+from dualsm.evaluation.segments import read_segments
 from dualsm.generation import drafting, prompt_batches
 from dualsm.generation.autoregressive import Cache, prefill
 from dualsm.generation.sampling_params import SamplingParams
@@ -86,7 +87,7 @@ def evaluate_acceptance(run: TrainedRun, sources: Sequence[Documents], draft: in
     """
     start, special = time.perf_counter(), run.tokenizer.special
     rng = np.random.default_rng(_SEED)
-    texts = _segments(sources, run.config.seq_len)
+    texts = [segment.tokens for segment in read_segments(sources, run.config.seq_len, _SEGMENTS)]
     config, parts = freeze(run.config.model), []
     rows = max(1, _MAX_POSITIONS // (draft + 1))
     for part in prompt_batches.batch_slices(len(texts), run.config.seq_len + draft, rows):
@@ -132,20 +133,3 @@ def _summary(accepted_NxP: np.ndarray) -> dict:
         "tokens_per_forward": float(accepted_N.mean() + 1) / 2,
         "by_position": accepted_NxP.mean(0).tolist(),
     }
-
-
-def _segments(sources: Sequence[Documents], seq_len: int) -> list[np.ndarray]:
-    """Returns segments of at most `seq_len` tokens, and at least two, spread evenly over the documents."""
-    # A last segment of a single token is left out.
-    counts = [(documents.lengths_N + seq_len - 2) // seq_len for documents in sources]
-    total, first, segments = sum(int(count_N.sum()) for count_N in counts), 0, []
-    index_S = np.arange(min(_SEGMENTS, total)) * total // min(_SEGMENTS, total)
-    for documents, count_N in zip(sources, counts, strict=True):
-        end_N = first + np.cumsum(count_N)
-        own_S = index_S[(index_S >= first) & (index_S < end_N[-1])]
-        first = int(end_N[-1])
-        document_S = np.searchsorted(end_N, own_S, side="right")
-        start_S = (own_S - (end_N - count_N)[document_S]) * seq_len
-        stop_S = np.minimum(start_S + seq_len, documents.lengths_N[document_S])
-        segments += documents.read(document_S, start_S, stop_S)
-    return segments

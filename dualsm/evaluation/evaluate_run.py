@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
-import jax
-
 from dualsm.config import freeze
-from dualsm.data.corpus import Corpus
-from dualsm.devices.sharding import batch_devices
 from dualsm.evaluation.acceptance import evaluate_acceptance
 from dualsm.evaluation.baselines import ScoreItems, open_baselines
 from dualsm.evaluation.evaluate_task import evaluate_task
+from dualsm.evaluation.held_out import evaluate_held_out, open_held_out
+from dualsm.evaluation.infilling import evaluate_infilling
 from dualsm.evaluation.modes import ScoringParams
-from dualsm.evaluation.scoring import Scorer, scoring_batch_size
+from dualsm.evaluation.scoring import Scorer
 from dualsm.evaluation.spec import HELD_OUT, EvalSpec
 from dualsm.evaluation.task_formats import Question
 from dualsm.evaluation.tasks import load_task
 from dualsm.generation.generate import check_mode, is_shifted
-from dualsm.objectives.sources import Source
-from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
-from dualsm.training.run_corpora import RunCorpus, check_tokenizer, open_corpora
-from dualsm.training.valid_rows import rows_by_source
-from dualsm.training.validation import SourceValidation, Validation
+from dualsm.training.run_corpora import RunCorpus
 
 
 def load_tasks(spec: EvalSpec) -> dict[str, list[Question]]:
@@ -42,8 +34,9 @@ def evaluate_run(run: TrainedRun, spec: EvalSpec, tasks: Mapping[str, Sequence[Q
       tasks: questions of each task, from `load_tasks`.
 
     Returns:
-      An iterator over the results so far, one dict that grows: after each task and mode, after each objective
-      on held-out text, and after the acceptance of drafts. `docs/evaluation.md` describes its keys.
+      An iterator over the results so far, one dict that grows: after each task and mode, after the acceptance
+      of drafts, after the infilling of words, and after each objective on held-out text.
+      `docs/evaluation.md` describes its keys.
 
     Raises:
       UserError: if the run cannot be used in one of the modes, or its held-out text cannot be read.
@@ -75,97 +68,18 @@ def _evaluate(
                 name, questions, scorer, scoring, spec.limit, baselines
             )
             yield results
-    if corpora and spec.draft and is_shifted(run):  # before the losses, by which a sweep knows the end
+    if corpora and is_shifted(run):  # before the losses, by which a sweep knows the end
         documents = [corpus.documents("valid") for _, corpus in corpora]
-        results["acceptance"] = evaluate_acceptance(run, documents, spec.draft)
-        results["acceptance"]["settings"]["data"] = [str(corpus.folder) for _, corpus in corpora]
-        yield results
+        for name, evaluate, size in (
+            ("acceptance", evaluate_acceptance, spec.draft),
+            ("infilling", evaluate_infilling, spec.infill_words if spec.fills_in() else 0),
+        ):
+            if size:
+                results[name] = evaluate(run, documents, size)
+                results[name]["settings"]["data"] = [str(corpus.folder) for _, corpus in corpora]
+                yield results
     if corpora:
         results["held_out"] = {}
         for name, result in evaluate_held_out(run, corpora, spec.objectives(), spec.valid_samples):
             results["held_out"][name] = result
             yield results
-
-
-def open_held_out(run: TrainedRun, path: str = "") -> list[RunCorpus]:
-    """Opens and verifies the corpora whose held-out documents are scored.
-
-    Args:
-      run: the run.
-      path: path of a corpus; empty for the corpora that the run was trained on.
-
-    Raises:
-      UserError: if a corpus is damaged, has no held-out documents, or was made with another tokenizer.
-    """
-    corpora = [RunCorpus(Source("", path, 1), Corpus(path))] if path else open_corpora(run.config)
-    check_tokenizer(corpora, run.tokenizer)
-    for _, corpus in corpora:
-        corpus.verify("valid")
-        corpus.documents("valid")  # reads the document lengths, and fails if there are none
-    return corpora
-
-
-def evaluate_held_out(
-    run: TrainedRun, corpora: Sequence[RunCorpus], objectives: Sequence[str], samples: int
-) -> Iterator[tuple[str, dict]]:
-    """Scores held-out text under several objectives.
-
-    Args:
-      run: the run.
-      corpora: from `open_held_out`.
-      objectives: names of the objectives.
-      samples: draws of the corruption per packed sequence.
-
-    Yields:
-      The name of each objective and its entry in the results file, over all corpora. If the run has sources,
-      "<source>/<objective>" and the entry of each source follow.
-
-    Raises:
-      UserError: if a loss is not finite or too large for its perplexity to be represented.
-    """
-    seq_len, special = run.config.seq_len, run.tokenizer.special
-    rows = rows_by_source(corpora, seq_len, 0)
-    validation = SourceValidation(
-        {
-            name: Validation(
-                run.config, objectives, special, part, run.mesh, samples,
-                batch_size=_batch_size(run, len(part[0]) * samples),
-            )
-            for name, part in rows.items()
-        }
-    )  # fmt: skip
-    folders = {source.name: str(corpus.folder) for source, corpus in corpora}
-    for name in objectives:
-        start = time.perf_counter()
-        with jax.set_mesh(run.mesh):
-            scores = validation(run.params, [name])
-        seconds = time.perf_counter() - start
-        parts = {name: list(rows)} | {f"{source}/{name}": [source] for source in rows if source}
-        for key, sources in parts.items():
-            loss = scores[f"valid/{key}/loss"]
-            if not loss < 700:  # exp(loss) overflows above
-                raise UserError(
-                    f"the held-out loss of {key} is {loss} nats per token, because training diverged; "
-                    "use an earlier checkpoint"
-                )
-            result = {
-                "nats_per_token": loss,
-                "perplexity": math.exp(loss),
-                "bits_per_byte": scores[f"valid/{key}/bits_per_byte"],
-                "bytes_of": "documents" if all(rows[source].exact for source in sources) else "tokens",
-                "n": sum(len(rows[source][0]) for source in sources),
-                "samples": samples,
-                "seconds": seconds,
-                "settings": {
-                    "data": ", ".join(folders[source] for source in sources),
-                    "seq_len": seq_len,
-                    "samples": samples,
-                },
-            }
-            yield key, result
-
-
-def _batch_size(run: TrainedRun, rows: int) -> int:
-    """Returns the batch size for scoring a number of rows, a multiple of the number of devices."""
-    num_devices = batch_devices(run.mesh)
-    return min(scoring_batch_size(run.mesh, run.config.seq_len), -(-rows // num_devices) * num_devices)

@@ -20,21 +20,36 @@ def results_table(results: Mapping, modes: Sequence[str]) -> str:
             "bits per byte of the correct answer ± standard error\n" + _answer_table(results["tasks"], modes)
         )
     if held_out := results.get("held_out"):
-        rows = [
-            [
-                name,
-                f"{r['nats_per_token']:.4f}",
-                f"{r['perplexity']:.2f}",
-                f"{r['bits_per_byte']:.4f}",
-                r["samples"],
-            ]
-            for name, r in held_out.items()
-        ]
-        header = ["held-out text", "nats per token", "perplexity", "bits per byte", "draws"]
-        parts.append(table(header, rows))
+        parts.append(_held_out_table(held_out))
     if acceptance := results.get("acceptance"):
         parts.append(_acceptance_table(acceptance))
+    if infilling := results.get("infilling"):
+        parts.append(_infilling_table(infilling))
     return "\n\n".join(parts)
+
+
+def _held_out_table(held_out: Mapping) -> str:
+    rows = []
+    for name, result in held_out.items():
+        rows.append([name, *_loss_cells(result), result["samples"]])
+        for domain, part in result.get("domains", {}).items():
+            rows.append([f"  {domain}", *_loss_cells(part), ""])
+    header = ["held-out text", "nats per token", "perplexity", "bits per byte", "documents", "draws"]
+    return table(header, rows)
+
+
+def _loss_cells(result: Mapping) -> list:
+    """Returns the cells of a loss; its standard error is over documents."""
+    return [
+        _format_loss(result["nats_per_token"], result["stderr"]),
+        f"{result['perplexity']:.2f}",
+        _format_loss(result["bits_per_byte"], result["bits_per_byte_stderr"]),
+        result["documents"],
+    ]
+
+
+def _format_loss(loss: float, stderr: float | None) -> str:
+    return f"{loss:.4f}" if stderr is None else f"{loss:.4f} ± {stderr:.4f}"
 
 
 def _acceptance_table(acceptance: Mapping) -> str:
@@ -49,6 +64,15 @@ def _acceptance_table(acceptance: Mapping) -> str:
     ]
     header = [f"drafts of {acceptance['draft']} tokens", "accepted per draft", "tokens per forward pass"]
     return table(header, rows)
+
+
+def _infilling_table(infilling: Mapping) -> str:
+    cells = ["", "", infilling["n"]]
+    if infilling["n"]:
+        accuracy = {"score": infilling["accuracy"], "stderr": infilling["stderr"]}
+        bits = _format_estimate(infilling["bits_per_byte"], infilling["bits_per_byte_stderr"])
+        cells[:2] = _format_accuracy(accuracy), bits
+    return table(["infilling", "exact, percent", "bits per byte", "n"], [["single words", *cells]])
 
 
 def _format_stderr(stderr: float | None) -> str:
@@ -108,6 +132,11 @@ def results_warnings(results: Mapping) -> list[str]:
             warnings.append(
                 f"{name}: {count} questions were skipped because an answer is empty or longer than {limit}"
             )
+    if results.get("infilling", {}).get("n") == 0:
+        warnings.append(
+            "infilling was not measured: no word of the held-out text consists of whole tokens, or the "
+            "tokenizer does not reproduce the text"
+        )
     if any(r["bytes_of"] == "tokens" for r in results.get("held_out", {}).values()):
         warnings.append(INEXACT_BYTES)
     return warnings

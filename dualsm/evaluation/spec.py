@@ -36,6 +36,7 @@ class EvalSpec:
       data: corpus with the held-out text; empty for the corpus that the run was trained on.
       baselines: names from `BASELINES`.
       draft: tokens per draft, to measure acceptance on held-out text; 0: not measured.
+      infill_words: words of held-out text to fill in, in a mode with masks; 0: not measured.
     """
 
     tasks: Sequence[str]
@@ -48,6 +49,7 @@ class EvalSpec:
     data: str = ""
     baselines: Sequence[str] = ()
     draft: int = 8
+    infill_words: int = 256
 
     def check(self) -> None:
         """Checks the names, and that every option that a task needs is set.
@@ -61,6 +63,8 @@ class EvalSpec:
             raise UserError(f"--modes= is empty; choose from {', '.join(MODES)}")
         if not 0 <= self.draft <= MAX_DRAFT:
             raise UserError(f"--draft={self.draft} must be in [0, {MAX_DRAFT}]; 0 skips the acceptance")
+        if self.infill_words < 0:
+            raise UserError(f"--infill_words={self.infill_words} must be at least 0; 0 skips the infilling")
         for mode in self.modes:
             if mode not in MODES:
                 raise UserError(f"--modes: unknown mode {mode!r}; choose from {', '.join(MODES)}")
@@ -81,6 +85,10 @@ class EvalSpec:
     def objectives(self) -> list[str]:
         """Returns the objectives that score held-out text in these modes, without duplicates."""
         return list(dict.fromkeys(OBJECTIVES[mode] for mode in self.modes))
+
+    def fills_in(self) -> bool:
+        """Returns True if one of the modes predicts masked tokens."""
+        return "masked_diffusion" in self.objectives()
 
     def is_complete(self, results: Mapping) -> bool:
         """Returns True if `results` contains every task in every mode with the same limit."""

@@ -40,16 +40,16 @@ def merge(old: Mapping, new: Mapping) -> dict:
     """Merges new results of a checkpoint into old ones.
 
     A new result replaces the old result of the same task and mode, or of the same objective on held-out text.
-    A new `acceptance` replaces the old one. Each result contains its own settings.
+    A new `acceptance` or `infilling` replaces the old one. Each result contains its own settings.
     """
     tasks = {name: dict(modes) for name, modes in old.get("tasks", {}).items()}
     for name, modes in new["tasks"].items():
         tasks[name] = tasks.get(name, {}) | modes
     held_out = old.get("held_out", {}) | new.get("held_out", {})
-    acceptance = new.get("acceptance", old.get("acceptance"))
+    single = {name: new.get(name, old.get(name)) for name in ("acceptance", "infilling")}
     return {
         **new,
         "tasks": tasks,
         **({"held_out": held_out} if held_out else {}),
-        **({"acceptance": acceptance} if acceptance else {}),
+        **{name: result for name, result in single.items() if result},
     }

@@ -18,13 +18,14 @@ from dualsm.process.errors import UserError
 from dualsm.process.paths import size_and_time, user_path
 from dualsm.rundir.metrics import METRICS, read_metrics
 from dualsm.rundir.workdir import CONFIG
+from dualsm.sweeps.cell_files import Record, number, read_object
+from dualsm.sweeps.evaluation_columns import evaluation_columns
 
 SWEEP, CELLS, CELL = "sweep.json", "cells", "cell.json"
 # The sweep records the first three in `cell.json`; the others follow from the state of the folder.
 STATUSES = ("done", "failed", "diverged", "running", "missing", "damaged")
 FINAL_SHARE = 1 / 20  # the final training loss is a mean over this last share of the run
 
-Record = dict[str, Any]
 # Exceptions that reading a truncated, edited or foreign file raises.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UserError)
 
@@ -39,8 +40,10 @@ def collect(folder: epath.PathLike) -> list[Record]:
     - `valid/<objective>/loss`: last held-out loss, in nats per token;
     - `best/<objective>/loss`, `best/<objective>/step`: lowest held-out loss of the run, and its step;
     - `train/<objective>/loss`: mean over the log lines of the last twentieth of the run;
-    - `held_out/<objective>/loss`: held-out loss from `dualsm.evaluate`;
+    - `held_out/<objective>/loss`, `held_out/<objective>/stderr`: held-out loss from `dualsm.evaluate`, and
+      its standard error over documents; `held_out/<objective>/<domain>/...`: the same of each domain;
     - `acceptance/greedy`, `acceptance/sampled`: accepted tokens per draft from `dualsm.evaluate`;
+    - `infilling/accuracy`, `infilling/stderr`, `infilling/bits_per_byte`: infilling of single words;
     - `task/<task>/<mode>`: score, scaled to 0 for chance and 100 for perfect;
     - `task/mean/<mode>`: mean score of a cell that has a score for every task of the sweep.
 
@@ -89,7 +92,8 @@ def cell_record(workdir: epath.Path, name: str, values: dict) -> Record:
     record = {"name": name, "status": "missing", "reason": None}
     record |= {"repetitions": None, "alpha": None, "seed": None} | values
     config_columns = functools.partial(_config_columns, keys=values.keys() - {"alpha"})
-    for read in (_outcome, config_columns, _loss_columns, _evaluation_columns):
+    evaluation = lambda workdir, _: evaluation_columns(workdir)  # noqa: E731
+    for read in (_outcome, config_columns, _loss_columns, evaluation):
         try:
             record |= read(workdir, record)
         except _DAMAGE as error:
@@ -110,7 +114,7 @@ def read_curve(workdir: epath.PathLike, metric: str, cost: str = "tokens") -> tu
     """
     try:
         records = [
-            r for r in read_metrics(workdir) if None not in (_number(r.get(metric)), _number(r.get(cost)))
+            r for r in read_metrics(workdir) if None not in (number(r.get(metric)), number(r.get(cost)))
         ]
         return [float(r[cost]) for r in records], [float(r[metric]) for r in records]
     except _DAMAGE:
@@ -126,10 +130,10 @@ def read_outcome(workdir: epath.Path) -> dict | None:
     path = workdir / CELL
     if not path.exists():
         return None
-    outcome = _read_object(path)
+    outcome = read_object(path)
     if outcome.get("status") not in STATUSES[:3]:
         raise ValueError(f"{CELL}: unknown status {outcome.get('status')!r}")
-    return outcome | {"seconds": _number(outcome.get("seconds"))}
+    return outcome | {"seconds": number(outcome.get("seconds"))}
 
 
 def _outcome(workdir: epath.Path, record: Record) -> Record:
@@ -152,7 +156,7 @@ def _config_columns(workdir: epath.Path, record: Record, keys: Iterable[str]) ->
         if record["status"] in ("done", "running"):
             raise ValueError(f"{CONFIG} is missing")
         return {}
-    config = _read_object(path)
+    config = read_object(path)
     repetitions, budget = _count(config, "repetitions"), _budget_tokens(config)
     if config.get("sources"):  # each source has its own R
         repetitions = None
@@ -210,44 +214,21 @@ def _parameters(model: str) -> int:
 
 def _loss_columns(workdir: epath.Path, record: Record) -> Record:
     records = read_metrics(workdir)
-    columns = {"step": records[-1]["step"], "flops": _number(records[-1].get("flops"))} if records else {}
+    columns = {"step": records[-1]["step"], "flops": number(records[-1].get("flops"))} if records else {}
     names = dict.fromkeys(name for record in records for name in record)
     for name in names:
         kind, _, rest = name.partition("/")
-        series = [(r["step"], r[name]) for r in records if _number(r.get(name)) is not None]
+        series = [(r["step"], r[name]) for r in records if number(r.get(name)) is not None]
         if not series or not rest.endswith("/loss"):
             continue
         if kind == "valid":
             step, best = min(series, key=lambda pair: pair[1])
             last = records[-1].get(name, series[-1][1])  # a run that ends in NaN has no final loss
-            columns |= {name: _number(last), f"best/{rest}": best}
+            columns |= {name: number(last), f"best/{rest}": best}
             columns[f"best/{rest.removesuffix('loss')}step"] = step
         elif kind == "train":
             late = [loss for step, loss in series if step > series[-1][0] * (1 - FINAL_SHARE)]
             columns[name] = sum(late) / len(late)
-    return columns
-
-
-def _evaluation_columns(workdir: epath.Path, record: Record) -> Record:
-    """Merges all files in `eval/`; results of later checkpoints take precedence."""
-    folder = workdir / "eval"  # `glob` would also interpret characters of the folder, as in "runs[1]"
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [path for path in found if path.suffix == ".json" and path.name[0] != "."]
-    results = [_read_object(path) for path in found]
-    columns = {}
-    for result in sorted(results, key=lambda result: result.get("checkpoint", 0)):
-        for task, modes in result.get("tasks", {}).items():
-            columns |= {f"task/{task}/{mode}": _number(m["normalised"]) for mode, m in modes.items()}
-            columns |= {
-                f"answer/{task}/{mode}/bits_per_byte": _number(m["answer"]["bits_per_byte"])
-                for mode, m in modes.items()
-                if "answer" in m  # absent from results of earlier versions
-            }
-        for objective, measured in result.get("held_out", {}).items():
-            columns[f"held_out/{objective}/loss"] = _number(measured["nats_per_token"])
-        for name in ("greedy", "sampled"):
-            if measured := result.get("acceptance", {}).get(name):
-                columns[f"acceptance/{name}"] = _number(measured["accepted_per_draft"])
     return columns
 
 
@@ -262,27 +243,11 @@ def _add_task_means(records: list[Record]) -> None:
                 record[f"task/mean/{mode}"] = sum(scores) / len(scores)
 
 
-def _read_object(path: epath.Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name}: not an object")
-    return content
-
-
 def _count(config: dict, key: str) -> int:
     value = config[key]
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{CONFIG}: {key}={value!r} is not a positive integer")
     return value
-
-
-def _number(value) -> float | None:
-    """Returns a finite number unchanged, and None for anything else."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if usable else None
 
 
 def _reason(error: BaseException) -> str:

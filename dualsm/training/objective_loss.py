@@ -71,6 +71,26 @@ def example_loss(
     return weighted_sum, stats.loss_denominator_B.sum(), stats
 
 
+def position_losses(model: transformer.Transformer, example: Example, chunk: int) -> jax.Array:
+    """Returns the weighted negative log-likelihood at each position of a batch, in nats, float32 [B, L].
+
+    Args:
+      model: the model.
+      example: examples; the fields have the shape [B, L].
+      chunk: positions per row whose logits are in memory together.
+    """
+    _, nll_BxL = cross_entropy(
+        model.features(example.inputs_L, example.key_start_L, example.key_end_L),
+        model.head.output.kernel[...],
+        model.output_bias(),
+        example.targets_L,
+        example.weights_L,
+        jnp.zeros_like(example.weights_L),
+        chunk,
+    )
+    return example.weights_L * nll_BxL
+
+
 def objective_loss(
     name: str,
     config: ml_collections.ConfigDict,

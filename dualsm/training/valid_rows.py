@@ -28,6 +28,8 @@ class ValidRows(NamedTuple):
       documents_VxL1: int32; index of each token's document within the row, `PAD_DOCUMENT` for padding.
       scale_VxL1: float32; factor on `token_bytes_V`. With this factor the bytes of a document's tokens sum to
         the bytes of its text. A document that is split between two rows has the same factor in both.
+      first_document_V: int64; index in the corpus of the first document of each row. The documents of a row
+        are consecutive.
       token_bytes_V: float32; bytes of text per token.
       exact: False if the corpus does not store the sizes of its documents; all factors are then 1.
     """
@@ -35,6 +37,7 @@ class ValidRows(NamedTuple):
     tokens_VxL1: np.ndarray
     documents_VxL1: np.ndarray
     scale_VxL1: np.ndarray
+    first_document_V: np.ndarray
     token_bytes_V: np.ndarray
     exact: bool
 
@@ -55,8 +58,8 @@ def valid_rows(
     row_V = np.arange(min(order.num_sequences, rows) if rows else order.num_sequences)
     tokens_VxL1, documents_VxL1 = read_sequences(documents, order, row_V, seq_len, special.pad)
     scale_VxL1 = np.ones(tokens_VxL1.shape, np.float32)
+    segments = order.segments(row_V)
     if documents.bytes_N is not None:
-        segments = order.segments(row_V)
         count = int(segments.document_S.max()) + 1  # documents are in corpus order
         token_bytes_V, scale_N = _fit_to_documents(documents, count, special.unk, token_bytes_V)
         scale_S = scale_N[segments.document_S]
@@ -65,6 +68,7 @@ def valid_rows(
         tokens_VxL1,
         documents_VxL1,
         scale_VxL1,
+        segments.document_S[np.searchsorted(segments.row_S, row_V)],
         token_bytes_V.astype(np.float32),
         documents.bytes_N is not None,
     )

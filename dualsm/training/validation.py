@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +17,35 @@ from dualsm.objectives import mixture
 from dualsm.objectives.example import Row, SpecialIds
 from dualsm.objectives.pairs import bind_members, entry, members_of
 from dualsm.objectives.registry import valid_options
-from dualsm.training.objective_loss import example_loss
+from dualsm.training.objective_loss import position_losses
 from dualsm.training.valid_rows import ValidRows, valid_batches
 
 _SEED = 20251214  # of the corruption; independent of the run's seed, so that runs are comparable
 # Maximum number of dispatched batches: enough to keep devices busy. Above 32, XLA's CPU client can deadlock,
 # because the threads that launch programs wait for a slot that only a blocked program would free.
-_MAX_IN_FLIGHT = 4
+MAX_IN_FLIGHT = 4
 
 
-def make_score_function(
-    config: ml_collections.ConfigDict,
-    names: Sequence[str],
-    special: SpecialIds,
-) -> Callable:
-    """Returns the function that scores a batch of held-out rows under one objective.
+class PositionScores(NamedTuple):
+    """Terms of the held-out loss at each position of a batch, float32 [B, L].
+
+    Attributes:
+      nats_BxL: weighted negative log-likelihood.
+      weights_BxL: loss weight.
+      denominator_BxL: contribution to the loss denominator.
+      bytes_BxL: bytes of the target, times its contribution to the loss denominator.
+    """
+
+    nats_BxL: jax.Array
+    weights_BxL: jax.Array
+    denominator_BxL: jax.Array
+    bytes_BxL: jax.Array
+
+
+def make_position_scores(
+    config: ml_collections.ConfigDict, names: Sequence[str], special: SpecialIds
+) -> Callable[..., PositionScores]:
+    """Returns the function that scores each position of a batch of held-out rows under one objective.
 
     Args:
       config: the run's config.
@@ -38,27 +53,48 @@ def make_score_function(
       special: the tokenizer's special ids.
 
     Returns:
-      A function (params, `ValidRows.token_bytes_V`, batch of `valid_batches`, index into `names`) -> sums
-      over the batch: loss in nats, loss denominator, bytes of the scored targets.
+      A function (params, `ValidRows.token_bytes_V`, batch of `valid_batches`, index into `names`) -> scores.
     """
     options = {"objectives": valid_options(config.objectives)}
     objectives = bind_members(members_of([entry(name, options) for name in names]), special)
 
-    def score(params: dict, token_bytes_V: jax.Array, batch: Sequence[jax.Array], objective: jax.Array):
+    def score(
+        params: dict, token_bytes_V: jax.Array, batch: Sequence[jax.Array], objective: jax.Array
+    ) -> PositionScores:
         tokens_BxL1, documents_BxL1, scale_BxL1, stratum_B, strata_B = batch
         size = tokens_BxL1.shape[0]
         keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(_SEED), i))(stratum_B)
         row = Row(tokens_BxL1, documents_BxL1, stratum_B, strata_B, jnp.zeros(size))
         example = mixture.make_examples(objectives, row, jnp.full(size, objective), keys_B)
         example = jax.tree.map(lambda a: constrain(a, "batch", None), example)
-        _, denominator, stats = example_loss(
-            transformer.bind(config.model, params), example, config.loss.chunk_size
-        )
+        nats_BxL = position_losses(transformer.bind(config.model, params), example, config.loss.chunk_size)
         # Under every objective, position i and its target are in the same document.
         bytes_BxL = scale_BxL1[:, :-1] * token_bytes_V[example.targets_L]
-        return stats.nll_B.sum(), denominator, (example.loss_denominator_L * bytes_BxL).sum()
+        denominator_BxL = example.loss_denominator_L
+        return PositionScores(nats_BxL, example.weights_L, denominator_BxL, denominator_BxL * bytes_BxL)
 
     return score
+
+
+def make_score_function(
+    config: ml_collections.ConfigDict, names: Sequence[str], special: SpecialIds
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """Returns the function that scores a batch of held-out rows under one objective.
+
+    Args:
+      config, names, special: see `make_position_scores`.
+
+    Returns:
+      A function with the arguments of that of `make_position_scores` -> sums over the batch: loss in nats,
+      loss denominator, bytes of the scored targets.
+    """
+    score = make_position_scores(config, names, special)
+
+    def sums(*arguments) -> tuple[jax.Array, jax.Array, jax.Array]:
+        found = score(*arguments)
+        return found.nats_BxL.sum(1).sum(), found.denominator_BxL.sum(1).sum(), found.bytes_BxL.sum()
+
+    return sums
 
 
 class Validation:
@@ -75,8 +111,6 @@ class Validation:
         special: SpecialIds,
         rows: ValidRows,
         mesh: jax.sharding.Mesh,
-        samples: int = 1,
-        batch_size: int | None = None,
     ):
         """
         Args:
@@ -85,14 +119,12 @@ class Validation:
           special: the tokenizer's special ids.
           rows: from `valid_rows`.
           mesh: device mesh; each batch is sharded over its devices.
-          samples: number of times that each row is scored, each time with a new corruption.
-          batch_size: rows per batch, over all devices; None: the rows of a gradient accumulation step.
         """
         self.names = list(names)
-        batch_size = batch_size or config.batch_size // config.gradient_accumulation_steps
+        batch_size = config.batch_size // config.gradient_accumulation_steps
         self._batches = [
             tuple(shard_batch(mesh, part) for part in batch)
-            for batch in valid_batches(rows, batch_size, special.pad, samples)
+            for batch in valid_batches(rows, batch_size, special.pad)
         ]
         self._token_bytes_V = jnp.asarray(rows.token_bytes_V)
         self._score = jax.jit(make_score_function(config, names, special), out_shardings=replicated(mesh))
@@ -118,7 +150,7 @@ class Validation:
             if stop():
                 return None
             parts.append(self._score(params, self._token_bytes_V, batch, jnp.int32(index)))
-            jax.block_until_ready(parts[-_MAX_IN_FLIGHT:][0])
+            jax.block_until_ready(parts[-MAX_IN_FLIGHT:][0])
         return np.array(jax.device_get(parts), np.float64).sum(0)
 
 

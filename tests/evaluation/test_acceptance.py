@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dualsm.config import freeze
-from dualsm.evaluation import acceptance
 from dualsm.evaluation.acceptance import accepted_prefixes, evaluate_acceptance
+from dualsm.evaluation.segments import read_segments
 from dualsm.generation.autoregressive import prefill
 from dualsm.generation.prompt_batches import pad_batch, prompt_keys
 from dualsm.generation.sampling_params import SamplingParams
@@ -88,14 +88,15 @@ def test_a_model_whose_modes_agree_accepts_all_drafts(run):
     assert result["sampled"]["by_position"][0] == 1
 
 
-def test_segments_are_spread_over_the_documents(monkeypatch):
+def test_segments_are_spread_over_the_documents():
     texts = Texts(1, 33, 2, 64, 32)
-    segments = acceptance._segments([texts], 32)
-    assert [len(segment) for segment in segments] == [32, 2, 32, 32, 32]  # not the single tokens
-    two = acceptance._segments([Texts(1, 33), Texts(2, 64, 32)], 32)
-    assert [len(segment) for segment in two] == [32, 2, 32, 32, 32]
-    monkeypatch.setattr(acceptance, "_SEGMENTS", 2)
-    assert [segment.tolist() for segment in acceptance._segments([texts], 32)] == [
+    segments = read_segments([texts], 32, 128)
+    assert [len(segment.tokens) for segment in segments] == [32, 2, 32, 32, 32]  # not the single tokens
+    assert [segment.document for segment in segments] == [1, 2, 3, 3, 4]
+    two = read_segments([Texts(1, 33), Texts(2, 64, 32)], 32, 128)
+    assert [len(segment.tokens) for segment in two] == [32, 2, 32, 32, 32]
+    assert [(segment.source, segment.document) for segment in two] == [(0, 1), (1, 0), (1, 1), (1, 1), (1, 2)]
+    assert [segment.tokens.tolist() for segment in read_segments([texts], 32, 2)] == [
         texts.texts[1][:32].tolist(),
         texts.texts[3][:32].tolist(),
     ]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dualsm.evaluation.evaluate_run import evaluate_held_out, open_held_out
+from dualsm.evaluation.held_out import evaluate_held_out, open_held_out
 from dualsm.rundir.trained_run import open_run
 from dualsm.training.loop import train
 from tests.conftest import run_command

@@ -11,7 +11,7 @@ import pytest
 
 from dualsm.data.build import Recipe, build
 from dualsm.data.tokenizer_file import load_tokenizer
-from dualsm.evaluation.evaluate_run import evaluate_held_out, open_held_out
+from dualsm.evaluation.held_out import evaluate_held_out, open_held_out
 from dualsm.exchange import reference_format
 from dualsm.exchange.import_reference import load
 from dualsm.exchange.imported_run import fit_config

@@ -106,11 +106,20 @@ def test_later_evaluations_take_precedence(sweep):
     late = {"checkpoint": STEPS + 1, "tasks": {"blimp": {"causal": {"normalised": 77.0}}}}
     (workdir / "eval" / "a.json").write_text(json.dumps(late))
     acceptance = {"draft": 8, "greedy": {"accepted_per_draft": 1.5}, "sampled": {"accepted_per_draft": 1.7}}
-    held_out = {"checkpoint": 1, "held_out": {"causal": {"nats_per_token": 2.0}}, "acceptance": acceptance}
+    books = {"nats_per_token": 1.5, "stderr": None}
+    losses = {
+        "causal": {"nats_per_token": 2.0},  # of a version without standard errors
+        "prefix": {"nats_per_token": 1.0, "stderr": 0.25, "domains": {"books": books}},
+    }
+    infilling = {"accuracy": 0.5, "stderr": 0.1, "bits_per_byte": 3.0}
+    held_out = {"checkpoint": 1, "held_out": losses, "acceptance": acceptance, "infilling": infilling}
     (workdir / "eval" / "b.json").write_text(json.dumps(held_out))
     row = cell_record(workdir, "cell", VALUES)
     assert row["task/blimp/causal"] == 77.0
-    assert row["held_out/causal/loss"] == 2.0
+    assert row["held_out/causal/loss"] == 2.0 and "held_out/causal/stderr" not in row
+    assert (row["held_out/prefix/loss"], row["held_out/prefix/stderr"]) == (1.0, 0.25)
+    assert (row["held_out/prefix/books/loss"], row["held_out/prefix/books/stderr"]) == (1.5, None)
+    assert [row[f"infilling/{name}"] for name in infilling] == [0.5, 0.1, 3.0]
     assert [row["acceptance/greedy"], row["acceptance/sampled"]] == [1.5, 1.7]
 
 

@@ -9,7 +9,7 @@ import pytest
 from dualsm.config import add_source
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
-from dualsm.evaluation.evaluate_run import evaluate_held_out, open_held_out
+from dualsm.evaluation.held_out import evaluate_held_out, open_held_out
 from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import read_metrics
 from dualsm.rundir.trained_run import open_run
