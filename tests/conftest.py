@@ -5,10 +5,15 @@ import os
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
-# Disable optimizations: most of the time of the tests is compilation, and no test measures speed.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+# Disable optimizations: most of the time of the tests is compilation, and no test measures speed. XLA rejects
+# unknown flags; newer versions do not have the second one, which makes compilation three times faster.
+FAST_COMPILATION = "--xla_backend_optimization_level=0"
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+XLA_FLAGS = f"{FAST_COMPILATION} --xla_force_host_platform_device_count="
 os.environ["XLA_FLAGS"] = XLA_FLAGS + "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).parents[1]

@@ -30,6 +30,7 @@ from dualsm.training.loop import train
 from dualsm.training.validation import Validation
 from tests.micro import micro_config
 
+_NUM_DEVICES = "--xla_force_host_platform_device_count"
 STAGES = ("starting", "training", "validating", "saving")
 _STAGE, _FIRST, _DONE = range(3)  # indices in the array that a run reports to
 _POLL = 0.001  # seconds
@@ -131,7 +132,8 @@ class Killing:
 
 def _train(config: str, workdir: str, shared, cache: str) -> None:
     """Trains in the process that is killed, and writes its progress to `shared`."""
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_NUM_DEVICES)]
+    os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_NUM_DEVICES}=1"])
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT, command_env
+from tests.conftest import FAST_COMPILATION, ROOT, command_env
 
 STOPPED = 75
 # Gloo fails if processes first connect more than 30 seconds apart. On a busy machine this happens, because
@@ -62,8 +62,7 @@ def start(
 
 def launch(count: int, devices: int, *arguments: str) -> subprocess.CompletedProcess:
     """Runs `launch/local.sh` to completion."""
-    env = command_env(devices)
-    del env["XLA_FLAGS"]  # the script sets it
+    env = command_env() | {"XLA_FLAGS": FAST_COMPILATION}  # the script adds the number of devices
     for _ in range(3):
         done = subprocess.run(
             ["bash", str(ROOT / "launch" / "local.sh"), *arguments],

@@ -7,7 +7,7 @@ from dualsm.devices import chips, sharding
 from dualsm.process import cli, memory
 from dualsm.process.errors import UserError
 from dualsm.training import cpu_devices
-from tests.conftest import XLA_FLAGS, run_command
+from tests.conftest import FAST_COMPILATION, XLA_FLAGS, run_command
 from tests.micro import micro_config
 
 
@@ -59,7 +59,7 @@ def test_vocabulary_size_is_read_from_the_corpus(small, corpus_path):
 @pytest.mark.parametrize("preset", ["", "3"])
 def test_training_uses_the_cpu_devices(preset, corpus_path, tmp_path):
     flags = ("--config.mesh.data=-1", "--config.seq_len=256", "--config.batch_size=12", "--config.steps=1")
-    env = {"XLA_FLAGS": XLA_FLAGS.split()[0], "JAX_NUM_CPU_DEVICES": preset} if preset else {"XLA_FLAGS": ""}
+    env = {"XLA_FLAGS": FAST_COMPILATION, "JAX_NUM_CPU_DEVICES": preset} if preset else {"XLA_FLAGS": ""}
     config = f"--config=tests/micro.py:{corpus_path}"
     done = run_command("dualsm.train", config, f"--workdir={tmp_path}", *flags, env=env)
     assert done.returncode == 0, done.stderr
