@@ -1,16 +1,19 @@
-"""Measures data loading and preparation: tokens per second, time to the first batch, and `prepare`.
+"""Measures data loading and preparation: tokens per second, time to the first batch, order, and `prepare`.
 
     python benchmarks/data.py --corpus=runs/corpus
 
 Batches are read from the corpus by the pipeline that training uses, with one worker thread. The baseline
 reads the same number of records without further processing, in the same rounds. `prepare` runs in one process
 with an existing tokenizer on the text of --input; its baseline is SentencePiece encoding the same documents.
+The order of --documents documents is computed in a process of its own, from simulated lengths.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -27,7 +30,8 @@ from dualsm.data import inputs, readers
 from dualsm.data.batches import BatchSource, OrderedDocuments, read_batches
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import TOKENIZER, Corpus
-from dualsm.data.documents import RECORD_TOKENS
+from dualsm.data.document_lengths import GROUP_SIZE, RECORD_TOKENS, DocumentLengths, index_lengths
+from dualsm.data.record_index import RecordIndex
 from dualsm.data.sequence_order import SequenceOrder
 from dualsm.process import cli
 from dualsm.process.progress import say, table
@@ -38,6 +42,9 @@ _ROUNDS = flags.DEFINE_integer(
     "rounds", 7, "number of rounds; results are medians over the rounds", lower_bound=1
 )
 _PREPARES = flags.DEFINE_integer("prepares", 3, "rounds of `prepare`; 0 skips it", lower_bound=0)
+_DOCUMENTS = flags.DEFINE_integer(
+    "documents", 1_000_000_000, "documents with simulated lengths; 0 skips their order", lower_bound=0
+)
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "seconds of reading per round")
 _OUTPUT = cli.DEFINE_path("output", "", "write the results to this JSON file")
 flags.mark_flags_as_required(["corpus"])
@@ -64,7 +71,7 @@ def batch_source(corpus: Corpus, batch_size: int, seq_len: int, steps: int) -> B
     """Returns the batches of a run of `steps` steps, which repeats the corpus as often as necessary."""
     documents = corpus.documents("train")
     budget = steps * batch_size * seq_len
-    order = SequenceOrder(documents.lengths_N, budget, seq_len, -(-budget // documents.tokens), seed=0)
+    order = SequenceOrder(documents.lengths, budget, seq_len, -(-budget // documents.tokens), seed=0)
     return BatchSource(
         [OrderedDocuments(documents, order)], batch_size, seq_len, pad=0, local_rows=range(batch_size)
     )
@@ -142,6 +149,51 @@ def first_batches(corpus: Corpus) -> dict:
     }
 
 
+def simulated_lengths(documents: int) -> DocumentLengths:
+    """Returns lengths that are computed when they are read: log-normal, about 600 tokens on average."""
+    base_G = np.exp(np.random.default_rng(0).normal(6, 0.9, GROUP_SIZE)).astype(np.int32) + 2
+    groups = -(-documents // GROUP_SIZE)
+
+    def read_groups(group_K: Sequence[int]) -> list[np.ndarray]:
+        return [
+            np.roll(base_G, 7919 * int(group))[: documents - int(group) * GROUP_SIZE] for group in group_K
+        ]
+
+    index_Mx3 = np.repeat(index_lengths(base_G), groups, axis=0)
+    index_Mx3[-1] = index_lengths(read_groups([groups - 1])[0])
+    return DocumentLengths(documents, index_Mx3, read_groups)
+
+
+def ordering(documents: int) -> dict:
+    """Returns memory and seconds of the order of two passes; runs in a process of its own."""
+    rows, seq_len = SHAPES[0]
+    lengths = simulated_lengths(documents)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def locate(order: SequenceOrder, records: RecordIndex, first: int) -> None:
+        records.first(order.segments(first + np.arange(rows)).document_S)
+
+    def begin(sequence: int) -> tuple[SequenceOrder, RecordIndex]:
+        order = SequenceOrder(lengths, 2 * lengths.tokens, seq_len, 2, seed=0)
+        opened = order, RecordIndex(lengths)
+        locate(*opened, sequence)
+        return opened
+
+    border = -(-lengths.tokens // seq_len)  # the first sequence of the second pass
+    first = timed(lambda: begin(0)).clock
+    far = timed(lambda: begin(border + border // 2)).clock
+    opened = begin(border - 64 * rows)
+    seconds = [timed(lambda i=i: locate(*opened, border + i * rows)).clock for i in range(-63, 64)]
+    return {
+        "documents": documents,
+        "peak_megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        "first_batch_seconds": first,
+        "resumed_batch_seconds": far,
+        "border_seconds": max(seconds),
+        "batch_seconds": statistics.median(seconds),
+    }
+
+
 def texts_of(pattern: str) -> list[str]:
     """Returns the documents that `prepare` finds in the input, without unusable ones."""
     recipe, texts = Recipe(pattern), []
@@ -199,6 +251,14 @@ def main(_: Sequence[str]) -> None:
         f"with verification in the background {start['verified_in_background_seconds']:.3f} s, before the "
         f"batch {start['verified_before_seconds']:.3f} s"
     )
+    if _DOCUMENTS.value:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            r = results["order"] = pool.apply(ordering, [_DOCUMENTS.value])
+        say(
+            f"order of {r['documents']:,} documents: {r['peak_megabytes']:.0f} MB; first batch "
+            f"{r['first_batch_seconds']:.2f} s, resumed in the middle {r['resumed_batch_seconds']:.2f} s, at "
+            f"the border of passes {r['border_seconds']:.2f} s, others {r['batch_seconds'] * 1000:.2f} ms"
+        )
     if _PREPARES.value:
         r = results["prepare"] = preparing(corpus)
         say(

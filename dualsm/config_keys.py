@@ -69,6 +69,10 @@ KEYS = [
 
     Key("data.path", "", ANY, "Corpus, the output of `python -m dualsm.prepare`."),
     Key("data.identity", "", ANY, "Hash of the corpus; set by the run, which resumes only on this corpus."),
+    Key(
+        "data.order_version", 0, at_least(0), "Version of the order of documents and sequences; set by the "
+        "run, which resumes only in this order. 0: not set, or the order of earlier versions.",
+    ),
     Key("data.verify", True, ANY, "Verify the hashes of all corpus files before the first checkpoint."),
     Key("data.num_threads", 1, at_least(1), "Prefetch threads."),
     Key("data.prefetch_steps", 4, at_least(1), "Steps that are prefetched."),
@@ -212,6 +216,6 @@ FREE_KEYS = (
 
 # Keys that a run sets if they have these values.
 FILLED_IN = {
-    "data.identity": "", "sources.*.identity": "", "model.vocab_size": 0, "model.never_predicted": "",
-    "start.step": -1,
+    "data.identity": "", "sources.*.identity": "", "data.order_version": 0, "model.vocab_size": 0,
+    "model.never_predicted": "", "start.step": -1,
 }  # fmt: skip

@@ -27,7 +27,7 @@ def main(_) -> None:
         config.tensor = _TENSOR.value
         mesh = sharding.make_mesh(config, jax.devices())
         documents = Corpus(_CORPUS.value).documents("train")
-        order = SequenceOrder(documents.lengths_N, 20_000, 32, seed=0)
+        order = SequenceOrder(documents.lengths, 20_000, 32, seed=0)
         mine = sharding.process_rows(mesh, ROWS)
         part = BatchSource([OrderedDocuments(documents, order)], ROWS, 32, 0, mine)
         whole = BatchSource([OrderedDocuments(documents, order)], ROWS, 32, 0, np.arange(ROWS))

@@ -28,6 +28,7 @@ from dualsm.data import corpus, inputs, near_duplicates, round_trip
 from dualsm.data.bucket_files import read_bucket
 from dualsm.data.buckets import NGRAMS, Counts, Scatter
 from dualsm.data.decontamination import TaskNgrams
+from dualsm.data.document_lengths import index_lengths
 from dualsm.data.domains import check_formats
 from dualsm.data.faults import FAULTS
 from dualsm.data.recipe import Recipe
@@ -221,12 +222,15 @@ def _manifest(
     splits = {}
     for split in corpus.SPLITS:
         entries = [shard.splits[split] for shard in shards if split in shard.splits]
-        lengths = [shard.lengths[split] for shard in shards if split in shard.lengths]
-        name = f"{split}-lengths.int32"
-        (folder / name).write_bytes(np.concatenate(lengths).tobytes())
+        lengths_N = np.concatenate([shard.lengths[split] for shard in shards if split in shard.lengths])
+        name, index = f"{split}-lengths.int32", f"{split}-lengths-index.int64"
+        (folder / name).write_bytes(lengths_N.tobytes())
+        (folder / index).write_bytes(index_lengths(lengths_N).tobytes())
         keys = ["documents", "tokens", "bytes", "words"] + ["gzip_bytes"] * (split == "valid")
         splits[split] = {key: sum(entry[key] for entry in entries) for key in keys}
-        splits[split] |= {"lengths": name, "lengths_sha256": corpus.sha256(folder / name), "shards": entries}
+        splits[split] |= {"lengths": name, "lengths_sha256": corpus.sha256(folder / name)}
+        splits[split] |= {"lengths_index": index, "lengths_index_sha256": corpus.sha256(folder / index)}
+        splits[split]["shards"] = entries
     bytes_N = np.concatenate([shard.bytes["valid"] for shard in shards if "valid" in shard.bytes])
     (folder / "valid-bytes.int64").write_bytes(bytes_N.tobytes())
     splits["valid"] |= {

@@ -1,8 +1,8 @@
 """Corpora: the manifest, checks of the files, and the documents of each split.
 
 A corpus is a folder with `tokenizer.model`, `manifest.json` and, for each split ("train" and "valid"),
-ArrayRecord shards and a file with the lengths of all documents. Documents are sorted by hash, so every prefix
-of a split is a random sample of it.
+ArrayRecord shards, a file with the lengths of all documents, and its index. Documents are sorted by hash, so
+every prefix of a split is a random sample of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ _THREADS = 8  # for hashes, and to hide the latency of a bucket
 
 
 def _array_keys(split: dict) -> list[str]:
-    """Returns the manifest keys of the files with one number per document."""
-    return ["lengths", *(key for key in ("document_bytes", "document_domains") if key in split)]
+    """Returns the manifest keys of the files beside the shards. Earlier versions write fewer of them."""
+    optional = ("lengths_index", "document_bytes", "document_domains")
+    return ["lengths", *(key for key in optional if key in split)]
 
 
 def _size(path: epath.Path) -> int | None:
@@ -121,22 +122,22 @@ class Corpus:
                     raise UserError(f"corpus shard {path} is missing or truncated; prepare the corpus again")
 
     def verify(self, split: str) -> None:
-        """Reads every shard of a split and checks its hash.
+        """Reads every shard of a split and the lengths of its documents, and checks their hashes.
 
         `Documents.read` checks records by their own checksums. This method finds damage before a record is
         read, and also finds shards that were replaced.
 
         Raises:
-          UserError: if the hash of a shard has changed. The message names the shard.
+          UserError: if the hash of a file has changed. The message names the file.
         """
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             for _ in pool.map(check_hash, *zip(*self._hashes(split).items(), strict=True)):
                 pass
 
     def start_verification(self) -> None:
-        """Starts to verify the hashes of all shards in the background, so that training does not wait.
+        """Starts to verify the hashes of all files in the background, so that training does not wait.
 
-        `Documents.read` raises `UserError` once a damaged shard has been found.
+        `Documents.read` raises `UserError` once a damaged file has been found.
         """
         self._verification = Verification(self._hashes("valid") | self._hashes("train"))
 
@@ -144,7 +145,7 @@ class Corpus:
         """Waits for the verification, at most `timeout` seconds; see `Verification.finish`.
 
         Returns:
-          True if all shards are verified, or the verification was not started.
+          True if all files are verified, or the verification was not started.
         """
         return self._verification is None or self._verification.finish(timeout)
 
@@ -153,8 +154,9 @@ class Corpus:
             self._verification.check()
 
     def _hashes(self, split: str) -> dict[epath.Path, str]:
-        shards = self.manifest["splits"][split]["shards"]
-        return {self.folder / shard["file"]: shard["sha256"] for shard in shards}
+        entry = self.manifest["splits"][split]
+        hashes = {self.folder / shard["file"]: shard["sha256"] for shard in entry["shards"]}
+        return hashes | {self.folder / entry["lengths"]: entry["lengths_sha256"]}
 
     def tokens(self, split: str) -> int:
         """Returns the number of tokens of a split."""
@@ -164,6 +166,8 @@ class Corpus:
         """Returns the documents of the split "train" or "valid"."""
         entry = self.manifest["splits"][split]
         for key in _array_keys(entry):
+            if key == "lengths" and "lengths_index" in entry:
+                continue  # each group of lengths is checked when it is read
             self._check_array(self.folder / entry[key], entry[f"{key}_sha256"])
         return Documents(self.folder, entry, token_dtype(self.vocab_size), self._check_verification)
 

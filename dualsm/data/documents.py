@@ -6,6 +6,8 @@ records of `RECORD_TOKENS` tokens, so that a segment of a long document can be r
 
 from __future__ import annotations
 
+import bisect
+import functools
 import resource
 from collections.abc import Callable, Sequence
 
@@ -13,10 +15,11 @@ import numpy as np
 from etils import epath
 from grain.sources import ArrayRecordDataSource
 
+from dualsm.data.document_lengths import RECORD_TOKENS, open_lengths
+from dualsm.data.record_index import RecordIndex
 from dualsm.process.errors import UserError
 from dualsm.process.paths import is_remote, retry, size_and_time
 
-RECORD_TOKENS = 2048
 _OTHER_FILES = 64  # reserve for open files other than shards
 
 
@@ -25,16 +28,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def record_count(tokens):
-    """Returns the number of records per document, given the lengths of documents in tokens."""
-    return -(-tokens // RECORD_TOKENS)
-
-
 class Documents:
     """The documents of one split, with random access.
 
     Attributes:
-      lengths_N: tokens of each document, `<s>` and `</s>` included, int32.
+      lengths: tokens of each document, `<s>` and `</s>` included.
       tokens: tokens of the split.
       bytes: bytes of text of the split.
       bytes_N: bytes of text of each document, int64; None for the training split and for corpora of earlier
@@ -67,7 +65,6 @@ class Documents:
             _allow_open_files(len(split["shards"]))
         try:
             self._source = retry(lambda: ArrayRecordDataSource(list(map(str, self._shards))), folder)
-            self.lengths_N = np.frombuffer((folder / split["lengths"]).read_bytes(), "<i4")
             if "document_bytes" in split:
                 self.bytes_N = np.frombuffer((folder / split["document_bytes"]).read_bytes(), "<i8")
             if self.domains:
@@ -81,15 +78,13 @@ class Documents:
             raise UserError(
                 f"{name} is damaged ({_first_line(error)}); copy or prepare the corpus again"
             ) from error
-        records_N = record_count(self.lengths_N)
-        documents_S = np.array([shard["documents"] for shard in split["shards"]], np.int64)
-        self._first_record_N = np.cumsum(records_N) - records_N
-        counts = (records_N.sum(), self.lengths_N.sum(dtype=np.int64), documents_S.sum())
-        if counts != (records, self.tokens, len(self)):
+        self.lengths = open_lengths(folder, split)
+        self._record_index = RecordIndex(self.lengths)
+        self._shard_ends = np.cumsum([shard["documents"] for shard in split["shards"]])  # in documents
+        if (self.lengths.records, self.lengths.tokens) != (records, self.tokens):
             raise UserError(
                 f"corpus {folder}: {split['lengths']} does not match the shards; prepare the corpus again"
             )
-        self._end_of_shard_S = np.cumsum(records_N)[np.cumsum(documents_S) - 1]  # in records
         if self.bytes_N is not None and (len(self.bytes_N), self.bytes_N.sum()) != (len(self), self.bytes):
             raise UserError(
                 f"corpus {folder}: {split['document_bytes']} does not match the shards; prepare it again"
@@ -103,7 +98,12 @@ class Documents:
                 )
 
     def __len__(self) -> int:
-        return len(self.lengths_N)
+        return len(self.lengths)
+
+    @functools.cached_property
+    def lengths_N(self) -> np.ndarray:
+        """Tokens of each document, int32. Reads the lengths of the whole split, 4 bytes per document."""
+        return self.lengths.read(range(len(self.lengths.token_ends_M)))
 
     def read(self, document_S: Sequence[int], start_S=None, stop_S=None) -> list[np.ndarray]:
         """Reads the tokens of documents, or of a segment of each document. Thread-safe.
@@ -122,10 +122,10 @@ class Documents:
         self._check()
         document_S = np.asarray(document_S, np.int64)
         start_S = np.zeros_like(document_S) if start_S is None else np.asarray(start_S)
-        stop_S = self.lengths_N[document_S] if stop_S is None else np.asarray(stop_S)
+        stop_S = self.lengths.at(document_S) if stop_S is None else np.asarray(stop_S)
         skipped_S = start_S // RECORD_TOKENS
         count_S = (stop_S - 1) // RECORD_TOKENS - skipped_S + 1
-        first_S = self._first_record_N[document_S] + skipped_S
+        first_S = self._record_index.first(document_S) + skipped_S
         indices = [i for first, n in zip(first_S, count_S, strict=True) for i in range(first, first + n)]
         try:
             records = iter(retry(lambda: self._read_records(indices), self._shards[0]))
@@ -149,8 +149,14 @@ class Documents:
             try:
                 self._source[index]
             except (RuntimeError, ValueError, OSError):
-                return self._shards[np.searchsorted(self._end_of_shard_S, index, "right")]
+                return self._shards[bisect.bisect_right(self._shard_ends, index, key=self._first_record)]
         return "(unknown)"  # the second read succeeded
+
+    def _first_record(self, document: int) -> int:
+        """Returns the index of the first record of a document; the number of records after the last one."""
+        if document == len(self):
+            return self.lengths.records
+        return int(self._record_index.first(np.array([document]))[0])
 
     def _read_records(self, indices: list[int]) -> Sequence[bytes]:
         # `__getitems__` starts threads in each call. The threads hide the latency of a bucket, but cost

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from dualsm.data.documents import record_count, token_dtype
+from dualsm.data.document_lengths import record_count
+from dualsm.data.documents import token_dtype
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.process.errors import UserError
 from dualsm.process.progress import warn

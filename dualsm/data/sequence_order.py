@@ -1,10 +1,17 @@
-"""The order of packed sequences in a run that repeats its data: index arithmetic, no files.
+"""The order of packed sequences in a run that repeats its data: index arithmetic on document lengths.
 
 With a budget of D training tokens and R repetitions, a run sees the first U = ceil(D / R) tokens of the
 corpus R times. Its token stream is the concatenation of R passes of U tokens. Each pass contains the same
 documents in a new random order; the last document is cut so that a pass has exactly U tokens.
-Sequence k of the stream consists of the tokens [k * L, k * L + L]. The sequences of a pass are visited in
-random order too, because a document longer than a batch would otherwise fill several consecutive steps.
+
+The order has two levels. Each pass puts the groups of `DocumentLengths` into a random order and divides them
+into windows of at most `WINDOW_GROUPS` groups; the documents of a window are shuffled. Up to 2^20 documents
+are in one window, and are shuffled as a whole. Only the windows in use are in memory, so that memory and the
+time to the first batch do not grow with the corpus.
+
+Sequence k of the stream consists of the tokens [k * L, k * L + L]. The sequences that start in a window are
+visited in random order too, because a document longer than a batch would otherwise fill several consecutive
+steps.
 
 Finding a sequence takes no iteration over earlier ones, so a run can start at any step.
 """
@@ -13,11 +20,19 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from dualsm.data.document_lengths import DocumentLengths
+from dualsm.data.permutations import permutation, permute
 from dualsm.process.errors import UserError
+
+ORDER_VERSION = 2  # runs continue only in the order that they started with
+WINDOW_GROUPS = 64  # 2^20 documents
+_CACHED = 3  # windows, and passes
+_GROUPS, _DOCUMENTS, _SEQUENCES = range(3)  # the permutations of a pass
 
 
 class Segments(NamedTuple):
@@ -38,6 +53,27 @@ class Segments(NamedTuple):
     instance_S: np.ndarray
 
 
+class _Pass(NamedTuple):
+    """The W windows of a pass.
+
+    Attributes:
+      groups: groups of documents of each window, in the order of the pass.
+      token_W1, document_W1: first token and first document of each window within the pass, and their number
+        in the whole pass.
+    """
+
+    groups: list[np.ndarray]
+    token_W1: np.ndarray
+    document_W1: np.ndarray
+
+
+class _Window(NamedTuple):
+    """The N documents of a window in order, and the end of each in tokens after the start of the window."""
+
+    document_N: np.ndarray
+    end_N: np.ndarray
+
+
 class SequenceOrder:
     """Maps the sequences of a run to token ranges of documents.
 
@@ -49,17 +85,18 @@ class SequenceOrder:
 
     def __init__(
         self,
-        lengths_N: np.ndarray,
+        lengths: DocumentLengths,
         budget: int,
         seq_len: int,
         repetitions: int = 1,
         seed: int | None = None,
         unique: int = 0,
+        window_groups: int = WINDOW_GROUPS,
     ):
         """Selects the documents and checks that the corpus is large enough.
 
         Args:
-          lengths_N: tokens of each document, in the order of the corpus.
+          lengths: tokens of each document, in the order of the corpus.
           budget: D.
           seq_len: L.
           repetitions: R, passes over the first ceil(D / R) tokens. If R does not divide D, the last pass ends
@@ -67,27 +104,33 @@ class SequenceOrder:
           seed: seed of the order of documents and sequences in each pass; None keeps the corpus order.
           unique: U, at most D, in place of ceil(D / R); 0: ceil(D / R). If U does not divide D, the last pass
             is incomplete.
+          window_groups: maximum number of groups of documents per window.
 
         Raises:
-          UserError: if the corpus has fewer than ceil(D / R) tokens.
+          UserError: if the corpus has fewer than ceil(D / R) tokens, or the file of lengths is damaged.
+          BucketError: if a bucket does not answer.
         """
         self.budget, self.unique = budget, unique or -(-budget // repetitions)
         self.num_sequences = -(-budget // seq_len)
-        self._seq_len, self._seed = seq_len, seed
-        ends_N = np.cumsum(lengths_N, dtype=np.int64)
-        available = int(ends_N[-1]) if len(ends_N) else 0
-        if available < self.unique:
+        self._lengths, self._seq_len, self._seed = lengths, seq_len, seed
+        if lengths.tokens < self.unique:
             raise UserError(
-                f"the corpus has {available:,} training tokens, but the run needs {self.unique:,} unique "
-                f"tokens ({budget:,} tokens / {repetitions} repetitions); raise config.repetitions to "
-                f"{-(-budget // max(available, 1))} or more, lower config.steps, or prepare more text"
+                f"the corpus has {lengths.tokens:,} training tokens, but the run needs {self.unique:,} "
+                f"unique tokens ({budget:,} tokens / {repetitions} repetitions); raise config.repetitions to "
+                f"{-(-budget // max(lengths.tokens, 1))} or more, lower config.steps, or prepare more text"
             )
-        documents = int(np.searchsorted(ends_N, self.unique)) + 1
-        self._lengths_N = lengths_N[:documents].astype(np.int64)
-        self._lengths_N[-1] -= ends_N[documents - 1] - self.unique
+        groups = int(np.searchsorted(lengths.token_ends_M, self.unique)) + 1
+        before = int(lengths.token_ends_M[groups - 2]) if groups > 1 else 0
+        end_G = before + np.cumsum(lengths.read([groups - 1]), dtype=np.int64)
+        last = int(np.searchsorted(end_G, self.unique))
+        self._documents = (groups - 1) * lengths.group_size + last + 1
+        self._cut = int(end_G[last]) - self.unique  # tokens of the last document that are not in a pass
+        self._group_tokens_M = np.diff(lengths.token_ends_M[:groups], prepend=0)
+        self._group_tokens_M[-1] = self.unique - before
+        self._windows = -(-groups // window_groups)  # per pass
         self._lock = threading.Lock()
-        self._documents_of = functools.lru_cache(maxsize=2)(self._shuffle_documents)
-        self._sequences_of = functools.lru_cache(maxsize=2)(self._shuffle_sequences)
+        self._pass = functools.lru_cache(_CACHED)(self._make_pass)
+        self._window = functools.lru_cache(_CACHED)(self._make_window)
 
     def segments(self, index_B: np.ndarray) -> Segments:
         """Returns the document segments of the given sequences. Thread-safe.
@@ -96,92 +139,126 @@ class SequenceOrder:
 
         Args:
           index_B: indices of sequences in the order in which the run visits them, in [0, num_sequences).
+
+        Raises:
+          UserError: if the file of lengths is damaged.
+          BucketError: if a bucket does not answer.
         """
         with self._lock:
             start_B = self._stream_index(np.asarray(index_B, np.int64)) * self._seq_len
             stop_B = np.minimum(start_B + self._seq_len + 1, self.budget)
-            # A sequence that crosses the border between repetitions has a range in each of them.
-            first_B, last_B = start_B // self.unique, (stop_B - 1) // self.unique
-            row_P, offset_P = _concatenated_ranges(last_B - first_B + 1)
-            repetition_P = first_B[row_P] + offset_P
-            start_P = np.maximum(start_B[row_P], repetition_P * self.unique)
-            stop_P = np.minimum(stop_B[row_P], (repetition_P + 1) * self.unique)
+            row_P, window_P, start_P, stop_P = self._divide_at_windows(start_B, stop_B)
             segments = [
-                self._within_repetition(repetition, row_P[selected], start_P[selected], stop_P[selected])
-                for repetition in np.unique(repetition_P).tolist()
-                for selected in [repetition_P == repetition]
+                self._within_window(window, row_P[selected], start_P[selected], stop_P[selected])
+                for window, selected in _by_value(window_P)
             ]
+        if len(segments) == 1:
+            return segments[0]
         joined = Segments(*(np.concatenate(arrays) for arrays in zip(*segments, strict=True)))
         order_S = np.argsort(joined.row_S, kind="stable")  # segments of one sequence are already in order
         return Segments(*(array[order_S] for array in joined))
 
     def _stream_index(self, index_B: np.ndarray) -> np.ndarray:
         """Maps indices in visiting order to indices in the stream."""
-        repetition_B = index_B * self._seq_len // self.unique
-        stream_B = np.empty_like(index_B)
-        for repetition in np.unique(repetition_B).tolist():
-            selected = repetition_B == repetition
-            first = self._first_sequence(repetition)
-            stream_B[selected] = first + self._sequences_of(repetition)[index_B[selected] - first]
+        if self._seed is None:
+            return index_B
+        window_B, stream_B = self._window_at(index_B * self._seq_len), np.empty_like(index_B)
+        for window, selected in _by_value(window_B):
+            first, stop = (
+                min(-(-token // self._seq_len), self.num_sequences) for token in self._window_range(window)
+            )
+            words = self._seed, _SEQUENCES, *divmod(window, self._windows)
+            stream_B[selected] = first + permute(index_B[selected] - first, stop - first, *words)
         return stream_B
 
-    def _first_sequence(self, repetition: int) -> int:
-        """Returns the index of the first sequence that starts in a repetition."""
-        return min(-(-repetition * self.unique // self._seq_len), self.num_sequences)
+    def _window_at(self, token_P: np.ndarray) -> np.ndarray:
+        """Returns the window of tokens of the stream; windows are counted over all passes."""
+        repetition_P, offset_P = np.divmod(token_P, self.unique)
+        window_P = repetition_P * self._windows
+        if self._windows > 1:
+            for repetition, selected in _by_value(repetition_P):
+                token_W1 = self._pass(repetition).token_W1
+                window_P[selected] += np.searchsorted(token_W1, offset_P[selected], side="right") - 1
+        return window_P
 
-    def _shuffle_sequences(self, repetition: int) -> np.ndarray:
-        size = self._first_sequence(repetition + 1) - self._first_sequence(repetition)
-        return _permutation(size, self._seed, 2 * repetition + 1)
+    def _window_range(self, window: int) -> tuple[int, int]:
+        """Returns the token range of a window in the stream."""
+        repetition, number = divmod(window, self._windows)
+        start, stop = self._pass(repetition).token_W1[number : number + 2].tolist()
+        return repetition * self.unique + start, repetition * self.unique + stop
 
-    def _within_repetition(self, repetition: int, row_P, start_P, stop_P) -> Segments:
-        """Returns the document segments of stream ranges [start, stop) within one repetition."""
-        order_N, ends_N = self._documents_of(repetition)
-        start_P, stop_P = start_P - repetition * self.unique, stop_P - repetition * self.unique
-        first_P = np.searchsorted(ends_N, start_P, side="right")
-        last_P = np.searchsorted(ends_N, stop_P, side="left")
+    def _divide_at_windows(self, start_B: np.ndarray, stop_B: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Divides ranges of the stream at the borders of windows; returns row, window, start and stop."""
+        row_P, start_P, stop_P = np.arange(len(start_B)), start_B, stop_B
+        parts = []
+        while len(row_P):
+            window_P, end_P = self._window_at(start_P), np.empty_like(start_P)
+            for window, selected in _by_value(window_P):
+                end_P[selected] = self._window_range(window)[1]
+            parts.append((row_P, window_P, start_P, np.minimum(stop_P, end_P)))
+            continues_P = stop_P > end_P
+            row_P, start_P, stop_P = row_P[continues_P], end_P[continues_P], stop_P[continues_P]
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    def _within_window(self, window: int, row_P, start_P, stop_P) -> Segments:
+        """Returns the document segments of stream ranges [start, stop) within one window."""
+        (document_N, end_N), first = self._window(window), self._window_range(window)[0]
+        start_P, stop_P = start_P - first, stop_P - first
+        first_P = np.searchsorted(end_N, start_P, side="right")
+        last_P = np.searchsorted(end_N, stop_P, side="left")
         range_S, offset_S = _concatenated_ranges(last_P - first_P + 1)
         position_S = first_P[range_S] + offset_S
-        document_S = order_N[position_S]
-        length_S = self._lengths_N[document_S]
-        document_start_S = ends_N[position_S] - length_S
+        document_start_S = np.where(position_S > 0, end_N[position_S - 1], 0)
+        repetition, number = divmod(window, self._windows)
+        before = repetition * self._documents + int(self._pass(repetition).document_W1[number])
         return Segments(
             row_S=row_P[range_S],
-            document_S=document_S,
+            document_S=document_N[position_S],
             start_S=np.maximum(start_P[range_S] - document_start_S, 0),
-            stop_S=np.minimum(stop_P[range_S] - document_start_S, length_S),
-            instance_S=repetition * len(order_N) + position_S,
+            stop_S=np.minimum(stop_P[range_S], end_N[position_S]) - document_start_S,
+            instance_S=before + position_S,
         )
 
-    def _shuffle_documents(self, repetition: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the documents of a repetition in order, and the end of each within the repetition."""
-        order_N = _permutation(len(self._lengths_N), self._seed, 2 * repetition)
-        return order_N, np.cumsum(self._lengths_N[order_N])
+    def _make_pass(self, repetition: int) -> _Pass:
+        groups = len(self._group_tokens_M)
+        group_M = np.arange(groups)
+        if self._seed is not None:
+            group_M = permutation(groups, self._seed, _GROUPS, repetition)
+        border_W1 = np.arange(self._windows + 1) * groups // self._windows
+        first_M, size_M = self._lengths.documents_of(group_M)
+        size_M = np.minimum(size_M, self._documents - first_M)
+        token_W1, document_W1 = (
+            np.concatenate([[0], np.cumsum(count_M)])[border_W1]
+            for count_M in (self._group_tokens_M[group_M], size_M)
+        )
+        return _Pass(np.split(group_M, border_W1[1:-1]), token_W1, document_W1)
+
+    def _make_window(self, window: int) -> _Window:
+        repetition, number = divmod(window, self._windows)
+        group_K = self._pass(repetition).groups[number]
+        first_K, size_K = self._lengths.documents_of(group_K)
+        group_N, offset_N = _concatenated_ranges(size_K)
+        document_N, length_N = first_K[group_N] + offset_N, self._lengths.read(group_K)
+        in_pass_N = document_N < self._documents
+        document_N, length_N = document_N[in_pass_N], length_N[in_pass_N]
+        length_N = np.where(document_N == self._documents - 1, length_N - self._cut, length_N)
+        if self._seed is not None:
+            order_N = permutation(len(document_N), self._seed, _DOCUMENTS, repetition, number)
+            document_N, length_N = document_N[order_N], length_N[order_N]
+        return _Window(document_N, np.cumsum(length_N, dtype=np.int64))
+
+
+def _by_value(values_P: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray]]:
+    """Yields each distinct value, in increasing order, and the positions that have it."""
+    first = int(values_P[0])
+    if (values_P == first).all():  # saves the time of sorting
+        yield first, slice(None)
+        return
+    for value in np.unique(values_P).tolist():
+        yield value, values_P == value
 
 
 def _concatenated_ranges(size_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Concatenates `range(size)` for all sizes; returns the index of the range and the value, per element."""
     range_S = np.repeat(np.arange(len(size_P)), size_P)
     return range_S, np.arange(len(range_S)) - np.repeat(np.cumsum(size_P) - size_P, size_P)
-
-
-def _permutation(size: int, seed: int | None, stream: int) -> np.ndarray:
-    """Returns a random permutation of 0..size-1, or the identity without a seed.
-
-    Sorts by a bijective hash of (seed, stream, index). Unlike NumPy's permutations, the result is the same in
-    every version of NumPy.
-    """
-    if seed is None:
-        return np.arange(size)
-    keys = np.arange(size, dtype=np.uint64)
-    for word in (seed, stream):
-        keys = _splitmix64(keys ^ _splitmix64(np.uint64(word % 2**64)))
-    return np.argsort(keys)
-
-
-def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))

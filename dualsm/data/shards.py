@@ -14,7 +14,8 @@ from array_record.python import array_record_module
 
 from dualsm.data import corpus, round_trip
 from dualsm.data.bucket_files import read_records
-from dualsm.data.documents import RECORD_TOKENS, token_dtype
+from dualsm.data.document_lengths import RECORD_TOKENS
+from dualsm.data.documents import token_dtype
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.workers import map_in_order

@@ -26,7 +26,7 @@ def sha256(path: epath.PathLike) -> str:
 
 
 def check_hash(path: epath.Path, expected: str) -> None:
-    """Raises `UserError`, naming the shard, if its hash has changed or it cannot be read.
+    """Raises `UserError`, naming the file, if its hash has changed or it cannot be read.
 
     Raises `BucketError` if a bucket still fails after retries.
     """
@@ -36,16 +36,16 @@ def check_hash(path: epath.Path, expected: str) -> None:
         raise
     except OSError as error:
         raise UserError(
-            f"corpus shard {path} cannot be read ({error}); check the disk, or copy the corpus again"
+            f"corpus file {path} cannot be read ({error}); check the disk, or copy the corpus again"
         ) from error
     if found != expected:
         raise UserError(
-            f"corpus shard {path} is damaged (its hash has changed); copy or prepare the corpus again"
+            f"corpus file {path} is damaged (its hash has changed); copy or prepare the corpus again"
         )
 
 
 class Verification:
-    """Checks the hashes of shards in daemon threads.
+    """Checks the hashes of the files of a corpus in daemon threads.
 
     A training run reads records that are not verified yet. ArrayRecord verifies a checksum of each record,
     which detects flipped bytes; the hashes also detect a shard that was replaced by another one.
@@ -55,7 +55,7 @@ class Verification:
         """Starts the threads.
 
         Args:
-          sha256_by_path: expected hash of each shard.
+          sha256_by_path: expected hash of each file.
         """
         self._todo, self._lock = iter(sha256_by_path.items()), threading.Lock()
         self._damage: Exception | None = None
@@ -65,18 +65,18 @@ class Verification:
             thread.start()
 
     def check(self) -> None:
-        """Raises `UserError`, naming the shard, if damage has been found so far.
+        """Raises `UserError`, naming the file, if damage has been found so far.
 
-        Raises an unexpected exception of a thread too: its shards are not verified.
+        Raises an unexpected exception of a thread too: its files are not verified.
         """
         if self._damage is not None:
             raise self._damage
 
     def finish(self, timeout: float | None = None) -> bool:
-        """Waits until all shards are verified, at most `timeout` seconds; raises the exceptions of `check`.
+        """Waits until all files are verified, at most `timeout` seconds; raises the exceptions of `check`.
 
         Returns:
-          True if all shards are verified.
+          True if all files are verified.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:

@@ -75,8 +75,8 @@ def unigram_log_probs(corpus: Corpus, max_tokens: int = _MAX_TOKENS) -> np.ndarr
     """
     documents = corpus.documents("train")
     count_V = np.ones(corpus.vocab_size)
-    for start in range(0, len(documents.lengths_N), _DOCUMENTS_PER_READ):
-        chunk = range(start, min(start + _DOCUMENTS_PER_READ, len(documents.lengths_N)))
+    for start in range(0, len(documents), _DOCUMENTS_PER_READ):
+        chunk = range(start, min(start + _DOCUMENTS_PER_READ, len(documents)))
         tokens = np.concatenate(documents.read(chunk))
         count_V += np.bincount(tokens, minlength=corpus.vocab_size)
         if count_V.sum() - corpus.vocab_size >= max_tokens:

@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import BinaryIO, TypeVar
 
@@ -113,6 +113,16 @@ def open_binary(path: epath.PathLike, buffering: int = -1) -> BinaryIO:
     if is_remote(path):
         return io.BufferedReader(user_path(path).open("rb"), max(buffering, io.DEFAULT_BUFFER_SIZE))
     return open(path, "rb", buffering)
+
+
+def read_ranges(path: epath.PathLike, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Returns the bytes in ranges [start, stop) of a file; in a bucket, with concurrent requests."""
+    if is_remote(path):
+        starts, stops = map(list, zip(*ranges, strict=True))
+        file_system = _bucket_file_system()
+        return file_system.cat_ranges([str(path)] * len(ranges), starts, stops, on_error="raise")
+    with open(path, "rb", buffering=0) as file:
+        return [os.pread(file.fileno(), stop - start, start) for start, stop in ranges]
 
 
 def write_object(path: epath.Path, content: bytes, attempts: int = _ATTEMPTS) -> None:

@@ -28,14 +28,24 @@ def has_checkpoint(workdir: epath.PathLike, step: int) -> bool:
     return folder.is_dir()
 
 
+def is_trained(workdir: epath.PathLike) -> bool:
+    """Returns True if a run has a checkpoint after step 0, complete or not. Does not use Orbax."""
+    return any(step > 0 for step in _steps(workdir))
+
+
+def _steps(workdir: epath.PathLike) -> list[int]:
+    folder = checkpoints_folder(workdir)
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+
+
 def check_not_lost(workdir: epath.PathLike) -> None:
     """Raises `UserError` if a run has no checkpoints although one has been saved.
 
     Lists the folder without Orbax, which would wait for the other processes of the job.
     """
-    latest, folder = user_path(workdir) / LATEST, checkpoints_folder(workdir)
-    if latest.exists() and not (folder.exists() and any(p.name.isdigit() for p in folder.iterdir())):
+    latest = user_path(workdir) / LATEST
+    if latest.exists() and not _steps(workdir):
         raise UserError(
             f"the checkpoints of {workdir} are missing, the last was of step {latest.read_text().strip()}; "
-            f"move them back to {folder} to resume, or choose another --workdir"
+            f"move them back to {checkpoints_folder(workdir)} to resume, or choose another --workdir"
         )

@@ -15,6 +15,7 @@ from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.process.errors import UserError
 from dualsm.process.output import partial_path, try_lock, write_atomically
 from dualsm.process.paths import is_remote, user_path
+from dualsm.rundir.checkpoint_folder import is_trained
 
 CONFIG = "config.json"
 SOURCE = "source.json"  # origin of imported weights
@@ -65,7 +66,16 @@ def check_config_of_run(workdir: epath.Path, config: ConfigDict) -> None:
     """Raises `UserError` unless the directory is new or contains a run with the same config and corpus."""
     path = workdir / CONFIG
     if path.exists():
-        changes = configs.difference(read_config(workdir), config)
+        saved = read_config(workdir)
+        if not is_trained(workdir):  # imported weights, for example, have no order yet
+            saved.data.order_version = config.data.order_version
+        changes = configs.difference(saved, config)
+        if any(change.startswith("data.order_version:") for change in changes):
+            raise UserError(
+                f"{workdir} was trained in version {saved.data.order_version} of the order of documents, and "
+                f"this dualsm has version {config.data.order_version}; finish the run with the dualsm that "
+                "started it, or choose another --workdir"
+            )
         if found := _other_corpus(changes, config):
             raise UserError(f"{workdir} was trained on another corpus than {found}; choose another --workdir")
         if changes:

@@ -90,7 +90,7 @@ def order_documents(
         if source.name:
             _check_source(source, sequences, budget, documents.tokens)
         order = SequenceOrder(
-            documents.lengths_N,
+            documents.lengths,
             budget,
             config.seq_len,
             source.repetitions,

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dualsm import config as configs
 from dualsm.data.batches import OrderedDocuments
+from dualsm.data.sequence_order import ORDER_VERSION
 from dualsm.devices import sharding
 from dualsm.model.attention import why_not_kernel
 from dualsm.model.head_shapes import head_dim, num_kv_heads
@@ -51,7 +52,7 @@ def open_job(
 
 
 def complete(config: ConfigDict, corpora: Sequence[RunCorpus]) -> ConfigDict:
-    """Returns the config with `model.vocab_size` and the identity of each corpus set.
+    """Returns the config with `model.vocab_size`, the order's version and each corpus's identity set.
 
     Raises:
       UserError: if the config has another value for one of them.
@@ -74,6 +75,12 @@ def complete(config: ConfigDict, corpora: Sequence[RunCorpus]) -> ConfigDict:
             )
         with section.unlocked():
             section.identity = corpus.identity
+    if config.data.order_version not in (0, ORDER_VERSION):
+        raise UserError(
+            f"config.data.order_version={config.data.order_version} is not the version of this dualsm, "
+            f"{ORDER_VERSION}; leave it at 0"
+        )
+    config.data.order_version = ORDER_VERSION
     config.model.vocab_size = corpus.vocab_size
     return config
 

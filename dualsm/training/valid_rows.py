@@ -54,7 +54,7 @@ def valid_rows(
       special: special ids; `pad` fills the last row.
       token_bytes_V: from `Tokenizer.token_bytes`.
     """
-    order = SequenceOrder(documents.lengths_N, documents.tokens, seq_len)
+    order = SequenceOrder(documents.lengths, documents.tokens, seq_len)
     row_V = np.arange(min(order.num_sequences, rows) if rows else order.num_sequences)
     tokens_VxL1, documents_VxL1 = read_sequences(documents, order, row_V, seq_len, special.pad)
     scale_VxL1 = np.ones(tokens_VxL1.shape, np.float32)

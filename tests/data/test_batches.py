@@ -8,7 +8,7 @@ import pytest
 from dualsm.data.batches import PAD_DOCUMENT, BatchSource, OrderedDocuments, read_batches, read_sequences
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
-from dualsm.data.documents import RECORD_TOKENS
+from dualsm.data.document_lengths import RECORD_TOKENS, DocumentLengths
 from dualsm.data.sequence_order import SequenceOrder
 
 STEPS, BATCH_SIZE, SEQ_LEN = 20, 8, 32
@@ -21,7 +21,7 @@ def source(corpus):
 
 def make_source(corpus, local_rows, seed=0):
     documents = corpus.documents("train")
-    order = SequenceOrder(documents.lengths_N, STEPS * BATCH_SIZE * SEQ_LEN, SEQ_LEN, 4, seed)
+    order = SequenceOrder(documents.lengths, STEPS * BATCH_SIZE * SEQ_LEN, SEQ_LEN, 4, seed)
     return BatchSource([OrderedDocuments(documents, order)], BATCH_SIZE, SEQ_LEN, 0, local_rows)
 
 
@@ -30,7 +30,7 @@ class InMemoryDocuments:
 
     def __init__(self, *documents):
         self._documents = [np.array(d) for d in documents]
-        self.lengths_N = np.array([len(d) for d in documents])
+        self.lengths = DocumentLengths.from_array([len(d) for d in documents])
 
     def read(self, document_S, start_S, stop_S):
         ranges = zip(document_S, start_S, stop_S, strict=True)
@@ -39,7 +39,7 @@ class InMemoryDocuments:
 
 def test_packing_returns_tokens_and_document_indices():
     documents = InMemoryDocuments([2, 21, 22], [2, 23], [2, 24, 25, 26])
-    order = SequenceOrder(documents.lengths_N, 9, 4)
+    order = SequenceOrder(documents.lengths, 9, 4)
     tokens_BxL1, documents_BxL1 = read_sequences(documents, order, np.array([2, 0, 1]), 4, pad=0)
     assert tokens_BxL1.tolist() == [[26, 0, 0, 0, 0], [2, 21, 22, 2, 23], [23, 2, 24, 25, 26]]
     pad = PAD_DOCUMENT

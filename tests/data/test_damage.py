@@ -149,7 +149,18 @@ def test_changed_lengths_are_detected(copy):
     content[0] += 1  # move a token from the second document to the first, with the same total
     content[4] -= 1
     lengths.write_bytes(content)
-    with pytest.raises(UserError, match="train-lengths.int32 is damaged"):
+    with pytest.raises(UserError, match="train-lengths.int32 is damaged .a checksum"):
+        Corpus(str(copy)).documents("train").read([0])
+    with pytest.raises(UserError, match="train-lengths.int32 is damaged .its hash"):
+        Corpus(str(copy)).verify("train")
+
+
+def test_a_changed_index_of_the_lengths_is_detected(copy):
+    index = copy / "train-lengths-index.int64"
+    content = bytearray(index.read_bytes())
+    content[-8] ^= 1
+    index.write_bytes(content)
+    with pytest.raises(UserError, match="train-lengths-index.int64 is damaged"):
         Corpus(str(copy)).documents("train")
 
 
@@ -171,7 +182,8 @@ def test_a_replaced_shard_is_detected(small, copy, tmp_path):
     [
         ("identity",), ("tokenizer_sha256",), ("vocabulary",), ("splits", "valid", "gzip_bytes"),
         ("splits", "train", "tokens"), ("splits", "train", "bytes"), ("splits", "train", "lengths"),
-        ("splits", "train", "lengths_sha256"), ("splits", "train", "shards", 0, "file"),
+        ("splits", "train", "lengths_sha256"), ("splits", "train", "lengths_index_sha256"),
+        ("splits", "train", "shards", 0, "file"),
         ("splits", "train", "shards", 0, "size"), ("splits", "train", "shards", 0, "sha256"),
     ],
 )  # fmt: skip

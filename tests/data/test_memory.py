@@ -8,7 +8,7 @@ import sys
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dualsm.data.documents import RECORD_TOKENS
+from dualsm.data.document_lengths import RECORD_TOKENS
 from tests.conftest import command_env
 
 DOCUMENTS, RECORDS = 64, 512  # records per document: 2 MB per document, 128 MB in total
@@ -25,7 +25,7 @@ from dualsm.data.batches import BatchSource, OrderedDocuments
 
 folder, split = epath.Path(sys.argv[1]), json.loads(sys.argv[2])
 documents = Documents(folder, split, np.dtype("<u2"))
-order = SequenceOrder(documents.lengths_N, documents.tokens - 1, 2048, seed=0)
+order = SequenceOrder(documents.lengths, documents.tokens - 1, 2048, seed=0)
 source = BatchSource([OrderedDocuments(documents, order)], 16, 2048, 0, np.arange(8))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 total = sum(int(source[step]["tokens"].size) for step in range(len(source)))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dualsm.config import add_pair, add_source, check_config, difference, load_config, save_config
+from dualsm.data.document_lengths import DocumentLengths
 from dualsm.data.sequence_order import SequenceOrder
 from dualsm.objectives.mixture import sequence_counts
 from dualsm.objectives.plan import MixturePlan
@@ -112,7 +113,7 @@ def test_each_unique_token_of_a_source_is_read_exactly_r_times(repetitions):
     config = two_sources()
     config.steps, config.batch_size, config.sources.small.repetitions = 24, 6, repetitions
     config.sources.small.share, config.sources.large.share = 1 / 3, 2 / 3
-    plan, lengths = MixturePlan(config), np.full(200, 37)
+    plan, lengths = MixturePlan(config), DocumentLengths.from_array([37] * 200)
     (_, large), (_, small) = zip("ls", plan.source_sequences(config.steps), strict=True)
     orders = [SequenceOrder(lengths, n * 32, 32, r, 0) for n, r in ((large, 1), (small, repetitions))]
     seen = [np.zeros((200, 37), int), np.zeros((200, 37), int)]
@@ -131,12 +132,13 @@ def test_each_unique_token_of_a_source_is_read_exactly_r_times(repetitions):
 
 
 def test_unique_tokens_determine_the_passes():
-    order = SequenceOrder(np.full(50, 10), 400, 10, seed=0, unique=160)  # 2.5 passes
+    lengths = DocumentLengths.from_array([10] * 50)
+    order = SequenceOrder(lengths, 400, 10, seed=0, unique=160)  # 2.5 passes
     assert order.unique == 160
     segments = order.segments(np.arange(40))
     assert set(segments.document_S.tolist()) == set(range(16))
     with pytest.raises(UserError, match="needs 700 unique"):
-        SequenceOrder(np.full(50, 10), 1400, 10, seed=0, unique=700)
+        SequenceOrder(lengths, 1400, 10, seed=0, unique=700)
 
 
 def test_one_source_is_planned_like_a_run_without_sources():

@@ -35,7 +35,7 @@ def test_no_flipped_byte_is_trained_on(micro, copy, tmp_path, verify):
         for part in range(8):  # the run reads only some of the records
             content[used[len(used) * part // 9 + 100]] ^= 1
         shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"corpus shard .*train-\d+-of-\d+.array_record is damaged"):
+    with pytest.raises(UserError, match=r"corpus (shard|file) .*train-\d+-of-\d+.array_record is damaged"):
         train(micro, tmp_path / "run")
     assert not list(tmp_path.glob("run/checkpoints/*"))
 

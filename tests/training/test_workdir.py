@@ -1,6 +1,7 @@
 """The lock of the run directory."""
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -8,9 +9,10 @@ import sys
 import jax
 import pytest
 
+from dualsm.data.sequence_order import ORDER_VERSION
 from dualsm.process.errors import UserError
 from dualsm.rundir.workdir import CONFIG, check_config_of_run, lock, read_config, write_config
-from dualsm.training import loop, start
+from dualsm.training import loop, run_corpora, start
 from tests.conftest import ROOT, command_env
 
 HOLD = """
@@ -124,3 +126,31 @@ def test_run_that_starts_first_is_kept(micro, corpus, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="contains a run with another config .*seed: 7 -> 0"):
         loop.train(micro, tmp_path)
     assert read_config(tmp_path).seed == 7
+
+
+def test_a_run_in_the_order_of_an_earlier_version_cannot_resume(micro, corpus, tmp_path):
+    """Earlier versions did not write `data.order_version`."""
+    config = start.complete(micro, run_corpora.open_corpora(micro))
+    assert config.data.order_version == ORDER_VERSION
+    write_config(tmp_path, config, corpus)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    check_config_of_run(tmp_path, config)
+    saved = json.loads((tmp_path / CONFIG).read_text())
+    del saved["data"]["order_version"]
+    (tmp_path / CONFIG).write_text(json.dumps(saved))
+    with pytest.raises(
+        UserError,
+        match=rf"was trained in version 0 of the order of documents, .*has version {ORDER_VERSION}; ",
+    ):
+        check_config_of_run(tmp_path, config)
+    read_config(tmp_path)  # for example to evaluate the run
+    (tmp_path / "checkpoints" / "4").rename(tmp_path / "checkpoints" / "0")
+    check_config_of_run(tmp_path, config)  # imported weights, which have seen no document
+
+
+def test_another_version_of_the_order_is_rejected(micro):
+    micro.data.order_version = 1
+    with pytest.raises(
+        UserError, match=f"order_version=1 is not the version .*{ORDER_VERSION}; leave it at 0"
+    ):
+        start.complete(micro, run_corpora.open_corpora(micro))
