@@ -12,6 +12,7 @@ from dualsm.process.paths import files_in, user_path
 from tests.conftest import ROOT, command_env, run_command
 from tests.killing import problems
 from tests.object_store import BUCKET, object_store
+from tests.processes import launch
 
 pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")
@@ -189,3 +190,18 @@ def test_training_while_one_in_twenty_requests_fails(store, recipe, local, tmp_p
     assert store.requests - before > 100 and store.faults.total() > 5, store.faults
     assert set(store.faults) >= {"unavailable", "dropped before"}, store.faults
     assert not problems([], download(workdir, tmp_path / "run"), local), done.stderr
+
+
+def test_a_job_of_two_processes_while_requests_fail(store, recipe, tmp_path):
+    """The weights equal those of a job on a local folder, whose processes sum in the same order."""
+    remote, flags = f"{HOME}/two processes", (f"--config={recipe}", "--config.mesh.data=2")
+    done = launch(2, 1, *flags, f"--workdir={tmp_path / 'local'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    store.fault_rate, before = 1 / 20, store.faults.total()
+    try:
+        done = launch(2, 1, *flags, f"--workdir={remote}")
+    finally:
+        store.fault_rate = 0.0
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert store.faults.total() - before > 5, store.faults
+    assert not problems([], download(remote, tmp_path / "copy"), tmp_path / "local"), done.stderr
