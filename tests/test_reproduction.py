@@ -27,6 +27,12 @@ def runs():
 def test_the_page_is_what_the_tables_give(modules, runs):
     page, _ = modules
     assert page.render(runs) == page.PAGE.read_text()
+    assert page.averaged_page(runs) == page.AVERAGED.read_text()
+
+
+def test_the_page_is_short(modules):
+    page, _ = modules
+    assert len(page.PAGE.read_text().split()) <= 1800
 
 
 def test_the_table_of_recommend_is_what_the_tables_give(modules, runs):
@@ -47,7 +53,7 @@ def test_choices_on_the_page_are_those_of_the_study(modules, runs):
             for kind in ("full", "stop"):
                 run = chosen[f"plain,{R},{alpha}"][kind]["run"]
                 cell = on_page.best("plain", R, alpha, kind)
-                assert all(run[key] == cell[key] for key in page.CELL)
+                assert all(run[key] == value for key, value in cell.items())
         assert on_page.mixture(R, "full")["alpha"] == study.best_alpha(chosen, R, "full")
 
 

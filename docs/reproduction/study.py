@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -121,6 +122,7 @@ def choose(results: list[dict]) -> dict[str, dict]:
                 continue
             best = chosen.setdefault(key, {}).get(kind)
             loss = result["dev/causal/loss"]
+            loss = loss if math.isfinite(loss) else math.inf  # a run that diverged is not chosen
             if best is None or loss < best["loss"]:
                 chosen[key][kind] = {"loss": loss, "run": run}
     return chosen

@@ -2,21 +2,30 @@
 
 Each share of causal rows has its best weight decay. Settings were chosen on another corpus and held-out split
 than the losses are from. The table covers R = 32 and R = 128; `answer` uses the nearest.
+
+Losses and differences are means over corpora, after the mean over the seeds of each; their standard errors
+are over corpora. Intervals are those of Student's t distribution. Runs that diverged are counted and left
+out.
 """
 
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from scipy.special import stdtrit
 
 from dualsm.analysis.advice import TokenBudget
 from dualsm.analysis.scales import doublings_outside, fraction
 
 TABLE = Path(__file__).with_name("confirmed.csv")  # written by docs/reproduction/page.py
-_INTEGERS = ("repetitions", "unique_tokens", "budget_tokens", "parameters", "replicates")
+INTERVAL = 0.8  # probability that a stated interval contains the expected value
+_INTEGERS = (
+    "repetitions", "unique_tokens", "budget_tokens", "parameters", "replicates", "diverged", "corpora",
+    "paired_corpora",
+)  # fmt: skip
 
 
 class ConfirmedCell(NamedTuple):
@@ -29,8 +38,14 @@ class ConfirmedCell(NamedTuple):
       weight_decay: weight decay.
       length: share of the budget that was trained, with a complete learning-rate schedule.
       replicates: number of runs, on several corpora.
+      diverged: number of them that diverged; the losses are those of the others.
+      corpora: number of corpora with a run that did not diverge.
       causal, causal_error: held-out causal loss in nats per token, and its standard error.
       masked, masked_error: the same of the masked-diffusion loss.
+      paired_corpora: number of corpora on which neither this cell nor causal rows only diverged.
+      causal_change, causal_change_error: causal loss minus that of causal rows only at their best stop, with
+        the same corpora and seeds, and its standard error; 0 for that cell itself.
+      masked_change, masked_change_error: the same of the masked-diffusion loss.
       roles: names, separated by spaces, of the fields of `Confirmed` that the cell was chosen for.
     """
 
@@ -42,10 +57,17 @@ class ConfirmedCell(NamedTuple):
     weight_decay: float
     length: float
     replicates: int
+    diverged: int
+    corpora: int
     causal: float
     causal_error: float
     masked: float
     masked_error: float
+    paired_corpora: int
+    causal_change: float
+    causal_change_error: float
+    masked_change: float
+    masked_change_error: float
     roles: str
 
 
@@ -78,6 +100,11 @@ def read_confirmed(path: Path = TABLE) -> list[ConfirmedCell]:
             ConfirmedCell(**{name: types[name](text) for name, text in row.items()})
             for row in csv.DictReader(file)
         ]
+
+
+def half_interval(error: float, corpora: int) -> float:
+    """Returns half the width of the interval of a mean, given its standard error over `corpora` corpora."""
+    return float(stdtrit(corpora - 1, (1 + INTERVAL) / 2)) * error
 
 
 def answer(
@@ -122,7 +149,7 @@ def describe_confirmed(found: Confirmed) -> list[str]:
     lines = [
         f"by the confirmed runs that come with dualsm, {best.budget_tokens:,} training tokens, "
         f"{best.unique_tokens:,} unique tokens (R = {best.repetitions}), {best.parameters:,} parameters, "
-        f"{best.replicates} runs per setting:",
+        f"{best.replicates} runs per setting on {best.corpora} corpora, ± half an {INTERVAL:.0%} interval:",
         f"    train with: causal {fraction(best.alpha)}, masked_diffusion {fraction(1 - best.alpha)}, "
         f"weight decay {best.weight_decay:g}, {_stop(best)}",
         "    " + " ".join(f"--config.{name}={value:.6g}" for name, value in flags.items()),
@@ -132,11 +159,11 @@ def describe_confirmed(found: Confirmed) -> list[str]:
         lines.append(
             f"    causal rows only, weight decay {cell.weight_decay:g}, {_stop(cell)}: {_losses(cell)}"
         )
-    price, error = second.causal - stop.causal, math.hypot(second.causal_error, stop.causal_error)
+    causal = _estimate(second.causal_change, second.causal_change_error, second.paired_corpora, "+")
+    masked = _estimate(second.masked_change, second.masked_change_error, second.paired_corpora, "+")
     lines.append(
         f"    price of a second mode, each at its best stop: causal {fraction(second.alpha)} changes the "
-        f"causal loss by {price:+.3f} ± {error:.3f} "
-        f"and the masked-diffusion loss by {second.masked - stop.masked:+.2f}"
+        f"causal loss by {causal} and the masked-diffusion loss by {masked}"
     )
     far = [f"{name.replace('_', ' ')} by {x:.1f}" for name, x in found.outside.items() if x > 0.05]
     if far:
@@ -152,4 +179,10 @@ def _stop(cell: ConfirmedCell) -> str:
 
 
 def _losses(cell: ConfirmedCell) -> str:
-    return f"{cell.causal:.3f} ± {cell.causal_error:.3f} and {cell.masked:.3f} ± {cell.masked_error:.3f}"
+    losses = ((cell.causal, cell.causal_error), (cell.masked, cell.masked_error))
+    text = " and ".join(_estimate(*loss, cell.corpora) for loss in losses)
+    return text + (f" ({cell.diverged} of {cell.replicates} runs diverged)" if cell.diverged else "")
+
+
+def _estimate(value: float, error: float, corpora: int, sign: str = "") -> str:
+    return f"{value:{sign}.3f} ± {half_interval(error, corpora):.3f}"

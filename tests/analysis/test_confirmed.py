@@ -8,8 +8,10 @@ from dualsm.analysis.confirmed import ConfirmedCell, answer, describe_confirmed,
 
 def cell(repetitions, alpha, length, causal, masked, roles):
     unique = 1000 // repetitions
+    changes = (causal - 2.6, 0.04, masked - 5.0, 0.01)
     return ConfirmedCell(
-        repetitions, unique, 1000, 50, alpha, 0.5, length, 6, causal, 0.03, masked, 0.02, roles
+        *(repetitions, unique, 1000, 50, alpha, 0.5, length, 6, 0, 3),
+        *(causal, 0.03, masked, 0.02, 3, *changes, roles),
     )
 
 
@@ -63,10 +65,18 @@ def test_repetitions_between_those_of_the_runs_are_outside():
 
 def test_the_price_compares_the_best_stops():
     text = "\n".join(describe_confirmed(ask(125, 1000)))
-    assert (
-        "causal 3/4 changes the causal loss by +0.100 ± 0.042 and the masked-diffusion loss by -0.50" in text
+    assert (  # with three corpora, half an 80% interval is 1.886 standard errors
+        "causal 3/4 changes the causal loss by +0.100 ± 0.075 and the masked-diffusion loss by -0.500 ± 0.019"
+        in text
     )
-    assert "warning" not in text
+    assert "causal and masked-diffusion loss: 2.500 ± 0.057 and 4.000 ± 0.038" in text
+    assert "warning" not in text and "diverged" not in text
+
+
+def test_runs_that_diverged_are_named():
+    cells = [cell._replace(diverged=2) if "mixture" in cell.roles else cell for cell in CELLS]
+    lines = describe_confirmed(answer(round_repetitions(125, 1000), cells=cells))
+    assert [line.endswith(" (2 of 6 runs diverged)") for line in lines].count(True) == 1
 
 
 def test_the_shipped_table_answers_at_both_numbers_of_repetitions():
