@@ -62,6 +62,9 @@ def test_attended_share():
     assert attended_share(config, SpecialIds()) == pytest.approx(33 / 128 + 0.5)
     # With blocks of a quarter of the row, causal rows compute 1, 2, 3 and 4 of 4 blocks.
     assert attended_share(config, SpecialIds(), config.seq_len // 4) == pytest.approx(10 / 32 + 0.5)
+    config.mixture.update({"causal": 0.0, "masked_diffusion": 0.0, "block_diffusion": 1.0})
+    config.objectives.block_diffusion.block = config.seq_len // 4
+    assert attended_share(config, SpecialIds()) == pytest.approx(10 / 16)
 
 
 def test_full_remat_saves_one_array_per_layer():

@@ -75,6 +75,12 @@ def document_spans(documents_L: jax.Array) -> tuple[jax.Array, jax.Array]:
     return start_L, end_L
 
 
+def count(flags_L: jax.Array, start_L: jax.Array) -> jax.Array:
+    """Returns the number of True flags in the document up to and including each position, int32 [L]."""
+    total_L = jnp.cumsum(flags_L, dtype=jnp.int32)
+    return total_L - (total_L - flags_L)[start_L]
+
+
 def causal_example(row: Row, inputs_L: jax.Array, targets_L: jax.Array, weights_L: jax.Array) -> Example:
     """Returns an example in which every position attends to its document up to itself."""
     start_L, _ = document_spans(row.documents_L1[:-1])
@@ -111,6 +117,6 @@ def is_text(tokens_L: jax.Array) -> jax.Array:
 
 
 __all__ = [
-    "Example", "Row", "SpecialIds", "below", "causal_example", "document_spans", "has_target", "is_text",
-    "single_row", "with_mode",
+    "Example", "Row", "SpecialIds", "below", "causal_example", "count", "document_spans", "has_target",
+    "is_text", "single_row", "with_mode",
 ]  # fmt: skip

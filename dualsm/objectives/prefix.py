@@ -23,14 +23,9 @@ def prefix(row: Row, key: jax.Array, special: SpecialIds) -> Example:
     prefix. Targets after the prefix have weight 1, targets inside it weight 0.
     """
     del special
-    length = row.tokens_L1.shape[0] - 1
-    positions_L = jnp.arange(length, dtype=jnp.int32)
-    start_L1, end_L1 = document_spans(row.documents_L1)
-    start_L, tokens_L = start_L1[:-1], (end_L1 - start_L1)[:-1]
-    # One draw per document: the draw at its first position.
-    uniform_L = jax.random.uniform(key, (length,))[start_L]
-    drawn_L = 1 + jnp.floor(uniform_L * (tokens_L - 1)).astype(jnp.int32)
-    prefix_end_L = start_L + jnp.clip(drawn_L, 1, jnp.maximum(tokens_L - 1, 1))
+    positions_L = jnp.arange(row.tokens_L1.shape[0] - 1, dtype=jnp.int32)
+    start_L, _ = document_spans(row.documents_L1[:-1])
+    prefix_end_L = draw_prefix_end(row, key)
     weights_L = (has_target(row) & (positions_L + 1 >= prefix_end_L)).astype(jnp.float32)
     return Example(
         inputs_L=row.tokens_L1[:-1],
@@ -40,3 +35,13 @@ def prefix(row: Row, key: jax.Array, special: SpecialIds) -> Example:
         key_start_L=start_L,
         key_end_L=jnp.maximum(positions_L + 1, prefix_end_L),
     )
+
+
+def draw_prefix_end(row: Row, key: jax.Array) -> jax.Array:
+    """Returns the end of each document's prefix, which has 1..n-1 of its n tokens, int32 [L]."""
+    start_L1, end_L1 = document_spans(row.documents_L1)
+    start_L, tokens_L = start_L1[:-1], (end_L1 - start_L1)[:-1]
+    # One draw per document: the draw at its first position.
+    uniform_L = jax.random.uniform(key, start_L.shape)[start_L]
+    drawn_L = 1 + jnp.floor(uniform_L * (tokens_L - 1)).astype(jnp.int32)
+    return start_L + jnp.clip(drawn_L, 1, jnp.maximum(tokens_L - 1, 1))

@@ -71,7 +71,7 @@ OBJECTIVES: dict[str, Objective] = {}
 def objective(
     *,
     order: int,
-    view: Literal["causal", "prefix", "document"],
+    view: Literal["causal", "prefix", "block", "document"],
     sees: str,
     predicts: str,
     averages_over: str,
@@ -84,7 +84,8 @@ def objective(
     Args:
       order: position in the table. The rounding of rows per step depends on the order, so existing positions
         never change; a new objective gets the next number.
-      view: keys that a position attends to: the document up to the position, also a prefix, or all of it.
+      view: keys that a position attends to: the document up to the position, also a prefix, up to the end of
+        the position's block, or all of it.
       sees: description of `view` in the docs.
       predicts: target of position i in the docs.
       averages_over: tokens that the loss is a mean over, in the docs.

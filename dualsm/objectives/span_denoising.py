@@ -16,6 +16,7 @@ from dualsm.objectives.example import (
     Row,
     SpecialIds,
     below,
+    count,
     document_spans,
     has_target,
     is_text,
@@ -174,12 +175,6 @@ def spans_last(row: Row, missing_L1: jax.Array, special: SpecialIds) -> Example:
         key_start_L=start_L1[:-1],
         key_end_L=jnp.maximum(positions_L + 1, jnp.minimum(bar_L1[:-1], size - 1)),
     )
-
-
-def count(flags_L: jax.Array, start_L: jax.Array) -> jax.Array:
-    """Returns the number of True flags in the document up to and including each position, int32 [L]."""
-    total_L = jnp.cumsum(flags_L, dtype=jnp.int32)
-    return total_L - (total_L - flags_L)[start_L]
 
 
 def _first(key: jax.Array, start_L: jax.Array, among_L: jax.Array, k_L: jax.Array) -> jax.Array:

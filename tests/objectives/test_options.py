@@ -73,7 +73,7 @@ def test_a_faulty_registration_is_rejected(table, changes, error):
         objective(**{"order": 100, **VIEW, "far": Option(""), **changes})(
             lambda row, key, special, far=1: None
         )
-    assert len(table) == 9
+    assert len(table) == 10
 
 
 def test_registered_objectives_use_different_mode_tokens():
@@ -85,7 +85,7 @@ def test_the_order_never_changes():
     """The order decides how rows are rounded, so a new order would change the data of resumed runs."""
     assert list(OBJECTIVES) == [
         "causal", "prefix", "masked_diffusion", "masked", "variable_length_masked", "diverse_causal",
-        "masked_input_causal", "span_denoising", "next_all",
+        "masked_input_causal", "span_denoising", "next_all", "block_diffusion",
     ]  # fmt: skip
 
 
@@ -99,6 +99,7 @@ def test_validation_keeps_only_the_options_that_define_the_task():
     options = default_config().objectives
     options.diverse_causal.distance, options.masked_diffusion.clip = 2, 3.0
     assert {name: values for name, values in valid_options(options).items() if values} == {
+        "block_diffusion": {"block": 32, "form": "noisy"},
         "diverse_causal": {"distance": 2},
         "masked_diffusion": {"shifted": True},
         "span_denoising": {"modes": "RSX"},
@@ -132,6 +133,8 @@ def test_the_docs_contain_the_tables():
         ("masked_diffusion.time", "noon"),
         ("masked_diffusion.width", 0.0),
         ("masked_diffusion.clip", -1.0),
+        ("block_diffusion.block", -1),
+        ("block_diffusion.form", "clean"),
     ],
 )
 def test_invalid_options_are_rejected_by_name(key, value):
@@ -160,4 +163,5 @@ def test_valid_options_pass():
     config.objectives.masked_diffusion.time = "bell"
     config.objectives.diverse_causal.distance = MAX_DISTANCE
     config.objectives.span_denoising.modes = "XS"
+    config.objectives.block_diffusion.block, config.objectives.block_diffusion.form = 0, "tail"
     check_config(config)

@@ -42,16 +42,19 @@ def influence(model_config, params):
 
 
 def cases():
-    for name in OBJECTIVES:
+    blocks = {"block": 4}, {"block": 4, "form": "tail"}
+    for name, options in [*((name, {}) for name in OBJECTIVES), *(("block_diffusion", o) for o in blocks)]:
         for layout in LAYOUTS:
-            yield pytest.param(name, layout, id=f"{name}-{layout}")
+            yield pytest.param(
+                name, options, layout, id="-".join([name, *map(str, options.values()), layout])
+            )
 
 
-@pytest.mark.parametrize(("name", "layout"), cases())
-def test_positions_attend_exactly_to_the_view_of_the_objective(name, layout, influence):
+@pytest.mark.parametrize(("name", "options", "layout"), cases())
+def test_positions_attend_exactly_to_the_view_of_the_objective(name, options, layout, influence):
     tokens_L1, documents_L1 = packed(LAYOUTS[layout], ROW_TOKENS)
     rows = batch([(tokens_L1, documents_L1)] * ROWS)
-    examples = rewritten(name, rows)
+    examples = rewritten(name, rows, **options)
     for b in range(0, ROWS, 10):  # rows of different strata
         example = jax.tree.map(lambda a, b=b: a[b], examples)
         seen_LxL = influence(example)
@@ -62,15 +65,27 @@ def test_positions_attend_exactly_to_the_view_of_the_objective(name, layout, inf
             assert not seen_LxL[np.ix_(inside, others)].any(), "another document is seen"
             view = seen_LxL[np.ix_(inside, inside)]
             if document >= 0:
-                check_view(name, view, example.weights_L[inside])
+                check_view(name, view, example.weights_L[inside], **options)
 
 
-def check_view(name: str, seen: np.ndarray, weights: np.ndarray) -> None:
+def check_view(
+    name: str, seen: np.ndarray, weights: np.ndarray, block: int = 32, form: str = "noisy"
+) -> None:
     """Checks the attention pattern within one document, given its loss weights."""
     n = len(seen)
     causal = np.tri(n, dtype=bool)
     view = OBJECTIVES[name].view
-    if view == "causal":
+    if view == "block" and form == "noisy":
+        index = np.arange(n) // block
+        assert (seen == (index[:, None] >= index)).all()
+    elif view == "block":
+        scored = np.flatnonzero(weights)
+        masks = scored[1:]  # the last token before the block predicts its first token
+        assert len(scored) <= block
+        expected = causal.copy()
+        expected[np.ix_(masks, masks)] = True
+        assert (seen == expected).all()
+    elif view == "causal":
         assert (seen == causal).all()
     elif view == "document":
         assert seen.all()
