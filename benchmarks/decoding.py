@@ -24,7 +24,7 @@ from absl import flags
 
 from dualsm.config import freeze
 from dualsm.evaluation.acceptance import SAMPLINGS
-from dualsm.evaluation.held_out import open_held_out
+from dualsm.evaluation.held_out_prompts import held_out_prompts
 from dualsm.generation import drafting
 from dualsm.generation.autoregressive import DecodeState, decode, forward_with_cache, prefill
 from dualsm.generation.generate import Throughput, generate
@@ -115,23 +115,13 @@ def medians(functions: Sequence[Callable[[], float]]) -> list[float]:
     return np.median(seconds, axis=0).tolist()
 
 
-def held_out_prompts(run: TrainedRun, count: int, tokens: int) -> list[list[int]]:
-    """Returns segments of held-out documents, spread evenly, as prompts."""
-    documents = open_held_out(run, _DATA.value)[0].corpus.documents("valid")
-    document_N = np.flatnonzero(documents.lengths_N > tokens)
-    chosen_S = document_N[np.arange(count) * len(document_N) // count]
-    rng = np.random.default_rng(0)
-    start_S = rng.integers(0, documents.lengths_N[chosen_S] - tokens)
-    return [text.tolist() for text in documents.read(chosen_S, start_S, start_S + tokens)]
-
-
 def speeds(run: TrainedRun) -> list[dict]:
     """Measures causal and speculative decoding in turn, on the same prompts; returns one record for each."""
     sampling, records = SamplingParams(_TEMPERATURE.value), []
     sizes = [("causal", 0), *(("speculative", int(draft)) for draft in _DRAFTS.value)]
     for batch_size in map(int, _BATCH_SIZES.value):
         measured: dict[tuple[str, int], list[float]] = {size: [] for size in sizes}
-        prompts = held_out_prompts(run, batch_size, 32)
+        prompts = held_out_prompts(run, _DATA.value, batch_size, 32)
         for _ in range(_RUNS.value):
             for mode, draft in sizes:
                 drafts = DraftCounts() if mode == "speculative" else None
@@ -216,7 +206,7 @@ def drafts_with_and_without_cache(run: TrainedRun, size: int = 8, count: int = 5
         return jnp.exp(jnp.cumsum(drafting.log_acceptance(draft, log_p_BxP1xV), axis=1))
 
     records = []
-    prompts = held_out_prompts(run, count, run.config.seq_len // 2)
+    prompts = held_out_prompts(run, _DATA.value, count, run.config.seq_len // 2)
     for cached in (True, False):
         for name, sampling in SAMPLINGS.items():
             parts = []

@@ -2,6 +2,7 @@
 
 python -m dualsm.sample --workdir=runs/tiny --mode=causal --prompt='def main('
 python -m dualsm.sample --workdir=runs/tiny --mode=diffusion --prompt='def <mask:8>: return x'
+python -m dualsm.sample --workdir=runs/tiny --mode=diffusion --block=32 --cache --prompt='def main('
 python -m dualsm.sample --workdir=runs/tiny --mode=speculative --prompt='def main('
 """
 
@@ -14,13 +15,22 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from dualsm.evaluation.block_nelbo import describe_block_nelbo
+from dualsm.generation.cached_diffusion import ForwardCounts
 from dualsm.generation.diffusion import ORDERS, UnmaskingParams
-from dualsm.generation.generate import MODES, Throughput, causal_speed, generate
+from dualsm.generation.generate import (
+    MODES,
+    Throughput,
+    causal_speed,
+    generate,
+    why_cache_is_approximate,
+)
 from dualsm.generation.prompt_batches import prompt_keys
 from dualsm.generation.prompts import encode_prompt, read_prompts, show
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.generation.speculative import MAX_DRAFT, DraftCounts, SpeculationParams
 from dualsm.process import cli
+from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output
 from dualsm.process.paths import user_path
 from dualsm.process.progress import LiveText, warn
@@ -53,19 +63,31 @@ _THRESHOLD = flags.DEFINE_float(
 _BLOCK = flags.DEFINE_integer(
     "block", 0, "diffusion: unmask blocks of this many tokens from left to right; 0: one block"
 )
+_CACHE = flags.DEFINE_bool(
+    "cache", False, "diffusion: keep the keys and values of finished blocks; needs --block"
+)
 _DRAFT = flags.DEFINE_integer(
     "draft", 0, "speculative: tokens per draft; 0: adaptive, from the acceptance rate", 0, MAX_DRAFT
 )
 _COMPARE = flags.DEFINE_bool(
-    "compare", True, "speculative: also measure the speed of causal decoding, on up to 64 tokens per prompt"
+    "compare",
+    True,
+    "speculative: also measure the speed of causal decoding, on up to 64 tokens per prompt; diffusion with "
+    "--cache: measure the change in the held-out NELBO if the run was not trained on such blocks",
 )
 _OUTPUT = cli.DEFINE_path("output", "", "JSON lines file for the texts")
 _WATCH = flags.DEFINE_bool("watch", None, "redraw the texts after every step; default: on a terminal")
 flags.mark_flags_as_required(["workdir"])
 
+_FLAGS_OF_MODES = {
+    "diffusion": (_ORDER, _STEPS, _THRESHOLD, _BLOCK, _CACHE),
+    "speculative": (_DRAFT,),
+}
+
 
 def main(_: Sequence[str]) -> None:
     cli.set_up_jax()
+    _check_flags()
     sampling = SamplingParams(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     unmasking = UnmaskingParams(_ORDER.value, _STEPS.value, _THRESHOLD.value, _BLOCK.value)
     texts = [*_PROMPT.value, *(read_prompts(_PROMPTS.value) if _PROMPTS.value else [])] or [""]
@@ -73,16 +95,20 @@ def main(_: Sequence[str]) -> None:
     prompts = [encode_prompt(run.tokenizer, text) for text in texts]
     key_B = prompt_keys(_SEED.value, prompts)
     drafts = DraftCounts() if _MODE.value == "speculative" else None
+    counts = ForwardCounts() if _CACHE.value else drafts
     speculation = SpeculationParams(_DRAFT.value)
     states = generate(
-        run, prompts, _MODE.value, _TOKENS.value, sampling, unmasking, key_B, speculation, drafts
-    )
+        run, prompts, _MODE.value, _TOKENS.value, sampling, unmasking, key_B, speculation, counts,
+        _CACHE.value,
+    )  # fmt: skip
     if _OUTPUT.value:
         check_output(user_path(_OUTPUT.value), "--output")
     _warn_if_long(prompts, run)
+    if _CACHE.value:
+        _warn_if_approximate(run)
 
     watch = sys.stdout.isatty() if _WATCH.value is None else _WATCH.value
-    throughput = Throughput(_MODE.value, run.tokenizer.special.mask, drafts)
+    throughput = Throughput(_MODE.value, run.tokenizer.special.mask, counts)
     with LiveText() if watch else contextlib.nullcontext() as screen:
         for tokens in states:
             throughput.update(tokens)
@@ -101,6 +127,26 @@ def main(_: Sequence[str]) -> None:
         speed = causal_speed(run, prompts, _TOKENS.value, sampling, key_B)
         summary += f"; causal decoding: {speed:.3g} tokens per second"
     print(f"[{summary}]", file=sys.stderr)
+
+
+def _check_flags() -> None:
+    """Raises `UserError` for flags that have no effect in the mode."""
+    for mode, own in _FLAGS_OF_MODES.items():
+        for flag in own:
+            if flag.value != flag.default and mode != _MODE.value:
+                raise UserError(
+                    f"--{flag.name}={flag.value} has no effect with --mode={_MODE.value}; use --mode={mode}, "
+                    "or leave the flag out"
+                )
+    if _CACHE.value and not _BLOCK.value:
+        raise UserError("--cache needs --block=N, the number of tokens per block, such as --block=32")
+
+
+def _warn_if_approximate(run: TrainedRun) -> None:
+    """Warns if the run was not trained on the blocks that --cache uses."""
+    if reason := why_cache_is_approximate(run, _BLOCK.value):
+        change = f"; {describe_block_nelbo(run, _BLOCK.value)}" if _COMPARE.value else ""
+        warn(f"--cache is an approximation, because {run.workdir} {reason}{change}")
 
 
 def _warn_if_long(prompts: list[list[int]], run: TrainedRun) -> None:

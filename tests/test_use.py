@@ -216,6 +216,24 @@ def test_sample_fills_in_masks_and_keeps_the_rest(workdir, tmp_path):
     assert "░" in process.stdout  # masks, while unmasking
 
 
+def test_sample_unmasks_blocks_with_a_cache(workdir, tmp_path):
+    """The run was not trained on blocks, which the command says."""
+    output = tmp_path / "texts.jsonl"
+    process = run_command(
+        "dualsm.sample", f"--workdir={workdir}", "--mode=diffusion", "--block=8", "--cache", "--tokens=12",
+        "--prompt=def main(", "--prompt=import <mask:3> as x", f"--output={output}",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert lines[0]["text"].startswith("def main(")
+    assert lines[1]["text"].startswith("import ") and lines[1]["text"].endswith(" as x")
+    assert all(4 not in line["tokens"] for line in lines)
+    assert "approximation" in process.stderr and "not trained with block_diffusion" in process.stderr
+    assert "nats per token with blocks of 8" in process.stderr
+    passes = float(process.stderr.split(" forward passes per token")[0].split()[-1])
+    assert 1 < passes < 1.5  # one per token, and one per block to store it
+
+
 def test_prompts_are_read_from_a_file(workdir, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     (tmp_path / "prompts.txt").write_text("a\nb\n")
@@ -309,6 +327,12 @@ BAD = {
     "mask in causal": (["dualsm.sample", "--workdir={workdir}", "--prompt=a <mask>"], "--mode=diffusion"),
     "leading mask": (["dualsm.sample", "--workdir={workdir}", "--mode=telepathy"], "telepathy"),
     "temperature": (["dualsm.sample", "--workdir={workdir}", "--temperature=nan"], "temperature=nan"),
+    "cache": (["dualsm.sample", "--workdir={workdir}", "--cache"], "--cache=True has no effect"),
+    "block": (["dualsm.sample", "--workdir={workdir}", "--mode=diffusion", "--cache"], "--block=32"),
+    "draft": (
+        ["dualsm.sample", "--workdir={workdir}", "--mode=diffusion", "--draft=2"],
+        "--mode=speculative",
+    ),
     "prompts": (["dualsm.sample", "--workdir={workdir}", "--prompts=nowhere.jsonl"], "nowhere.jsonl"),
     "task": (["dualsm.evaluate", "--workdir={workdir}", "--tasks=telepathy"], "telepathy"),
     "task data": (["dualsm.evaluate", "--workdir={workdir}", "--tasks=blimp"], "--task_data"),

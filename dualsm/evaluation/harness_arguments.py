@@ -29,6 +29,14 @@ def read_integer(name: str, value: int | str) -> int:
         raise UserError(f"--model_args: {name}={value!r} must be an integer") from error
 
 
+def read_boolean(name: str, value: bool | str) -> bool:
+    """Parses true or false, in any case. Raises `UserError` for anything else."""
+    found = {"true": True, "false": False}.get(str(value).lower())
+    if found is None:
+        raise UserError(f"--model_args: {name}={value!r} must be true or false")
+    return found
+
+
 def read_model_args(text: str) -> dict[str, str]:
     """Parses `key=value,key=value`, where values may contain commas and equals signs.
 

@@ -76,6 +76,20 @@ class DiffusionState(NamedTuple):
     forwards: jax.Array
 
 
+class Candidates(NamedTuple):
+    """A sampled token for each position.
+
+    Attributes:
+      token_BxL: token ids.
+      probability_BxL: probabilities of the tokens, float32.
+      priority_BxL: positions with the highest priority are unmasked first, float32.
+    """
+
+    token_BxL: jax.Array
+    probability_BxL: jax.Array
+    priority_BxL: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "unmasking", "special"))
 def unmask(
     config: FrozenConfigDict,
@@ -92,41 +106,83 @@ def unmask(
         state.tokens_BxL, start_BxL, start_BxL + state.length_B[:, None]
     )
 
+    # Position i - 1 predicts the token at position i; the token sampled for position 0 is unused.
+    features_BxLxD = jnp.roll(features_BxLxD, 1, axis=1)
+    position_BxL = jnp.broadcast_to(jnp.arange(state.tokens_BxL.shape[1]), state.tokens_BxL.shape)
+    key_BxL = position_keys(state.key_B, position_BxL, state.forwards)
+    candidates = draw_candidates(config, params, features_BxLxD, key_BxL, sampling, unmasking, special)
+
+    masked_BxL = state.tokens_BxL == special.mask
+    masked_block_BxL = jnp.where(masked_BxL, state.block_BxL, jnp.iinfo(jnp.int32).max)
+    active_BxL = masked_BxL & (state.block_BxL == masked_block_BxL.min(1, keepdims=True))
+    quota_B = jnp.where(active_BxL, state.quota_BxL, 0).max(1)
+    chosen_BxL = choose(candidates, active_BxL, quota_B, unmasking)
+    return state._replace(
+        tokens_BxL=jnp.where(chosen_BxL, candidates.token_BxL, state.tokens_BxL),
+        quota_BxL=state.quota_BxL - active_BxL,
+        forwards=state.forwards + 1,
+    )
+
+
+def position_keys(key_B: jax.Array, position_BxL: jax.Array, forwards: jax.Array) -> jax.Array:
+    """Returns the keys of positions, [B, L], from the key of each text and the number of forward passes."""
+    key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, forwards)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, position_BxL)
+
+
+def draw_candidates(
+    config: FrozenConfigDict,
+    params: dict,
+    features_BxLxD: jax.Array,
+    key_BxL: jax.Array,
+    sampling: SamplingParams,
+    unmasking: UnmaskingParams,
+    special: SpecialIds,
+) -> Candidates:
+    """Samples a token for each position.
+
+    Args:
+      config: `config.model`, frozen.
+      params: parameters.
+      features_BxLxD: features that predict the token at each position, not those at the position.
+      key_BxL: PRNG key of each position.
+      sampling: sampling parameters.
+      unmasking: unmasking parameters.
+      special: the tokenizer's special ids.
+    """
+
     def draw(feature_D, key):
-        """Returns the sampled token of a position, its probability, and the position's priority."""
         logits_V = bind(config, params).output_logits(feature_D)
         logits_V = mask_reserved_ids(logits_V, special, allow_eos=False)
         draw_key, order_key = jax.random.split(key)
         token, log_p_V = sample(logits_V, draw_key, sampling), jax.nn.log_softmax(logits_V)
         return token, jnp.exp(log_p_V[token]), _priority(log_p_V, token, unmasking.order, order_key)
 
-    # Position i - 1 predicts the token at position i; the token sampled for position 0 is unused.
-    features_TxD = jnp.roll(features_BxLxD, 1, axis=1).reshape(-1, features_BxLxD.shape[-1])
-    key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.forwards)
-    key_BxL = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(
-        key_B, jnp.arange(state.tokens_BxL.shape[1])
-    )
+    features_TxD = features_BxLxD.reshape(-1, features_BxLxD.shape[-1])
     drawn = jax.lax.map(
         lambda position: draw(*position), (features_TxD, key_BxL.reshape(-1)), batch_size=_LOGITS_CHUNK
     )
-    token_BxL, probability_BxL, priority_BxL = (x.reshape(state.tokens_BxL.shape) for x in drawn)
+    return Candidates(*(x.reshape(key_BxL.shape) for x in drawn))
 
-    masked_BxL = state.tokens_BxL == special.mask
-    masked_block_BxL = jnp.where(masked_BxL, state.block_BxL, jnp.iinfo(jnp.int32).max)
-    active_BxL = masked_BxL & (state.block_BxL == masked_block_BxL.min(1, keepdims=True))
-    priority_BxL = jnp.where(active_BxL, priority_BxL, -jnp.inf)
+
+def choose(
+    candidates: Candidates, active_BxL: jax.Array, quota_B: jax.Array, unmasking: UnmaskingParams
+) -> jax.Array:
+    """Returns the positions to unmask in a forward pass, bool [B, L], at least one among any active ones.
+
+    Args:
+      candidates: from `draw_candidates`.
+      active_BxL: masked positions of the current block.
+      quota_B: remaining forward passes of the block, this one included.
+      unmasking: unmasking parameters.
+    """
+    priority_BxL = jnp.where(active_BxL, candidates.priority_BxL, -jnp.inf)
     rank_BxL = jnp.argsort(jnp.argsort(-priority_BxL, axis=1), axis=1)
     if unmasking.threshold:
-        chosen_BxL = active_BxL & ((probability_BxL >= unmasking.threshold) | (rank_BxL == 0))
-    else:
-        quota_B = jnp.where(active_BxL, state.quota_BxL, 0).max(1)
-        count_B = -(-active_BxL.sum(1) // jnp.maximum(quota_B, 1))
-        chosen_BxL = active_BxL & (rank_BxL < count_B[:, None])
-    return state._replace(
-        tokens_BxL=jnp.where(chosen_BxL, token_BxL, state.tokens_BxL),
-        quota_BxL=state.quota_BxL - active_BxL,
-        forwards=state.forwards + 1,
-    )
+        is_likely_BxL = candidates.probability_BxL >= unmasking.threshold
+        return active_BxL & (is_likely_BxL | (rank_BxL == 0))
+    count_B = -(-active_BxL.sum(1) // jnp.maximum(quota_B, 1))
+    return active_BxL & (rank_BxL < count_B[:, None])
 
 
 def _priority(log_p_V: jax.Array, token: jax.Array, order: str, key: jax.Array) -> jax.Array:
@@ -168,10 +224,7 @@ def infill(
     Raises:
       UserError: if a text is empty or starts with a mask, which no position predicts.
     """
-    if any(not text or text[0] == special.mask for text in texts):
-        raise UserError(
-            "a text is empty or starts with <mask>; it must start with another token, such as <s>"
-        )
+    check_texts(texts, special)
     key_B = prompt_batches.prompt_keys(0, texts) if key_B is None else key_B
     texts = [list(text) for text in texts]
     for part in prompt_batches.batch_slices(len(texts), max(map(len, texts))):
@@ -186,6 +239,14 @@ def infill(
             if not (tokens_BxL == special.mask).any():
                 break
             state = unmask(config, params, state, sampling=sampling, unmasking=unmasking, special=special)
+
+
+def check_texts(texts: Sequence[Sequence[int]], special: SpecialIds) -> None:
+    """Raises `UserError` if a text is empty or starts with a mask, which no position predicts."""
+    if any(not text or text[0] == special.mask for text in texts):
+        raise UserError(
+            "a text is empty or starts with <mask>; it must start with another token, such as <s>"
+        )
 
 
 def _divide_into_blocks(masked_BxL: np.ndarray, unmasking: UnmaskingParams) -> tuple[np.ndarray, np.ndarray]:

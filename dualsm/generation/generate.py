@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from dualsm.config import freeze
-from dualsm.generation import autoregressive, diffusion, prompt_batches, speculative
+from dualsm.generation import autoregressive, cached_diffusion, diffusion, prompt_batches, speculative
+from dualsm.generation.cached_diffusion import ForwardCounts
 from dualsm.generation.diffusion import UnmaskingParams
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.generation.speculative import DraftCounts, SpeculationParams
@@ -43,6 +44,19 @@ def is_shifted(run: TrainedRun) -> bool:
     return not trained or run.config.objectives.masked_diffusion.shifted
 
 
+def why_cache_is_approximate(run: TrainedRun, block: int) -> str | None:
+    """Returns why unmasking blocks of `block` tokens with a cache differs from training; None if not."""
+    if "block_diffusion" not in trained_objectives(run.config):
+        return "was not trained with block_diffusion"
+    options = run.config.objectives.block_diffusion
+    if options.form != "noisy":
+        return f"was trained with objectives.block_diffusion.form={options.form}"
+    drawn = options.block == 0 and block <= run.config.seq_len and not block & (block - 1)
+    if not drawn and options.block != block:
+        return f"was trained with objectives.block_diffusion.block={options.block}"
+    return None
+
+
 def generate(
     run: TrainedRun,
     prompts: Sequence[list[int]],
@@ -52,7 +66,8 @@ def generate(
     unmasking: UnmaskingParams | None = None,
     key_B: jax.Array | None = None,
     speculation: SpeculationParams | None = None,
-    counts: DraftCounts | None = None,
+    counts: DraftCounts | ForwardCounts | None = None,
+    cache: bool = False,
 ) -> Iterator[list[list[int]]]:
     """Generates texts, and yields their intermediate states.
 
@@ -66,22 +81,27 @@ def generate(
       unmasking: unmasking parameters of the mode "diffusion"; None: the defaults.
       key_B: PRNG key of each prompt; None: keys of seed 0, see `prompt_batches.prompt_keys`.
       speculation: parameters of the drafts in the mode "speculative"; None: the defaults.
-      counts: counts the drafts and accepted tokens of the mode "speculative"; None: not counted.
+      counts: `DraftCounts` of the mode "speculative", or `ForwardCounts` of unmasking with a cache, to be
+        updated; None: not counted.
+      cache: unmask blocks of `unmasking.block` tokens with a cache of the finished ones.
 
     Returns:
       An iterator over the token ids of all texts, prompts included, after every few steps. The last item
       contains the finished texts.
 
     Raises:
-      UserError: if the run or a prompt cannot be used in this mode.
+      UserError: if the run or a prompt cannot be used in this mode, or if the mode has no such cache.
     """
     check_mode(run, mode)
+    if cache and mode != "diffusion":
+        raise UserError(f"cache=True has no effect in mode {mode}; use it in mode diffusion")
     config, special = freeze(run.config.model), run.tokenizer.special
     if mode == "diffusion":
         suffix = [special.mask] * new_tokens
         masked = [prompt if special.mask in prompt else [*prompt, *suffix] for prompt in prompts]
         unmasking = unmasking or UnmaskingParams()
-        return diffusion.infill(config, run.params, masked, sampling, unmasking, special, key_B)
+        arguments = (config, run.params, masked, sampling, unmasking, special, key_B)
+        return cached_diffusion.infill_blocks(*arguments, counts) if cache else diffusion.infill(*arguments)
     if any(special.mask in prompt for prompt in prompts):
         raise UserError(f"a prompt contains <mask>, which --mode={mode} cannot fill in; use --mode=diffusion")
     if mode == "speculative":
@@ -95,21 +115,25 @@ def generate(
 class Throughput:
     """Counts the generated tokens, the forward passes and the time from one state to the next."""
 
-    def __init__(self, mode: str, mask: int, drafts: DraftCounts | None = None):
+    def __init__(self, mode: str, mask: int, counts: DraftCounts | ForwardCounts | None = None):
         """
         Args:
           mode: one of `MODES`.
           mask: id of `<mask>`.
-          drafts: counts of the mode "speculative", updated by `generate`.
+          counts: counts that `generate` updates.
         """
-        self._mode, self._mask, self._drafts = mode, mask, drafts
+        self._mode, self._mask = mode, mask
+        self._drafts = counts if isinstance(counts, DraftCounts) else None
+        self._passes = counts if isinstance(counts, ForwardCounts) else None
         self._times: list[float] = []
         self._counts: list[list[int]] = []
+        self._forwards: list[int] = []
 
     def update(self, texts: Sequence[list[int]]) -> None:
         """Records a state that `generate` yielded."""
         self._times.append(time.perf_counter())
         self._counts.append([len(tokens) - tokens.count(self._mask) for tokens in texts])
+        self._forwards.append(self._passes.forwards if self._passes else 0)
 
     @property
     def new_tokens(self) -> int:
@@ -119,28 +143,39 @@ class Throughput:
     def tokens_per_second(self) -> float:
         """Returns the generated tokens per second of decoding.
 
-        Excludes intervals without a new token, such as compilation and prefill, and the first interval of
-        diffusion, which is mostly compilation.
+        Excludes intervals without a new token, or without a forward pass if these are counted, such as
+        compilation and prefill, and the first interval of diffusion without a cache, which is mostly
+        compilation.
         """
-        first = 1 if self._mode == "diffusion" and len(self._times) > 2 else 0
+        first = 1 if self._mode == "diffusion" and not self._passes and len(self._times) > 2 else 0
         tokens_S = np.diff([sum(counts) for counts in self._counts[first:]])
-        seconds = np.diff(self._times[first:])[tokens_S > 0].sum()
+        is_decoding_S = np.diff(self._forwards[first:]) > 0 if self._passes else tokens_S > 0
+        seconds = np.diff(self._times[first:])[is_decoding_S].sum()
         return tokens_S.sum() / max(seconds, 1e-9)
+
+    def forwards(self) -> int:
+        """Returns the number of forward passes, summed over texts."""
+        if self._passes:
+            return self._passes.forwards
+        if self._drafts:
+            return 2 * self._drafts.drafts
+        # A pass of diffusion unmasks at least one token of each text that has masks; one of the other modes
+        # adds exactly one token.
+        is_diffusion = self._mode == "diffusion"
+        return int((np.diff(self._counts, axis=0) > 0).sum()) if is_diffusion else self.new_tokens
 
     def summary(self) -> str:
         """Returns one line with the number of tokens, forward passes per token and tokens per second."""
-        counts_SxB, tokens = np.array(self._counts), max(self.new_tokens, 1)
-        speed = f"{self.tokens_per_second():.3g} tokens per second"
+        speed, forwards = f"{self.tokens_per_second():.3g} tokens per second", self.forwards()
         if self._drafts:
-            drafts = max(self._drafts.drafts, 1)
+            accepted = self._drafts.accepted / max(self._drafts.drafts, 1)
+            per_pass = self.new_tokens / max(forwards, 1)
             return (
-                f"{self.new_tokens} tokens, {self.new_tokens / (2 * drafts):.2f} tokens per forward pass, "
-                f"{self._drafts.accepted / drafts:.2f} accepted tokens per draft, {speed}"
+                f"{self.new_tokens} tokens, {per_pass:.2f} tokens per forward pass, "
+                f"{accepted:.2f} accepted tokens per draft, {speed}"
             )
-        # A forward pass of diffusion unmasks at least one token of each text that has masks; one of the other
-        # modes adds exactly one token.
-        forwards = (np.diff(counts_SxB, axis=0) > 0).sum() if self._mode == "diffusion" else self.new_tokens
-        return f"{self.new_tokens} tokens, {forwards / tokens:.2f} forward passes per token, {speed}"
+        per_token = forwards / max(self.new_tokens, 1)
+        return f"{self.new_tokens} tokens, {per_token:.2f} forward passes per token, {speed}"
 
 
 def causal_speed(

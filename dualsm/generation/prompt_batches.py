@@ -51,11 +51,18 @@ def batch_slices(num_texts: int, max_length: int, max_size: int = MAX_BATCH_SIZE
     return (slice(start, start + size) for start in range(0, num_texts, size))
 
 
-def pad_batch(texts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads texts on the right.
+def padded_length(length: int) -> int:
+    """Returns the length that texts of up to `length` tokens are padded to.
 
     Padded lengths take few values, so that few shapes are compiled: multiples of 32 up to 2 * `QUERIES`, and
     multiples of `QUERIES` above, for which attention does not materialize an [L, L] array.
+    """
+    multiple = QUERIES if length > 2 * QUERIES else _MULTIPLE
+    return -(-length // multiple) * multiple
+
+
+def pad_batch(texts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads texts on the right, to a length of `padded_length`.
 
     Args:
       texts: token ids.
@@ -65,9 +72,7 @@ def pad_batch(texts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.
       Token ids, int32 [B, L], and the length of each text, int32 [B].
     """
     length_B = np.array([len(text) for text in texts], np.int32)
-    longest = int(length_B.max())
-    multiple = QUERIES if longest > 2 * QUERIES else _MULTIPLE
-    tokens_BxL = np.full((len(texts), -(-longest // multiple) * multiple), pad, np.int32)
+    tokens_BxL = np.full((len(texts), padded_length(int(length_B.max()))), pad, np.int32)
     for row, text in zip(tokens_BxL, texts, strict=True):
         row[: len(text)] = text
     return tokens_BxL, length_B

@@ -69,6 +69,13 @@ def test_speculative_model_scores_causally(model, workdir):
         harness.HarnessModel(str(workdir), mode="speculative", draft=99)
 
 
+def test_a_cache_of_blocks_as_long_as_the_text_changes_nothing(model, workdir):
+    """Blocks are then not causal; shorter ones are tested in tests/generation."""
+    cached = harness.HarnessModel(str(workdir), mode="masked", masks=1, cache="True", block=32)
+    asked = requests(*((prompt, GREEDY | {"until": []}) for prompt in ("def main", "import os\n")))
+    assert cached.generate_until(asked) == model("masked").generate_until(asked)
+
+
 def own_scorer(run):
     return Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
 
@@ -225,6 +232,9 @@ def test_invalid_arguments_are_rejected(workdir):
         ({"workdir": "nowhere"}, "nowhere"),
         ({"workdir": str(workdir), "samples": "many"}, "samples='many'"),
         ({"workdir": str(workdir), "seed": -1}, "seed=-1"),
+        ({"workdir": str(workdir), "cache": "maybe"}, "cache='maybe'"),
+        ({"workdir": str(workdir), "cache": True}, "no effect in mode causal"),
+        ({"workdir": str(workdir), "mode": "masked", "cache": True, "block": 0}, "with block=0"),
     ):
         with pytest.raises(UserError, match=message):
             harness.HarnessModel(**arguments)
