@@ -1,4 +1,4 @@
-"""The memory use of reading batches does not grow with the corpus."""
+"""The memory use of reading batches and of their order does not grow with the corpus."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from dualsm.data.document_lengths import RECORD_TOKENS
-from tests.conftest import command_env
+from tests.conftest import ROOT, command_env
 
 DOCUMENTS, RECORDS = 64, 512  # records per document: 2 MB per document, 128 MB in total
 MAX_MB = 40
@@ -57,3 +57,15 @@ def test_a_process_does_not_load_the_corpus_into_memory(tmp_path):
     tokens, grown = done.stdout.split()
     assert int(tokens) > DOCUMENTS * size * 0.45  # half of the corpus was read
     assert float(grown) < MAX_MB
+
+
+def test_the_order_of_a_billion_documents_takes_at_most_200_megabytes():
+    """The lengths are simulated. CPU seconds to the first batch do not depend on other processes."""
+    code = "import json; from benchmarks.data import ordering; print(json.dumps(ordering(10**9)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["peak_megabytes"] < 200
+    assert measured["first_batch_cpu_seconds"] < 1
