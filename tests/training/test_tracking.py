@@ -154,6 +154,9 @@ def test_wandb_offline_run_contains_config_and_metrics(tmp_path, monkeypatch, ca
     assert "warning" not in capsys.readouterr().err
 
     (path,) = workdir.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60  # W&B's own process writes the file, later if the machine is busy
+    while not any(record.HasField("exit") for record in read_wandb(path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
     records = read_wandb(path)
     run = next(record.run for record in records if record.HasField("run"))
     assert (run.project, run.run_group, run.display_name) == ("project", "sweep", workdir.name)
