@@ -84,7 +84,8 @@ def measure(
 def causal_nll(run: TrainedRun, prompts: list[list[int]], new: list[list[int]]) -> tuple[float, float]:
     """Returns the causal model's nll of new tokens, in nats per token, and its standard error over texts."""
     scorer = Scorer(freeze(run.config.model), run.params, run.tokenizer, run.mesh)
-    contexts = [prompt[prompt[0] == run.tokenizer.special.bos :] for prompt in prompts]
+    bos = run.tokenizer.special.bos  # the scorer adds it
+    contexts = [prompt[1:] if prompt[0] == bos else prompt for prompt in prompts]
     length = max(map(len, prompts)) + _TOKENS.value + 1
     scores = scorer.score_tokens(
         list(zip(contexts, new, strict=True)), ScoringParams("causal", max_length=length)

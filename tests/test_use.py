@@ -319,6 +319,12 @@ def test_benchmarks_run(workdir, tmp_path):
     process = run_command("benchmarks.decoding", f"--workdir={workdir}", "--positions=8,16", "--repeats=2")
     assert process.returncode == 0, process.stderr
     assert "16 over 8" in process.stdout
+    process = run_command(
+        "benchmarks.unmasking", f"--workdir={workdir}", "--blocks=4", "--thresholds=0,0.5", "--texts=2",
+        "--prompt_tokens=4", "--tokens=6", "--runs=1",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("diffusion") == 6 + 1  # three ways for each threshold, and the NELBO's line
 
 
 BAD = {

@@ -2,8 +2,8 @@
 
 Source: BD3-LM (arXiv 2503.09573) for diffusion in blocks. Its doubled sequence, which shows clean earlier
 blocks to noisy ones, needs two key ranges per query and is not implemented. Instead, earlier blocks are as
-noisy as the block itself (`form="noisy"`), or only one block per document is masked (`form="tail"`, after
-CARD, arXiv 2601.22031).
+noisy as the block itself (`form="noisy"`), or only one block per document is masked (`form="tail"`; CARD,
+arXiv 2601.22031, masks tails too, but with causal attention).
 """
 
 from __future__ import annotations
