@@ -88,7 +88,7 @@ def causal_nll(run: TrainedRun, prompts: list[list[int]], new: list[list[int]]) 
     contexts = [prompt[1:] if prompt[0] == bos else prompt for prompt in prompts]
     length = max(map(len, prompts)) + _TOKENS.value + 1
     scores = scorer.score_tokens(
-        list(zip(contexts, new, strict=True)), ScoringParams("causal", max_length=length)
+        list(zip(contexts, new, strict=True)), ScoringParams("causal", max_length=length), quiet=True
     )
     tokens_N = np.array(list(map(len, new)))
     mean = -scores.log_likelihood_N.sum() / tokens_N.sum()
