@@ -181,6 +181,7 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_documents(micro, adding):
 
 
 def test_each_objective_is_scored_with_its_own_examples(micro, corpus, rows, params):
+    micro.objectives.block_diffusion.block = 8  # one block per row equals masked_diffusion
     together = validation(micro, corpus, rows)(params)
     assert len({round(value, 6) for value in together.values()}) == len(together)
     for name in OBJECTIVES:
