@@ -22,7 +22,7 @@ from dualsm.model.rope import layer_angles
 from dualsm.model.transformer import Block, Transformer
 
 _MAX_COMPLETIONS = 8  # per group
-_MIN_CONTEXT, _MIN_COMPLETION, _MIN_SCORED = 16, 8, 64  # padded sizes
+_MIN_CONTEXT, _MIN_COMPLETION, _SCORED_MULTIPLE = 16, 8, 256  # padded sizes
 
 
 class Group(NamedTuple):
@@ -116,7 +116,8 @@ def pack(rows: Sequence[Sequence[Group]], row_tokens: int, num_rows: int, pad: i
     C = _bucket(max(len(group.items) for group in groups), 1)
     L = _bucket(max(len(group.context) for group in groups), _MIN_CONTEXT)
     W = _bucket(max(len(c) - 1 for group in groups for c in group.completions), _MIN_COMPLETION)
-    Q = _bucket(max(sum(len(c) for g in row for c in g.completions) for row in rows), _MIN_SCORED)
+    scored = max(sum(len(c) for g in row for c in g.completions) for row in rows)
+    Q = -(-scored // _SCORED_MULTIPLE) * _SCORED_MULTIPLE
     packed = PackedRows(
         tokens_NxT=np.full((num_rows, T), pad, np.int32),
         position_NxT=np.zeros((num_rows, T), np.int32),
