@@ -6,6 +6,7 @@ import contextlib
 import getpass
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -66,12 +67,19 @@ def install() -> None:
         pytest.skip("SLURM is not installed; `make test-all` installs it (slurm-wlm, munge)")
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         pytest.skip("SLURM is not installed, and installing slurm-wlm and munge takes root and apt-get")
+    options = ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=30"]
+    install = ["install", "--yes", "--no-install-recommends", *PACKAGES]
+    script = (
+        shlex.join(["apt-get", *options, "update"]) + " && " + shlex.join(["apt-get", *options, *install])
+    )
     env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(["apt-get", *command], env=env, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
-            pytest.skip(f"SLURM is not installed, and apt-get {command[0]} failed: {reason}")
+    try:
+        done = subprocess.run(["sh", "-c", script], env=env, capture_output=True, text=True, timeout=900)
+    except subprocess.TimeoutExpired:
+        pytest.skip("SLURM is not installed, and apt-get did not install it within 15 minutes")
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+        pytest.skip(f"SLURM is not installed, and apt-get cannot install it: {reason}")
 
 
 class Slurm:
