@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from dualsm.data.tokenizer import Tokenizer
 from dualsm.devices.sharding import batch_devices, shard_batch
 from dualsm.evaluation import shared_context
 from dualsm.evaluation.modes import ScoredSequence, ScoringParams, make_sequences
-from dualsm.evaluation.shared_context import Group, PackedRows
+from dualsm.evaluation.shared_context import Group, PackedRows, bucket
 from dualsm.evaluation.target_scores import target_scores
 from dualsm.model.transformer import bind
 from dualsm.process.errors import UserError
@@ -186,7 +185,7 @@ class Scorer:
         num_rows = batch_devices(self._mesh)
         row_tokens = scoring_batch_size(self._mesh, 1) // num_rows
         rows = shared_context.fill_rows(shared_context.make_groups(pairs), row_tokens)
-        for batch in iter(lambda: list(itertools.islice(rows, num_rows)), []):
+        for batch in shared_context.batch_rows(rows, row_tokens, num_rows):
             packed = shared_context.pack(batch, row_tokens, num_rows, self._tokenizer.special.pad)
             results = self._run(functools.partial(_score_packed, bidirectional=bidirectional), packed)
             yield list(_parts_of_rows(batch)), results
@@ -207,7 +206,7 @@ class Scorer:
 
     def _sequence_arrays(self, batch: list[ScoredSequence]) -> tuple[np.ndarray, ...]:
         """Returns tokens [B, L], number of tokens [B], and scored positions and their targets [B, P]."""
-        length = _bucket(max(len(sequence.tokens) for sequence in batch))
+        length = bucket(max(len(sequence.tokens) for sequence in batch), _MIN_BUCKET)
         scored = 1 if max(len(sequence.positions) for sequence in batch) == 1 else length
         size = scoring_batch_size(self._mesh, length)
         tokens_BxL = np.full((size, length), self._tokenizer.special.pad, np.int32)
@@ -247,18 +246,13 @@ def _score_batch(config, params, tokens_BxL, length_B, position_BxP, target_BxP)
     return target_scores(model, features_BxPxD, target_BxP)
 
 
-def _bucket(length: int) -> int:
-    """Returns the smallest power of two that is at least `length` and `_MIN_BUCKET`."""
-    return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
-
-
 def _batches(
     sequences: Iterable[ScoredSequence], batch_size: Callable[[int], int]
 ) -> Iterator[list[ScoredSequence]]:
     """Groups sequences by bucket, and by whether one or several positions are scored."""
     groups: dict[tuple[int, bool], list[ScoredSequence]] = {}
     for sequence in sequences:
-        key = _bucket(len(sequence.tokens)), len(sequence.positions) == 1
+        key = bucket(len(sequence.tokens), _MIN_BUCKET), len(sequence.positions) == 1
         members = groups.setdefault(key, [])
         members.append(sequence)
         if len(members) == batch_size(key[0]):

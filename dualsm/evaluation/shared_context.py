@@ -8,7 +8,7 @@ of a completion attends to one contiguous range of keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from dualsm.model.rope import layer_angles
 from dualsm.model.transformer import Block, Transformer
 
 _MAX_COMPLETIONS = 8  # per group
+_MAX_PADDING = 16  # padded keys per token of a row
 _MIN_CONTEXT, _MIN_COMPLETION, _SCORED_MULTIPLE = 16, 8, 256  # padded sizes
 
 
@@ -85,19 +86,54 @@ def make_groups(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> lis
 
 
 def fill_rows(groups: Sequence[Group], row_tokens: int) -> Iterator[list[Group]]:
-    """Divides groups into rows of up to `row_tokens` tokens; a larger group has a row of its own.
+    """Divides groups into rows of up to `row_tokens` tokens; a larger group fills a row alone.
 
-    Groups of similar sizes share a row, so that padding for attention is short.
+    Groups of similar sizes share a row. A row also ends before padding for attention exceeds
+    `_MAX_PADDING * row_tokens` keys, as it would for many short contexts beside a long one.
     """
-    row, used = [], 0
+    row: list[Group] = []
     for group in sorted(groups, key=lambda g: (len(g.items), len(g.context), g.size()), reverse=True):
-        if row and used + group.size() > row_tokens:
+        longer = [*row, group]
+        if row and (_tokens(longer) > row_tokens or _padded_keys([longer]) > _MAX_PADDING * row_tokens):
             yield row
-            row, used = [], 0
-        row.append(group)
-        used += group.size()
+            longer = [group]
+        row = longer
     if row:
         yield row
+
+
+def batch_rows(rows: Iterable[list[Group]], row_tokens: int, num_rows: int) -> Iterator[list[list[Group]]]:
+    """Divides rows into batches of up to `num_rows` rows, whose common shape has limited padding, too."""
+    batch: list[list[Group]] = []
+    for row in rows:
+        longer = [*batch, row]
+        if batch and (len(longer) > num_rows or _padded_keys(longer) > _MAX_PADDING * row_tokens):
+            yield batch
+            longer = [row]
+        batch = longer
+    if batch:
+        yield batch
+
+
+def _tokens(row: Sequence[Group]) -> int:
+    return sum(group.size() for group in row)
+
+
+def _attention_sizes(rows: Sequence[Sequence[Group]]) -> tuple[int, int, int, int]:
+    """Returns the padded sizes B, C, L and W of `PackedRows`."""
+    groups = [group for row in rows for group in row]
+    return (
+        bucket(max(map(len, rows)), 1),
+        bucket(max(len(group.items) for group in groups), 1),
+        bucket(max(len(group.context) for group in groups), _MIN_CONTEXT),
+        bucket(max(len(c) - 1 for group in groups for c in group.completions), _MIN_COMPLETION),
+    )
+
+
+def _padded_keys(rows: Sequence[Sequence[Group]]) -> int:
+    """Returns the number of keys per row in the padded arrays of contexts and of completions."""
+    B, C, L, W = _attention_sizes(rows)
+    return B * L + B * C * (L + W)
 
 
 def pack(rows: Sequence[Sequence[Group]], row_tokens: int, num_rows: int, pad: int) -> PackedRows:
@@ -109,13 +145,9 @@ def pack(rows: Sequence[Sequence[Group]], row_tokens: int, num_rows: int, pad: i
       num_rows: number of rows; missing rows are padding.
       pad: id of `<pad>`.
     """
-    groups = [group for row in rows for group in row]
-    total = max(sum(group.size() for group in row) for row in rows)
-    T = row_tokens if total <= row_tokens else _bucket(total, row_tokens)
-    B = _bucket(max(map(len, rows)), 1)
-    C = _bucket(max(len(group.items) for group in groups), 1)
-    L = _bucket(max(len(group.context) for group in groups), _MIN_CONTEXT)
-    W = _bucket(max(len(c) - 1 for group in groups for c in group.completions), _MIN_COMPLETION)
+    total = max(map(_tokens, rows))
+    T = row_tokens if total <= row_tokens else bucket(total, row_tokens)
+    B, C, L, W = _attention_sizes(rows)
     scored = max(sum(len(c) for g in row for c in g.completions) for row in rows)
     Q = -(-scored // _SCORED_MULTIPLE) * _SCORED_MULTIPLE
     packed = PackedRows(
@@ -209,6 +241,6 @@ def _take(x_NxT: jax.Array, index_Nx: jax.Array) -> jax.Array:
     return jax.vmap(lambda x_T, index: x_T[index])(x_NxT, index_Nx)
 
 
-def _bucket(size: int, smallest: int) -> int:
+def bucket(size: int, smallest: int) -> int:
     """Returns the smallest power of two that is at least `size` and `smallest`."""
     return max(smallest, 1 << max(size - 1, 0).bit_length())

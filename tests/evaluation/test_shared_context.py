@@ -8,7 +8,7 @@ from dualsm.config import default_config, freeze
 from dualsm.devices import sharding
 from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Scorer
-from dualsm.evaluation.shared_context import fill_rows, make_groups, pack
+from dualsm.evaluation.shared_context import batch_rows, fill_rows, make_groups, pack
 from dualsm.model.transformer import init_params
 from tests.micro import micro_config
 
@@ -105,3 +105,15 @@ def test_a_long_group_has_a_row_of_its_own():
     rows = list(fill_rows(make_groups([((2, 3), (5,)), long, ((2, 4), (6,))]), row_tokens=64))
     assert [len(row) for row in rows] == [1, 2]
     assert pack(rows, row_tokens=64, num_rows=2, pad=0).tokens_NxT.shape == (2, 128)
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_short_contexts_do_not_share_an_array_with_a_long_one(num_rows):
+    """Padding for attention would have 128 times the length of the long context."""
+    pairs = [(tuple(range(2, 1002)), (7, 8))] + [((2, 3, i), (5, 6)) for i in range(100)]
+    rows = list(fill_rows(make_groups(pairs), row_tokens=2048))
+    batches = list(batch_rows(rows, row_tokens=2048, num_rows=num_rows))
+    assert sum(len(row) for batch in batches for row in batch) == 101
+    packed = [pack(batch, row_tokens=2048, num_rows=num_rows, pad=0) for batch in batches]
+    assert max(p.context_NxBxL[0].size for p in packed) <= 16 * 2048
+    assert len(batches) <= 3
