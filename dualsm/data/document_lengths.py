@@ -7,8 +7,9 @@ lengths, which is checked whenever the group is read.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -123,16 +124,13 @@ def open_lengths(folder: epath.Path, split: dict, group_size: int = GROUP_SIZE) 
     """
     path, documents = folder / split["lengths"], sum(shard["documents"] for shard in split["shards"])
     try:
-        size = retry(lambda: size_and_time(path)[0], path)
-        if "lengths_index" in split:
-            content = retry((folder / split["lengths_index"]).read_bytes, path)
-            index_Mx3 = np.frombuffer(content, "<i8").reshape(-1, 3)
-        else:
-            index_Mx3 = retry(lambda: _index_file(path, group_size), path)
-    except BucketError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; copy it again") from error
+        with _os_errors_as_user_errors(path):
+            size = retry(lambda: size_and_time(path)[0], path)
+            if "lengths_index" in split:
+                content = retry((folder / split["lengths_index"]).read_bytes, path)
+                index_Mx3 = np.frombuffer(content, "<i8").reshape(-1, 3)
+            else:
+                index_Mx3 = retry(lambda: _index_file(path, group_size), path)
     except ValueError as error:
         raise UserError(f"the index of {path} is damaged ({error}); copy the corpus again") from error
     if (size, len(index_Mx3)) != (documents * _DTYPE.itemsize, -(-documents // group_size)):
@@ -141,12 +139,8 @@ def open_lengths(folder: epath.Path, split: dict, group_size: int = GROUP_SIZE) 
     def read_groups(group_K: Sequence[int]) -> list[np.ndarray]:
         group_bytes = group_size * _DTYPE.itemsize
         ranges = [(group * group_bytes, min((group + 1) * group_bytes, size)) for group in group_K]
-        try:
+        with _os_errors_as_user_errors(path):
             contents = retry(lambda: read_ranges(path, ranges), path)
-        except BucketError:
-            raise
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}; copy it again") from error
         for content, expected in zip(contents, index_Mx3[group_K, 2].tolist(), strict=True):
             if zlib.crc32(content) != expected:
                 raise UserError(
@@ -155,6 +149,17 @@ def open_lengths(folder: epath.Path, split: dict, group_size: int = GROUP_SIZE) 
         return [np.frombuffer(content, _DTYPE) for content in contents]
 
     return DocumentLengths(documents, index_Mx3, read_groups, group_size)
+
+
+@contextlib.contextmanager
+def _os_errors_as_user_errors(path: epath.Path) -> Iterator[None]:
+    """Raises `UserError` for an operating system's error on `path`; passes `BucketError` on."""
+    try:
+        yield
+    except BucketError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; copy it again") from error
 
 
 def _index_file(path: epath.Path, group_size: int) -> np.ndarray:
