@@ -23,6 +23,7 @@ from dualsm.model.transformer import Block, Transformer
 
 _MAX_COMPLETIONS = 8  # per group
 _MAX_PADDING = 16  # padded keys per token of a row
+_LOOK_AHEAD = 64  # groups
 _MIN_CONTEXT, _MIN_COMPLETION, _SCORED_MULTIPLE = 16, 8, 256  # padded sizes
 
 
@@ -88,17 +89,20 @@ def make_groups(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> lis
 def fill_rows(groups: Sequence[Group], row_tokens: int) -> Iterator[list[Group]]:
     """Divides groups into rows of up to `row_tokens` tokens; a larger group fills a row alone.
 
-    Groups of similar sizes share a row. A row also ends before padding for attention exceeds
-    `_MAX_PADDING * row_tokens` keys, as it would for many short contexts beside a long one.
+    Groups of similar sizes share a row. A group that does not fit waits for the next row, while up to
+    `_LOOK_AHEAD` groups after it may fill this one. Padding for attention is limited to
+    `_MAX_PADDING * row_tokens` keys per row; many short contexts beside a long one would have more.
     """
-    row: list[Group] = []
-    for group in sorted(groups, key=lambda g: (len(g.items), len(g.context), g.size()), reverse=True):
-        longer = [*row, group]
-        if row and (_tokens(longer) > row_tokens or _padded_keys([longer]) > _MAX_PADDING * row_tokens):
-            yield row
-            longer = [group]
-        row = longer
-    if row:
+    waiting = sorted(groups, key=lambda g: (len(g.items), len(g.context), g.size()), reverse=True)
+    while waiting:
+        row, skipped = [waiting.pop(0)], 0
+        while skipped < min(_LOOK_AHEAD, len(waiting)):
+            longer = [*row, waiting[skipped]]
+            if _tokens(longer) <= row_tokens and _padded_keys([longer]) <= _MAX_PADDING * row_tokens:
+                row = longer
+                del waiting[skipped]
+            else:
+                skipped += 1
         yield row
 
 

@@ -100,6 +100,16 @@ def test_packed_indices_recover_every_text():
                 scored += size + 1
 
 
+def test_later_groups_fill_the_rest_of_a_row():
+    rng, pairs = np.random.default_rng(0), []
+    for i in range(400):
+        context = (2, i, *[5] * rng.integers(10, 70))
+        pairs += [(context, (answer, *[6] * rng.integers(10, 50))) for answer in range(4)]
+    rows = list(fill_rows(make_groups(pairs), row_tokens=2048))
+    tokens = sum(group.size() for row in rows for group in row)
+    assert tokens > 0.97 * 2048 * (len(rows) - 1)
+
+
 def test_a_long_group_has_a_row_of_its_own():
     long = (tuple(range(2, 102)), (7, 8, 9))
     rows = list(fill_rows(make_groups([((2, 3), (5,)), long, ((2, 4), (6,))]), row_tokens=64))
