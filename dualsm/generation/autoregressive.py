@@ -14,6 +14,7 @@ from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
 from dualsm.generation import prompt_batches
+from dualsm.generation.cached_attention import attend_with_cache
 from dualsm.generation.sampling_params import SamplingParams, mask_reserved_ids, sample
 from dualsm.model.attention import attend
 from dualsm.model.rope import layer_angles
@@ -24,7 +25,7 @@ MODES = ("causal", "prefix")
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, [N, B, S, Z, K] each; N layers, S positions, Z key and value heads."""
+    """Keys and values of all layers, [N, B, Z, S, K] each; N layers, Z key and value heads, S positions."""
 
     keys: jax.Array
     values: jax.Array
@@ -50,6 +51,38 @@ class DecodeState(NamedTuple):
     key_B: jax.Array
 
 
+def forward_prompt(
+    model: Transformer, tokens_BxP: jax.Array, key_end_BxP: jax.Array | None, size: int
+) -> tuple[jax.Array, Cache]:
+    """Runs the model on the first P tokens of each text.
+
+    Args:
+      model: the model.
+      tokens_BxP: tokens at positions 0 to P - 1.
+      key_end_BxP: position after the last key that each token attends to; None: causal attention.
+      size: S, the size of the cache, at least P.
+
+    Returns:
+      features_BxPxD, and a cache with the first P positions filled.
+    """
+    rows, prompt = tokens_BxP.shape
+    key_start_BxP = jnp.zeros_like(tokens_BxP)
+    key_end_BxP = key_start_BxP + jnp.arange(1, prompt + 1) if key_end_BxP is None else key_end_BxP
+    angles = model.rope.angles(jnp.arange(prompt))
+
+    def layer(block: Block, is_rotated, x_TxD):
+        q, k, v = block.attention.project(x_TxD, rows, layer_angles(angles, is_rotated))
+        attended = attend(q, k, v, key_start_BxP, key_end_BxP, block.backend)
+        x_TxD = x_TxD + block.attention.merge(attended)
+        return x_TxD + block.mlp(x_TxD), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    scan = nnx.scan(layer, in_axes=(0, 0, nnx.Carry), out_axes=(nnx.Carry, 0, 0))
+    x_TxD, *filled = scan(model.blocks, model.rotated_N, model.embedding(tokens_BxP.reshape(-1)))
+    padding = [(0, 0), (0, 0), (0, 0), (0, size - prompt), (0, 0)]
+    cache = Cache(*(jnp.pad(x_NxBxZxPxK, padding) for x_NxBxZxPxK in filled))
+    return model.head.features(x_TxD).reshape(rows, prompt, -1), cache
+
+
 def forward_with_cache(
     model: Transformer,
     tokens_BxP: jax.Array,
@@ -73,28 +106,23 @@ def forward_with_cache(
     positions_BxP = position_B[:, None] + jnp.arange(size)
     key_end_BxP = positions_BxP + 1 if key_end_BxP is None else key_end_BxP
     angles = model.rope.angles(positions_BxP)
-    row_Bx1 = jnp.arange(rows)[:, None]
 
-    def layer(block: Block, is_rotated, keys_BxSxZxK, values_BxSxZxK, x_TxD):
+    def layer(block: Block, is_rotated, keys_BxZxSxK, values_BxZxSxK, x_TxD):
         q, k, v = block.attention.project(x_TxD, rows, layer_angles(angles, is_rotated))
-        keys_BxSxZxK = keys_BxSxZxK.at[row_Bx1, positions_BxP].set(k, mode="drop")
-        values_BxSxZxK = values_BxSxZxK.at[row_Bx1, positions_BxP].set(v, mode="drop")
-        attended = attend(q, keys_BxSxZxK, values_BxSxZxK, jnp.zeros_like(key_end_BxP), key_end_BxP)
+        attended = attend_with_cache(q, k, v, keys_BxZxSxK, values_BxZxSxK, position_B, key_end_BxP)
         x_TxD = x_TxD + block.attention.merge(attended)
-        return x_TxD + block.mlp(x_TxD), keys_BxSxZxK, values_BxSxZxK
+        return x_TxD + block.mlp(x_TxD), k, v
 
     scan = nnx.scan(layer, in_axes=(0, 0, 0, 0, nnx.Carry), out_axes=(nnx.Carry, 0, 0))
     x_TxD = model.embedding(tokens_BxP.reshape(-1))
-    x_TxD, keys, values = scan(model.blocks, model.rotated_N, cache.keys, cache.values, x_TxD)
-    return model.head.features(x_TxD).reshape(rows, size, -1), Cache(keys, values)
+    x_TxD, *new = scan(model.blocks, model.rotated_N, cache.keys, cache.values, x_TxD)
+    row_Bx1 = jnp.arange(rows)[:, None]
 
+    def stored(cached_NxBxZxSxK, new_NxBxPxZxK):
+        new_BxPxNxZxK = new_NxBxPxZxK.transpose(1, 2, 0, 3, 4)
+        return cached_NxBxZxSxK.at[:, row_Bx1, :, positions_BxP].set(new_BxPxNxZxK, mode="drop")
 
-def empty_cache(model: Transformer, batch_size: int, size: int) -> Cache:
-    """Returns a cache for `batch_size` texts of up to `size` tokens."""
-    kernel = model.blocks.attention.key.kernel
-    num_layers, _, width = kernel.shape
-    shape = (num_layers, batch_size, size, width // model.head_dim, model.head_dim)
-    return Cache(*jnp.zeros((2, *shape), model.embedding.dtype or kernel.dtype))
+    return model.head.features(x_TxD).reshape(rows, size, -1), Cache(*map(stored, cache, new))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "size", "bidirectional", "special"))
@@ -125,12 +153,10 @@ def prefill(
       The state before the first generated token.
     """
     model = bind(config, params)
-    rows, prompt = prompts_BxP.shape
+    prompt = prompts_BxP.shape[1]
     key_end_BxP = jnp.maximum(jnp.arange(1, prompt + 1), length_B[:, None]) if bidirectional else None
     # Padding also writes to the cache; generated tokens overwrite it before any query can attend to it.
-    features_BxPxD, cache = forward_with_cache(
-        model, prompts_BxP, jnp.zeros_like(length_B), key_end_BxP, empty_cache(model, rows, size)
-    )
+    features_BxPxD, cache = forward_prompt(model, prompts_BxP, key_end_BxP, size)
     last_BxD = jnp.take_along_axis(features_BxPxD, length_B[:, None, None] - 1, axis=1)[:, 0]
     tokens_BxS = jnp.pad(prompts_BxP, [(0, 0), (0, size - prompt)], constant_values=special.pad)
     logits_BxV = model.output_logits(last_BxD)

@@ -19,7 +19,7 @@ from ml_collections import FrozenConfigDict
 
 from dualsm.data.tokenizer import SpecialIds
 from dualsm.generation import prompt_batches
-from dualsm.generation.autoregressive import Cache, empty_cache, forward_with_cache
+from dualsm.generation.autoregressive import Cache, forward_prompt, forward_with_cache
 from dualsm.generation.diffusion import (
     UnmaskingParams,
     check_texts,
@@ -90,14 +90,12 @@ def start(
       special: the tokenizer's special ids.
     """
     model = bind(config, params)
-    rows, size = tokens_BxS.shape
+    size = tokens_BxS.shape[1]
     start_B = jnp.argmax(tokens_BxS == special.mask, axis=1) // block * block
     ends_P = (jnp.arange(prefix) // block + 1) * block
-    features_BxPxD, cache = forward_with_cache(
-        # Stores masked blocks too; unmasking overwrites them before any other block attends to them.
-        model, tokens_BxS[:, :prefix], jnp.zeros_like(start_B), jnp.minimum(ends_P, length_B[:, None]),
-        empty_cache(model, rows, size),
-    )  # fmt: skip
+    # Stores masked blocks too; unmasking overwrites them before any other block attends to them.
+    ends_BxP = jnp.minimum(ends_P, length_B[:, None])
+    features_BxPxD, cache = forward_prompt(model, tokens_BxS[:, :prefix], ends_BxP, size)
     before_B = jnp.maximum(start_B - 1, 0)
     feature_BxD = jnp.take_along_axis(features_BxPxD, before_B[:, None, None], axis=1)[:, 0]
     zeros_B = jnp.zeros_like(start_B)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dualsm.config import default_config
-from dualsm.generation.autoregressive import empty_cache, forward_with_cache
+from dualsm.generation.autoregressive import forward_prompt, forward_with_cache
 from dualsm.model.flops import matrix_parameters, train_flops
 from dualsm.model.remat import POLICIES
 from dualsm.model.transformer import bind, init_params
@@ -126,13 +126,15 @@ def test_every_parameter_of_the_scaling_changes_the_logits(key, value):
 def test_cache_contains_only_key_heads_and_does_not_change_logits(name):
     config = config_with(ALL if name == "all" else SWITCHES[name])
     params = random_params(config)
-    model = bind(config, params)
     tokens_BxL = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH)), jnp.int32)
     end_BxL = jnp.broadcast_to(jnp.arange(1, LENGTH + 1), (2, LENGTH))
     expected = jax.jit(lambda p: bind(config, p).logits(tokens_BxL, jnp.zeros_like(end_BxL), end_BxL))(params)
-    cache = empty_cache(model, 2, LENGTH)
-    heads = config.num_kv_heads or config.num_heads
-    assert cache.keys.shape == cache.values.shape == (2, 2, LENGTH, heads, config.head_dim or 8)
+
+    @jax.jit
+    def prompt(params, tokens_BxP):
+        model = bind(config, params)
+        features, cache = forward_prompt(model, tokens_BxP, None, LENGTH)
+        return model.head.output(features), cache
 
     @jax.jit
     def extended(params, tokens_BxP, position_B, cache):
@@ -140,8 +142,10 @@ def test_cache_contains_only_key_heads_and_does_not_change_logits(name):
         features, cache = forward_with_cache(model, tokens_BxP, position_B, None, cache)
         return model.head.output(features), cache
 
-    found = []
-    for start, stop in ((0, 12), (12, 13), (13, LENGTH)):
+    part, cache = prompt(params, tokens_BxL[:, :12])
+    found, heads = [part], config.num_kv_heads or config.num_heads
+    assert cache.keys.shape == cache.values.shape == (2, 2, heads, LENGTH, config.head_dim or 8)
+    for start, stop in ((12, 13), (13, LENGTH)):
         position_B = jnp.full(2, start, jnp.int32)
         part, cache = extended(params, tokens_BxL[:, start:stop], position_B, cache)
         found.append(part)
