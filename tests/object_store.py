@@ -33,13 +33,14 @@ class ObjectStore:
       fault_rate: share of the requests that fail.
       faults: number of failed requests by kind.
       requests: number of all requests.
+      names: number of requests by the name of the object.
       swallows: called with the method and the body of each request; if it returns True, the request has no
         effect and no answer.
     """
 
     def __init__(self, emulator_port: int, seed: int = 0):
         self.port, self.fault_rate = free_port(), 0.0
-        self.faults, self.requests = Counter(), 0
+        self.faults, self.names, self.requests = Counter(), Counter(), 0
         self.swallows: Callable[[str, bytes], bool] = lambda method, body: False
         self._emulator_port, self._random, self.lock = emulator_port, random.Random(seed), threading.Lock()
 
@@ -109,6 +110,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = {key: value for key, value in self.headers.items() if key.lower() != "transfer-encoding"}
         bucket, name = _object(path, query)
         with self.store.lock:
+            self.store.names[name] += 1
             generation = self.store.generation(bucket, name) if name else "0"
             if query.get("ifGenerationMatch", generation) != generation:
                 return 412, [], b'{"error": {"code": 412, "message": "conditionNotMet"}}'

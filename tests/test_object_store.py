@@ -6,9 +6,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from dualsm.process.paths import files_in, user_path
+from dualsm.data import build
+from dualsm.data.batches import BatchSource, OrderedDocuments
+from dualsm.data.corpus import Corpus
+from dualsm.data.sequence_order import SequenceOrder
+from dualsm.process.paths import files_in, upload, user_path
 from tests.conftest import ROOT, command_env, run_command
 from tests.killing import problems
 from tests.object_store import BUCKET, object_store
@@ -119,6 +124,36 @@ def run(store, recipe, local):
     resumed = command("dualsm.train", f"--config={recipe}", f"--workdir={workdir}")
     assert f"resuming {workdir} at step 4 of 12" in resumed.stdout
     return workdir
+
+
+def test_the_requests_of_a_start_do_not_depend_on_the_number_of_shards(store, jsonl, tmp_path, monkeypatch):
+    """Then a batch opens only the shards that it reads, and equals that of a local corpus."""
+
+    def batch(folder: str) -> tuple[int, BatchSource]:
+        """Returns the number of requests that opened a corpus, and its batches."""
+        before = store.requests
+        documents = Corpus(folder).documents("train")
+        order = SequenceOrder(documents.lengths, 2048, 32, 1, seed=0)
+        return store.requests - before, BatchSource([OrderedDocuments(documents, order)], 2, 32, 0, range(2))
+
+    def requested() -> set[str]:
+        return {name.rpartition("/")[2] for name in store.names}
+
+    requests = {}
+    for shards in (8, 24):
+        monkeypatch.setattr(build, "_MIN_BUCKETS", shards)
+        local, remote = str(tmp_path / f"{shards}"), f"{HOME}/{shards} shards"
+        recipe = build.Recipe(input=str(jsonl), vocab_size=512, valid_fraction=0.05)
+        manifest = build.build(recipe, local, workers=1, quiet=True)
+        names = {entry["file"] for entry in manifest["splits"]["train"]["shards"]}
+        assert len(names) == shards
+        upload(local, user_path(remote))
+        store.names.clear()
+        requests[shards], source = batch(remote)
+        assert not names & requested()
+        assert np.array_equal(source[3]["tokens"], batch(local)[1][3]["tokens"])
+        assert 0 < len(names & requested()) < shards
+    assert requests[24] <= requests[8] + 2, requests  # the manifest is longer
 
 
 def test_a_run_killed_during_a_save_resumes_and_equals_a_local_run(run, local, tmp_path):

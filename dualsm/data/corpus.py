@@ -18,7 +18,7 @@ from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.verification import Verification, check_hash, sha256
 from dualsm.process.errors import UserError
-from dualsm.process.paths import user_path
+from dualsm.process.paths import sizes_in, user_path
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -31,14 +31,6 @@ def _array_keys(split: dict) -> list[str]:
     """Returns the manifest keys of the files beside the shards. Earlier versions write fewer of them."""
     optional = ("lengths_index", "document_bytes", "document_domains")
     return ["lengths", *(key for key in optional if key in split)]
-
-
-def _size(path: epath.Path) -> int | None:
-    """Returns the size of a file; None if it cannot be read."""
-    try:
-        return path.stat().length
-    except OSError:
-        return None
 
 
 def _positive(value) -> int:
@@ -112,14 +104,12 @@ class Corpus:
             for count in split.get("domains", {}).values():
                 _positive(count), _text(split["document_domains"])
             for shard in split["shards"]:
-                _text(shard["sha256"]), _positive(shard["documents"])
-        shards = [shard for name in SPLITS for shard in self.manifest["splits"][name]["shards"]]
-        with futures.ThreadPoolExecutor(_THREADS) as pool:
-            sizes = pool.map(lambda shard: _size(self.folder / shard["file"]), shards)
-            for shard, size in zip(shards, sizes, strict=True):
-                if size != shard["size"]:
-                    path = self.folder / shard["file"]
-                    raise UserError(f"corpus shard {path} is missing or truncated; prepare the corpus again")
+                _text(shard["sha256"]), _positive(shard["documents"]), _positive(shard.get("records", 1))
+        sizes = sizes_in(self.folder)
+        for shard in (shard for name in SPLITS for shard in self.manifest["splits"][name]["shards"]):
+            if sizes.get(shard["file"]) != shard["size"]:
+                path = self.folder / shard["file"]
+                raise UserError(f"corpus shard {path} is missing or truncated; prepare the corpus again")
 
     def verify(self, split: str) -> None:
         """Reads every shard of a split and the lengths of its documents, and checks their hashes.

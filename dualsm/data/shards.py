@@ -14,7 +14,7 @@ from array_record.python import array_record_module
 
 from dualsm.data import corpus, round_trip
 from dualsm.data.bucket_files import read_records
-from dualsm.data.document_lengths import RECORD_TOKENS
+from dualsm.data.document_lengths import RECORD_TOKENS, record_count
 from dualsm.data.documents import token_dtype
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
@@ -84,6 +84,7 @@ def _write_shard(folder: Path, buckets: int, bucket: int) -> Shard:
             "file": path.name,
             "documents": len(texts),
             "tokens": int(lengths.sum()),
+            "records": int(record_count(lengths).sum()),
             "bytes": sum(map(len, texts)),
             "words": sum(len(text.decode("utf-8").split()) for text in texts),
             "size": path.stat().st_size,

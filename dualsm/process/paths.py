@@ -95,6 +95,21 @@ def files_in(folder: epath.PathLike) -> list[epath.Path]:
     return sorted(map(epath.Path, found))
 
 
+def sizes_in(folder: epath.PathLike) -> dict[str, int]:
+    """Returns the size in bytes of each file in a folder by its name, without subfolders.
+
+    Lists the folder once: a request per file of a bucket would take long for thousands of files.
+    """
+    folder = user_path(folder)
+    if is_remote(folder):
+        entries = retry(lambda: _bucket_file_system().ls(str(folder), detail=True), folder)
+        return {
+            entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"
+        }
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
 def glob_in_bucket(pattern: str) -> list[str]:
     """Returns the objects in a bucket that match `gs://...`; `**` matches any number of folders."""
     user_path(pattern)

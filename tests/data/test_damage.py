@@ -10,7 +10,7 @@ import signal
 
 import pytest
 
-from dualsm.data import documents, verification
+from dualsm.data import record_reader, verification
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
 from dualsm.data.workers import worker_pool
@@ -126,7 +126,6 @@ def test_shards_in_a_bucket_are_read_again_after_an_error(monkeypatch):
 )
 def test_records_in_a_bucket_that_does_not_answer_are_not_damaged(small, monkeypatch, answer, expected):
     """A user error would end the run for good; launchers repeat a command that could not reach its bucket."""
-    opened = Corpus(str(small)).documents("train")
 
     def fail(*args):
         raise BucketError(errno.EIO, "503", "gs://bucket/shard")
@@ -135,12 +134,12 @@ def test_records_in_a_bucket_that_does_not_answer_are_not_damaged(small, monkeyp
         if answer is not None:
             raise answer
 
-    monkeypatch.setattr(documents, "retry", fail)
-    monkeypatch.setattr(documents, "is_remote", lambda path: True)
-    monkeypatch.setattr(documents, "size_and_time", size_and_time)
-    for read in (lambda: opened.read([0]), lambda: Corpus(str(small)).documents("train")):
-        with pytest.raises(expected, match="503"):
-            read()
+    monkeypatch.setattr(record_reader, "retry", fail)
+    monkeypatch.setattr(record_reader, "is_remote", lambda path: True)
+    monkeypatch.setattr(record_reader, "size_and_time", size_and_time)
+    documents = Corpus(str(small)).documents("train")
+    with pytest.raises(expected, match="503"):
+        documents.read([0])
 
 
 def test_changed_lengths_are_detected(copy):
