@@ -27,10 +27,11 @@ from dualsm.evaluation.acceptance import SAMPLINGS
 from dualsm.evaluation.held_out_prompts import held_out_prompts
 from dualsm.generation import drafting
 from dualsm.generation.autoregressive import DecodeState, decode, forward_with_cache, prefill
+from dualsm.generation.draft_counts import DraftCounts
 from dualsm.generation.generate import Throughput, generate
 from dualsm.generation.prompt_batches import batch_slices, pad_batch, prompt_keys
 from dualsm.generation.sampling_params import SamplingParams
-from dualsm.generation.speculative import DraftCounts, SpeculationParams
+from dualsm.generation.speculative import SpeculationParams
 from dualsm.model.transformer import bind
 from dualsm.process import cli
 from dualsm.process.progress import say, table

@@ -25,10 +25,10 @@ from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Scorer
 from dualsm.generation.cached_diffusion import ForwardCounts
 from dualsm.generation.diffusion import UnmaskingParams
+from dualsm.generation.draft_counts import DraftCounts
 from dualsm.generation.generate import Throughput, generate, why_cache_is_approximate
 from dualsm.generation.prompt_batches import prompt_keys
 from dualsm.generation.sampling_params import SamplingParams
-from dualsm.generation.speculative import DraftCounts
 from dualsm.process import cli
 from dualsm.process.progress import say, table
 from dualsm.rundir.trained_run import TrainedRun, open_run

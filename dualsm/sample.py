@@ -18,6 +18,7 @@ from absl import flags
 from dualsm.evaluation.block_nelbo import describe_block_nelbo
 from dualsm.generation.cached_diffusion import ForwardCounts
 from dualsm.generation.diffusion import ORDERS, UnmaskingParams
+from dualsm.generation.draft_counts import DraftCounts
 from dualsm.generation.generate import (
     MODES,
     Throughput,
@@ -28,7 +29,7 @@ from dualsm.generation.generate import (
 from dualsm.generation.prompt_batches import prompt_keys
 from dualsm.generation.prompts import encode_prompt, read_prompts, show
 from dualsm.generation.sampling_params import SamplingParams
-from dualsm.generation.speculative import MAX_DRAFT, DraftCounts, SpeculationParams
+from dualsm.generation.speculative import MAX_DRAFT, SpeculationParams
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output

@@ -12,8 +12,9 @@ from dualsm.config import freeze
 from dualsm.generation import autoregressive, cached_diffusion, diffusion, prompt_batches, speculative
 from dualsm.generation.cached_diffusion import ForwardCounts
 from dualsm.generation.diffusion import UnmaskingParams
+from dualsm.generation.draft_counts import DraftCounts
 from dualsm.generation.sampling_params import SamplingParams
-from dualsm.generation.speculative import DraftCounts, SpeculationParams
+from dualsm.generation.speculative import SpeculationParams
 from dualsm.objectives.shares import trained_objectives
 from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
@@ -81,8 +82,8 @@ def generate(
       unmasking: unmasking parameters of the mode "diffusion"; None: the defaults.
       key_B: PRNG key of each prompt; None: keys of seed 0, see `prompt_batches.prompt_keys`.
       speculation: parameters of the drafts in the mode "speculative"; None: the defaults.
-      counts: `DraftCounts` of the mode "speculative", or `ForwardCounts` of unmasking with a cache, to be
-        updated; None: not counted.
+      counts: `DraftCounts` or `DraftRecord` of the mode "speculative", or `ForwardCounts` of unmasking with a
+        cache, to be updated; None: not counted.
       cache: unmask blocks of `unmasking.block` tokens with a cache of the finished ones.
 
     Returns:

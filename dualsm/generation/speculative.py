@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,15 +19,13 @@ from ml_collections import FrozenConfigDict
 from dualsm.data.tokenizer import SpecialIds
 from dualsm.generation import drafting, prompt_batches
 from dualsm.generation.autoregressive import Cache, check_prompts, prefill
+from dualsm.generation.draft_counts import DraftArrays, DraftCounts, DraftRecord
+from dualsm.generation.draft_sizes import ADAPTIVE_SIZES, draft_sizes
 from dualsm.generation.sampling_params import SamplingParams
 from dualsm.model.transformer import bind
 from dualsm.process.errors import UserError
 
 MAX_DRAFT = 64
-ADAPTIVE_SIZES = (2, 4, 8, 16)  # compiled sizes; 1 would never test a token that a mask predicts
-# Adaptive drafts end at the last token whose probability of being accepted is at least this.
-_MIN_ACCEPTANCE = 0.15
-_PRIOR = (1.0, 2.0)  # pseudo-counts of accepted and of tested tokens
 _MAX_POSITIONS = 1024  # per batch, over all drafts; their distributions are in memory at the same time
 _MEMORY = 0.95  # decay factor per step of a text's earlier counts
 _DRAW, _ACCEPT, _NEXT = range(3)  # uses of the PRNG key of a position
@@ -73,17 +70,10 @@ class SpeculativeState(NamedTuple):
     rate_Bx2: jax.Array
 
 
-@dataclasses.dataclass
-class DraftCounts:
-    """Number of drafts, and of drafted tokens that were kept."""
-
-    drafts: int = 0
-    accepted: int = 0
+_STATIC = ("config", "size", "sampling", "special")
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "size", "sampling", "special"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
 def speculate(
     config: FrozenConfigDict,
     params: dict,
@@ -110,9 +100,38 @@ def speculate(
       sampling: sampling parameters.
       special: the tokenizer's special ids.
     """
+    step = _step_function(config, params, draft_B, max_length_B, size, sampling, special)
+
+    def unfinished(carry):
+        i, state = carry
+        return (i < steps) & ~state.done_B.all()
+
+    return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, step(carry[1])[0]), (0, state))[1]
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def speculate_once(
+    config: FrozenConfigDict,
+    params: dict,
+    state: SpeculativeState,
+    draft_B: jax.Array,
+    max_length_B: jax.Array,
+    *,
+    size: int,
+    sampling: SamplingParams,
+    special: SpecialIds,
+) -> tuple[SpeculativeState, DraftArrays]:
+    """Does one step of `speculate`, which has the same arguments, and also returns the drafts."""
+    return _step_function(config, params, draft_B, max_length_B, size, sampling, special)(state)
+
+
+def _step_function(
+    config, params, draft_B, max_length_B, size, sampling, special
+) -> Callable[[SpeculativeState], tuple[SpeculativeState, DraftArrays]]:
+    """Returns the function that drafts and verifies once; the arguments are those of `speculate`."""
     offset_P1 = jnp.arange(size + 1)
 
-    def step(state: SpeculativeState) -> SpeculativeState:
+    def step(state: SpeculativeState) -> tuple[SpeculativeState, DraftArrays]:
         model = bind(config, params)  # NNX modules cannot be captured by the body of a loop
         rows, end = jnp.arange(len(draft_B)), state.tokens_BxS.shape[1]
         length_B, active_B = state.length_B, ~state.done_B
@@ -145,7 +164,7 @@ def speculate(
         count_B = jnp.where(active_B, jnp.minimum(jnp.minimum(accepted_B, before_eos_B) + 1, room_B), 0)
         position_BxP1 = jnp.where(offset_P1 < count_B[:, None], positions_BxP1, end)
         tested_Bx2 = jnp.stack([accepted_B - 1, accepted_B - 1 + (accepted_B < size_B)], axis=1)
-        return SpeculativeState(
+        new_state = SpeculativeState(
             tokens_BxS=state.tokens_BxS.at[rows[:, None], position_BxP1].set(new_BxP1, mode="drop"),
             length_B=length_B + count_B,
             done_B=state.done_B | (before_eos_B < count_B) | (count_B == room_B),
@@ -155,24 +174,12 @@ def speculate(
             accepted_B=state.accepted_B + jnp.minimum(accepted_B, count_B),
             rate_Bx2=_MEMORY * state.rate_Bx2 + tested_Bx2,
         )
+        drafted = DraftArrays(
+            draft.tokens_BxP, size_B, jnp.minimum(accepted_B, count_B), next_B, count_B > accepted_B, active_B
+        )
+        return new_state, drafted
 
-    def unfinished(carry):
-        i, state = carry
-        return (i < steps) & ~state.done_B.all()
-
-    return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, step(carry[1])), (0, state))[1]
-
-
-def adapted_draft(rate_Bx2: np.ndarray) -> np.ndarray:
-    """Returns K, the number of tokens per draft, from the counts of accepted and tested tokens, int32 [B].
-
-    The first token is always accepted. If each token that a mask predicts is accepted with probability r, the
-    first K tokens are all accepted with probability r^(K - 1). The result is the largest K for which this
-    probability is at least `_MIN_ACCEPTANCE`.
-    """
-    rate_B = (rate_Bx2[:, 0] + _PRIOR[0]) / (rate_Bx2[:, 1] + _PRIOR[1])
-    size_B = 1 + np.floor(math.log(_MIN_ACCEPTANCE) / np.log(np.clip(rate_B, 1e-6, 1 - 1e-6)))
-    return np.clip(size_B, ADAPTIVE_SIZES[0], ADAPTIVE_SIZES[-1]).astype(np.int32)
+    return step
 
 
 def generate(
@@ -200,7 +207,8 @@ def generate(
       special: the tokenizer's special ids.
       speculation: parameters of the drafts.
       key_B: PRNG key of each prompt; None: keys of seed 0, see `prompt_batches.prompt_keys`.
-      counts: updated with the number of drafts and accepted tokens; None: not counted.
+      counts: updated with the number of drafts and accepted tokens; a `DraftRecord` also with the drafts;
+        None: not counted.
       yield_every: number of drafts between yields, and between adaptations of the draft size.
 
     Yields:
@@ -214,6 +222,7 @@ def generate(
     texts = [list(prompt) for prompt in prompts]
     largest = speculation.draft or ADAPTIVE_SIZES[-1]
     max_rows = max(1, _MAX_POSITIONS // (largest + 1))
+    first = counts.add_texts(len(texts)) if isinstance(counts, DraftRecord) else 0
     for part in prompt_batches.batch_slices(len(texts), max(map(len, texts)) + new_tokens, max_rows):
         prompts_BxP, prompt_B = prompt_batches.pad_batch(texts[part], special.pad)
         state = start(config, params, prompts_BxP, prompt_B, key_B[part], new_tokens, special)
@@ -230,9 +239,12 @@ def generate(
             yield list(texts)
             if done_B.all():
                 break
-            draft_B, size = _draft_sizes(speculation, rate_Bx2, ~done_B)
+            draft_B, size = draft_sizes(speculation.draft, rate_Bx2, ~done_B)
+            function = speculate
+            if isinstance(counts, DraftRecord):
+                function = functools.partial(_speculate_recorded, counts, first + part.start)
             advance = functools.partial(
-                speculate, config, params, draft_B=draft_B, max_length_B=prompt_B + new_tokens,
+                function, config, params, draft_B=draft_B, max_length_B=prompt_B + new_tokens,
                 size=size, sampling=sampling, special=special,
             )  # fmt: skip
             if size not in compiled:
@@ -260,12 +272,11 @@ def start(config, params, prompts_BxP, prompt_B, key_B, new_tokens, special) -> 
     return prompt_batches.put_beside_params(params, state)
 
 
-def _draft_sizes(
-    speculation: SpeculationParams, rate_Bx2: np.ndarray, active_B: np.ndarray
-) -> tuple[np.ndarray, int]:
-    """Returns the draft size of each text, int32 [B], and the compiled size."""
-    if speculation.draft:
-        return np.full(len(active_B), speculation.draft, np.int32), speculation.draft
-    draft_B = adapted_draft(rate_Bx2)
-    longest = draft_B[active_B].max()
-    return draft_B, next(size for size in ADAPTIVE_SIZES if size >= longest)
+def _speculate_recorded(record: DraftRecord, first: int, *args, state, steps, **options) -> SpeculativeState:
+    """Does the same as `speculate`, and adds the drafts to the record of a batch."""
+    for _ in range(steps):
+        if state.done_B.all():
+            break
+        state, drafts = speculate_once(*args, state=state, **options)
+        record.add_step(first, drafts)
+    return state

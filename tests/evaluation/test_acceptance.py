@@ -10,9 +10,10 @@ from dualsm.config import freeze
 from dualsm.evaluation.acceptance import accepted_prefixes, evaluate_acceptance
 from dualsm.evaluation.segments import read_segments
 from dualsm.generation.autoregressive import prefill
+from dualsm.generation.draft_counts import DraftCounts
 from dualsm.generation.prompt_batches import pad_batch, prompt_keys
 from dualsm.generation.sampling_params import SamplingParams
-from dualsm.generation.speculative import DraftCounts, SpeculationParams, generate
+from dualsm.generation.speculative import SpeculationParams, generate
 from dualsm.model.transformer import init_params
 from dualsm.objectives.example import SpecialIds
 from dualsm.rundir.results import merge

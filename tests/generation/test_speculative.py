@@ -9,9 +9,11 @@ from dualsm.config import default_config, freeze
 from dualsm.devices import sharding
 from dualsm.generation import autoregressive, prompt_batches, speculative
 from dualsm.generation.autoregressive import forward_with_cache
+from dualsm.generation.draft_counts import DraftCounts, DraftRecord, DraftStep
+from dualsm.generation.draft_sizes import adapted_draft
 from dualsm.generation.prompt_batches import prompt_keys
 from dualsm.generation.sampling_params import SamplingParams
-from dualsm.generation.speculative import DraftCounts, SpeculationParams, adapted_draft, generate, speculate
+from dualsm.generation.speculative import SpeculationParams, generate, speculate
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import SpecialIds
 from dualsm.process.errors import UserError
@@ -143,13 +145,13 @@ def test_sampled_text_does_not_depend_on_other_prompts(model, monkeypatch):
     assert run(model, prompts[:1], 12, HOT, 5, seed=1) != alone[:1]
 
 
-def constant_model():
+def constant_model(token=40):
     """Returns a model that predicts the same token everywhere, and that token."""
     model = RandomModel(0.0)
     bias_V = np.zeros(VOCABULARY, np.float32)
-    bias_V[40] = 1e4
+    bias_V[token] = 1e4
     model.params["head"]["output"]["bias"] = jnp.asarray(bias_V)
-    return model, 40
+    return model, token
 
 
 def test_drafts_and_accepted_tokens_are_counted():
@@ -159,6 +161,46 @@ def test_drafts_and_accepted_tokens_are_counted():
     assert texts == [[2] + [token] * 23] * 2
     # Each draft of four adds a fifth token; the last one has room for three tokens.
     assert counts == DraftCounts(drafts=2 * 5, accepted=2 * (4 * 4 + 3))
+
+
+@pytest.mark.parametrize(("sampling", "draft"), [(GREEDY, 0), (HOT, 3)], ids=["greedy", "sampled"])
+def test_recorded_drafts_are_the_pieces_of_the_texts(models, sampling, draft, monkeypatch):
+    """Also in several batches and calls, and with `</s>` inside a draft."""
+    monkeypatch.setattr(prompt_batches, "MAX_BATCH_SIZE", 6)
+    prompts = prompts_of(12)
+    for model in models.values():
+        counts, record = DraftCounts(), DraftRecord()
+        texts = run(model, prompts, sampling=sampling, draft=draft, counts=counts)
+        recorded = [
+            run(model, part, sampling=sampling, draft=draft, counts=record)
+            for part in (prompts[:6], prompts[6:])
+        ]
+        assert sum(recorded, []) == texts
+        pieces = [[token for step in steps for token in step.tokens] for steps in record.steps]
+        assert [prompt + added for prompt, added in zip(prompts, pieces, strict=True)] == texts
+        every = [step for steps in record.steps for step in steps]
+        accepted = sum(len(step.accepted) for step in every)
+        assert DraftCounts(len(every), accepted) == counts == DraftCounts(record.drafts, record.accepted)
+        assert any(step.rejected for step in every)
+        for steps in record.steps:
+            room = NEW_TOKENS
+            for step in steps:
+                assert not draft or len(step.accepted + step.rejected) == min(draft, room)
+                room -= len(step.tokens)
+                if step.rejected and step.accepted[-1] != SPECIAL.eos:
+                    # The token is drawn from max(p - q, 0), which is 0 for the rejected token.
+                    assert step.next_token not in (None, step.rejected[0])
+
+
+def test_a_record_ends_where_the_text_ends():
+    """At its maximum length, or at `</s>`; tokens after `</s>` are not kept, even if accepted."""
+    record, (model, token) = DraftRecord(), constant_model()
+    run(model, [[2]] * 2, tokens=23, draft=4, counts=record)
+    steps = [DraftStep([token] * 4, [], token)] * 4 + [DraftStep([token] * 3, [], None)]
+    assert record == DraftRecord(drafts=2 * 5, accepted=2 * (4 * 4 + 3), steps=[steps] * 2)
+    record, (model, token) = DraftRecord(), constant_model(SPECIAL.eos)
+    run(model, [[2]] * 2, tokens=23, draft=4, counts=record)
+    assert record == DraftRecord(drafts=2, accepted=2, steps=[[DraftStep([token], [token] * 3, None)]] * 2)
 
 
 def test_draft_size_adapts_to_the_acceptance_rate():
