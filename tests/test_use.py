@@ -316,9 +316,16 @@ def test_benchmarks_run(workdir, tmp_path):
         "xla, matmuls, causal",
         "xla, matmuls, mixture",
     ]
-    process = run_command("benchmarks.decoding", f"--workdir={workdir}", "--positions=8,16", "--repeats=2")
+    process = run_command(
+        "benchmarks.decoding", f"--workdir={workdir}", "--positions=8,16", "--repeats=2", "--batch_sizes=1,2",
+        "--drafts=0,2", "--tokens=6", "--runs=1", f"--output={tmp_path / 'decoding.json'}",
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert "16 over 8" in process.stdout
+    speeds = json.loads((tmp_path / "decoding.json").read_text())["speeds"]
+    measured = [(speed["batch_size"], speed["mode"], speed["draft"]) for speed in speeds]
+    modes = [("causal", 0), ("speculative", 0), ("speculative", 2)]
+    assert measured == [(size, *mode) for size in (1, 2) for mode in modes]
     process = run_command(
         "benchmarks.unmasking", f"--workdir={workdir}", "--blocks=4", "--thresholds=0.5", "--texts=2",
         "--prompt_tokens=4", "--tokens=6", "--runs=1",
