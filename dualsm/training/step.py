@@ -153,7 +153,7 @@ def make_train_step(
             denominator_B = denominator_B * weights.denominator_B
         denominator = denominator_B.sum()
         grads = jax.tree.map(lambda g: g / jnp.maximum(denominator, 1.0), grads)
-        gradient_norm = optax.global_norm(grads)
+        gradient_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(gradient_norm) & jnp.isfinite(stats.nll_B.sum())
 
         params, opt_state = _update_if_finite(optimizer, state, grads, finite)
