@@ -72,7 +72,7 @@ def forward_prompt(
 
     def layer(block: Block, is_rotated, x_TxD):
         q, k, v = block.attention.project(x_TxD, rows, layer_angles(angles, is_rotated))
-        attended = attend(q, k, v, key_start_BxP, key_end_BxP, block.backend)
+        attended = attend(q, k, v, key_start_BxP, key_end_BxP)
         x_TxD = x_TxD + block.attention.merge(attended)
         return x_TxD + block.mlp(x_TxD), k.swapaxes(1, 2), v.swapaxes(1, 2)
 

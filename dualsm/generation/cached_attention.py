@@ -21,7 +21,7 @@ def attend_with_cache(
 ) -> jax.Array:
     """Computes the attention of P new tokens of each text, as if their keys and values were in the cache.
 
-    The cache is only read: its layers can then be stored together, in one place, after all layers have run.
+    The cache is only read. The caller stores the new keys and values of all layers after the last layer.
 
     Args:
       q_BxPxHxK: queries of H heads.

@@ -1,4 +1,4 @@
-"""The figure of drafts shows every token in order, in the style of its fate, and legible characters only."""
+"""The figure of drafts shows every token in order, in its style, with legible characters only."""
 
 import warnings
 
@@ -24,7 +24,7 @@ def drawn(figure):
     """Returns the texts of the figure by row, without the legend; boxes are (text, face color)."""
     (axes,) = figure.axes
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a warning tells of a missing glyph
+        warnings.simplefilter("error")  # matplotlib warns of a missing glyph
         figure.canvas.draw()
     boxes = {_rounded(patch.get_center()): patch.get_facecolor() for patch in axes.patches}
     rows = {}
