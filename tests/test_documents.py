@@ -4,8 +4,10 @@ import ast
 import importlib
 import importlib.util
 import os
+import platform
 import re
 import tomllib
+from importlib.metadata import version
 
 import pytest
 
@@ -128,13 +130,27 @@ def test_citation_has_the_version_of_the_package():
     assert version == dualsm.__version__
 
 
-def test_github_workflow_runs_the_checks_on_supported_pythons():
+def test_github_workflow_runs_the_checks_on_the_pythons_of_the_readme():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     (script,) = re.findall(r"- run: (.*)$", workflow, re.M)
     assert os.access(ROOT / script, os.X_OK)
     (listed,) = re.findall(r"python: \[(.*)\]", workflow)
-    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
-    assert [v.strip('" ') for v in listed.split(",")] == [required.removeprefix(">="), "3.13"]
+    assert [version.strip('" ') for version in listed.split(",")] == list(tested_versions())
+
+
+def test_the_readme_names_the_oldest_and_newest_versions_and_the_installed_ones():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (oldest, end) = re.findall(r"^jax>=(0\.\d+),<(0\.\d+)$", "\n".join(project["dependencies"]), re.M)[0]
+    tested = tested_versions()
+    assert project["requires-python"] == ">=" + min(tested)
+    assert (min(tested.values()), max(tested.values())) == (oldest, f"0.{int(end[2:]) - 1}")
+    python, installed = (".".join(v.split(".")[:2]) for v in (platform.python_version(), version("jax")))
+    assert tested.get(python, installed) == installed
+
+
+def tested_versions() -> dict[str, str]:
+    """Returns the version of JAX for each version of Python that the README calls tested."""
+    return dict(re.findall(r"Python (3\.\d+) and JAX (0\.\d+)", (ROOT / "README.md").read_text()))
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
