@@ -65,7 +65,8 @@ def test_padded_matrices_and_unrolled_layers_do_not_change_the_result(config, dt
     ours = step(params)
     assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, expected)
     for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 if dtype == "float32" else 0.05)
+        difference, norm = np.linalg.norm(np.ravel(a - b)), np.linalg.norm(np.ravel(b))
+        assert difference <= (1e-5 if dtype == "float32" else 0.03) * norm
 
 
 def test_bfloat16_computes_in_bfloat16_over_float32_weights(config):
