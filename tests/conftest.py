@@ -89,6 +89,14 @@ def _no_leaked_mesh():
     assert jax.sharding.get_abstract_mesh().empty, "a test left a mesh behind"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _release_programs():
+    """Every program on a CPU takes some memory mappings, of which Linux allows a process 65,530 by default:
+    without this, a process that runs a thousand tests ends with a segmentation fault in XLA's compiler."""
+    yield
+    jax.clear_caches()
+
+
 def run_command(*arguments: str, devices: int = 1, timeout: float = 300, env: dict | None = None, **options):
     """Runs `python -m dualsm.NAME ...` or a script, with the environment variables `env`.
 
