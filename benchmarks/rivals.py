@@ -30,6 +30,7 @@ from dualsm.training.cpu_devices import cpu_devices
 RIVALS = {
     "dropout": {"model.dropout": 0.1},
     "weight decay schedule": {"optimizer.weight_decay_schedule.name": "linear"},
+    "weight decay exempt": {"optimizer.weight_decay_exempt": "embeddings,vectors"},
     "moving average": {"ema.decay": 0.999},
     "pair mir": {"mixture.causal": 0.0, "mixture.mir": 1.0},
 }

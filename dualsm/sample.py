@@ -125,7 +125,7 @@ def main(_: Sequence[str]) -> None:
     print("\n\n".join(shown))
     summary = throughput.summary()
     if drafts and _COMPARE.value:
-        speed = causal_speed(run, prompts, _TOKENS.value, sampling, key_B)
+        speed = causal_speed(run, prompts, _TOKENS.value, sampling, key_B, speculation)
         summary += f"; causal decoding: {speed:.3g} tokens per second"
     print(f"[{summary}]", file=sys.stderr)
 

@@ -180,9 +180,16 @@ class Throughput:
 
 
 def causal_speed(
-    run: TrainedRun, prompts: Sequence[list[int]], new_tokens: int, sampling: SamplingParams, key_B: jax.Array
+    run: TrainedRun,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    sampling: SamplingParams,
+    key_B: jax.Array,
+    speculation: SpeculationParams,
 ) -> float:
     """Returns the tokens per second of causal decoding, on the first batch and a limited number of tokens.
+
+    The batch is as large as the first one of speculative decoding.
 
     Args:
       run: the run.
@@ -190,8 +197,10 @@ def causal_speed(
       new_tokens: maximum number of tokens to add to each prompt, which determines the size of the cache.
       sampling: sampling parameters.
       key_B: PRNG key of each prompt.
+      speculation: parameters of the drafts that causal decoding is compared with.
     """
-    size = prompt_batches.max_batch_size(max(map(len, prompts)) + new_tokens)
+    longest = max(map(len, prompts)) + new_tokens
+    size = next(prompt_batches.batch_slices(len(prompts), longest, speculative.max_rows(speculation))).stop
     throughput = Throughput("causal", run.tokenizer.special.mask)
     states = generate(run, prompts[:size], "causal", new_tokens, sampling, key_B=key_B[:size])
     for state in states:

@@ -220,10 +220,10 @@ def generate(
     check_prompts(prompts)
     key_B = prompt_batches.prompt_keys(0, prompts) if key_B is None else key_B
     texts = [list(prompt) for prompt in prompts]
-    largest = speculation.draft or ADAPTIVE_SIZES[-1]
-    max_rows = max(1, _MAX_POSITIONS // (largest + 1))
     first = counts.add_texts(len(texts)) if isinstance(counts, DraftRecord) else 0
-    for part in prompt_batches.batch_slices(len(texts), max(map(len, texts)) + new_tokens, max_rows):
+    for part in prompt_batches.batch_slices(
+        len(texts), max(map(len, texts)) + new_tokens, max_rows(speculation)
+    ):
         prompts_BxP, prompt_B = prompt_batches.pad_batch(texts[part], special.pad)
         state = start(config, params, prompts_BxP, prompt_B, key_B[part], new_tokens, special)
         counted, compiled = DraftCounts(), set()
@@ -252,6 +252,11 @@ def generate(
                 state = jax.block_until_ready(advance(state=state, steps=0))
                 yield list(texts)  # so that a clock can separate compilation from decoding
             state = advance(state=state, steps=yield_every)
+
+
+def max_rows(speculation: SpeculationParams) -> int:
+    """Returns the maximum number of texts per batch."""
+    return max(1, _MAX_POSITIONS // ((speculation.draft or ADAPTIVE_SIZES[-1]) + 1))
 
 
 def start(config, params, prompts_BxP, prompt_B, key_B, new_tokens, special) -> SpeculativeState:

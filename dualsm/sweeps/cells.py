@@ -42,7 +42,8 @@ def collect(folder: epath.PathLike) -> list[Record]:
     - `train/<objective>/loss`: mean over the log lines of the last twentieth of the run;
     - `held_out/<objective>/loss`, `held_out/<objective>/stderr`: held-out loss from `dualsm.evaluate`, and
       its standard error over documents; `held_out/<objective>/<domain>/...`: the same of each domain;
-    - `acceptance/greedy`, `acceptance/sampled`: accepted tokens per draft from `dualsm.evaluate`;
+    - `acceptance/greedy`, `acceptance/sampled`: accepted tokens per draft from `dualsm.evaluate`, and
+      `acceptance/<sampling>/stderr`: its standard error over segments;
     - `infilling/accuracy`, `infilling/stderr`, `infilling/bits_per_byte`: infilling of single words;
     - `task/<task>/<mode>`: score, scaled to 0 for chance and 100 for perfect;
     - `task/mean/<mode>`: mean score of a cell that has a score for every task of the sweep.

@@ -33,6 +33,7 @@ def evaluation_columns(workdir: epath.Path) -> Record:
         for name in ("greedy", "sampled"):
             if measured := result.get("acceptance", {}).get(name):
                 columns[f"acceptance/{name}"] = number(measured["accepted_per_draft"])
+                columns[f"acceptance/{name}/stderr"] = number(measured.get("stderr"))
         if measured := result.get("infilling"):
             names = ("accuracy", "stderr", "bits_per_byte")
             columns |= {f"infilling/{name}": number(measured[name]) for name in names}

@@ -20,7 +20,7 @@ from tests.micro import micro_config
 
 SPECIAL, PROMPT = SpecialIds(), [2, 17, 18]
 VOCABULARY = 20  # four tokens and `</s>` can be sampled
-ROWS, BATCHES = 5000, 4
+ROWS = 5000
 SAMPLINGS = {
     "cold": SamplingParams(0.5),
     "plain": SamplingParams(1.0),
@@ -86,12 +86,12 @@ def exact_texts(sampling, count):
     return found | open_texts
 
 
-def sampled(sampling, new_tokens, draft):
+def sampled(sampling, new_tokens, draft, batches=4):
     """Returns continuations of the prompt, and the number of drafted tokens that each text has kept."""
     config, params = model()
     prompts_BxP, prompt_B = np.tile(np.array(PROMPT, np.int32), (ROWS, 1)), np.full(ROWS, 3, np.int32)
     texts, kept = [], []
-    for seed in range(BATCHES):
+    for seed in range(batches):
         keys_B = jax.random.split(jax.random.key(seed), ROWS)
         state = speculative.start(config, params, prompts_BxP, prompt_B, keys_B, 4, SPECIAL)
         state = speculate(
@@ -103,11 +103,12 @@ def sampled(sampling, new_tokens, draft):
     return np.concatenate(texts), np.concatenate(kept)
 
 
+@pytest.mark.parametrize("batches", [4, pytest.param(20, marks=pytest.mark.extras)])
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_texts_follow_the_causal_distribution(name):
+def test_texts_follow_the_causal_distribution(name, batches):
     """Two drafts of three tokens at most: rejections, complete drafts, and `</s>` inside a draft occur."""
     sampling = SAMPLINGS[name]
-    texts, _ = sampled(sampling, 4, 3)
+    texts, _ = sampled(sampling, 4, 3, batches)
     codes, counts = np.unique(texts, axis=0, return_counts=True)
     counted = {tuple(code[code != SPECIAL.pad].tolist()): n for code, n in zip(codes, counts, strict=True)}
     exact = exact_texts(sampling, 4)

@@ -105,7 +105,8 @@ def test_later_evaluations_take_precedence(sweep):
     _, workdir = sweep
     late = {"checkpoint": STEPS + 1, "tasks": {"blimp": {"causal": {"normalised": 77.0}}}}
     (workdir / "eval" / "a.json").write_text(json.dumps(late))
-    acceptance = {"draft": 8, "greedy": {"accepted_per_draft": 1.5}, "sampled": {"accepted_per_draft": 1.7}}
+    acceptance = {"draft": 8, "greedy": {"accepted_per_draft": 1.5, "stderr": 0.1}}
+    acceptance["sampled"] = {"accepted_per_draft": 1.7}  # of one segment: no standard error
     books = {"nats_per_token": 1.5, "stderr": None}
     losses = {
         "causal": {"nats_per_token": 2.0},  # of a version without standard errors
@@ -120,7 +121,8 @@ def test_later_evaluations_take_precedence(sweep):
     assert (row["held_out/prefix/loss"], row["held_out/prefix/stderr"]) == (1.0, 0.25)
     assert (row["held_out/prefix/books/loss"], row["held_out/prefix/books/stderr"]) == (1.5, None)
     assert [row[f"infilling/{name}"] for name in infilling] == [0.5, 0.1, 3.0]
-    assert [row["acceptance/greedy"], row["acceptance/sampled"]] == [1.5, 1.7]
+    assert [row[f"acceptance/{name}"] for name in ("greedy", "sampled")] == [1.5, 1.7]
+    assert [row[f"acceptance/{name}/stderr"] for name in ("greedy", "sampled")] == [0.1, None]
 
 
 def test_results_of_a_sweep_whose_folder_looks_like_a_glob(tmp_path):
