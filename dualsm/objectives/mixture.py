@@ -42,8 +42,12 @@ def sequence_counts(
     """Returns the number of sequences of each entry at each step, by error diffusion.
 
     Rounding errors carry over to the next step, and each step rounds by largest remainder. After any number
-    of steps, each entry is less than one row away from its exact share (at most half a row with two
-    entries), or less than two rows if there are pairs.
+    of steps, with constant shares or any schedule, each of E entries is less than one row ahead of its exact
+    share, and at most 1/2 + 1/3 + ... + 1/E rows behind it: less than one row for up to three entries, less
+    than two for up to ten. An entry that is ahead cannot return rows, so several of them with small shares
+    can make another entry wait. If every share is at least one row per step, no entry is ahead by more than
+    its next share, and each entry is less than one row away. Pairs at most double the distances and add one
+    row.
 
     Args:
       shares_SxE: share of each entry of the rows of each step; sums to 1 at each step.

@@ -30,11 +30,81 @@ def test_any_window_of_steps_is_within_one_row_of_the_exact_share(shares, batch_
     assert (errors.max(0) - errors.min(0)).max() <= 1 + 1e-6
 
 
-def test_any_number_of_steps_is_within_one_row_for_random_shares():
+def max_rows_behind(entries: int) -> float:
+    """Returns 1/2 + 1/3 + ... + 1/E, with the tolerance for ties."""
+    return sum(1 / k for k in range(2, entries + 1)) + 1e-5
+
+
+def distances(shares_SxE: np.ndarray, rows: int | np.ndarray, rows_E=None) -> np.ndarray:
+    """Returns exact minus assigned rows of each entry after each step, [S, E]."""
+    rows_E = np.ones(shares_SxE.shape[1], int) if rows_E is None else rows_E
+    counts_SxE = sequence_counts(shares_SxE, rows, rows_E)
+    rows_S = np.broadcast_to(rows, len(shares_SxE))
+    assert (counts_SxE >= 0).all()
+    assert (counts_SxE @ rows_E == rows_S).all()
+    return (shares_SxE * rows_S[:, None]).cumsum(0) - (counts_SxE * rows_E).cumsum(0)
+
+
+def random_schedule(rng, entries: int, steps: int = 40) -> np.ndarray:
+    """Returns shares that change at random steps, where entries lose their whole share, [S, E]."""
+    points = int(rng.integers(1, steps + 1))
+    shares_KxE = rng.dirichlet(np.full(entries, rng.choice([0.3, 1, 10])), points)
+    shares_KxE *= rng.random((points, entries)) < rng.choice([0.3, 0.6, 1])
+    shares_KxE[shares_KxE.sum(1) == 0] = 1
+    shares_KxE /= shares_KxE.sum(1, keepdims=True)
+    return shares_KxE[np.sort(rng.integers(0, points, steps))]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "steps"])
+def test_any_number_of_steps_is_within_the_stated_distance_of_the_shares(schedule):
     rng = np.random.default_rng(0)
     for _ in range(200):
-        shares = rng.dirichlet(np.ones(rng.integers(2, 6)) * rng.choice([0.2, 1, 5]))
-        assert np.abs(errors_of(shares, int(rng.integers(1, 40)), steps=100)).max() < 1
+        entries, rows = int(rng.integers(2, 13)), rng.choice([1, 2, 6, 16])
+        shares_SxE = random_schedule(rng, entries)
+        if schedule == "constant":
+            shares_SxE = np.tile(shares_SxE[:1], (40, 1))
+        rows = rng.integers(0, rows + 1, 40) if rng.random() < 0.3 else int(rows)
+        behind_SxE = distances(shares_SxE, rows)
+        assert behind_SxE.min() > -1 - 1e-5
+        assert behind_SxE.max() <= max_rows_behind(entries)
+
+
+def test_shares_of_at_least_a_row_per_step_are_within_one_row():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        entries, rows = int(rng.integers(2, 10)), int(rng.integers(10, 40))
+        shares_SxE = (1 + random_schedule(rng, entries) * (rows - entries)) / rows
+        assert np.abs(distances(shares_SxE, rows)).max() < 1
+
+
+def test_entries_that_lose_their_share_while_ahead_delay_another_by_more_than_a_row():
+    rows_SxE = np.array([[2.55, 2.55, 2.55, 2.45, 2.45, 3.45], [0, 0, 0, 5.6, 5.6, 4.8]])
+    assert distances(rows_SxE / 16, 16)[1, 3] == pytest.approx(1.05)
+
+
+def test_constant_shares_of_less_than_a_row_per_step_can_be_more_than_a_row_behind():
+    shares = np.array([0.2368] * 4 + [0.0528 / 5] * 5)
+    assert distances(np.tile(shares, (60, 1)), 1).max() > 1.2
+
+
+@pytest.mark.parametrize("entries", [2, 3, 9, 12])
+def test_the_largest_distance_is_reached(entries):
+    """The entries that have not had a row share each step, so that the last one waits for all others."""
+    shares_SxE, waiting_E = np.zeros((entries - 1, entries)), np.ones(entries, bool)
+    for step in range(entries - 1):
+        shares_SxE[step, waiting_E] = 1 / waiting_E.sum()
+        waiting_E &= sequence_counts(shares_SxE[: step + 1], 1)[step] == 0
+    assert distances(shares_SxE, 1).max() == pytest.approx(max_rows_behind(entries), abs=2e-5)
+
+
+def test_pairs_at_most_double_the_distances_and_add_a_row():
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        entries = int(rng.integers(2, 10))
+        rows_E = rng.integers(1, 3, entries)
+        behind_SxE = distances(random_schedule(rng, entries), int(rng.choice([2, 4, 16])), rows_E)
+        assert behind_SxE.min() > -2 - 1e-5
+        assert behind_SxE.max() <= 2 * max_rows_behind(entries) + 1
 
 
 def test_changing_shares_are_followed():
