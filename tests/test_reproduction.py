@@ -1,11 +1,23 @@
 """The reproduction's page follows from its tables, and its choices from the protocol's rules."""
 
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from dualsm.config import difference
+from dualsm.sweeps.grid import parse_value
+
 FOLDER = Path(__file__).parents[1] / "docs" / "reproduction"
+README = FOLDER.parents[1] / "README.md"
+# Numbers with a decimal point that the template may have: settings, the expectations of the protocol, a link.
+SETTINGS = {"0.01", "0.02", "0.1", "0.995", "1.0", "2512.14549"}
+EXPECTED = {"0.2", "0.15", "0.05", "0.03"}
+FROM_SETTINGS = {"parameters", "budget", "unique_128", "unique_32"}
+FROM_THE_PAPER = {"rule_128", "rule_32", "rule_128_weighted"}
 pd = pytest.importorskip("pandas")
 
 
@@ -13,41 +25,156 @@ pd = pytest.importorskip("pandas")
 def modules():
     sys.path.insert(0, str(FOLDER))
     import page
+    import page_numbers
+    import page_tables
+    import selection
     import study
 
     sys.path.remove(str(FOLDER))
-    return page, study
+    return SimpleNamespace(
+        page=page, numbers=page_numbers, tables=page_tables, selection=selection, study=study
+    )
 
 
 @pytest.fixture(scope="module")
-def runs():
-    return pd.read_csv(FOLDER / "runs.csv")
+def tables(modules):
+    return modules.numbers.read_tables()
 
 
-def test_the_page_is_what_the_tables_give(modules, runs):
-    page, _ = modules
-    assert page.render(runs) == page.PAGE.read_text()
-    assert page.averaged_page(runs) == page.AVERAGED.read_text()
+@pytest.fixture(scope="module")
+def values(modules, tables):
+    return modules.numbers.page_values(tables)
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+def test_the_page_is_what_the_tables_give(modules, tables):
+    page = modules.page
+    assert page.render(tables) == page.PAGE.read_text()
+    assert page.averaged_page(tables.runs) == page.AVERAGED.read_text()
 
 
 def test_the_page_is_short(modules):
-    page, _ = modules
-    assert len(page.PAGE.read_text().split()) <= 1800
+    assert len(modules.page.PAGE.read_text().split()) <= 1800
 
 
-def test_the_table_of_recommend_is_what_the_tables_give(modules, runs):
-    page, _ = modules
-    assert page.confirmed_csv(runs) == page.CONFIRMED.read_text()
+def test_results_are_not_written_into_the_template(modules):
+    text = re.sub(r"\{\w+\}", "", modules.page.TEMPLATE.read_text())
+    assert set(re.findall(r"\d+\.\d+", text)) == SETTINGS | EXPECTED
 
 
-def test_choices_on_the_page_are_those_of_the_study(modules, runs):
-    page, study = modules
+def changed(tables, rng):
+    """Returns tables of a smaller study with other losses, in which every tuned setting was confirmed."""
+
+    def scaled(table, columns):
+        factors = 1 + 0.3 * rng.random((len(table), len(columns)))
+        return table.assign(**dict(zip(columns, (table[columns] * factors).T.to_numpy(), strict=True)))
+
+    def losses(table):
+        return scaled(table, [c for c in table if re.search("(causal|masked_diffusion)(/loss)?$", c)])
+
+    tuned = tables.runs[tables.runs.corpus == "A"]
+    tuned = tuned[~tuned.weight_decay.isin([1, 2]) & ((tuned.recipe == "mir") | (tuned.length > 1 / 16))]
+    tuned = tuned[(tuned.R == 128) | (tuned.weight_decay != 0.3)]
+    tuned = losses(tuned[~tuned.alpha.isin([1 / 4, 15 / 16])])
+    plain = tuned[tuned.recipe == "plain"]
+    confirmed = [
+        plain.assign(stage="confirm", corpus=corpus, seed=seed, causal_weight=weight)
+        for corpus in "BCD" for seed in (1, 2, 3) for weight in (1, 2)
+    ]  # fmt: skip
+    runs = pd.concat([tuned, losses(pd.concat(confirmed))], ignore_index=True)
+    runs = runs.assign(skipped=rng.integers(0, 2, len(runs)))
+    runs.loc[0, "test_causal"] = np.nan
+    earlier = losses(tables.earlier[(tables.earlier.repetitions != 16) | (tables.earlier.steps == 230)])
+    earlier = earlier[(earlier.seed == 0) | (earlier.steps != 1840)]
+    unigram = scaled(tables.unigram, ["test"])
+    return tables._replace(runs=runs, earlier=earlier, baselines=losses(tables.baselines), unigram=unigram)
+
+
+def test_other_tables_give_another_page(modules, tables, values):
+    """Each number depends on the tables, except for settings of the study and the paper's rules."""
+    names = set(re.findall(r"\{(\w+)\}", modules.page.TEMPLATE.read_text()))
+    rng, differ = np.random.default_rng(0), set()
+    for _ in range(3):
+        found = modules.numbers.page_values(changed(tables, rng))
+        differ |= {name for name in names if found[name] != values[name]}
+    assert names - differ == FROM_SETTINGS | FROM_THE_PAPER | {"price_share"}
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, 9.0])
+def test_runs_that_diverged_are_counted(modules, tables, loss):
+    runs, here = tables.runs.copy(), tables.runs.weight_decay == 0.1
+    runs.loc[here, "test_causal"] = loss
+    assert modules.numbers.count_runs(runs)["num_diverged"] == str(here.sum())
+    assert modules.numbers.count_runs(tables.runs)["num_diverged"] == "0"
+
+
+def test_the_readme_has_the_numbers_of_the_page(modules, tables, values):
+    readme = words(README.read_text())
+    assert words(modules.tables.readme_table(tables.runs)) in readme
+    alpha = modules.selection.Chosen(tables.runs).mixture(128, "full")["alpha"]
+    ratio = modules.numbers.word(alpha / (1 - alpha))
+    for text in (
+        f"{ratio} causal sequences for one of masked diffusion",
+        f"Lines are means of {values['replicates_128']} runs on three corpora",
+        f"the best of {values['num_decays']} weight decays for each recipe",
+        f"stops early by about {values['rate_gain']}.",
+        f"({values['masked_causal_dropout']}, compared with {values['masked_mixture']})",
+        f"Models of {values['parameters']} parameters train on {values['unique_128']} unique tokens",
+        f"({values['num_runs']} runs of {values['parameters']} parameters)",
+    ):
+        assert text in readme
+
+
+def test_claims_in_words_hold(modules, tables):
+    """Sentences of the page without a number."""
+    runs, chosen = tables.runs, modules.selection.Chosen(tables.runs)
+    replicates = modules.selection.Replicates(runs)
+    for alpha in chosen.alphas(32):  # R = 32: nothing gained from stopping early
+        assert chosen.best("plain", 32, alpha, "stop")["length"] == 1
+    causal, mixture = chosen.best("plain", 128, 1.0, "full"), chosen.mixture(128, "full")
+    alike = (chosen.mixture(32, "full"), chosen.best("plain", 32, 1.0, "full"))
+    mean, error = replicates.difference(*alike, "test_causal")
+    assert abs(mean) < modules.numbers.T_95 * error  # cannot be distinguished
+    baselines = tables.baselines.set_index("name")["valid/causal/loss"]
+    for decay in (0.3, 0.5):  # a higher learning rate does not lower the loss of alpha 1/2
+        name = f"repetitions=64,steps=920,alpha=0.5,weight_decay={decay}"
+        assert baselines[f"{name},learning_rate=0.02"] > baselines[name]
+    for R in (32, 128):  # the masked loss is lowest at the smallest share
+        cells = [chosen.best("plain", R, alpha, "full") for alpha in chosen.alphas(R)]
+        losses = [replicates.values(cell, "test_masked_diffusion") for cell in cells]
+        masked = [modules.selection.over_corpora(found)[0] for found in losses]
+        assert masked == sorted(masked)
+    tuned = runs[runs.stage == "tune"]
+    short, full = tuned[tuned.length <= 1 / 8], tuned[tuned.length == 1]
+    overfit = full[(full.R == 128) & (full.alpha >= 3 / 4) & (full.weight_decay <= 0.5)]
+    assert (short.ema_dev_causal > short.dev_causal).mean() > 0.9  # EMA harms short runs
+    assert (overfit.ema_dev_causal < overfit.dev_causal).all()
+    for _, found in tuned.groupby(["R", "alpha"]):  # the highest weight decay underfits
+        best = found.groupby("weight_decay").dev_causal.min()
+        assert best.idxmin() < best.index.max()
+    gaps = []  # the difference appears in the last quarter
+    for step in (1380, 1840):
+        at = tables.curves[tables.curves.step == step]
+        only, mixed = (at[(at[list(c)] == pd.Series(c)).all(axis=1)].causal.mean() for c in (causal, mixture))
+        gaps.append(only - mixed)
+    assert gaps[0] < 0.2 * gaps[1]
+
+
+def test_the_table_of_recommend_is_what_the_tables_give(modules, tables):
+    assert modules.tables.confirmed_csv(tables.runs) == modules.page.CONFIRMED.read_text()
+
+
+def test_choices_on_the_page_are_those_of_the_study(modules, tables):
+    study = modules.study
     keys = ["recipe", "R", "alpha", "weight_decay", "length", "corpus", "seed", "size", "causal_weight"]
     results = [
         {"run": {key: row[key] for key in keys}, "dev/causal/loss": row["dev_causal"]}
-        for row in runs.to_dict("records")
+        for row in tables.runs.to_dict("records")
     ]
-    chosen, on_page = study.choose(results), page.Chosen(runs)
+    chosen, on_page = study.choose(results), modules.selection.Chosen(tables.runs)
     for R in (128, 32):
         for alpha in study.ALPHAS[R]:
             for kind in ("full", "stop"):
@@ -57,27 +184,69 @@ def test_choices_on_the_page_are_those_of_the_study(modules, runs):
         assert on_page.mixture(R, "full")["alpha"] == study.best_alpha(chosen, R, "full")
 
 
-def test_every_confirmed_cell_has_all_replicates(modules, runs):
-    _, study = modules
-    confirmed = runs[runs.stage == "confirm"]
+def test_every_confirmed_cell_has_all_replicates(modules, tables):
+    confirmed = tables.runs[tables.runs.stage == "confirm"]
     for (R, *_), found in confirmed.groupby(["R", "alpha", "weight_decay", "length", "causal_weight"]):
-        expected = study.REPLICATES if R == 128 else study.REPLICATES[::2]
+        expected = modules.study.REPLICATES if R == 128 else modules.study.REPLICATES[::2]
         assert sorted(zip(found.corpus, found.seed, strict=True)) == sorted(expected)
 
 
+def test_the_protocol_states_the_runs_that_were_made(modules, tables):
+    """Counts, deviations and every later addition, which the commit before the runs did not have."""
+    runs, text = tables.runs, words((FOLDER / "protocol.md").read_text())
+    assert f"have been run: {len(runs)} runs." in text
+    assert "None diverged and none skipped an update" in text
+    counts = modules.numbers.count_runs(runs)
+    assert (counts["num_diverged"], counts["num_skipped"]) == ("0", "0")
+    confirmed = runs[runs.stage == "confirm"]
+    assert set(confirmed.recipe) == {"plain"} and set(runs["size"]) == {"230k"}
+    assert set(confirmed[confirmed.R == 32].length) == {1.0}
+    assert "no run at R = 32 with half the length was confirmed" in text
+    added = text.split("Added after the runs: ")[1].split("additions.")[0]
+    for part in ("`cut.py`", "`data.order_version`", "*What was run*", "*Commands*"):
+        assert part in added
+
+
+def test_commands_in_the_protocol_train_the_runs_of_the_study(modules, tables):
+    study = modules.study
+    blocks = (FOLDER / "protocol.md").read_text().split("## Commands")[1].replace("\\\n", " ")
+    commands = [line.split() for line in blocks.splitlines() if line.startswith("dualsm train")]
+    for recipe, command in zip(("plain", "dropout", "mir"), commands, strict=True):
+        runs = tables.runs[tables.runs.recipe == recipe].to_dict("records")
+        for row in (runs[0], runs[-1]):
+            length = row["length"]
+            names = {
+                "R*LENGTH": round(row["R"] * length),
+                "1840*LENGTH": round(1840 * length),
+                "3680*LENGTH": round(3680 * length),
+                "DECAY": float(row["weight_decay"]),
+                "WEIGHT": float(row["causal_weight"]),
+            } | {key.upper(): row[key] for key in ("alpha", "seed", "corpus")}
+            flags = " ".join(command)
+            for name, value in names.items():
+                flags = flags.replace(name, str(value))
+            pairs = dict(flag.removeprefix("--").split("=", 1) for flag in flags.split()[2:])
+            config = study.get_config(pairs.pop("config").split(":")[1])
+            assert pairs.pop("workdir") == "RUN"
+            keys = {key.removeprefix("config."): parse_value(value) for key, value in pairs.items()}
+            config.update_from_flattened_dict(keys)
+            expected = study.settings_of(row, Path("runs/study"))
+            expected.model.remat = config.model.remat  # the same numbers
+            assert difference(config, expected, free=()) == [] and config == expected
+
+
 def test_standard_errors_are_over_corpora(modules):
-    page, _ = modules
     values = pd.Series(
         [1.0, 3.0, 4.0, 6.0, 9.0, 9.0],
         index=pd.MultiIndex.from_product([["B", "C", "D"], [1, 2]], names=["corpus", "seed"]),
     )
-    mean, error = page.over_corpora(values)  # the means of the corpora are 2, 5 and 9
+    mean, error = modules.selection.over_corpora(values)  # the means of the corpora are 2, 5 and 9
     assert mean == pytest.approx(16 / 3)
     assert error == pytest.approx(((2 - 16 / 3) ** 2 + (5 - 16 / 3) ** 2 + (9 - 16 / 3) ** 2) ** 0.5 / 6**0.5)
 
 
 def test_every_run_has_steps_that_a_config_can_have(modules):
-    _, study = modules
+    study = modules.study
     for size, (*_, steps) in study.SIZES.items():
         for length in study.LENGTHS[128]:
             assert (steps * length) % (steps // study.POINTS) == 0, size

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 
 import pandas as pd
+from page_tables import share
 from selection import CELL, Chosen
 
 
@@ -17,10 +17,11 @@ def plot_curves(curves: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     chosen = Chosen(runs)
+    mixture = chosen.mixture(128, "full")
     cells = [
         ("causal", "#c44e52", chosen.best("plain", 128, 1.0, "full")),
         ("causal, stopped early", "#dd9b5f", chosen.best("plain", 128, 1.0, "stop")),
-        ("mixture (alpha 3/4)", "#3b6fb5", chosen.mixture(128, "full")),
+        (f"mixture (alpha {share(mixture['alpha'])})", "#3b6fb5", mixture),
     ]
     figure, axes = plt.subplots(2, 1, figsize=(7, 6.4), sharex=True, layout="constrained")
     for label, colour, cell in cells:
@@ -61,7 +62,7 @@ def plot_lengths(runs: pd.DataFrame, path: Path) -> None:
         found = tuned[tuned.alpha == alpha]
         best = found.loc[found.groupby("length").dev_causal.idxmin()].sort_values("length")
         style = {"color": colours(index / len(alphas)), "marker": "o", "markersize": 4}
-        label = f"alpha {Fraction(alpha)}"
+        label = f"alpha {share(alpha)}"
         axes[0].plot(128 * best.length, best.dev_causal, label=label, **style)
         axes[1].plot(128 * best.length, best.dev_masked_diffusion, label=label, **style)
     for axis, name in zip(axes, ("causal", "masked-diffusion"), strict=True):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
+from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -76,8 +77,8 @@ def name_of(run: dict) -> str:
     return ",".join(f"{key}={run[key]}" for key in sorted(run))
 
 
-def config_of(run: dict, corpora: Path):
-    """Returns the complete config of a run."""
+def settings_of(run: dict, corpora: Path) -> ConfigDict:
+    """Returns the config of a run, without the keys that follow from the corpora."""
     config = get_config(f"alpha={run['alpha']},repetitions={max(1, round(run['R'] * run['length']))}")
     layers, width, heads, steps = SIZES[run["size"]]
     config.model.num_layers, config.model.d_model, config.model.num_heads = layers, width, heads
@@ -93,6 +94,12 @@ def config_of(run: dict, corpora: Path):
     config.ema.decay = EMA
     config.model.remat = "none"
     config.data.path = str(corpora / run["corpus"])
+    return config
+
+
+def config_of(run: dict, corpora: Path) -> ConfigDict:
+    """Returns the complete config of a run."""
+    config = settings_of(run, corpora)
     return complete(config, open_corpora(config))
 
 

@@ -1,0 +1,247 @@
+"""The numbers in the text of docs/reproduction.md, each computed from the tables.
+
+`page_values` returns the text of each `{name}` in page.template.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from page_tables import BUDGET, PARAMETERS, confirm_table, rivals, rivals_table, share, tuned_by_method
+from selection import DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
+
+from dualsm.analysis.paper_rules import rule_alpha
+from dualsm.analysis.unconfirmed import small_share
+
+FOLDER = Path(__file__).parent
+T_95 = 4.303  # 97.5% quantile of Student's t distribution with 2 degrees of freedom: three corpora
+EARLIER_LOSS = "valid/causal/loss"
+EARLIER_DECAY, EARLIER_RATE = "optimizer.weight_decay", "optimizer.learning_rate"
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class Tables(NamedTuple):
+    """The committed tables that the page is made from.
+
+    Attributes:
+      runs, curves: runs of the study, and their learning curves.
+      earlier: runs of the first study (table.csv).
+      baselines: its runs with other settings and methods.
+      unigram: held-out losses of unigram models of the corpora.
+    """
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    earlier: pd.DataFrame
+    baselines: pd.DataFrame
+    unigram: pd.DataFrame
+
+
+def read_tables() -> Tables:
+    """Reads the committed tables."""
+    names = ("runs", "curves", "table", "baselines", "unigram")
+    return Tables(*(pd.read_csv(FOLDER / f"{name}.csv") for name in names))
+
+
+def page_values(tables: Tables) -> dict[str, str]:
+    """Returns the text of each name in the template."""
+    runs, earlier = tables.runs, _Earlier(tables)
+    chosen, replicates = Chosen(runs), Replicates(runs)
+    values = count_runs(runs) | _tuning(runs, chosen) | _rivals(runs) | earlier.values()
+    for R in (128, 32):
+        values |= _contrasts(R, chosen, replicates)
+        values[f"unique_{R}"] = f"{BUDGET // R:,}"
+        rule = rule_alpha(R)
+        values[f"rule_{R}"], values[f"rule_{R}_weighted"] = share(rule), f"{2 * rule / (1 + rule):.2f}"
+    stop, rate = replicates.difference(*_pair(chosen, 128, "stop"), LOSS)[0], earlier.rate_gain()
+    values["stop_128_tuned_rate"] = f"{stop + rate:.2f}"
+    lower = [-replicates.difference(*_pair(chosen, R, kind), MASKED)[0] for R, kind in CONTRASTS]
+    values["masked_lower"] = span(lower, "{:.0f}")
+    values["full_128_effect"] = f"{-replicates.difference(*_pair(chosen, 128, 'full'), LOSS)[0]:.1f}"
+    values["unigram"] = span(tables.unigram.query("corpus != 'A'").test, "{:.2f}")
+    return values
+
+
+CONTRASTS = ((128, "full"), (128, "stop"), (32, "full"))
+
+
+def _pair(chosen: Chosen, R: int, kind: str) -> tuple[dict, dict]:
+    """Returns the best mixture and causal training, which a contrast compares."""
+    return chosen.mixture(R, kind), chosen.best("plain", R, 1.0, kind)
+
+
+def count_runs(runs: pd.DataFrame) -> dict[str, str]:
+    """Returns the numbers of runs, and how much the losses of two seeds differ."""
+    confirm = runs.corpus != "A"
+    weighted = confirm & (runs.causal_weight == 2)
+    seeds = runs[confirm & (runs.R == 128)].groupby(["alpha", "weight_decay", "length", "causal_weight"])
+    by_seed = runs[confirm & (runs.R == 128)].groupby(
+        ["alpha", "weight_decay", "length", "causal_weight", "corpus"]
+    )
+    diverged = ~(runs[["dev_causal", LOSS]] < DIVERGED).all(axis=1)  # NaN is a divergence
+    return {
+        "parameters": f"{PARAMETERS:,}",
+        "budget": f"{BUDGET / 1e6:.2f}M",
+        "num_runs": str(len(runs)),
+        "num_tune": str((runs.stage == "tune").sum()),
+        "num_confirm": str((confirm & ~weighted).sum()),
+        "num_weight": str(weighted.sum()),
+        "num_explore": str((~confirm & (runs.stage != "tune")).sum()),
+        "num_diverged": str(diverged.sum()),
+        "num_skipped": str((runs.skipped > 0).sum()),
+        "replicates_128": word(seeds.size().min()),
+        "seed_range": span(by_seed[LOSS].max() - by_seed[LOSS].min(), "{:.3f}"),
+    }
+
+
+def _contrasts(R: int, chosen: Chosen, replicates: Replicates) -> dict[str, str]:
+    """Returns the values of one R that come from the confirmed runs."""
+    values = {}
+    for kind in ("full", "stop"):
+        mixture, causal = _pair(chosen, R, kind)
+        for name, column in (("causal", LOSS), ("masked", MASKED)):
+            values[f"{kind}_{R}_{name}"] = signed(replicates.difference(mixture, causal, column))
+        values[f"{kind}_{R}_interval"] = interval(replicates.difference(mixture, causal, LOSS))
+        each = by_corpus(replicates.paired(mixture, causal, LOSS)).values()
+        values[f"{kind}_{R}_each"] = ", ".join(f"{x:+.3f}" for x in each)
+        values[f"{kind}_{R}_mixture"], values[f"{kind}_{R}_only"] = describe(mixture), describe(causal)
+        values[f"{kind}_{R}_repetitions"] = f"{R * mixture['length']:g}"
+        values[f"{kind}_{R}_only_repetitions"] = f"{R * causal['length']:g}"
+        values[f"{kind}_{R}_compute"] = word(mixture["length"] / causal["length"])
+    mixture, causal = _pair(chosen, R, "full")
+    weighted = mixture | {"causal_weight": 2}
+    values[f"weight_{R}"] = signed(replicates.difference(weighted, mixture, LOSS))
+    values[f"weight_{R}_masked"] = signed(replicates.difference(weighted, mixture, MASKED))
+    values[f"ema_{R}"] = signed(replicates.difference(mixture, causal, f"ema_{LOSS}"))
+    values[f"confirm_{R}"] = confirm_table(
+        chosen, replicates, R, ("causal loss", LOSS), ("masked loss", MASKED)
+    )
+    cells = [chosen.best("plain", R, alpha, "full") for alpha in chosen.alphas(R)]
+    best = min(cells, key=lambda cell: over_corpora(replicates.values(cell, LOSS))[0])
+    alike = [cell for cell in cells if cell == best or _alike(replicates.difference(cell, best, LOSS))]
+    values[f"best_{R}"] = " or ".join(share(cell["alpha"]) for cell in alike)
+    low, high = cells[0], [cell for cell in cells if cell["alpha"] < 1][-1]
+    for name, cell in (("lowest", low), ("highest", high)):
+        values[f"{name}_{R}"] = share(cell["alpha"])
+        values[f"{name}_{R}_masked"] = f"{over_corpora(replicates.values(cell, MASKED))[0]:.1f}"
+    values[f"highest_{R}_masked_share"] = f"{1 - high['alpha']:.0%}"
+    return values
+
+
+def _alike(difference: tuple[float, float]) -> bool:
+    """Returns True if the 95% interval of a difference contains 0."""
+    return abs(difference[0]) <= T_95 * difference[1]
+
+
+def _tuning(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
+    """Returns the values about the weight decays, lengths and losses of the tuning runs."""
+    tuned = runs[runs.stage == "tune"]
+    decays = sorted(tuned[tuned.R == 128].weight_decay.unique())
+    best = {a: chosen.best("plain", 128, a, "full")["weight_decay"] for a in chosen.alphas(128)}
+    parts = []
+    for decay, group in itertools.groupby(best, best.get):
+        first, *others = group
+        low = " (the lowest value tried)" if decay == decays[0] else ""
+        parts.append(f"{decay:g}{low} {'from ' if others else 'at '}{share(first)}{' on' if others else ''}")
+    steps = [
+        np.abs(np.diff(tuned[(tuned.R == R) & (tuned.alpha == alpha)].pivot(
+            index="weight_decay", columns="length", values="dev_causal"), axis=axis)).max(initial=0)
+        for R in (128, 32) for alpha in chosen.alphas(R) for axis in (0, 1)
+    ]  # fmt: skip
+    return {
+        "num_decays": word(len(decays)),
+        "best_decays": ", ".join(parts),
+        "highest_decay": f"{decays[-1]:g}",
+        "causal_decay": f"{best[1.0]:g}",
+        "next_decay": f"{next((d for d in decays if d > best[1.0]), math.nan):g}",
+        "largest_step": f"{np.nanmax(steps):.0f}",
+        "num_cells": span(tuned.groupby(["R", "alpha"]).size(), "{:d}"),
+    }
+
+
+def _rivals(runs: pd.DataFrame) -> dict[str, str]:
+    """Returns the losses of other methods in the text below their table."""
+    best = rivals(runs)
+    methods = [rival.causal for rival in best if rival.method != "causal" and rival.compute == 1]
+    causal = next(rival for rival in best if rival.method == "causal" and not rival.averaged)
+    values = {
+        "rivals": rivals_table(runs),
+        "rivals_equal": span(methods, "{:.2f}"),
+        "rivals_stop": f"{causal.causal:.2f}",
+    }
+    for method, tuned in tuned_by_method(runs).items():
+        name = method.replace(" ", "_")
+        values[f"masked_{name}"] = span([x.masked for x in best if x.method == method], "{:.1f}")
+        values[f"half_{name}"] = f"{tuned[tuned.compute == 1 / 2].dev_causal.min():.2f}"
+    return values
+
+
+class _Earlier:
+    """The runs of the first study."""
+
+    def __init__(self, tables: Tables):
+        both = pd.concat([tables.baselines, tables.earlier])
+        done = both[both.status == "done"].drop_duplicates("name")
+        self._num_runs, self._earlier = len(done), tables.earlier
+        self._runs = done.assign(setting=done.name.str.replace(r"seed=\d+,", "", regex=True))
+
+    def _losses(self, alpha: float, repetitions: int, decay: float, rate: float, steps: int) -> pd.Series:
+        """Returns the causal losses of the runs with these settings, by seed."""
+        found = self._runs.query("alpha == @alpha and repetitions == @repetitions and steps == @steps")
+        found = found[(found[EARLIER_DECAY] == decay) & (found[EARLIER_RATE] == rate)]
+        return found.set_index("seed")[EARLIER_LOSS]
+
+    def rate_gain(self) -> float:
+        """Returns how much a learning rate of 0.02 lowers the best causal loss, compared with 0.01."""
+        return (self._losses(1.0, 32, 1.0, 0.01, 460) - self._losses(1.0, 32, 1.0, 0.02, 460)).mean()
+
+    def values(self) -> dict[str, str]:
+        often = self._runs[(self._runs.repetitions == 128) & (self._runs.steps == self._runs.steps.max())]
+        often = often[(often[EARLIER_DECAY] == 0.1) & (often[EARLIER_RATE] == 0.01)]
+        by_alpha = often.groupby("alpha")[EARLIER_LOSS].mean()
+        by_setting = self._runs.groupby("setting")[EARLIER_LOSS].agg(["min", "max", "size"]).query("size > 1")
+        price = small_share(self._earlier.to_dict("records"))
+        return {
+            "earlier_num_runs": str(self._num_runs),
+            "earlier_best": share(by_alpha.idxmin()),
+            "earlier_effect": f"{by_alpha[1.0] - by_alpha.min():.0f}",
+            "earlier_seeds": f"{(by_setting['max'] - by_setting['min']).max():.2f}",
+            "rate_gain": f"{self.rate_gain():.2f}",
+            "price_share": f"{price.masked_share:.1%}",
+            "price_causal": span(price.causal_changes, "{:.3f}"),
+            "price_masked": span(price.masked, "{:.1f}"),
+            "price_repetitions": span(price.repetitions, "{}"),
+            "price_seeds": " or ".join(word(n) for n in sorted(set(price.seeds))),
+        }
+
+
+def signed(value: tuple[float, float]) -> str:
+    return f"{value[0]:+.3f} ± {value[1]:.3f}"
+
+
+def interval(value: tuple[float, float]) -> str:
+    """Returns the 95% interval of a mean over three corpora."""
+    half = T_95 * value[1]
+    return f"{value[0] - half:+.3f} to {value[0] + half:+.3f}"
+
+
+def span(values: Iterable, form: str) -> str:
+    """Returns the text of the lowest and the highest value, once if both have the same text."""
+    values = list(values)
+    return " to ".join(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
+
+
+def word(number: float) -> str:
+    """Returns a number as a word if it is a small integer."""
+    return WORDS[int(number)] if number in range(len(WORDS)) else f"{number:g}"
+
+
+def describe(cell: dict) -> str:
+    alpha = "" if cell["alpha"] == 1 else f"alpha {share(cell['alpha'])}, "
+    return f"{alpha}weight decay {cell['weight_decay']:g}"
