@@ -242,7 +242,7 @@ def test_a_finished_cell_is_evaluated_on_new_tasks(one_cell):
     assert (
         json.loads((sweep.path(cell) / "cell.json").read_text())["seconds"] > 1000
     )  # includes the training time
-    assert "training" not in (sweep.folder / "logs" / f"{cell.name}.log").read_text()
+    assert "mixture:" not in (sweep.folder / "logs" / f"{cell.name}.log").read_text()
     assert run_missing(sweep, jobs=1) == {}
 
 

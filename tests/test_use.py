@@ -335,8 +335,8 @@ def test_benchmarks_run(workdir, tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("diffusion") == 3 + 1  # three ways, and the line of the NELBO
     process = run_command(
-        "benchmarks.greedy_equality", f"--workdir={workdir}", "--prompts=3", "--prompt_tokens=4", "--tokens=6",
-        "--drafts=1,3", "--batch_sizes=1,2", f"--output={tmp_path / 'equality.json'}",
+        "benchmarks.greedy_equality", f"--workdir={workdir}", "--prompts=3", "--prompt_tokens=4",
+        "--tokens=6", "--drafts=1,3", "--batch_sizes=1,2", f"--output={tmp_path / 'equality.json'}",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     equal = [record["equal"] for record in json.loads((tmp_path / "equality.json").read_text())]

@@ -8,6 +8,7 @@ import io
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -15,14 +16,30 @@ from rich.live import Live
 from rich.text import Text
 from tqdm import tqdm
 
+_LOG_SECONDS = 30  # between two lines of a progress bar in a log
+
 
 def bar(**options) -> tqdm:
-    """Returns a progress bar on stderr; outside a terminal it prints one line every 30 seconds."""
-    interactive = sys.stderr.isatty()
-    options = {"mininterval": 0.2 if interactive else 30, "dynamic_ncols": interactive} | options
-    if not interactive:
-        options |= {"ncols": 100, "maxinterval": 30, "ascii": True}
-    return tqdm(file=sys.stderr, **options)
+    """Returns a progress bar on stderr; outside a terminal it prints a line every 30 seconds."""
+    if sys.stderr.isatty():
+        return tqdm(file=sys.stderr, **{"mininterval": 0.2, "dynamic_ncols": True} | options)
+    log = {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS, "ncols": 100, "ascii": True}
+    return tqdm(file=_LogLines(), **log | options)
+
+
+class _LogLines:
+    """File that writes the states of a progress bar to stderr as lines, without control characters."""
+
+    def __init__(self):
+        self._last = time.monotonic()
+
+    def write(self, text: str) -> None:
+        if text.strip() and time.monotonic() - self._last >= _LOG_SECONDS:
+            self._last = time.monotonic()
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def escape_unprintable() -> None:
