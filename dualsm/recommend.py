@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -27,7 +28,8 @@ from dualsm.analysis.advice import (
     round_repetitions,
 )
 from dualsm.analysis.advice_text import describe, describe_sources
-from dualsm.analysis.confirmed import answer
+from dualsm.analysis.confirmed import Confirmed, answer
+from dualsm.analysis.unconfirmed import unconfirmed
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output
@@ -36,7 +38,10 @@ from dualsm.process.paths import user_path
 _UNIQUE = flags.DEFINE_float("unique_tokens", None, "unique tokens of the corpus", lower_bound=1)
 _BUDGET = flags.DEFINE_float("budget", None, "tokens to train on, including repeated ones", lower_bound=1)
 _PARAMETERS = flags.DEFINE_float(
-    "parameters", None, "parameters of the model, to warn about the distance from our runs", lower_bound=1
+    "parameters",
+    None,
+    "parameters of the model, for its distance from the confirmed runs",
+    lower_bound=1,
 )
 _SOURCES = flags.DEFINE_multi_string(
     "source",
@@ -62,21 +67,19 @@ def main(_: Sequence[str]) -> None:
     answers = {
         name: advise(budget.repetitions, _SWEEP.value, _METRIC.value) for name, budget in budgets.items()
     }
-    confirmed = None
-    if not (_SOURCES.value or _SWEEP.value or _METRIC.value):
-        confirmed = answer(budgets[""], _PARAMETERS.value)
+    left_out = _why_left_out()
+    confirmed = {}
+    if not left_out:
+        confirmed = {name: answer(budget, _PARAMETERS.value) for name, budget in budgets.items()}
     if _SOURCES.value:
-        print(describe_sources(budgets, answers, _SWEEP.value))
+        print(describe_sources(budgets, answers, _SWEEP.value, confirmed))
     else:
-        print(describe(budgets[""], answers[""], _SWEEP.value, confirmed=confirmed))
+        print(describe(budgets[""], answers[""], _SWEEP.value, confirmed=confirmed.get("")))
+    if left_out:
+        print(left_out)
     if _OUTPUT.value:
-        found = {name: _as_dict(budgets[name], answers[name]) for name in budgets}
+        found = {name: _as_dict(budgets[name], answers[name], confirmed.get(name)) for name in budgets}
         content = {"sources": found} if _SOURCES.value else found[""]
-        if confirmed:
-            content["confirmed"] = {
-                name: value._asdict() if hasattr(value, "_asdict") else value
-                for name, value in confirmed._asdict().items()
-            }
         write_output(user_path(_OUTPUT.value), json.dumps(content, indent=1) + "\n", "--output")
 
 
@@ -96,9 +99,32 @@ def _questions() -> dict[str, tuple[float, float]]:
     return parse_sources(_SOURCES.value)
 
 
-def _as_dict(token_budget: TokenBudget, answers: Sequence[Advice]) -> dict:
+def _why_left_out() -> str:
+    """Returns why the confirmed runs do not answer; "" if they do."""
+    if _SWEEP.value:
+        return "the confirmed runs that come with dualsm are left out: --sweep answers from your own runs"
+    if _METRIC.value not in (None, DEFAULT_METRIC):
+        return (
+            "the confirmed runs that come with dualsm are left out: they were chosen by held-out causal "
+            f"loss, not by --metric={_METRIC.value}; leave --metric out to see them"
+        )
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    """Returns nested named tuples as dicts."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    return {name: _plain(x) for name, x in value.items()} if isinstance(value, dict) else value
+
+
+def _as_dict(token_budget: TokenBudget, answers: Sequence[Advice], confirmed: Confirmed | None) -> dict:
     first, *others = map(dataclasses.asdict, answers)
-    return dataclasses.asdict(token_budget) | first | {"others": others, "sweep": _SWEEP.value or None}
+    content = dataclasses.asdict(token_budget) | first | {"others": others, "sweep": _SWEEP.value or None}
+    if confirmed:
+        content["confirmed"] = _plain(confirmed)
+        content["unconfirmed"] = _plain(unconfirmed(confirmed.repetitions))
+    return content
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dualsm.analysis.advice import (
     round_repetitions,
 )
 from dualsm.analysis.advice_text import describe
+from dualsm.analysis.confirmed import answer, describe_confirmed
 from dualsm.analysis.table import load, make_table, read_table, write_table
 from dualsm.config import add_source, check_config
 from dualsm.process.errors import UserError
@@ -80,24 +81,26 @@ def fail_with(*texts, **options):
 def test_answers_from_a_sweep_come_first(sweep, tmp_path):
     process = ask(f"--sweep={sweep}", f"--output={tmp_path / 'new' / 'a.json'}")
     assert process.returncode == 0, process.stderr
-    answer = json.loads((tmp_path / "new" / "a.json").read_text())
-    assert answer["source"] == "surface"
-    assert answer["repetitions"] == 128
-    assert answer["table"]["cells"] == 24  # the shorter runs are excluded
-    assert 1 / 64 <= answer["alpha"] <= 1 / 4
-    assert answer["doublings_outside"] == 0
-    assert answer["surface"]["gain_over_causal"]["mean"] > 0.5
-    assert answer["stopping"]["verdict"] == "unknown"  # each cell has one seed
-    assert answer["measured"]["0.125"][1] == 1
-    (by_rules,) = answer["others"]
+    found = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert found["source"] == "surface"
+    assert found["repetitions"] == 128
+    assert found["table"]["cells"] == 24  # the shorter runs are excluded
+    assert 1 / 64 <= found["alpha"] <= 1 / 4
+    assert found["doublings_outside"] == 0
+    assert found["surface"]["gain_over_causal"]["mean"] > 0.5
+    assert found["stopping"]["verdict"] == "unknown"  # each cell has one seed
+    assert found["measured"]["0.125"][1] == 1
+    (by_rules,) = found["others"]
     assert (by_rules["source"], by_rules["alpha"]) == ("rules", 1 / 8)
     printed = " ".join(process.stdout.split())
     for text in (
-        str(sweep), "128 passes", f"--config.mixture.causal={answer['alpha']:.6g}", "80% credible interval",
+        str(sweep), "128 passes", f"--config.mixture.causal={found['alpha']:.6g}", "80% credible interval",
         "--config.repetitions=128", f"{LOSS} (lower is better)", "is inside this range",
         "stop earlier? unknown: ", "by the rules of", "models of 470,000,000 parameters",
+        "are left out: --sweep answers from your own runs",
     ):  # fmt: skip
         assert text in printed, text
+    assert "confirmed" not in found
 
 
 def test_output_that_is_a_folder_raises_before_the_sweep_is_read(tmp_path):
@@ -241,10 +244,10 @@ def test_each_source_has_its_own_answer(table, tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     answers = json.loads(path.read_text())["sources"]
-    assert {name: answer["repetitions"] for name, answer in answers.items()} == {"small": 16, "large": 1}
-    for answer in answers.values():
-        (alone, _) = advise(answer["repetitions"], table)
-        assert answer["alpha"] == alone.alpha
+    assert {name: found["repetitions"] for name, found in answers.items()} == {"small": 16, "large": 1}
+    for found in answers.values():
+        (alone, _) = advise(found["repetitions"], table)
+        assert found["alpha"] == alone.alpha
     first, second = process.stdout.split("source large, share 0.75:")
     assert "source small, share 0.25:" in first
     config = micro_config()
@@ -259,6 +262,64 @@ def test_each_source_has_its_own_answer(table, tmp_path):
     assert config.sources.small.share == 0.25
     assert config.sources.small.mixture.causal == pytest.approx(answers["small"]["alpha"], rel=1e-5)
     assert "each answer is that of a run on this source alone" in second
+
+
+CONFIRMED = "by the confirmed runs that come with dualsm"
+UNKNOWN_SIZE = "size not given: set --parameters"
+ROLES = ("mixture", "causal", "causal_stop", "second_mode")
+
+
+def run(tmp_path, *arguments):
+    """Returns the text and the JSON of the command without a sweep."""
+    process = run_command("dualsm.recommend", *arguments, f"--output={tmp_path / 'a.json'}")
+    assert process.returncode == 0, process.stderr
+    return process.stdout, json.loads((tmp_path / "a.json").read_text())
+
+
+def as_json(found):
+    return json.loads(json.dumps(found._asdict() | {r: getattr(found, r)._asdict() for r in ROLES}))
+
+
+def test_the_confirmed_runs_answer_without_a_sweep(tmp_path):
+    """--metric may name the metric that they were chosen by."""
+    text, content = run(tmp_path, "--unique_tokens=1e6", "--budget=1.28e8", f"--metric={LOSS}")
+    found = answer(round_repetitions(1e6, 1.28e8))
+    assert content["confirmed"] == as_json(found)
+    assert content["unconfirmed"]["tuned"]["causal dropout"]["dropout"] == 0.1
+    assert content["unconfirmed"]["small_share"] is None
+    assert "\n".join(describe_confirmed(found)) in text
+    assert CONFIRMED in text and UNKNOWN_SIZE in text and "left out" not in text
+    assert content["source"] == "rules" and len(content["others"]) == 1
+
+
+def test_the_confirmed_runs_answer_for_each_source(tmp_path):
+    questions = {"small": (1e6, 3.2e7), "large": (3e6, 3.84e8)}
+    sources = [f"--source={name}:{unique:.0f}:{budget:.0f}" for name, (unique, budget) in questions.items()]
+    text, content = run(tmp_path, *sources, "--parameters=230336")
+    assert UNKNOWN_SIZE not in text
+    parts = text.split("source large, share ")
+    config = micro_config()
+    for (name, question), part in zip(questions.items(), parts, strict=True):
+        add_source(config, name, "corpus", repetitions=1)
+        found = answer(round_repetitions(*question), 230_336)
+        assert content["sources"][name]["confirmed"] == as_json(found)
+        (lines,) = re.findall(f"{CONFIRMED}.*\n.*\n(.*)\n", part)
+        pairs = re.findall(r"--config\.(\S+)=(\S+)", lines)
+        assert all(key.startswith(f"sources.{name}.") for key, _ in pairs)  # one weight decay per run
+        config.update_from_flattened_dict({key: parse_value(value) for key, value in pairs})
+        assert config.sources[name].mixture.causal == found.mixture.alpha
+        assert config.sources[name].repetitions == found.repetitions
+        assert f"weight decay {found.mixture.weight_decay:g} (of the whole run)" in part
+    check_config(config)
+    assert config.sources.small.mixture.causal != config.sources.large.mixture.causal
+
+
+def test_another_metric_leaves_the_confirmed_runs_out_and_says_so(tmp_path):
+    metric = "valid/masked_diffusion/loss"
+    text, content = run(tmp_path, "--unique_tokens=1e6", "--budget=1.28e8", f"--metric={metric}")
+    assert "confirmed" not in content and CONFIRMED not in text
+    (line,) = [line for line in text.splitlines() if "left out" in line]
+    assert f"not by --metric={metric}" in line
 
 
 @pytest.mark.parametrize(

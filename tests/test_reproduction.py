@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dualsm.analysis.advice import SHIPPED
 from dualsm.config import difference
 from dualsm.sweeps.grid import parse_value
 
@@ -163,8 +164,12 @@ def test_claims_in_words_hold(modules, tables):
     assert gaps[0] < 0.2 * gaps[1]
 
 
-def test_the_table_of_recommend_is_what_the_tables_give(modules, tables):
-    assert modules.tables.confirmed_csv(tables.runs) == modules.page.CONFIRMED.read_text()
+def test_the_tables_of_recommend_are_what_the_tables_give(modules, tables):
+    page = modules.page
+    assert modules.tables.confirmed_csv(tables.runs) == page.CONFIRMED.read_text()
+    assert modules.tables.tuned_csv(tables.runs) == page.TUNED.read_text()
+    assert modules.tables.DROPOUT == modules.study.DROPOUT
+    assert (FOLDER / "table.csv").read_bytes() == SHIPPED.read_bytes()
 
 
 def test_choices_on_the_page_are_those_of_the_study(modules, tables):

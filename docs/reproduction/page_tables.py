@@ -11,6 +11,7 @@ import pandas as pd
 from selection import LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
 
 from dualsm.analysis.confirmed import ConfirmedCell
+from dualsm.analysis.unconfirmed import TunedRun
 
 BUDGET, PARAMETERS = 1840 * 64 * 128, 230_336
 
@@ -56,6 +57,9 @@ def readme_table(runs: pd.DataFrame) -> str:
     return markdown(rows)
 
 
+DROPOUT = 0.1  # of the tuning runs with dropout
+
+
 class Rival(NamedTuple):
     """The best tuning run of a method at R = 128, on corpus A.
 
@@ -82,10 +86,10 @@ class Rival(NamedTuple):
 
 METHODS = {
     "causal": "causal",
-    "causal dropout": "causal, dropout 0.1",
+    "causal dropout": f"causal, dropout {DROPOUT}",
     "mir": "MIR without dropout",
     "mixture": "mixture",
-    "mixture dropout": "mixture, dropout 0.1",
+    "mixture dropout": f"mixture, dropout {DROPOUT}",
 }
 
 
@@ -132,6 +136,18 @@ def rivals_table(runs: pd.DataFrame) -> str:
             ]
         )
     return markdown(rows)
+
+
+def tuned_csv(runs: pd.DataFrame) -> str:
+    """Returns the table of `dualsm.analysis.unconfirmed`, with the losses on the test split."""
+    rows = []
+    for rival in rivals(runs):
+        if not rival.averaged:
+            setting = (rival.alpha, rival.weight_decay, rival.length, rival.compute)
+            dropout = DROPOUT if rival.method.endswith("dropout") else 0
+            losses = [f"{loss:.4f}" for loss in (rival.test, rival.test_masked)]
+            rows.append([128, rival.method, dropout, *(f"{x:g}" for x in setting), *losses])
+    return csv_text(TunedRun._fields, rows)
 
 
 def confirmed_csv(runs: pd.DataFrame) -> str:

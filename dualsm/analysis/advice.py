@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 
@@ -52,6 +52,25 @@ def round_repetitions(unique: float, budget: float) -> TokenBudget:
     if 1 - low / passes < 1 - passes / high:
         return TokenBudget(unique, budget, low, unique, low * unique)
     return TokenBudget(unique, budget, high, budget / high, budget)
+
+
+class NamedSource(NamedTuple):
+    """A source of `config.sources`, and its share of the training tokens."""
+
+    name: str
+    share: float
+
+
+def mixture_flags(alpha: float, repetitions: float, source: NamedSource | None) -> list[str]:
+    """Returns the flags that set a mixture and R, of the whole run or of a source."""
+    key = f"--config.sources.{source.name}" if source else "--config"
+    values = {
+        "mixture.causal": f"{alpha:.6g}",
+        "mixture.prefix": "0.0",
+        "mixture.masked_diffusion": f"{1 - alpha:.6g}",
+        "repetitions": f"{repetitions:g}",
+    } | ({"share": repr(source.share)} if source else {})
+    return [f"{key}.{name}={value}" for name, value in values.items()]
 
 
 def parse_sources(texts: Sequence[str]) -> dict[str, tuple[float, float]]:

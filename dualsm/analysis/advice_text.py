@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from dualsm.analysis import paper_rules
-from dualsm.analysis.advice import INSTALL, Advice, TokenBudget
+from dualsm.analysis.advice import INSTALL, Advice, NamedSource, TokenBudget, mixture_flags
 from dualsm.analysis.confirmed import Confirmed, describe_confirmed
 from dualsm.analysis.scales import fraction
 from dualsm.analysis.stopping import Side, Stopping, setting_text
 from dualsm.analysis.surface import CREDIBLE, Estimate
-
-
-class NamedSource(NamedTuple):
-    """A source of `config.sources`, and its share of the training tokens."""
-
-    name: str
-    share: float
 
 
 def describe(
@@ -42,7 +35,7 @@ def describe(
         flags = _flags(advice, source)
         lines += _by_surface(advice, sweep, flags) if advice.surface else _by_rules(advice, flags)
     if confirmed:
-        lines += describe_confirmed(confirmed)
+        lines += describe_confirmed(confirmed, source)
     if not any(advice.surface for advice in answers):
         lines.append(
             f"the table of small models that comes with dualsm needs pandas and scikit-learn: {INSTALL}"
@@ -82,7 +75,10 @@ def _rounding(token_budget: TokenBudget) -> list[str]:
 
 
 def describe_sources(
-    budgets: Mapping[str, TokenBudget], answers: Mapping[str, Sequence[Advice]], sweep: str
+    budgets: Mapping[str, TokenBudget],
+    answers: Mapping[str, Sequence[Advice]],
+    sweep: str,
+    confirmed: Mapping[str, Confirmed] = types.MappingProxyType({}),
 ) -> str:
     """Returns the answers for each source of a run as text.
 
@@ -90,12 +86,13 @@ def describe_sources(
       budgets: name of the source -> the question.
       answers: name of the source -> answers.
       sweep: path of the sweep; "" without one.
+      confirmed: name of the source -> answer of the confirmed runs; empty to leave these answers out.
     """
     total = sum(budget.seen_tokens for budget in budgets.values())
     parts = []
     for name, budget in budgets.items():
         share = budget.seen_tokens / total
-        text = describe(budget, answers[name], sweep, NamedSource(name, share))
+        text = describe(budget, answers[name], sweep, NamedSource(name, share), confirmed.get(name))
         parts.append(f"source {name}, share {share:.4g}:\n{text}")
     parts.append(
         "each answer is that of a run on this source alone; no run with several sources supports it, and the "
@@ -105,16 +102,9 @@ def describe_sources(
 
 
 def _flags(advice: Advice, source: NamedSource | None) -> list[str]:
-    key = f"--config.sources.{source.name}" if source else "--config"
-    flags = {
-        "mixture.causal": f"{advice.alpha:.6g}",
-        "mixture.prefix": "0.0",
-        "mixture.masked_diffusion": f"{1 - advice.alpha:.6g}",
-        "repetitions": f"{advice.repetitions:g}",
-    } | ({"share": repr(source.share)} if source else {})
     return [
         f"    train with: causal {fraction(advice.alpha)}, masked_diffusion {fraction(1 - advice.alpha)}",
-        "    " + " ".join(f"{key}.{name}={value}" for name, value in flags.items()),
+        "    " + " ".join(mixture_flags(advice.alpha, advice.repetitions, source)),
     ]
 
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from scipy.special import stdtrit
 
-from dualsm.analysis.advice import TokenBudget
+from dualsm.analysis.advice import NamedSource, TokenBudget, mixture_flags
 from dualsm.analysis.scales import doublings_outside, fraction
+from dualsm.analysis.unconfirmed import describe_unconfirmed, unconfirmed
 
 TABLE = Path(__file__).with_name("confirmed.csv")  # written by docs/reproduction/page.py
 INTERVAL = 0.8  # probability that a stated interval contains the expected value
@@ -136,23 +137,24 @@ def answer(
     return Confirmed(asked, **by_role, outside=outside)
 
 
-def describe_confirmed(found: Confirmed) -> list[str]:
-    """Returns the answer as lines of text."""
+def describe_confirmed(found: Confirmed, source: NamedSource | None = None) -> list[str]:
+    """Returns the answer as lines of text.
+
+    Args:
+      found: the answer.
+      source: the source that the question is about; None for the whole run.
+    """
     best, stop, second = found.mixture, found.causal_stop, found.second_mode
-    flags = {
-        "mixture.causal": best.alpha,
-        "mixture.prefix": 0.0,
-        "mixture.masked_diffusion": 1 - best.alpha,
-        "optimizer.weight_decay": best.weight_decay,
-        "repetitions": found.repetitions,
-    }
+    flags = mixture_flags(best.alpha, found.repetitions, source)
+    if source is None:
+        flags.append(f"--config.optimizer.weight_decay={best.weight_decay:g}")
     lines = [
         f"by the confirmed runs that come with dualsm, {best.budget_tokens:,} training tokens, "
         f"{best.unique_tokens:,} unique tokens (R = {best.repetitions}), {best.parameters:,} parameters, "
         f"{best.replicates} runs per setting on {best.corpora} corpora, ± half an {INTERVAL:.0%} interval:",
         f"    train with: causal {fraction(best.alpha)}, masked_diffusion {fraction(1 - best.alpha)}, "
-        f"weight decay {best.weight_decay:g}, {_stop(best)}",
-        "    " + " ".join(f"--config.{name}={value:.6g}" for name, value in flags.items()),
+        f"weight decay {best.weight_decay:g}{' (of the whole run)' if source else ''}, {_stop(best)}",
+        "    " + " ".join(flags),
         f"    causal and masked-diffusion loss: {_losses(best)}",
     ]
     for cell in dict.fromkeys((found.causal, stop)):
@@ -168,7 +170,10 @@ def describe_confirmed(found: Confirmed) -> list[str]:
     far = [f"{name.replace('_', ' ')} by {x:.1f}" for name, x in found.outside.items() if x > 0.05]
     if far:
         lines.append(f"    warning: the question is outside these runs, in doublings: {', '.join(far)}")
-    lines.append("    dropout and other sizes have not been confirmed; see docs/reproduction.md")
+    if "parameters" not in found.outside:
+        lines.append("    size not given: set --parameters for its distance from the size of these models")
+    lines += describe_unconfirmed(unconfirmed(found.repetitions))
+    lines.append("    other sizes and learning rates have not been run; see docs/reproduction.md")
     return lines
 
 

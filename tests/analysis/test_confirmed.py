@@ -44,9 +44,10 @@ def test_a_cell_with_two_roles_is_described_once():
 def test_flags_are_those_of_the_question():
     text = "\n".join(describe_confirmed(ask(1e9, 1e9)))
     assert (
-        "--config.mixture.causal=0.5 --config.mixture.prefix=0 --config.mixture.masked_diffusion=0.5" in text
+        "--config.mixture.causal=0.5 --config.mixture.prefix=0.0 --config.mixture.masked_diffusion=0.5"
+        in text
     )
-    assert "--config.optimizer.weight_decay=0.5 --config.repetitions=1" in text
+    assert "--config.repetitions=1 --config.optimizer.weight_decay=0.5" in text
 
 
 def test_distance_is_in_doublings_per_dimension():

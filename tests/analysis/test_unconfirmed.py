@@ -1,0 +1,74 @@
+"""Findings that were not confirmed: dropout, and a small share of masked rows."""
+
+import pytest
+
+from dualsm.analysis import unconfirmed as module
+from dualsm.analysis.advice import round_repetitions
+from dualsm.analysis.confirmed import answer, describe_confirmed
+from dualsm.analysis.unconfirmed import describe_unconfirmed, read_tuned, small_share, unconfirmed
+
+
+def cell(alpha, repetitions, causal, masked=4.0, seed=0, budget=1000, decay=0.1, status="done"):
+    return {
+        "alpha": str(alpha), "repetitions": str(repetitions), "seed": str(seed), "status": status,
+        "budget_tokens": str(budget), "optimizer.weight_decay": str(decay),
+        "optimizer.learning_rate": "0.01", "valid/causal/loss": str(causal),
+        "valid/masked_diffusion/loss": str(masked),
+    }  # fmt: skip
+
+
+CELLS = [
+    cell(1, 1, 2.0),
+    cell(63 / 64, 1, 2.25, 5.0),
+    cell(1, 16, 3.0),
+    cell(1, 16, 3.5, seed=1),
+    cell(63 / 64, 16, 3.25, 4.0),
+    cell(63 / 64, 16, 4.25, 4.5, seed=1),
+    cell(63 / 64, 16, 9.0, seed=2),  # without a causal run of this seed
+    cell(1, 16, 9.0, seed=3, decay=1.0),
+    cell(63 / 64, 16, 9.0, seed=3),  # another weight decay
+    cell(1, 4, 9.0, budget=500),  # a part of the budget
+    cell(63 / 64, 4, 1.0, budget=500),
+    cell(1, 4, 9.0, status="running"),
+    cell(63 / 64, 4, 1.0),
+    cell(1, 64, 9.0),
+    cell(63 / 64, 64, 1.0),  # many repetitions
+    cell("", 1, 1.0),  # not a mixture of two objectives
+]
+
+
+def test_the_price_compares_cells_with_equal_seeds_and_settings():
+    found = small_share(CELLS)
+    assert (found.repetitions, found.seeds) == ((1, 16), (1, 2))
+    assert found.causal_changes == pytest.approx((0.25, 0.5))
+    assert found.masked == pytest.approx((5.0, 4.25))
+
+
+def test_the_price_is_stated_at_few_repetitions_only(monkeypatch):
+    monkeypatch.setattr(module, "read_cells", lambda: CELLS)
+    (_, line) = describe_unconfirmed(unconfirmed(16))
+    assert line.strip().startswith("not confirmed (R = 1 to 16, one corpus, 1 to 2 seeds): a share of 1/64")
+    assert "changes the causal loss by +0.250 to +0.500; the masked-diffusion loss is then 4.2 to 5.0" in line
+    assert len(describe_unconfirmed(unconfirmed(17))) == 1
+
+
+def test_dropout_is_stated_from_the_table(monkeypatch):
+    runs = read_tuned()
+    (line,) = describe_unconfirmed(unconfirmed(128))
+    start = "    not confirmed (R = 128, one corpus, one seed): causal training with dropout 0.1"
+    assert line.startswith(start)
+    for name in ("causal dropout", "mixture", "mixture dropout"):
+        assert f"{runs[name].causal:.3f} and {runs[name].masked:.3f}" in line
+    other = {name: run._replace(causal=run.causal + 1) for name, run in runs.items()}
+    monkeypatch.setattr(module, "read_tuned", lambda: other)
+    (changed,) = describe_unconfirmed(unconfirmed(128))
+    assert f"{other['causal dropout'].causal:.3f} and" in changed and changed != line
+
+
+@pytest.mark.parametrize("repetitions", [4, 128])
+def test_the_answer_of_the_confirmed_runs_ends_with_the_findings(repetitions):
+    lines = describe_confirmed(answer(round_repetitions(1e6, repetitions * 1e6)))
+    found = describe_unconfirmed(unconfirmed(repetitions))
+    assert lines[-1 - len(found) : -1] == found
+    assert len(found) == (2 if repetitions <= 16 else 1)
+    assert "dropout" in found[0]
