@@ -70,6 +70,14 @@ flags.mark_flags_as_required(["workdir"])
 
 FORMATS = dict.fromkeys(("import", "export"), ("huggingface", "reference"))
 VERBS = (*FORMATS, "average")
+_OF_HUGGINGFACE = (_MASK_TOKEN, _MILESTONES, _DTYPE, _OWN_CODE, _MAX_SHARD_SIZE)
+_FLAGS_OF_VERBS = {
+    "import": (_FORMAT, _WEIGHTS, _TOKENIZER, _MASK_TOKEN, _CONFIG),
+    "export": (
+        _FORMAT, _CHECKPOINT, _PARAMETERS, _OUTPUT, _MILESTONES, _DTYPE, _OWN_CODE, _MAX_SHARD_SIZE
+    ),
+    "average": (_CHECKPOINTS, _LAST, _OUTPUT),
+}  # fmt: skip
 
 
 def import_run() -> str:
@@ -77,8 +85,6 @@ def import_run() -> str:
     if not _WEIGHTS.value:
         raise UserError("--weights is not set; import needs --weights=PATH")
     config = cli.config(_CONFIG) if _CONFIG.value is not None else None
-    if _MASK_TOKEN.value and _FORMAT.value != "huggingface":
-        raise UserError(f"--mask_token={_MASK_TOKEN.value} needs --format=huggingface")
     with local_path(_WEIGHTS.value) as weights:
         arguments = weights, _TOKENIZER.value, config, user_path(_WORKDIR.value)
         if _FORMAT.value == "huggingface":
@@ -92,8 +98,11 @@ def export_run() -> str:
         raise UserError("--output is not set; export needs --output=DIR")
     output = user_path(_OUTPUT.value)
     if _MILESTONES.value:
-        if _FORMAT.value != "huggingface" or _CHECKPOINT.value is not None:
-            raise UserError("--milestones needs --format=huggingface, and no --checkpoint")
+        if _CHECKPOINT.value is not None:
+            raise UserError(
+                f"--checkpoint={_CHECKPOINT.value} has no effect with --milestones, which exports the "
+                "checkpoints of all milestones; leave one of the flags out"
+            )
         return export_milestones.export(
             user_path(_WORKDIR.value), output, _PARAMETERS.value, _export_huggingface
         )
@@ -122,6 +131,7 @@ def average() -> str:
 def main(argv: Sequence[str]) -> None:
     cli.set_up_jax(keep_memory=False)  # freed copies of arrays would add to the peak memory
     verb = argv[1]
+    cli.check_flags(_FLAGS_OF_VERBS, verb)
     if verb == "average":
         print(average())
         return
@@ -131,6 +141,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"--format={_FORMAT.value}: {verb} does not support it; choose {' or '.join(FORMATS[verb])}"
         )
+    cli.check_flags({"--format=huggingface": _OF_HUGGINGFACE}, f"--format={_FORMAT.value}")
     print(import_run() if verb == "import" else export_run())
 
 

@@ -81,8 +81,8 @@ _WATCH = flags.DEFINE_bool("watch", None, "redraw the texts after every step; de
 flags.mark_flags_as_required(["workdir"])
 
 _FLAGS_OF_MODES = {
-    "diffusion": (_ORDER, _STEPS, _THRESHOLD, _BLOCK, _CACHE),
-    "speculative": (_DRAFT,),
+    "--mode=diffusion": (_ORDER, _STEPS, _THRESHOLD, _BLOCK, _CACHE),
+    "--mode=speculative": (_DRAFT,),
 }
 
 
@@ -131,14 +131,8 @@ def main(_: Sequence[str]) -> None:
 
 
 def _check_flags() -> None:
-    """Raises `UserError` for flags that have no effect in the mode."""
-    for mode, own in _FLAGS_OF_MODES.items():
-        for flag in own:
-            if flag.value != flag.default and mode != _MODE.value:
-                raise UserError(
-                    f"--{flag.name}={flag.value} has no effect with --mode={_MODE.value}; use --mode={mode}, "
-                    "or leave the flag out"
-                )
+    """Raises `UserError` for flags that have no effect in the mode, or that need another flag."""
+    cli.check_flags(_FLAGS_OF_MODES, f"--mode={_MODE.value}")
     if _CACHE.value and not _BLOCK.value:
         raise UserError("--cache needs --block=N, the number of tokens per block, such as --block=32")
 

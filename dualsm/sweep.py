@@ -54,6 +54,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_: Sequence[str]) -> None:
+    if not _TASKS.value:
+        cli.check_flags({"--tasks=NAME,...": (_TASK_DATA, _MODES, _LIMIT)}, "--tasks=")
+    cli.check_flags({"--launch=here": (_JOBS,), "--launch=slurm": (_JOBS,)}, f"--launch={_LAUNCH.value}")
     axes = parse_axes(_GRID.value)
     cells = make_cells(axes, [parse_rule(t) for t in _RULE.value], [parse_cell(t) for t in _CELL.value])
     config = cli.config(_CONFIG)

@@ -349,7 +349,10 @@ BAD = {
     "mask in causal": (["dualsm.sample", "--workdir={workdir}", "--prompt=a <mask>"], "--mode=diffusion"),
     "leading mask": (["dualsm.sample", "--workdir={workdir}", "--mode=telepathy"], "telepathy"),
     "temperature": (["dualsm.sample", "--workdir={workdir}", "--temperature=nan"], "temperature=nan"),
-    "cache": (["dualsm.sample", "--workdir={workdir}", "--cache"], "--cache=True has no effect"),
+    "cache": (
+        ["dualsm.sample", "--workdir={workdir}", "--cache"],
+        "--cache has no effect with --mode=causal; use --mode=diffusion, or leave",
+    ),
     "block": (["dualsm.sample", "--workdir={workdir}", "--mode=diffusion", "--cache"], "--block=32"),
     "draft": (
         ["dualsm.sample", "--workdir={workdir}", "--mode=diffusion", "--draft=2"],

@@ -29,7 +29,7 @@ from dualsm.data.bucket_files import read_bucket
 from dualsm.data.buckets import NGRAMS, Counts, Scatter
 from dualsm.data.decontamination import TaskNgrams
 from dualsm.data.document_lengths import index_lengths
-from dualsm.data.domains import check_formats
+from dualsm.data.domains import WITHOUT_FIELDS, check_formats
 from dualsm.data.faults import FAULTS
 from dualsm.data.recipe import Recipe
 from dualsm.data.sentencepiece_tokenizer import train_tokenizer
@@ -91,6 +91,11 @@ def build(
         raise UserError(
             f"--split={recipe.split} splits text files, but the input has none; pass --format=text or "
             "remove --split"
+        )
+    if recipe.text_key != Recipe.text_key and formats <= {*WITHOUT_FIELDS}:
+        raise UserError(
+            f"--text_key={recipe.text_key} names fields or columns, but the input has none; pass "
+            "--format=json or csv, or remove --text_key"
         )
     held_out_files, flag = (valid_files, "--valid_input") if valid_files else (train_files, "--input")
     held_out_formats = {inputs.format_of(path, recipe.format) for path in held_out_files}

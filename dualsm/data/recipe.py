@@ -81,11 +81,16 @@ class Recipe:
             ("near_similarity", "deduplicate=near", near),
             ("near_words", "deduplicate=near", near),
             ("decontaminate_words", "decontaminate=FOLDER", contaminated),
+            ("tokenizer_bytes", "vocab_size=N", not self.tokenizer),
         ):
             if not is_used and getattr(self, flag) != getattr(Recipe, flag):
                 raise UserError(
                     f"--{flag}={getattr(self, flag)} has no effect; pass --{other} also, or remove it"
                 )
+        if self.valid_input and self.valid_fraction not in (0, Recipe.valid_fraction):
+            raise UserError(
+                f"--valid_fraction={self.valid_fraction} has no effect with --valid_input; remove one of them"
+            )
         if self.decontaminate_words < 1:
             raise UserError(f"--decontaminate_words={self.decontaminate_words} must be at least 1")
         if bool(self.vocab_size) == bool(self.tokenizer):

@@ -73,10 +73,34 @@ class EvalSpec:
                 raise UserError(f"--tasks: unknown task {task!r}; choose from {HELD_OUT}, {', '.join(TASKS)}")
             if task != HELD_OUT and not self.task_data:
                 raise UserError(f"--tasks={task} needs --task_data=FOLDER with {task}/*.jsonl in it")
-
         for name in self.baselines:
             if name not in BASELINES:
                 raise UserError(f"--baselines: unknown baseline {name!r}; choose from {', '.join(BASELINES)}")
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Raises `UserError` for an option that is set but that none of the tasks and modes uses."""
+        held_out, questions = HELD_OUT in self.tasks, bool(self.question_tasks())
+        for needed, is_used, options in (
+            (f"--tasks={HELD_OUT}", held_out, ("data", "valid_samples", "draft", "infill_words")),
+            ("a task with questions in --tasks", questions, ("task_data", "limit", "baselines")),
+            (
+                "masked in --modes, for a task with questions",
+                questions and "masked" in self.modes,
+                ("masks",),
+            ),
+            (
+                "monte_carlo in --modes, for a task with questions",
+                questions and "monte_carlo" in self.modes,
+                ("samples",),
+            ),
+            ("a mode with masks in --modes", self.fills_in(), ("infill_words",)),
+        ):
+            for option in options:
+                value, default = getattr(self, option), getattr(EvalSpec, option)
+                if not is_used and value and value != default:  # 0 skips a measurement
+                    text = value if isinstance(value, str | int) else ",".join(map(str, value))
+                    raise UserError(f"--{option}={text} has no effect; it needs {needed}, or leave it out")
 
     def question_tasks(self) -> list[str]:
         """Returns the tasks that consist of questions."""

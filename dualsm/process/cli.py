@@ -10,7 +10,7 @@ import logging as std_logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -34,7 +34,7 @@ class _PathParser(flags.ArgumentParser):
 
 def DEFINE_path(name: str, default: str | None, help: str) -> flags.FlagHolder[str]:
     """Defines a flag for the path of a file or folder; expands `~` in its value."""
-    return flags.DEFINE(_PathParser(), name, default, help)
+    return flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer())
 
 
 def fail(message: str, status: int = 2) -> None:
@@ -114,6 +114,27 @@ def config(flag: flags.FlagHolder):
     except OSError as error:
         raise UserError(f"--{flag.name}: {error.__cause__ or error}") from error
     return value
+
+
+def check_flags(flags_of: Mapping[str, Sequence[flags.FlagHolder]], chosen: str) -> None:
+    """Checks that no flag is set that has no effect with the chosen mode, verb or format.
+
+    Args:
+      flags_of: flags that have an effect only with some choices, by choice, as on the command line, such as
+        "--mode=diffusion". A flag may be in several entries.
+      chosen: the choice.
+
+    Raises:
+      UserError: if a flag is set that has no effect.
+    """
+    used = {flag.name for flag in flags_of.get(chosen, ())}
+    for flag in itertools.chain.from_iterable(flags_of.values()):
+        if flag.name not in used and flag.value != flag.default:
+            choices = [choice for choice, own in flags_of.items() if flag.name in {f.name for f in own}]
+            raise UserError(
+                f"{flags.FLAGS[flag.name].serialize()} has no effect with {chosen}; use "
+                f"{' or '.join(choices)}, or leave the flag out"
+            )
 
 
 def set_up_jax(cpu_devices: int = 0, keep_memory: bool = True) -> None:

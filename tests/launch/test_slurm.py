@@ -232,7 +232,7 @@ def test_jobs_of_a_sweep(slurm, corpus_path, tmp_path):
         f"--config.{name}.every={every}"
         for name, every in (("log", 100), ("checkpoint", 1000), ("valid", 1000))
     ]
-    grid = ["--grid=repetitions=100", "--grid=alpha=0,1/2,1", "--tasks=valid", "--modes=causal", "--limit=8"]
+    grid = ["--grid=repetitions=100", "--grid=alpha=0,1/2,1", "--tasks=valid", "--modes=causal"]
     command = ["dualsm.sweep", f"--config={recipe}", f"--workdir={folder}", *overrides, *grid]
     printed = run_command(*command, "--launch=slurm", "--jobs=1")
     assert printed.returncode == 0, printed.stderr
