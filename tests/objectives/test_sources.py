@@ -55,12 +55,25 @@ def test_shares_of_sources_and_of_their_objectives_are_exact_after_any_number_of
                 assert np.abs(entry_S - mine_S * shares[entry.name]).max() < unit
 
 
-def test_any_window_of_steps_is_within_two_sequences_of_the_share():
-    plan = MixturePlan(two_sources())
-    small = np.array([plan.source_sequences(step)[1] for step in range(13)])
-    for first in range(13):
-        for last in range(first, 13):
-            assert abs(small[last] - small[first] - 2 * (last - first)) < 2
+@pytest.mark.parametrize("small", [0.25, 0.3, None])
+def test_any_window_of_steps_is_within_two_sequences_of_the_share(small):
+    """None: random shares of two or three sources."""
+    rng = np.random.default_rng(0)
+    for _ in range(1 if small else 20):
+        config = two_sources()
+        config.steps, shares = 30, [small, 1 - small] if small else []
+        if not small:
+            config.batch_size = int(rng.integers(1, 12))
+            if rng.random() < 0.5:
+                add_source(config, "third", "x", 0.0, repetitions=1)
+            shares = rng.dirichlet(np.ones(len(config.sources))).tolist()
+        for name, share in zip(config.sources, shares, strict=True):
+            config.sources[name].share = share
+        plan = MixturePlan(config)
+        rows_SxK = np.array([plan.source_sequences(step) for step in range(31)])
+        share_K = np.array([config.sources[source.name].share for source in plan.sources])
+        ahead_SxK = rows_SxK - np.arange(31)[:, None] * config.batch_size * share_K
+        assert np.abs(ahead_SxK[:, None] - ahead_SxK[None, :]).max() < 2
 
 
 def test_rows_of_a_varying_number_of_sequences_follow_the_shares():

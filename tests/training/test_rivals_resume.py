@@ -16,10 +16,13 @@ from tests.micro import micro_config
 
 
 def rival_config(corpus_path):
-    """A micro run of MIR pairs and causal rows, with dropout, its own weight decay and averaged weights."""
+    """A micro run of MIR pairs and causal rows, whose shares change linearly, with gradient accumulation,
+    dropout, its own weight decay and averaged weights."""
     config = micro_config(corpus_path)
     config.mixture.causal, config.mixture.prefix, config.mixture.masked_diffusion = 0.25, 0.0, 0.0
     config.mixture.mir = 0.75
+    config.mixture_schedule.name, config.mixture_schedule.path = "linear", "1 causal=0.75 mir=0.25"
+    config.batch_size, config.gradient_accumulation_steps = 16, 2
     config.model.num_layers, config.model.dropout = 1, 0.1
     config.optimizer.weight_decay_schedule.name = "linear"
     config.ema.decay, config.ema.start = 0.5, 2
@@ -51,10 +54,10 @@ def stopped(corpus_path, tmp_path_factory):
 
 def test_tokens_of_a_pair_count_once_and_flops_twice(whole):
     lines = {line["step"]: line for line in read_metrics(whole)}
-    assert lines[12]["tokens"] == 12 * (3 + 2) * 32  # of 8 rows: 3 pairs and 2 causal rows
+    assert lines[12]["tokens"] == 12 * (4 + 8) * 32  # of 16 rows on average: 4 pairs and 8 causal rows
     assert lines[12]["epoch"] == pytest.approx(1)
     config = read_config(whole)
-    assert lines[12]["flops"] == pytest.approx(12 * 8 * train_flops(config.model, 32, 33 / 64))
+    assert lines[12]["flops"] == pytest.approx(12 * 16 * train_flops(config.model, 32, 33 / 64))
     assert lines[12]["train/mir/masked_input_causal/loss"] != lines[12]["train/mir/causal/loss"]
 
 
@@ -62,7 +65,8 @@ def test_curves_are_over_tokens_or_flops(whole):
     tokens, losses = read_curve(whole, "valid/causal/loss")
     flops, same = read_curve(whole, "valid/causal/loss", "flops")
     assert losses == same and len(losses) == 3
-    assert flops[2] / flops[1] == tokens[2] / tokens[1] == 2
+    assert flops[2] / flops[1] == 2
+    assert tokens[1:] == [(30 + 36) * 32, (48 + 96) * 32]  # of the pairs and of the causal rows
 
 
 def test_both_the_weights_and_their_average_are_validated(whole):

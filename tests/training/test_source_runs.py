@@ -53,38 +53,55 @@ def assert_same_weights(one, other):
 
 @pytest.fixture(scope="module")
 def whole(paths, tmp_path_factory):
-    """A run of a pair and an objective on one source, and of two objectives on the other."""
+    """A run of a pair and an objective on one source, and of two objectives on the other; see `PAIRED`."""
     workdir = tmp_path_factory.mktemp("sources") / "whole"
     assert train(paired(paths), workdir)
     return workdir
 
 
+PAIRED = {
+    "sources.small.mixture.causal": 0.0,
+    "sources.small.mixture.mir": 0.5,
+    "model.dropout": 0.1,
+    "optimizer.weight_decay_schedule.name": "linear",
+    "ema.decay": 0.5,
+    "ema.start": 2,
+    "valid.parameters": "both",
+}
+
+
 def paired(paths, **changes):
-    mixture = {"sources.small.mixture.causal": 0.0, "sources.small.mixture.mir": 0.5}
-    return source_config(paths, **mixture | changes)
+    return source_config(paths, **PAIRED | changes)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_batches_do_not_depend_on_the_processes_and_repeat_each_source_exactly(paths, tmp_path, processes):
-    config, corpora, mesh = open_job(source_config(paths, steps=16), tmp_path)
+@pytest.mark.parametrize(("processes", "share"), [(1, 0.3), (2, 0.3), (4, 0.3), (4, 0.1618), (4, 0.7071)])
+def test_batches_do_not_depend_on_the_processes_and_repeat_each_source_exactly(
+    paths, tmp_path, processes, share
+):
+    """The shares are fractions of a row, which rounding divides unequally between the steps."""
+    shares = {"sources.small.share": share, "sources.large.share": 1 - share}
+    config, corpora, mesh = open_job(source_config(paths, steps=16, **shares), tmp_path)
     run = _Run(config, tmp_path, corpora, mesh)
     source, size = run.batch_source, config.batch_size // processes
-    object.__setattr__(source, "local_rows", np.arange(config.batch_size))
     counts = {name: np.zeros(512, int) for name in ("large", "small")}
+    rows_SxK = np.zeros((config.steps, 2), int)
     for step in range(config.steps):
+        object.__setattr__(source, "local_rows", np.arange(config.batch_size))
         joined = source[step]["tokens"]
         for process in range(processes):
             object.__setattr__(source, "local_rows", range(process * size, (process + 1) * size))
             np.testing.assert_array_equal(source[step]["tokens"], joined[process * size :][:size])
-        object.__setattr__(source, "local_rows", np.arange(config.batch_size))
         corpus_B, _ = run.plan.row_sources(step)
-        for k, (name, count) in enumerate(counts.items()):
+        for k, count in enumerate(counts.values()):
             count += np.bincount(joined[corpus_B == k, :-1].ravel(), minlength=512)
-            assert (corpus_B == k).sum() == (6, 2)[k], name
+            rows_SxK[step, k] = (corpus_B == k).sum()
+    exact_SxK = np.arange(1, 17)[:, None] * config.batch_size * np.array([1 - share, share])
+    assert np.abs(rows_SxK.cumsum(0) - exact_SxK).max() <= 0.5 + 1e-6
+    assert len(set(rows_SxK[:, 1])) == 2
     for name, repetitions, (documents, order) in zip(counts, (1, 4), run.ordered, strict=True):
         unique = np.concatenate(documents.read(range(len(documents))))[: order.unique]
         np.testing.assert_array_equal(counts[name], repetitions * np.bincount(unique, minlength=512))
-    assert [order.unique for _, order in run.ordered] == [16 * 6 * 32, 16 * 2 * 32 // 4]
+    assert [order.unique for _, order in run.ordered] == (rows_SxK.sum(0) * 32 // (1, 4)).tolist()
 
 
 def test_one_source_trains_like_a_run_without_sources(paths, tmp_path):
@@ -159,13 +176,14 @@ def test_losses_do_not_depend_on_devices_and_accumulation(whole, paths, tmp_path
 def test_two_processes_train_as_one(whole, paths, tmp_path):
     small, large = paths
     flags = ["mesh.data=2", "model.num_layers=1", "valid.objectives=causal"]
-    flags += ["sources.small.mixture.causal=0.0", "sources.small.mixture.mir=0.5"]
+    flags += [f"{key}={value}" for key, value in PAIRED.items()]
     arguments = [f"--config=tests/micro_sources.py:{small},{large}", f"--workdir={tmp_path / 'run'}"]
     done = launch(2, 1, *arguments, *(f"--config.{flag}" for flag in flags))
     assert done.returncode == 0, done.stderr
     for a, b in zip(read_metrics(tmp_path / "run"), read_metrics(whole), strict=True):
         losses = [name for name in b if name.endswith("loss") or name.startswith("epoch")]
         assert [a[name] for name in losses] == pytest.approx([b[name] for name in losses], abs=2e-5)
+    assert abs(b["valid/ema/causal/loss"] - b["valid/causal/loss"]) > 1e-3  # of the last step
 
 
 def test_a_fork_changes_the_shares(whole, paths, tmp_path):
