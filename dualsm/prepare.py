@@ -98,6 +98,8 @@ flags.mark_flags_as_required(["input", "output"])
 
 
 def main(_: Sequence[str]) -> None:
+    if _VALID_INPUT.value:
+        cli.check_flags({"--valid_input=": (_VALID_FRACTION,)}, "--valid_input=FILES")
     recipe = Recipe(
         input=_INPUT.value,
         valid_input=_VALID_INPUT.value,

@@ -80,6 +80,10 @@ CASES = {
         [*SWEEP, "--launch=tpu", "--jobs=2"],
         "--jobs=2 has no effect with --launch=tpu; use --launch=here or --launch=slurm",
     ),
+    "prepare, valid fraction": (
+        ["prepare", "--input=a", "--output=b", "--valid_input=c", "--valid_fraction=0.5"],
+        "--valid_fraction=0.5 has no effect with --valid_input=FILES",
+    ),
     "evaluate, limit": (
         ["evaluate", "--workdir=x", "--limit=5"],
         "--limit=5 has no effect; it needs a task with",
@@ -129,10 +133,6 @@ def test_skipped_measurements_need_no_held_out_text():
         (
             {"tokenizer": "t.model", "tokenizer_bytes": 9},
             "--tokenizer_bytes=9 has no effect; pass --vocab_size=N",
-        ),
-        (
-            {"vocab_size": 384, "valid_input": "v.txt", "valid_fraction": 0.5},
-            "--valid_fraction=0.5 has no effect with --valid_input",
         ),
         (
             {"vocab_size": 384, "text_key": "body"},

@@ -87,10 +87,6 @@ class Recipe:
                 raise UserError(
                     f"--{flag}={getattr(self, flag)} has no effect; pass --{other} also, or remove it"
                 )
-        if self.valid_input and self.valid_fraction not in (0, Recipe.valid_fraction):
-            raise UserError(
-                f"--valid_fraction={self.valid_fraction} has no effect with --valid_input; remove one of them"
-            )
         if self.decontaminate_words < 1:
             raise UserError(f"--decontaminate_words={self.decontaminate_words} must be at least 1")
         if bool(self.vocab_size) == bool(self.tokenizer):
