@@ -194,7 +194,7 @@ def test_input_formats(tmp_path, texts, form):
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.table({"body": texts, "other": range(len(texts))}), pattern)
-    make(tmp_path, input=str(pattern), text_key="body")
+    make(tmp_path, input=str(pattern), text_key="text" if form == "txt" else "body")
     found = texts_of(tmp_path / "corpus", "train") + texts_of(tmp_path / "corpus", "valid")
     assert sorted(found) == sorted(texts)
 
