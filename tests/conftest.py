@@ -91,8 +91,8 @@ def _no_leaked_mesh():
 
 @pytest.fixture(autouse=True, scope="module")
 def _release_programs():
-    """Every program on a CPU takes some memory mappings, of which Linux allows a process 65,530 by default:
-    without this, a process that runs a thousand tests ends with a segmentation fault in XLA's compiler."""
+    """Releases the compiled programs of a test module, which take up to 9,000 memory mappings. Linux allows
+    65,530 per process by default; at the limit, XLA's compiler ends with a segmentation fault."""
     yield
     jax.clear_caches()
 

@@ -1,6 +1,7 @@
 """Files, headings, commands, flags and config keys that documents name exist; imports of benchmarks exist."""
 
 import ast
+import csv
 import importlib
 import importlib.util
 import os
@@ -123,6 +124,15 @@ def test_readme_is_short_and_links_every_page():
     readme = (ROOT / "README.md").read_text()
     assert all(f"(docs/{path.name})" in readme for path in PAGES)
     assert len(readme.split()) < 1100  # tables, commands and the figure of the views included
+
+
+def test_the_table_of_acceptance_has_the_numbers_of_its_csv():
+    text = (ROOT / "docs" / "decoding.md").read_text()
+    with (ROOT / "docs" / "decoding" / "acceptance.csv").open(newline="") as file:
+        measured = [
+            f"{float(row['accepted']):.3f} ± {float(row['stderr']):.3f}" for row in csv.DictReader(file)
+        ]
+    assert len(measured) == 24 and all(f"| {number} |" in text for number in measured)
 
 
 def test_citation_has_the_version_of_the_package():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from page_tables import BUDGET, PARAMETERS, confirm_table, rivals, rivals_table,
 from selection import DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
 
 from dualsm.analysis.paper_rules import rule_alpha
-from dualsm.analysis.unconfirmed import small_share
+from dualsm.analysis.unconfirmed import small_share, span
 
 FOLDER = Path(__file__).parent
 T_95 = 4.303  # 97.5% quantile of Student's t distribution with 2 degrees of freedom: three corpora
@@ -62,9 +61,9 @@ def page_values(tables: Tables) -> dict[str, str]:
     stop, rate = replicates.difference(*_pair(chosen, 128, "stop"), LOSS)[0], earlier.rate_gain()
     values["stop_128_tuned_rate"] = f"{stop + rate:.2f}"
     lower = [-replicates.difference(*_pair(chosen, R, kind), MASKED)[0] for R, kind in CONTRASTS]
-    values["masked_lower"] = span(lower, "{:.0f}")
+    values["masked_lower"] = span(lower, ".0f")
     values["full_128_effect"] = f"{-replicates.difference(*_pair(chosen, 128, 'full'), LOSS)[0]:.1f}"
-    values["unigram"] = span(tables.unigram.query("corpus != 'A'").test, "{:.2f}")
+    values["unigram"] = span(tables.unigram.query("corpus != 'A'").test, ".2f")
     return values
 
 
@@ -96,7 +95,7 @@ def count_runs(runs: pd.DataFrame) -> dict[str, str]:
         "num_diverged": str(diverged.sum()),
         "num_skipped": str((runs.skipped > 0).sum()),
         "replicates_128": word(seeds.size().min()),
-        "seed_range": span(by_seed[LOSS].max() - by_seed[LOSS].min(), "{:.3f}"),
+        "seed_range": span(by_seed[LOSS].max() - by_seed[LOSS].min(), ".3f"),
     }
 
 
@@ -161,7 +160,7 @@ def _tuning(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
         "causal_decay": f"{best[1.0]:g}",
         "next_decay": f"{next((d for d in decays if d > best[1.0]), math.nan):g}",
         "largest_step": f"{np.nanmax(steps):.0f}",
-        "num_cells": span(tuned.groupby(["R", "alpha"]).size(), "{:d}"),
+        "num_cells": span(tuned.groupby(["R", "alpha"]).size(), "d"),
     }
 
 
@@ -172,12 +171,12 @@ def _rivals(runs: pd.DataFrame) -> dict[str, str]:
     causal = next(rival for rival in best if rival.method == "causal" and not rival.averaged)
     values = {
         "rivals": rivals_table(runs),
-        "rivals_equal": span(methods, "{:.2f}"),
+        "rivals_equal": span(methods, ".2f"),
         "rivals_stop": f"{causal.causal:.2f}",
     }
     for method, tuned in tuned_by_method(runs).items():
         name = method.replace(" ", "_")
-        values[f"masked_{name}"] = span([x.masked for x in best if x.method == method], "{:.1f}")
+        values[f"masked_{name}"] = span([x.masked for x in best if x.method == method], ".1f")
         values[f"half_{name}"] = f"{tuned[tuned.compute == 1 / 2].dev_causal.min():.2f}"
     return values
 
@@ -214,9 +213,9 @@ class _Earlier:
             "earlier_seeds": f"{(by_setting['max'] - by_setting['min']).max():.2f}",
             "rate_gain": f"{self.rate_gain():.2f}",
             "price_share": f"{price.masked_share:.1%}",
-            "price_causal": span(price.causal_changes, "{:.3f}"),
-            "price_masked": span(price.masked, "{:.1f}"),
-            "price_repetitions": span(price.repetitions, "{}"),
+            "price_causal": span(price.causal_changes, ".3f"),
+            "price_masked": span(price.masked, ".1f"),
+            "price_repetitions": span(price.repetitions, ""),
             "price_seeds": " or ".join(word(n) for n in sorted(set(price.seeds))),
         }
 
@@ -229,12 +228,6 @@ def interval(value: tuple[float, float]) -> str:
     """Returns the 95% interval of a mean over three corpora."""
     half = T_95 * value[1]
     return f"{value[0] - half:+.3f} to {value[0] + half:+.3f}"
-
-
-def span(values: Iterable, form: str) -> str:
-    """Returns the text of the lowest and the highest value, once if both have the same text."""
-    values = list(values)
-    return " to ".join(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
 
 
 def word(number: float) -> str:

@@ -7,7 +7,7 @@ price of a small share of masked rows, at few repetitions, from an earlier sweep
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -94,10 +94,10 @@ def describe_unconfirmed(found: Unconfirmed) -> list[str]:
     if price:
         masked = fraction(price.masked_share)
         lines.append(
-            f"    not confirmed (R = {_span(price.repetitions, '')}, one corpus, {_span(price.seeds, '')} "
+            f"    not confirmed (R = {span(price.repetitions, '')}, one corpus, {span(price.seeds, '')} "
             f"seeds): a share of {masked} masked rows changes the causal loss by "
-            f"{_span(price.causal_changes, '+.3f')}; the masked-diffusion loss is then "
-            f"{_span(price.masked, '.1f')}"
+            f"{span(price.causal_changes, '+.3f')}; the masked-diffusion loss is then "
+            f"{span(price.masked, '.1f')}"
         )
     return lines
 
@@ -107,8 +107,9 @@ def _losses(run: TunedRun) -> str:
     return f"{run.causal:.3f} and {run.masked:.3f}{length}"
 
 
-def _span(values: Sequence[float], form: str) -> str:
+def span(values: Iterable[float], form: str) -> str:
     """Returns the text of the lowest and the highest value, once if both have the same text."""
+    values = list(values)
     return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
 
 
