@@ -172,14 +172,19 @@ def test_the_tables_of_recommend_are_what_the_tables_give(modules, tables):
     assert (FOLDER / "table.csv").read_bytes() == SHIPPED.read_bytes()
 
 
+def test_the_study_continues_from_its_tables(modules, tmp_path):
+    study = modules.study
+    results = study.read_tables(FOLDER)
+    study.write_tables(results, tmp_path)
+    for name in ("runs.csv", "curves.csv"):
+        assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
+    planned = [run for R in study.ALPHAS for run in study.tuning("plain", R, study.ALPHAS[R])]
+    assert {study.name_of(run) for run in planned} <= {study.name_of(result["run"]) for result in results}
+
+
 def test_choices_on_the_page_are_those_of_the_study(modules, tables):
     study = modules.study
-    keys = ["recipe", "R", "alpha", "weight_decay", "length", "corpus", "seed", "size", "causal_weight"]
-    results = [
-        {"run": {key: row[key] for key in keys}, "dev/causal/loss": row["dev_causal"]}
-        for row in tables.runs.to_dict("records")
-    ]
-    chosen, on_page = study.choose(results), modules.selection.Chosen(tables.runs)
+    chosen, on_page = study.choose(study.read_tables(FOLDER)), modules.selection.Chosen(tables.runs)
     for R in (128, 32):
         for alpha in study.ALPHAS[R]:
             for kind in ("full", "stop"):

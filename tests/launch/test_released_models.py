@@ -11,6 +11,7 @@ from dualsm.analysis.advice import advise
 from dualsm.analysis.table import load
 from dualsm.process.errors import UserError
 from tests.analysis.synthetic import write_cell
+from tests.commands import scope_of_flags
 from tests.conftest import ROOT
 
 NAMES = [f"alpha_{alpha:.3f}_n-reps={r}" for r in (1, 4, 16, 64) for alpha in (0, 1 / 16, 0.5, 63 / 64, 1)]
@@ -20,8 +21,9 @@ NAMES = [f"alpha_{alpha:.3f}_n-reps={r}" for r in (1, 4, 16, 64) for alpha in (0
 def script():
     spec = importlib.util.spec_from_file_location("released_models", ROOT / "launch" / "released_models.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with scope_of_flags():
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.mark.parametrize(
