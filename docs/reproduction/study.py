@@ -4,7 +4,8 @@ python docs/reproduction/study.py --corpora=runs/study --output=runs/study_resul
 
 `--corpora` contains the corpora A, B, C and D, whose held-out text is the dev split, and `test`, whose
 held-out text is the test split; protocol.md has the commands that make them. Each run is a line of
-`runs.jsonl`; a repeated call continues with the runs that are missing.
+`runs.jsonl`; a repeated call continues with the runs that are missing. `--known=docs/reproduction` trains
+only the runs that are missing from the tables of that folder, and adds them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,17 @@ POINTS = 16  # of the learning curve of a full run
 # name -> layers, d_model, heads, steps of a full run: 60 to 65 tokens per parameter
 SIZES = {"61k": (2, 32, 1, 464), "230k": (3, 64, 2, 1840), "1.0M": (4, 128, 4, 7360)}
 
+# Settings of a run -> the function that reads them.
+KEYS = {"recipe": str, "R": int} | dict.fromkeys(("alpha", "weight_decay", "length"), float)
+KEYS |= {"corpus": str, "seed": int, "size": str, "causal_weight": float}
+# Columns of losses in runs.csv -> their names in results.
+COLUMNS = {
+    f"{'ema_' * averaged}{split}_{objective}": f"{'ema/' * averaged}{split}/{objective}/loss"
+    for averaged in (False, True)
+    for split in ("dev", "test")
+    for objective in SCORED
+}
+
 
 def cell(recipe, repetitions, alpha, decay, length, corpus, seed, size="230k", weight=1.0) -> dict:
     """Returns a run of the study.
@@ -59,22 +71,17 @@ def cell(recipe, repetitions, alpha, decay, length, corpus, seed, size="230k", w
       size: key of `SIZES`.
       weight: loss weight of the causal objective.
     """
-    return {
-        "recipe": recipe,
-        "R": repetitions,
-        "alpha": alpha,
-        "weight_decay": decay,
-        "length": length,
-        "corpus": corpus,
-        "seed": seed,
-        "size": size,
-        "causal_weight": weight,
-    }
+    values = (recipe, repetitions, alpha, decay, length, corpus, seed, size, weight)
+    return dict(zip(KEYS, values, strict=True))
 
 
 def name_of(run: dict) -> str:
-    """Returns the name of a run."""
-    return ",".join(f"{key}={run[key]}" for key in sorted(run))
+    """Returns the name of a run; equal settings have equal names, also 1 and 1.0."""
+    return ",".join(f"{key}={_text(run[key])}" for key in sorted(run))
+
+
+def _text(value: str | float) -> str | float:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def settings_of(run: dict, corpora: Path) -> ConfigDict:
@@ -154,35 +161,54 @@ def write_tables(results: list[dict], folder: Path) -> None:
     Losses are in nats per token; `ema_` is the moving average of the weights. Curves are of a quarter of the
     dev split.
     """
-    names = [f"{p}{s}/{o}/loss" for p in ("", "ema/") for s in ("dev", "test") for o in SCORED]
-    short = [name.replace("/loss", "").replace("/", "_") for name in names]
-    keys = list(results[0]["run"])
     results = sorted(results, key=lambda result: (result["stage"], name_of(result["run"])))
     with (folder / "runs.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["stage", *keys, "steps", "skipped", *short])
+        writer.writerow(["stage", *KEYS, "steps", "skipped", *COLUMNS])
         for result in results:
-            losses = [f"{result[name]:.4f}" for name in names]
-            run = [f"{v:g}" if isinstance(v, float) else v for v in result["run"].values()]
+            losses = [f"{result[name]:.4f}" for name in COLUMNS.values()]
+            run = map(_text, result["run"].values())
             writer.writerow([result["stage"], *run, result["steps"], int(result["skipped"]), *losses])
     with (folder / "curves.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*keys, "step", "train", *SCORED])
+        writer.writerow([*KEYS, "step", "train", *SCORED])
         for result in results:
             if result["run"]["corpus"] != "A":
-                run = [f"{v:g}" if isinstance(v, float) else v for v in result["run"].values()]
+                run = [*map(_text, result["run"].values())]
                 for step, *losses in result["curve"]:
                     writer.writerow([*run, step, *(f"{loss:.4f}" for loss in losses)])
+
+
+def read_tables(folder: Path) -> list[dict]:
+    """Returns the results in the tables that `write_tables` wrote."""
+
+    def run_of(line: dict) -> dict:
+        return {key: read(line[key]) for key, read in KEYS.items()}
+
+    curves: dict[str, list] = {}
+    with (folder / "curves.csv").open() as file:
+        for line in csv.DictReader(file):
+            losses = [float(line[column]) for column in ("train", *SCORED)]
+            curves.setdefault(name_of(run_of(line)), []).append([int(line["step"]), *losses])
+    with (folder / "runs.csv").open() as file:
+        return [
+            {"stage": line["stage"], "run": run_of(line)}
+            | {key: int(line[key]) for key in ("steps", "skipped")}
+            | {name: float(line[column]) for column, name in COLUMNS.items()}
+            | {"curve": curves.get(name_of(run_of(line)), [])}
+            for line in csv.DictReader(file)
+        ]
 
 
 class Study:
     """Trains the runs of the study and keeps their results in `runs.jsonl`."""
 
-    def __init__(self, corpora: Path, output: Path):
+    def __init__(self, corpora: Path, output: Path, known: Path | None = None):
         self.corpora, self.file = corpora, output / "runs.jsonl"
         output.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.results = [json.loads(line) for line in lines]
+        found = [*(read_tables(known) if known else []), *map(json.loads, lines)]
+        self.results = list({name_of(result["run"]): result for result in found}.values())
         dev, test = (Corpus(str(corpora / name)) for name in ("A", "test"))
         tokenizer = dev.tokenizer()
         self.special = tokenizer.special
@@ -233,7 +259,8 @@ class Study:
 
 
 def main(_):
-    study, slots = Study(Path(FLAGS.corpora), Path(FLAGS.output)), FLAGS.slots
+    known = Path(FLAGS.known) if FLAGS.known else None
+    study, slots = Study(Path(FLAGS.corpora), Path(FLAGS.output), known), FLAGS.slots
     study.train("tune", [run for R in ALPHAS for run in tuning("plain", R, ALPHAS[R])], slots)
     chosen = choose(study.results)
     keys = {R: [f"plain,{R},{alpha}" for alpha in ALPHAS[R]] for R in ALPHAS}
@@ -272,6 +299,7 @@ def main(_):
 if __name__ == "__main__":
     flags.DEFINE_string("corpora", "runs/study", "Folder of the corpora A, B, C, D and test.")
     flags.DEFINE_string("output", "runs/study_results", "Folder of the results.")
+    flags.DEFINE_string("known", "", "Folder of runs.csv and curves.csv whose runs are not trained again.")
     flags.DEFINE_integer("slots", 32, "Runs that train at the same time.")
     flags.DEFINE_integer("processes", 1, "Processes that read the data.")
     flags.DEFINE_integer("capacity", 0, "Steps of data on the device, at least; equal sizes compile once.")
