@@ -24,7 +24,7 @@ def call_command(name: str, *arguments: str) -> None:
 
 @contextlib.contextmanager
 def scope_of_flags() -> Iterator[None]:
-    """Removes the absl flags that are defined inside: commands share names of flags, some of them required."""
+    """Removes the absl flags that are defined inside: commands share names, and some flags are required."""
     before = set(flags.FLAGS)
     try:
         yield
