@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
 from absl import flags
 
-from dualsm.evaluation.baselines import BASELINES
+from dualsm.evaluation.baselines import BASELINES, default_baselines
 from dualsm.evaluation.evaluate_run import evaluate_run, load_tasks
 from dualsm.evaluation.modes import MODES
 from dualsm.evaluation.results_table import results_table, results_warnings
@@ -52,8 +53,9 @@ _INFILL_WORDS = flags.DEFINE_integer(
 _LIMIT = flags.DEFINE_integer("limit", 0, "maximum number of questions per task; 0: all", lower_bound=0)
 _BASELINES = flags.DEFINE_list(
     "baselines",
-    [],
-    f"baselines to compare with: {', '.join(BASELINES)} (which reads the run's corpus)",
+    None,
+    f"baselines of tasks with questions: {', '.join(BASELINES)}; default: all (unigram reads the run's "
+    "corpus, and is left out if the corpus is not there); empty: none, which halves the time",
 )
 _DATA = cli.DEFINE_path("data", "", "corpus with the held-out text; default: the run's own corpus")
 _OUTPUT = cli.DEFINE_path(
@@ -79,6 +81,10 @@ def main(_: Sequence[str]) -> None:
     if not _OUTPUT.value:
         read_results(default)  # fails early if the file is damaged
 
+    if tasks and _BASELINES.value is None:
+        spec = dataclasses.replace(spec, baselines=default_baselines(run))
+        if len(spec.baselines) < len(BASELINES):
+            warn("the run's corpus cannot be read, so there is no unigram baseline")
     for results in evaluate_run(run, spec, tasks):
         content = results if _OUTPUT.value else merge(read_results(default), results)
         write_output(path, json.dumps(content, indent=1, allow_nan=False) + "\n", "--output")
@@ -94,7 +100,7 @@ def _spec() -> EvalSpec:
     tasks, modes = (list(dict.fromkeys(flag.value)) for flag in (_TASKS, _MODES))
     spec = EvalSpec(
         tasks, modes, _TASK_DATA.value, _LIMIT.value, tuple(map(int, _MASKS.value)), _SAMPLES.value,
-        _VALID_SAMPLES.value, _DATA.value, list(dict.fromkeys(_BASELINES.value)), _DRAFT.value,
+        _VALID_SAMPLES.value, _DATA.value, list(dict.fromkeys(_BASELINES.value or ())), _DRAFT.value,
         _INFILL_WORDS.value,
     )  # fmt: skip
     spec.check()

@@ -91,7 +91,7 @@ def evaluate_command(workdir: Path) -> list[str]:
     """Returns the arguments of `dualsm evaluate`."""
     return [
         "dualsm.evaluate", f"--workdir={workdir}", f"--tasks={_TASKS.value}", f"--modes={_MODES.value}",
-        f"--task_data={_TASK_DATA.value}", f"--limit={_LIMIT.value}",
+        f"--task_data={_TASK_DATA.value}", f"--limit={_LIMIT.value}", "--baselines=",
     ]  # fmt: skip
 
 

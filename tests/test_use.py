@@ -49,6 +49,7 @@ def test_evaluate_writes_json_and_prints_a_table(workdir, task_data, tmp_path):
         for result in modes.values():
             assert {"score", "stderr", "n", "seconds", "settings"} <= set(result)
     assert results["tasks"]["arc_easy"]["causal"]["n"] == 3
+    assert set(results["tasks"]["arc_easy"]["causal"]["baselines"]) == {"untrained", "unigram"}
     assert set(results["held_out"]) == {"causal", "prefix", "masked_diffusion"}
     assert results["held_out"]["masked_diffusion"]["samples"] == 4
     header = next(line for line in process.stdout.splitlines() if line.startswith("task"))

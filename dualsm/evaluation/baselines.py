@@ -14,6 +14,7 @@ from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.scoring import Item, Scorer, Scores, encode_pair
 from dualsm.model.transformer import init_params
 from dualsm.objectives.plan import MixturePlan
+from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
 from dualsm.training.run_corpora import check_tokenizer, open_corpora
 
@@ -41,6 +42,15 @@ def open_baselines(names: Sequence[str], run: TrainedRun) -> dict[str, ScoreItem
         UNIGRAM: lambda: UnigramScorer(training_log_probs(run), run.tokenizer),
     }
     return {name: makers[name]() for name in names}
+
+
+def default_baselines(run: TrainedRun) -> tuple[str, ...]:
+    """Returns all baselines, but "unigram" only if the run has corpora that can be read."""
+    try:
+        check_tokenizer(open_corpora(run.config), run.tokenizer)
+    except UserError:
+        return (UNTRAINED,)
+    return BASELINES
 
 
 def untrained_scorer(run: TrainedRun) -> Scorer:

@@ -17,7 +17,8 @@ def results_table(results: Mapping, modes: Sequence[str]) -> str:
     if results["tasks"]:
         parts.append("accuracy in percent ± standard error\n" + _task_table(results["tasks"], modes))
         parts.append(
-            "bits per byte of the correct answer ± standard error\n" + _answer_table(results["tasks"], modes)
+            "bits per byte of the correct answer, and those of the best wrong one minus these (margin), "
+            "± standard error\n" + _answer_table(results["tasks"], modes)
         )
     if held_out := results.get("held_out"):
         parts.append(_held_out_table(held_out))
@@ -69,9 +70,8 @@ def _acceptance_table(acceptance: Mapping) -> str:
 def _infilling_table(infilling: Mapping) -> str:
     cells = ["", "", infilling["n"]]
     if infilling["n"]:
-        accuracy = {"score": infilling["accuracy"], "stderr": infilling["stderr"]}
         bits = _format_estimate(infilling["bits_per_byte"], infilling["bits_per_byte_stderr"])
-        cells[:2] = _format_accuracy(accuracy), bits
+        cells[:2] = _format_accuracy(infilling["accuracy"], infilling["stderr"]), bits
     return table(["infilling", "exact, percent", "bits per byte", "n"], [["single words", *cells]])
 
 
@@ -83,9 +83,15 @@ def _task_table(tasks: Mapping, modes: Sequence[str]) -> str:
     rows = []
     for name, by_mode in tasks.items():
         first = by_mode[modes[0]]
-        rows.append([name, first["metric"], first["n"], *(_format_accuracy(by_mode[mode]) for mode in modes)])
+        results = [by_mode[mode] for mode in modes]
+        cells = (_format_accuracy(r["score"], r["stderr"]) for r in results)
+        rows.append([name, first["metric"], first["n"], *cells])
+        if "slor" in first["metrics"]:
+            slor = [r["metrics"]["slor"] for r in results]
+            rows.append(["", "slor", "", *(_format_accuracy(m["accuracy"], m["stderr"]) for m in slor)])
         for baseline in first["baselines"]:
-            cells = (_format_accuracy(by_mode[mode]["baselines"][baseline]) for mode in modes)
+            known = [r["baselines"][baseline] for r in results]
+            cells = (_format_accuracy(r["score"], r["stderr"]) for r in known)
             rows.append([f"  {baseline}", "", "", *cells])
     floors = {"normalised": "guessing"}
     if any(by_mode[mode]["baselines"] for by_mode in tasks.values() for mode in modes):
@@ -101,9 +107,8 @@ def _answer_table(tasks: Mapping, modes: Sequence[str]) -> str:
     rows = []
     for name, by_mode in tasks.items():
         answers = [by_mode[mode]["answer"] for mode in modes]
-        rows.append(
-            [name, *(_format_estimate(a["bits_per_byte"], a["bits_per_byte_stderr"]) for a in answers)]
-        )
+        for label, key in ((name, "bits_per_byte"), ("  margin", "margin")):
+            rows.append([label, *(_format_estimate(a[key], a[f"{key}_stderr"]) for a in answers)])
     return table(["task", *modes], rows)
 
 
@@ -113,11 +118,10 @@ def _format_estimate(mean: float | None, stderr: float | None) -> str:
     return f"{mean:.3f}" if stderr is None else f"{mean:.3f} ± {stderr:.3f}"
 
 
-def _format_accuracy(result: Mapping) -> str:
-    if result["score"] is None:
+def _format_accuracy(accuracy: float | None, stderr: float | None) -> str:
+    if accuracy is None:
         return ""
-    accuracy, stderr = 100 * result["score"], result["stderr"]
-    return f"{accuracy:.1f}" if stderr is None else f"{accuracy:.1f} ± {100 * stderr:.1f}"
+    return f"{100 * accuracy:.1f}" if stderr is None else f"{100 * accuracy:.1f} ± {100 * stderr:.1f}"
 
 
 def results_warnings(results: Mapping) -> list[str]:

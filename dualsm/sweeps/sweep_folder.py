@@ -86,6 +86,7 @@ class Sweep:
         evaluate = [
             "-m", "dualsm.evaluate", workdir, f"--tasks={','.join(spec.tasks)}",
             f"--task_data={spec.task_data}", f"--modes={','.join(spec.modes)}", f"--limit={spec.limit}",
+            "--baselines=",  # no column of the table has them
         ]  # fmt: skip
         return [train, evaluate]
 

@@ -1,5 +1,6 @@
 """Baselines of tasks: the untrained model and word frequencies."""
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from dualsm.data.corpus import Corpus
-from dualsm.evaluation.baselines import BASELINES, open_baselines, unigram_log_probs
+from dualsm.evaluation.baselines import BASELINES, default_baselines, open_baselines, unigram_log_probs
 from dualsm.evaluation.evaluate_run import evaluate_run
 from dualsm.evaluation.modes import ScoringParams
 from dualsm.evaluation.results_table import results_table
@@ -95,6 +96,17 @@ def test_scores_above_baselines(run):
     table = results_table(results, ["causal"])
     assert "mean (0 guessing, 100 perfect)" in table
     assert "mean (0 best baseline, 100 perfect)" in table
+    accuracy = 100 * entry["metrics"]["slor"]["accuracy"]
+    assert any(line.split()[:2] == ["slor", f"{accuracy:.1f}"] for line in table.splitlines())
+    margin = f"{entry['answer']['margin']:.3f} ± {entry['answer']['margin_stderr']:.3f}"
+    assert any(line.split() == ["margin", *margin.split()] for line in table.splitlines())
+
+
+def test_default_baselines_need_only_what_the_run_has(run, tmp_path):
+    assert default_baselines(run) == BASELINES
+    config = copy.deepcopy(run.config)
+    config.data.path = str(tmp_path / "moved")
+    assert default_baselines(dataclasses.replace(run, config=config)) == ("untrained",)
 
 
 def test_corpus_with_another_tokenizer_is_rejected(run):
