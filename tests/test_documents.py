@@ -135,6 +135,17 @@ def test_the_table_of_acceptance_has_the_numbers_of_its_csv():
     assert len(measured) == 24 and all(f"| {number} |" in text for number in measured)
 
 
+def test_the_table_of_tail_sequences_has_the_numbers_of_its_csv():
+    text = (ROOT / "docs" / "decoding.md").read_text()
+    with (ROOT / "docs" / "decoding" / "tail.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        losses = f"{row['causal_loss']} | {row['masked_loss']}"
+        found = (f"{row[name]} ± {row[f'{name}_stderr']}" for name in ("greedy", "sampled"))
+        assert f"| {losses} | {' | '.join(found)} |" in text
+    assert len(rows) == 5
+
+
 def test_citation_has_the_version_of_the_package():
     (version,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
     assert version == dualsm.__version__

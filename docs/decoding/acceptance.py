@@ -1,4 +1,4 @@
-"""Measures the acceptance of drafts for all runs in a folder, and writes acceptance.csv.
+"""Measures the acceptance of drafts for all runs in a folder, and adds them to acceptance.csv.
 
     python docs/decoding/acceptance.py runs/acceptance
 
@@ -56,7 +56,12 @@ def main(folder: Path) -> None:
     for workdir in sorted(path.parent for path in folder.glob("*/config.json")):
         tables.append(measure(workdir))
         print(f"{workdir}\n{tables[-1].to_string(index=False)}", flush=True)
-    table = pd.concat(tables).sort_values(["repetitions", "alpha"], ascending=[False, True], kind="stable")
+    table, keys = pd.concat(tables), ["alpha", "repetitions"]
+    if TABLE.exists():
+        known = pd.read_csv(TABLE)
+        measured = known.set_index(keys).index.isin(table.set_index(keys).index)
+        table = pd.concat([known[~measured], table])
+    table = table.sort_values(["repetitions", "alpha"], ascending=[False, True], kind="stable")
     table.to_csv(TABLE, index=False, float_format="%.5g")
 
 

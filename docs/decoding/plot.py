@@ -1,4 +1,4 @@
-"""Plots the acceptance of drafts: reads acceptance.csv, writes acceptance.png."""
+"""Plots the acceptance of drafts: acceptance.csv in acceptance.png, tail.csv in tail.png."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ LINES = {"sampled": ("-", "temperature 1"), "greedy": (":", "greedy")}
 
 
 def main() -> None:
+    plot_acceptance()
+    plot_tail()
+
+
+def plot_acceptance() -> None:
+    """Plots acceptance against the share of causal sequences and against the tokens per draft."""
     table = pd.read_csv(HERE / "acceptance.csv")
     most = table.repetitions.max()
     figure = new_figure(10, 5.2)
@@ -38,6 +44,32 @@ def main() -> None:
     right.set_xticks(drafts, [str(draft) for draft in drafts])
     right.set(xlabel="tokens per draft, K", title=f"R = {most}")
     figure.savefig(HERE / "acceptance.png")
+
+
+def plot_tail() -> None:
+    """Plots acceptance and held-out losses against the share of `tail` sequences, with loss weight 1."""
+    table = pd.read_csv(HERE / "tail.csv")
+    table = table[table.weight == 1]
+    percent = 100 * table.share
+    figure = new_figure(10, 3.6)
+    left, right = figure.subplots(1, 2)
+    for (sampling, (style, name)), color in zip(LINES.items(), COLORS, strict=False):
+        left.errorbar(
+            percent, table[sampling], table[f"{sampling}_stderr"], color=color, linestyle=style, marker="o",
+            markersize=4, capsize=2, label=name,
+        )  # fmt: skip
+    left.set(ylabel="accepted tokens per draft", title=f"K = {DRAFT} tokens per draft")
+    for column, name, color in zip(
+        ("causal_loss", "masked_loss"), ("causal", "masked"), COLORS[2:], strict=True
+    ):
+        rise = table[column] - table[column].iloc[0]
+        right.plot(percent, rise, color=color, marker="o", markersize=4, label=name)
+    right.set(ylabel="change, nats per token", title="held-out losses")
+    for axes in (left, right):
+        axes.set_xlabel("tail sequences, percent")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(HERE / "tail.png")
 
 
 def _draw(axes, table, color, x, scale, label) -> None:
