@@ -132,7 +132,8 @@ class _Run:
             num_parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
             print_start(self.config, self.mesh, self.plan, self.ordered, num_parameters)
             if first:
-                say(f"resuming {self.workdir} at step {first} of {self.config.steps}")
+                start = f"resuming {self.workdir}" if resumed else f"continuing {self.config.start.run}"
+                say(f"{start} at step {first} of {self.config.steps}")
             if distributed.is_main_process():
                 warn_without_kernel(self.config)
             unscored = resumed and self._is_unscored(first)
@@ -142,7 +143,8 @@ class _Run:
             with distributed.together():  # starting a tracker may take minutes
                 if distributed.is_main_process():
                     write_milestones(self.workdir, self.kept)
-                    writer = MetricsWriter(self.workdir, self.config, resumed_at=first or None)
+                    resumed_at = first if resumed and first else None
+                    writer = MetricsWriter(self.workdir, self.config, resumed_at)
             with contextlib.closing(writer):
                 log = MetricsLog(
                     self.config,
@@ -155,7 +157,7 @@ class _Run:
                 )
                 untrained = state is None
                 state = self.init() if untrained else state
-                validate = unscored or (first == 0 and self.validation)
+                validate = unscored or (self.validation and not (resumed and first))
                 if validate and not self._validate_first(state, first, log, untrained, stop):
                     return False
                 return first == self.config.steps or self._train(

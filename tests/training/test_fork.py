@@ -21,7 +21,7 @@ def original(corpus_path, tmp_path_factory):
     from tests.micro import micro_config
 
     config = micro_config(corpus_path)
-    config.checkpoint.max_to_keep, config.mesh.data = 3, -1
+    config.checkpoint.max_to_keep, config.valid.every, config.mesh.data = 3, 4, -1
     folder = tmp_path_factory.mktemp("original") / "run"
     assert train(config, folder)
     return config, folder
@@ -42,7 +42,12 @@ def test_fork_with_the_same_config_is_bit_identical(original, tmp_path):
         final_params(tmp_path / "fork", config), final_params(folder, config), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
-    assert [record["step"] for record in read_metrics(tmp_path / "fork")] == [6, 8, 10, 12]
+    first, *others = read_metrics(tmp_path / "fork")
+    assert [first["step"], *(record["step"] for record in others)] == [4, 6, 8, 10, 12]
+    scores = {name: value for name, value in first.items() if name.startswith("valid/")}
+    (known,) = (record for record in read_metrics(folder) if record["step"] == 4)
+    assert scores and scores == {name: known[name] for name in scores}
+    assert not any(name.startswith("train/") for name in first), first
 
 
 def test_fork_of_a_run_without_an_average_starts_it_from_the_weights(original, tmp_path):
@@ -64,14 +69,14 @@ def test_fork_can_change_schedule_and_mixture(original, tmp_path):
     assert train(fork, tmp_path / "fork")
     records = read_metrics(tmp_path / "fork")
     assert "train/causal/loss" not in records[-1]
-    assert records[-1]["train/learning_rate"] < records[0]["train/learning_rate"]
+    assert records[-1]["train/learning_rate"] < records[1]["train/learning_rate"]  # the first has no step
 
 
 def test_stopped_fork_resumes_from_its_own_checkpoint(original, tmp_path):
     config, folder = original
     fork = config.copy_and_resolve_references()
     fork.start.run, fork.start.step = str(folder), 4
-    assert not train(fork, tmp_path / "fork", stop=lambda step: True)
+    assert not train(fork, tmp_path / "fork", stop=lambda step: step > 4)
     assert train(fork, tmp_path / "fork")
     for ours, theirs in zip(
         final_params(tmp_path / "fork", config), final_params(folder, config), strict=True
