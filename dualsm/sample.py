@@ -28,7 +28,7 @@ from dualsm.generation.generate import (
 )
 from dualsm.generation.prompt_batches import prompt_keys
 from dualsm.generation.prompts import encode_prompt, read_prompts, show
-from dualsm.generation.sampling_params import SamplingParams
+from dualsm.generation.sampling_params import GREEDY_BELOW, SamplingParams
 from dualsm.generation.speculative import MAX_DRAFT, SpeculationParams
 from dualsm.process import cli
 from dualsm.process.errors import UserError
@@ -133,6 +133,8 @@ def main(_: Sequence[str]) -> None:
 def _check_flags() -> None:
     """Raises `UserError` for flags that have no effect in the mode, or that need another flag."""
     cli.check_flags(_FLAGS_OF_MODES, f"--mode={_MODE.value}")
+    if 0 <= _TEMPERATURE.value < GREEDY_BELOW:
+        cli.check_flags({"a higher one": (_TOP_K, _TOP_P)}, f"--temperature={_TEMPERATURE.value:g}")
     if _CACHE.value and not _BLOCK.value:
         raise UserError("--cache needs --block=N, the number of tokens per block, such as --block=32")
 

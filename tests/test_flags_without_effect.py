@@ -69,6 +69,14 @@ CASES = {
         ["sample", "--workdir=x", "--mode=diffusion", "--draft=2"],
         "--draft=2 has no effect with --mode=diffusion; use --mode=speculative",
     ),
+    "sample, top p": (
+        ["sample", "--workdir=x", "--temperature=0", "--top_p=0.5"],
+        "--top_p=0.5 has no effect with --temperature=0; use a higher one, or leave the flag out",
+    ),
+    "sample, top k": (
+        ["sample", "--workdir=x", "--temperature=0.000001", "--top_k=5"],
+        "--top_k=5 has no effect with --temperature=1e-06",
+    ),
     "sweep, limit": ([*SWEEP, "--limit=3"], "--limit=3 has no effect with --tasks=; use --tasks=NAME"),
     "sweep, modes": ([*SWEEP, "--modes=causal"], "--modes=causal has no effect with --tasks="),
     "sweep, task data": ([*SWEEP, "--task_data=eval"], "--task_data=eval has no effect with --tasks="),

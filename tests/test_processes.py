@@ -277,6 +277,7 @@ def test_messages_of_a_process_that_ends(error, told, status):
         (["--processes=2"], "belong together"),
         (["--coordinator=here", "--processes=2", "--process_id=0"], "HOST:PORT"),
         (["--coordinator=here:1", "--processes=2", "--process_id=2"], "must be less than --processes=2"),
+        (["--processes=1", "--process_id=3"], "--process_id=3 must be less than --processes=1"),
     ],
 )
 def test_invalid_jobs_are_rejected(recipe, tmp_path, arguments, message):

@@ -191,14 +191,14 @@ def on_hangup(stop: Callable[[], None]) -> None:
 
 def _join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
     given = [coordinator, processes, process_id]
+    if processes is not None and process_id is not None and process_id >= processes:
+        raise UserError(f"--process_id={process_id} must be less than --processes={processes}")
     if processes == 1:
         return
     if None in given and given != [None] * 3:
         raise UserError(
             "--coordinator, --processes and --process_id belong together; set all of them or none"
         )
-    if process_id is not None and process_id >= processes:
-        raise UserError(f"--process_id={process_id} must be less than --processes={processes}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator={coordinator} must have the form HOST:PORT")
     try:
