@@ -16,13 +16,13 @@ from pathlib import Path
 import pandas as pd
 from page_numbers import Tables, page_values, read_tables
 from page_plots import plot_curves, plot_lengths
-from page_tables import confirm_table, confirmed_csv, tuned_csv
+from page_tables import confirm_table, confirmed_csv, rivals_csv
 from selection import LOSS, MASKED, Chosen, Replicates
 
 FOLDER = Path(__file__).parent
 PAGE, AVERAGED = FOLDER.parent / "reproduction.md", FOLDER / "averaged_weights.md"
 TEMPLATE = FOLDER / "page.template.md"
-CONFIRMED, TUNED = (FOLDER.parents[1] / "dualsm" / "analysis" / f"{x}.csv" for x in ("confirmed", "tuned"))
+CONFIRMED, RIVALS = (FOLDER.parents[1] / "dualsm" / "analysis" / f"{x}.csv" for x in ("confirmed", "rivals"))
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     PAGE.write_text(render(tables))
     AVERAGED.write_text(averaged_page(runs))
     CONFIRMED.write_text(confirmed_csv(runs))
-    TUNED.write_text(tuned_csv(runs))
+    RIVALS.write_text(rivals_csv(runs))
     plot_curves(tables.curves, runs, FOLDER / "curves.png")
     plot_lengths(runs, FOLDER / "lengths.png")
 

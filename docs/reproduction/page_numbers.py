@@ -12,11 +12,19 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from page_tables import BUDGET, PARAMETERS, confirm_table, rivals, rivals_table, share, tuned_by_method
-from selection import DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
+from page_tables import (
+    BUDGET,
+    PARAMETERS,
+    confirm_table,
+    rival_cells,
+    rival_replicates,
+    rivals_table,
+    share,
+)
+from selection import CELL, DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
 
 from dualsm.analysis.paper_rules import rule_alpha
-from dualsm.analysis.unconfirmed import small_share, span
+from dualsm.analysis.small_share import small_share, span
 
 FOLDER = Path(__file__).parent
 T_95 = 4.303  # 97.5% quantile of Student's t distribution with 2 degrees of freedom: three corpora
@@ -52,7 +60,7 @@ def page_values(tables: Tables) -> dict[str, str]:
     """Returns the text of each name in the template."""
     runs, earlier = tables.runs, _Earlier(tables)
     chosen, replicates = Chosen(runs), Replicates(runs)
-    values = count_runs(runs) | _tuning(runs, chosen) | _rivals(runs) | earlier.values()
+    values = count_runs(runs) | _tuning(runs, chosen) | _rivals(runs, chosen) | earlier.values()
     for R in (128, 32):
         values |= _contrasts(R, chosen, replicates)
         values[f"unique_{R}"] = f"{BUDGET // R:,}"
@@ -79,22 +87,22 @@ def count_runs(runs: pd.DataFrame) -> dict[str, str]:
     """Returns the numbers of runs, and how much the losses of two seeds differ."""
     confirm = runs.corpus != "A"
     weighted = confirm & (runs.causal_weight == 2)
-    seeds = runs[confirm & (runs.R == 128)].groupby(["alpha", "weight_decay", "length", "causal_weight"])
-    by_seed = runs[confirm & (runs.R == 128)].groupby(
-        ["alpha", "weight_decay", "length", "causal_weight", "corpus"]
-    )
+    plain, other = runs.recipe == "plain", confirm & (runs.recipe != "plain")
+    by_cell = runs[confirm & plain & (runs.R == 128)].groupby(CELL)
+    by_seed = runs[confirm & plain & (runs.R == 128)].groupby([*CELL, "corpus"])
     diverged = ~(runs[["dev_causal", LOSS]] < DIVERGED).all(axis=1)  # NaN is a divergence
     return {
         "parameters": f"{PARAMETERS:,}",
         "budget": f"{BUDGET / 1e6:.2f}M",
         "num_runs": str(len(runs)),
         "num_tune": str((runs.stage == "tune").sum()),
-        "num_confirm": str((confirm & ~weighted).sum()),
+        "num_confirm": str((confirm & plain & ~weighted).sum()),
+        "num_rivals": word(other.sum()),
         "num_weight": str(weighted.sum()),
         "num_explore": str((~confirm & (runs.stage != "tune")).sum()),
         "num_diverged": str(diverged.sum()),
         "num_skipped": str((runs.skipped > 0).sum()),
-        "replicates_128": word(seeds.size().min()),
+        "replicates_128": word(by_cell.size().min()),
         "seed_range": span(by_seed[LOSS].max() - by_seed[LOSS].min(), ".3f"),
     }
 
@@ -164,20 +172,22 @@ def _tuning(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
     }
 
 
-def _rivals(runs: pd.DataFrame) -> dict[str, str]:
+def _rivals(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
     """Returns the losses of other methods in the text below their table."""
-    best = rivals(runs)
-    methods = [rival.causal for rival in best if rival.method != "causal" and rival.compute == 1]
-    causal = next(rival for rival in best if rival.method == "causal" and not rival.averaged)
+    cells, replicates = rival_cells(chosen), rival_replicates(runs)
+    replicate_keys = replicates.common(cells.values())
     values = {
         "rivals": rivals_table(runs),
-        "rivals_equal": span(methods, ".2f"),
-        "rivals_stop": f"{causal.causal:.2f}",
+        "rivals_corpora": word(len({corpus for corpus, _ in replicate_keys})),
+        "rivals_runs": word(len(replicate_keys)),
     }
-    for method, tuned in tuned_by_method(runs).items():
-        name = method.replace(" ", "_")
-        values[f"masked_{name}"] = span([x.masked for x in best if x.method == method], ".1f")
-        values[f"half_{name}"] = f"{tuned[tuned.compute == 1 / 2].dev_causal.min():.2f}"
+    for method, cell in cells.items():
+        name, masked = method.replace(" ", "_"), over_corpora(replicates.values(cell, MASKED))
+        values[f"masked_{name}"] = f"{masked[0]:.1f}"
+        for prefix in ("", "ema_"):
+            difference = replicates.difference(cell, cells["mixture"], f"{prefix}{LOSS}")
+            values[f"{prefix}rival_{name}"] = signed(difference)
+            values[f"{prefix}rival_{name}_interval"] = interval(difference)
     return values
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import NamedTuple
 
 import pandas as pd
 from selection import LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
 
 from dualsm.analysis.confirmed import ConfirmedCell
-from dualsm.analysis.unconfirmed import TunedRun
+from dualsm.analysis.rivals import Rival
 
 BUDGET, PARAMETERS = 1840 * 64 * 128, 230_336
 
@@ -57,97 +56,69 @@ def readme_table(runs: pd.DataFrame) -> str:
     return markdown(rows)
 
 
-DROPOUT = 0.1  # of the tuning runs with dropout
-
-
-class Rival(NamedTuple):
-    """The best tuning run of a method at R = 128, on corpus A.
-
-    Attributes:
-      method: key of `METHODS`.
-      averaged: True for the losses of averaged weights.
-      alpha, weight_decay, length: settings of the run.
-      compute: relative to a full causal run.
-      causal, masked: losses on the dev split.
-      test, test_masked: losses on the test split.
-    """
-
-    method: str
-    averaged: bool
-    alpha: float
-    weight_decay: float
-    length: float
-    compute: float
-    causal: float
-    masked: float
-    test: float
-    test_masked: float
-
-
+DROPOUT = 0.1  # of the runs with dropout
 METHODS = {
     "causal": "causal",
     "causal dropout": f"causal, dropout {DROPOUT}",
-    "mir": "MIR without dropout",
+    "mir": "MIR",
     "mixture": "mixture",
     "mixture dropout": f"mixture, dropout {DROPOUT}",
 }
 
 
-def tuned_by_method(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Returns the tuning runs at R = 128 of each method, with the column `compute`."""
-    tuned = runs[runs.stage.str.startswith("tune") & (runs.R == 128)]
-    # MIR trains each sequence twice.
-    tuned = tuned.assign(compute=tuned.length * (1 + (tuned.recipe == "mir")))
-    by_recipe = {recipe: tuned[tuned.recipe == recipe] for recipe in ("plain", "dropout", "mir")}
-    plain, dropout, mir = by_recipe.values()
+def rival_cells(chosen: Chosen) -> dict[str, dict]:
+    """Returns the best cell of each method at R = 128, at its best stop."""
     return {
-        "causal": plain[plain.alpha == 1],
-        "causal dropout": dropout[dropout.alpha == 1],
-        "mir": mir,
-        "mixture": plain[plain.alpha < 1],
-        "mixture dropout": dropout[dropout.alpha < 1],
+        "causal": chosen.best("plain", 128, 1.0, "stop"),
+        "causal dropout": chosen.best("dropout", 128, 1.0, "stop"),
+        "mir": chosen.best("mir", 128, 1.0, "stop"),
+        "mixture": chosen.mixture(128, "stop"),
+        "mixture dropout": chosen.mixture(128, "stop", "dropout"),
     }
 
 
-def rivals(runs: pd.DataFrame) -> list[Rival]:
-    """Returns the best run of each method, chosen by causal loss on the dev split."""
-    found = []
-    for method, tuned in tuned_by_method(runs).items():
-        for averaged, prefix in ((False, ""), (True, "ema_")):
-            best = tuned.loc[tuned[f"{prefix}dev_causal"].idxmin()]
-            losses = [best[prefix + name] for name in ("dev_causal", "dev_masked_diffusion", LOSS, MASKED)]
-            setting = (best.alpha, best.weight_decay, best.length, best.compute)
-            found.append(Rival(method, averaged, *setting, *losses))
-    return found
+def compute(cell: dict) -> float:
+    """Returns the compute of a run relative to a full causal run; MIR trains each sequence twice."""
+    return cell["length"] * (2 if cell["recipe"] == "mir" else 1)
+
+
+def rival_replicates(runs: pd.DataFrame) -> Replicates:
+    """Returns the confirmed runs with the corpora and seeds that all methods have."""
+    common = Replicates(runs).common(rival_cells(Chosen(runs)).values())
+    return Replicates(runs[[key in common for key in zip(runs.corpus, runs.seed, strict=True)]])
 
 
 def rivals_table(runs: pd.DataFrame) -> str:
-    """Returns the best run of each recipe at R = 128 on corpus A and the dev split."""
+    """Returns the losses of each method at R = 128, of the last weights and of their average (EMA)."""
+    cells, replicates = rival_cells(Chosen(runs)), rival_replicates(runs)
     rows = [
-        ["recipe", "EMA", "weight decay", "length", "compute", "causal loss", "masked loss", "causal, test"]
-    ]
-    for rival in rivals(runs):
-        name = METHODS[rival.method].replace("mixture", f"mixture {share(rival.alpha)}")
-        rows.append(
-            [
-                *(name, "yes" if rival.averaged else "no", f"{rival.weight_decay:g}"),
-                *(share(rival.length), f"{rival.compute:g}"),
-                *(f"{loss:.3f}" for loss in (rival.causal, rival.masked, rival.test)),
-            ]
-        )
+        ["recipe", "weight decay", "length", "compute", "causal loss", "masked loss", "causal, EMA",
+         "masked, EMA"]
+    ]  # fmt: skip
+    for method, cell in cells.items():
+        name = METHODS[method].replace("mixture", f"mixture {share(cell['alpha'])}")
+        columns = (LOSS, MASKED, f"ema_{LOSS}", f"ema_{MASKED}")
+        losses = [pm(over_corpora(replicates.values(cell, column))) for column in columns]
+        setting = (f"{cell['weight_decay']:g}", share(cell["length"]), share(compute(cell)))
+        rows.append([name, *setting, *losses])
     return markdown(rows)
 
 
-def tuned_csv(runs: pd.DataFrame) -> str:
-    """Returns the table of `dualsm.analysis.unconfirmed`, with the losses on the test split."""
-    rows = []
-    for rival in rivals(runs):
-        if not rival.averaged:
-            setting = (rival.alpha, rival.weight_decay, rival.length, rival.compute)
-            dropout = DROPOUT if rival.method.endswith("dropout") else 0
-            losses = [f"{loss:.4f}" for loss in (rival.test, rival.test_masked)]
-            rows.append([128, rival.method, dropout, *(f"{x:g}" for x in setting), *losses])
-    return csv_text(TunedRun._fields, rows)
+def rivals_csv(runs: pd.DataFrame) -> str:
+    """Returns the table of `dualsm.analysis.rivals`."""
+    cells, replicates, rows = rival_cells(Chosen(runs)), rival_replicates(runs), []
+    for method, cell in cells.items():
+        losses = replicates.values(cell, LOSS)
+        setting = (cell["alpha"], cell["weight_decay"], cell["length"], compute(cell))
+        dropout = DROPOUT if cell["recipe"] == "dropout" else 0
+        rows.append(
+            [
+                *(128, method, dropout, *(f"{x:g}" for x in setting), len(losses), len(by_corpus(losses))),
+                *four_digits(over_corpora(losses), over_corpora(replicates.values(cell, MASKED))),
+                *four_digits(replicates.difference(cell, cells["mixture"], LOSS)),
+            ]
+        )
+    return csv_text(Rival._fields, rows)
 
 
 def confirmed_csv(runs: pd.DataFrame) -> str:

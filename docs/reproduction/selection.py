@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -35,14 +35,14 @@ class Chosen:
         """Returns the causal loss of a cell on corpus A and the dev split."""
         return next(run["dev_causal"] for run in self._tuned if all(run[key] == cell[key] for key in CELL))
 
-    def alphas(self, R: int) -> list[float]:
+    def alphas(self, R: int, recipe: str = "plain") -> list[float]:
         """Returns the alphas with a full run that has a loss."""
-        runs = (run for run in self._tuned if (run["recipe"], run["R"], run["length"]) == ("plain", R, 1))
+        runs = (run for run in self._tuned if (run["recipe"], run["R"], run["length"]) == (recipe, R, 1))
         return sorted({run["alpha"] for run in runs})
 
-    def mixture(self, R: int, kind: str) -> dict:
+    def mixture(self, R: int, kind: str, recipe: str = "plain") -> dict:
         """Returns the best cell of the best mixture."""
-        cells = [self.best("plain", R, alpha, kind) for alpha in self.alphas(R) if alpha < 1]
+        cells = [self.best(recipe, R, alpha, kind) for alpha in self.alphas(R, recipe) if alpha < 1]
         return min(cells, key=self.loss)
 
 
@@ -59,6 +59,10 @@ class Replicates:
         """Returns a column of a cell by corpus and seed; NaN for runs that diverged."""
         runs = self._runs.get(tuple(cell[key] for key in CELL), {})
         return {key: run[column] if run[LOSS] < DIVERGED else math.nan for key, run in runs.items()}
+
+    def common(self, cells: Iterable[dict]) -> set[tuple]:
+        """Returns the corpora and seeds that all cells have."""
+        return set.intersection(*(set(self.values(cell, LOSS)) for cell in cells))
 
     def paired(self, a: dict, b: dict, column: str) -> dict[tuple, float]:
         """Returns the difference of two cells by corpus and seed.

@@ -18,8 +18,9 @@ from typing import NamedTuple
 from scipy.special import stdtrit
 
 from dualsm.analysis.advice import NamedSource, TokenBudget, mixture_flags
+from dualsm.analysis.rivals import Rival, read_rivals
 from dualsm.analysis.scales import doublings_outside, fraction
-from dualsm.analysis.unconfirmed import describe_unconfirmed, unconfirmed
+from dualsm.analysis.small_share import FEW_REPETITIONS, describe_small_share, small_share
 
 TABLE = Path(__file__).with_name("confirmed.csv")  # written by docs/reproduction/page.py
 INTERVAL = 0.8  # probability that a stated interval contains the expected value
@@ -155,12 +156,11 @@ def describe_confirmed(found: Confirmed, source: NamedSource | None = None) -> l
         f"    train with: causal {fraction(best.alpha)}, masked_diffusion {fraction(1 - best.alpha)}, "
         f"weight decay {best.weight_decay:g}{' (of the whole run)' if source else ''}, {_stop(best)}",
         "    " + " ".join(flags),
-        f"    causal and masked-diffusion loss: {_losses(best)}",
+        f"    causal and masked-diffusion loss: {_losses(best)}{_diverged(best)}",
     ]
     for cell in dict.fromkeys((found.causal, stop)):
-        lines.append(
-            f"    causal rows only, weight decay {cell.weight_decay:g}, {_stop(cell)}: {_losses(cell)}"
-        )
+        setting = f"weight decay {cell.weight_decay:g}, {_stop(cell)}"
+        lines.append(f"    causal rows only, {setting}: {_losses(cell)}{_diverged(cell)}")
     causal = _estimate(second.causal_change, second.causal_change_error, second.paired_corpora, "+")
     masked = _estimate(second.masked_change, second.masked_change_error, second.paired_corpora, "+")
     lines.append(
@@ -172,9 +172,25 @@ def describe_confirmed(found: Confirmed, source: NamedSource | None = None) -> l
         lines.append(f"    warning: the question is outside these runs, in doublings: {', '.join(far)}")
     if "parameters" not in found.outside:
         lines.append("    size not given: set --parameters for its distance from the size of these models")
-    lines += describe_unconfirmed(unconfirmed(found.repetitions))
+    lines.append(_describe_dropout())
+    if found.repetitions <= FEW_REPETITIONS:
+        lines.append(describe_small_share(small_share()))
     lines.append("    other sizes and learning rates have not been run; see docs/reproduction.md")
     return lines
+
+
+def _describe_dropout() -> str:
+    """Returns a line about the confirmed runs with dropout."""
+    rivals = read_rivals()
+    causal, mixture = rivals["causal dropout"], rivals["mixture dropout"]
+    change = _estimate(causal.causal_change, causal.causal_change_error, causal.corpora, "+")
+    both = _estimate(mixture.causal_change, mixture.causal_change_error, mixture.corpora, "+")
+    return (
+        f"    dropout {causal.dropout:g} (R = {causal.repetitions}, {causal.replicates} runs on "
+        f"{causal.corpora} corpora): causal rows only, weight decay {causal.weight_decay:g}: "
+        f"{_losses(causal)}, in causal loss {change} from the mixture without dropout; the mixture with "
+        f"dropout, weight decay {mixture.weight_decay:g}: {_losses(mixture)}, {both}"
+    )
 
 
 def _stop(cell: ConfirmedCell) -> str:
@@ -183,10 +199,13 @@ def _stop(cell: ConfirmedCell) -> str:
     return f"stopped at {fraction(cell.length)} of the tokens (of config.steps and config.repetitions)"
 
 
-def _losses(cell: ConfirmedCell) -> str:
+def _losses(cell: ConfirmedCell | Rival) -> str:
     losses = ((cell.causal, cell.causal_error), (cell.masked, cell.masked_error))
-    text = " and ".join(_estimate(*loss, cell.corpora) for loss in losses)
-    return text + (f" ({cell.diverged} of {cell.replicates} runs diverged)" if cell.diverged else "")
+    return " and ".join(_estimate(*loss, cell.corpora) for loss in losses)
+
+
+def _diverged(cell: ConfirmedCell) -> str:
+    return f" ({cell.diverged} of {cell.replicates} runs diverged)" if cell.diverged else ""
 
 
 def _estimate(value: float, error: float, corpora: int, sign: str = "") -> str:
