@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import tomllib
+from fractions import Fraction
 from importlib.metadata import version
 
 import pytest
@@ -129,10 +130,18 @@ def test_readme_is_short_and_links_every_page():
 def test_the_table_of_acceptance_has_the_numbers_of_its_csv():
     text = (ROOT / "docs" / "decoding.md").read_text()
     with (ROOT / "docs" / "decoding" / "acceptance.csv").open(newline="") as file:
-        measured = [
-            f"{float(row['accepted']):.3f} ± {float(row['stderr']):.3f}" for row in csv.DictReader(file)
-        ]
-    assert len(measured) == 24 and all(f"| {number} |" in text for number in measured)
+        rows = list(csv.DictReader(file))
+    lines = {}
+    for row in sorted(rows, key=lambda row: int(row["draft"])):
+        alpha = str(Fraction(float(row["alpha"])))
+        losses = [f"{float(row[name]):.3f}" for name in ("causal_loss", "masked_loss")]
+        sampling = {"greedy": "greedy", "sampled": "temperature 1"}[row["sampling"]]
+        start = (row["repetitions"], alpha, f"{float(row['weight_decay']):g}", *losses, sampling)
+        value = f"{float(row['accepted']):.3f} ± {float(row['stderr']):.3f}"
+        lines.setdefault(start, []).append(value)
+    assert len(lines) == 24 and all(len(values) == 4 for values in lines.values())
+    for start, values in lines.items():
+        assert f"| {' | '.join([*start, *values])} |\n" in text
 
 
 def test_the_table_of_tail_sequences_has_the_numbers_of_its_csv():

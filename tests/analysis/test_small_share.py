@@ -1,0 +1,70 @@
+"""The price of a small share of masked rows, and dropout, in the answer of the confirmed runs."""
+
+import pytest
+
+from dualsm.analysis import confirmed
+from dualsm.analysis.advice import round_repetitions
+from dualsm.analysis.confirmed import answer, describe_confirmed, half_interval
+from dualsm.analysis.rivals import read_rivals
+from dualsm.analysis.small_share import describe_small_share, small_share
+
+
+def cell(alpha, repetitions, causal, masked=4.0, seed=0, budget=1000, decay=0.1, status="done"):
+    return {
+        "alpha": str(alpha), "repetitions": str(repetitions), "seed": str(seed), "status": status,
+        "budget_tokens": str(budget), "optimizer.weight_decay": str(decay),
+        "optimizer.learning_rate": "0.01", "valid/causal/loss": str(causal),
+        "valid/masked_diffusion/loss": str(masked),
+    }  # fmt: skip
+
+
+CELLS = [
+    cell(1, 1, 2.0),
+    cell(63 / 64, 1, 2.25, 5.0),
+    cell(1, 16, 3.0),
+    cell(1, 16, 3.5, seed=1),
+    cell(63 / 64, 16, 3.25, 4.0),
+    cell(63 / 64, 16, 4.25, 4.5, seed=1),
+    cell(63 / 64, 16, 9.0, seed=2),  # without a causal run of this seed
+    cell(1, 16, 9.0, seed=3, decay=1.0),
+    cell(63 / 64, 16, 9.0, seed=3),  # another weight decay
+    cell(1, 4, 9.0, budget=500),  # a part of the budget
+    cell(63 / 64, 4, 1.0, budget=500),
+    cell(1, 4, 9.0, status="running"),
+    cell(63 / 64, 4, 1.0),
+    cell(1, 64, 9.0),
+    cell(63 / 64, 64, 1.0),  # many repetitions
+    cell("", 1, 1.0),  # not a mixture of two objectives
+]
+
+
+def test_the_price_compares_cells_with_equal_seeds_and_settings():
+    found = small_share(CELLS)
+    assert (found.repetitions, found.seeds) == ((1, 16), (1, 2))
+    assert found.causal_changes == pytest.approx((0.25, 0.5))
+    assert found.masked == pytest.approx((5.0, 4.25))
+
+
+def test_the_price_is_stated_at_few_repetitions_only():
+    line = describe_small_share(small_share(CELLS))
+    assert line.strip().startswith("not confirmed (R = 1 to 16, one corpus, 1 to 2 seeds): a share of 1/64")
+    assert "changes the causal loss by +0.250 to +0.500; the masked-diffusion loss is then 4.2 to 5.0" in line
+    for repetitions in (16, 17):
+        lines = describe_confirmed(answer(round_repetitions(1e6, repetitions * 1e6)))
+        assert (describe_small_share(small_share()) in lines) == (repetitions == 16)
+
+
+def test_dropout_is_stated_from_the_table(monkeypatch):
+    def stated():
+        lines = describe_confirmed(answer(round_repetitions(1e6, 128e6)))
+        (line,) = (line for line in lines if line.startswith("    dropout 0.1 (R = 128, "))
+        return line
+
+    rivals, line = read_rivals(), stated()
+    for name in ("causal dropout", "mixture dropout"):
+        found = rivals[name]
+        assert f"{found.causal:.3f} ± {half_interval(found.causal_error, found.corpora):.3f}" in line
+        assert f"{found.causal_change:+.3f} ± " in line
+    other = {name: rival._replace(causal=rival.causal + 1) for name, rival in rivals.items()}
+    monkeypatch.setattr(confirmed, "read_rivals", lambda: other)
+    assert f"{other['causal dropout'].causal:.3f} ± " in stated() != line
