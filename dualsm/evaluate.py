@@ -55,7 +55,7 @@ _BASELINES = flags.DEFINE_list(
     "baselines",
     None,
     f"baselines of tasks with questions: {', '.join(BASELINES)}; default: all (unigram reads the run's "
-    "corpus, and is left out if the corpus is not there); empty: none, which halves the time",
+    "corpus, and is left out if the corpus is not there); empty: none",
 )
 _DATA = cli.DEFINE_path("data", "", "corpus with the held-out text; default: the run's own corpus")
 _OUTPUT = cli.DEFINE_path(
@@ -83,8 +83,6 @@ def main(_: Sequence[str]) -> None:
 
     if tasks and _BASELINES.value is None:
         spec = dataclasses.replace(spec, baselines=default_baselines(run))
-        if len(spec.baselines) < len(BASELINES):
-            warn("the run's corpus cannot be read, so there is no unigram baseline")
     for results in evaluate_run(run, spec, tasks):
         content = results if _OUTPUT.value else merge(read_results(default), results)
         write_output(path, json.dumps(content, indent=1, allow_nan=False) + "\n", "--output")

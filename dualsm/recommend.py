@@ -29,8 +29,8 @@ from dualsm.analysis.advice import (
 )
 from dualsm.analysis.advice_text import describe, describe_sources
 from dualsm.analysis.confirmed import Confirmed, answer
-from dualsm.analysis.rivals import read_rivals
-from dualsm.analysis.small_share import FEW_REPETITIONS, small_share
+from dualsm.analysis.methods import read_methods
+from dualsm.analysis.small_share import price_at
 from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.process.output import check_output, write_output
@@ -124,9 +124,8 @@ def _as_dict(token_budget: TokenBudget, answers: Sequence[Advice], confirmed: Co
     content = dataclasses.asdict(token_budget) | first | {"others": others, "sweep": _SWEEP.value or None}
     if confirmed:
         content["confirmed"] = _plain(confirmed)
-        content["rivals"] = _plain(read_rivals())
-        few = confirmed.repetitions <= FEW_REPETITIONS
-        content["small_share"] = _plain(small_share()) if few else None
+        content["methods"] = _plain(read_methods())
+        content["small_share"] = _plain(price_at(confirmed.repetitions))
     return content
 
 

@@ -134,7 +134,7 @@ def _check_flags() -> None:
     """Raises `UserError` for flags that have no effect in the mode, or that need another flag."""
     cli.check_flags(_FLAGS_OF_MODES, f"--mode={_MODE.value}")
     if 0 <= _TEMPERATURE.value < GREEDY_BELOW:
-        cli.check_flags({"a higher one": (_TOP_K, _TOP_P)}, f"--temperature={_TEMPERATURE.value:g}")
+        cli.check_flags({"a higher --temperature": (_TOP_K, _TOP_P)}, f"--temperature={_TEMPERATURE.value:g}")
     if _CACHE.value and not _BLOCK.value:
         raise UserError("--cache needs --block=N, the number of tokens per block, such as --block=32")
 

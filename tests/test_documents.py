@@ -149,9 +149,11 @@ def test_the_table_of_tail_sequences_has_the_numbers_of_its_csv():
     with (ROOT / "docs" / "decoding" / "tail.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        losses = f"{row['causal_loss']} | {row['masked_loss']}"
+        weight = "" if row["weight"] == "1" else f", `weight={row['weight']}`"
+        share = f"{float(row['share']):.0%}" if float(row["share"]) else "0"
         found = (f"{row[name]} ± {row[f'{name}_stderr']}" for name in ("greedy", "sampled"))
-        assert f"| {losses} | {' | '.join(found)} |" in text
+        cells = [f"{share}{weight}", row["causal_loss"], row["masked_loss"], *found]
+        assert f"| {' | '.join(cells)} |" in text
     assert len(rows) == 5
 
 

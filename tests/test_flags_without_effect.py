@@ -71,7 +71,7 @@ CASES = {
     ),
     "sample, top p": (
         ["sample", "--workdir=x", "--temperature=0", "--top_p=0.5"],
-        "--top_p=0.5 has no effect with --temperature=0; use a higher one, or leave the flag out",
+        "--top_p=0.5 has no effect with --temperature=0; use a higher --temperature, or leave the flag out",
     ),
     "sample, top k": (
         ["sample", "--workdir=x", "--temperature=0.000001", "--top_k=5"],

@@ -285,7 +285,7 @@ def test_the_confirmed_runs_answer_without_a_sweep(tmp_path):
     text, content = run(tmp_path, "--unique_tokens=1e6", "--budget=1.28e8", f"--metric={LOSS}")
     found = answer(round_repetitions(1e6, 1.28e8))
     assert content["confirmed"] == as_json(found)
-    assert content["rivals"]["causal dropout"]["dropout"] == 0.1
+    assert content["methods"]["causal dropout"]["dropout"] == 0.1
     assert content["small_share"] is None
     assert "\n".join(describe_confirmed(found)) in text
     assert CONFIRMED in text and UNKNOWN_SIZE in text and "left out" not in text

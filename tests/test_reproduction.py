@@ -126,7 +126,7 @@ def test_the_readme_has_the_numbers_of_the_page(modules, tables, values):
         f"stops early by about {values['rate_gain']}.",
         f"({values['masked_causal_dropout']}, compared with {values['masked_mixture']})",
         f"Models of {values['parameters']} parameters train on {values['unique_128']} unique tokens",
-        f"({values['num_runs']} runs of {values['parameters']} parameters)",
+        f"({values['num_gpu']} runs of {values['parameters']} parameters)",
     ):
         assert text in readme
 
@@ -158,6 +158,15 @@ def test_claims_in_words_hold(modules, tables):
     for _, found in tuned.groupby(["R", "alpha"]):  # the highest weight decay underfits
         best = found.groupby("weight_decay").dev_causal.min()
         assert best.idxmin() < best.index.max()
+    cells, methods = modules.tables.method_cells(chosen), modules.tables.method_replicates(runs)
+    largest = abs(modules.numbers.repeated_changes(runs, tables.again)).max()
+    for method in ("causal dropout", "mir"):  # not worse, and not clearly better
+        assert -largest < methods.difference(cells[method], cells["mixture"], "test_causal")[0] < 0
+    averaged = {
+        method: modules.selection.over_corpora(methods.values(cell, "ema_test_causal"))[0]
+        for method, cell in cells.items()
+    }
+    assert min(averaged, key=averaged.get) == "mir"
     gaps = []  # the difference appears in the last quarter
     for step in (1380, 1840):
         at = tables.curves[tables.curves.step == step]
@@ -169,14 +178,14 @@ def test_claims_in_words_hold(modules, tables):
 def test_the_tables_of_recommend_are_what_the_tables_give(modules, tables):
     page = modules.page
     assert modules.tables.confirmed_csv(tables.runs) == page.CONFIRMED.read_text()
-    assert modules.tables.rivals_csv(tables.runs) == page.RIVALS.read_text()
+    assert modules.tables.methods_csv(tables.runs) == page.METHODS.read_text()
     assert modules.tables.DROPOUT == modules.study.DROPOUT
     assert (FOLDER / "table.csv").read_bytes() == SHIPPED.read_bytes()
 
 
 def test_the_study_continues_from_its_tables(modules, tmp_path):
     study = modules.study
-    results = study.read_tables(FOLDER)
+    results = study.read_results(FOLDER)
     study.write_tables(results, tmp_path)
     for name in ("runs.csv", "curves.csv"):
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
@@ -186,7 +195,7 @@ def test_the_study_continues_from_its_tables(modules, tmp_path):
 
 def test_choices_on_the_page_are_those_of_the_study(modules, tables):
     study = modules.study
-    chosen, on_page = study.choose(study.read_tables(FOLDER)), modules.selection.Chosen(tables.runs)
+    chosen, on_page = study.choose(study.read_results(FOLDER)), modules.selection.Chosen(tables.runs)
     for R in (128, 32):
         for alpha in study.ALPHAS[R]:
             for kind in ("full", "stop"):
@@ -203,10 +212,17 @@ def test_every_confirmed_cell_has_all_replicates(modules, tables):
         assert sorted(zip(found.corpus, found.seed, strict=True)) == sorted(expected)
 
 
+def test_all_methods_have_the_same_replicates(modules, tables):
+    cells = modules.tables.method_cells(modules.selection.Chosen(tables.runs))
+    replicates = modules.tables.method_replicates(tables.runs)
+    keys = [set(replicates.values(cell, "test_causal")) for cell in cells.values()]
+    assert keys == [{(corpus, 1) for corpus in "BCD"}] * 5
+
+
 def test_the_protocol_states_the_runs_that_were_made(modules, tables):
     """Counts, deviations and every later addition, which the commit before the runs did not have."""
     runs, text = tables.runs, words((FOLDER / "protocol.md").read_text())
-    assert f"have been run: {len(runs)} runs." in text
+    assert f"## What was run {len(runs)} runs of the table above" in text
     assert "None diverged and none skipped an update" in text
     counts = modules.numbers.count_runs(runs)
     assert (counts["num_diverged"], counts["num_skipped"]) == ("0", "0")
@@ -214,6 +230,8 @@ def test_the_protocol_states_the_runs_that_were_made(modules, tables):
     assert set(confirmed.recipe) == {"plain"} and set(runs["size"]) == {"230k"}
     assert set(confirmed[confirmed.R == 32].length) == {1.0}
     assert "no run at R = 32 with half the length was confirmed" in text
+    others = runs[(runs.corpus != "A") & (runs.recipe != "plain")]
+    assert set(others.seed) == {1} and set(others[others.recipe == "mir"].length) == {0.5}
     added = text.split("Added after the runs: ")[1].split("additions.")[0]
     for part in ("`cut.py`", "`data.order_version`", "*What was run*", "*Commands*"):
         assert part in added

@@ -231,6 +231,7 @@ def test_only_missing_results_are_evaluated(one_cell):
         assert measured(**lacking) == ["dualsm.evaluate"], lacking
     shutil.rmtree(sweep.path(cell) / "checkpoints")
     assert measured(limit=0) == ["dualsm.train", "dualsm.evaluate"]
+    assert "--baselines=" in sweep.remaining(cell)[1]  # they take as long as the scores of the cell
 
 
 def test_a_finished_cell_is_evaluated_on_new_tasks(one_cell):

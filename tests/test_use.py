@@ -150,7 +150,9 @@ def test_other_results_of_a_run_are_kept(workdir, task_data, tmp_path):
         return without_seconds(json.loads(path.read_text()))
 
     first = evaluate("--tasks=blimp,valid", "--modes=causal,prefix", "--valid_samples=1")
-    second = evaluate("--tasks=arc_easy,valid", "--modes=causal,causal", "--limit=2", "--valid_samples=2")
+    second = evaluate("--tasks=arc_easy,valid", "--modes=causal,causal", "--limit=2", "--valid_samples=2",
+                      "--baselines=")  # fmt: skip
+    assert second["tasks"]["arc_easy"]["causal"]["baselines"] == {}
     assert second["tasks"]["blimp"] == first["tasks"]["blimp"]
     assert list(second["tasks"]["arc_easy"]) == ["causal"]
     assert [second["tasks"]["arc_easy"]["causal"][key] for key in ("n", "limit")] == [2, 2]

@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
         measured = known.set_index(keys).index.isin(table.set_index(keys).index)
         table = pd.concat([known[~measured], table])
     table = table.sort_values(["repetitions", "alpha"], ascending=[False, True], kind="stable")
-    table.to_csv(TABLE, index=False, float_format="%.5g")
+    table.to_csv(TABLE, index=False, float_format="%.8g")
 
 
 if __name__ == "__main__":

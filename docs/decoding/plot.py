@@ -1,4 +1,7 @@
-"""Plots the acceptance of drafts: acceptance.csv in acceptance.png, tail.csv in tail.png."""
+"""Plots the acceptance of drafts: acceptance.csv as acceptance.png, tail.csv as tail.png.
+
+Prints the correlation of acceptance with the masked loss.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,9 @@ def main() -> None:
 def plot_acceptance() -> None:
     """Plots acceptance against the share of causal sequences and against the tokens per draft."""
     table = pd.read_csv(HERE / "acceptance.csv")
+    for sampling, rows in table[table.draft == DRAFT].groupby("sampling"):
+        correlation = rows.accepted.corr(rows.masked_loss)
+        print(f"{sampling}: correlation of acceptance and masked loss {correlation:.2f}, {len(rows)} models")
     most = table.repetitions.max()
     figure = new_figure(10, 5.2)
     left, right = figure.subplots(1, 2, sharey=True)

@@ -1,6 +1,7 @@
 """Makes docs/reproduction.md, its plots, averaged_weights.md and the tables of `dualsm recommend`.
 
-The sources are runs.csv, curves.csv, table.csv, baselines.csv, unigram.csv and page.template.md:
+The sources are runs.csv, curves.csv, table.csv, baselines.csv, unigram.csv, page.template.md and
+../decoding/acceptance.csv:
 
 python docs/reproduction/page.py
 
@@ -16,13 +17,14 @@ from pathlib import Path
 import pandas as pd
 from page_numbers import Tables, page_values, read_tables
 from page_plots import plot_curves, plot_lengths
-from page_tables import confirm_table, confirmed_csv, rivals_csv
+from page_tables import confirm_table, confirmed_csv, methods_csv
 from selection import LOSS, MASKED, Chosen, Replicates
 
 FOLDER = Path(__file__).parent
 PAGE, AVERAGED = FOLDER.parent / "reproduction.md", FOLDER / "averaged_weights.md"
 TEMPLATE = FOLDER / "page.template.md"
-CONFIRMED, RIVALS = (FOLDER.parents[1] / "dualsm" / "analysis" / f"{x}.csv" for x in ("confirmed", "rivals"))
+ANALYSIS = FOLDER.parents[1] / "dualsm" / "analysis"
+CONFIRMED, METHODS = ANALYSIS / "confirmed.csv", ANALYSIS / "methods.csv"
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     PAGE.write_text(render(tables))
     AVERAGED.write_text(averaged_page(runs))
     CONFIRMED.write_text(confirmed_csv(runs))
-    RIVALS.write_text(rivals_csv(runs))
+    METHODS.write_text(methods_csv(runs))
     plot_curves(tables.curves, runs, FOLDER / "curves.png")
     plot_lengths(runs, FOLDER / "lengths.png")
 

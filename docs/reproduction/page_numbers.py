@@ -16,9 +16,9 @@ from page_tables import (
     BUDGET,
     PARAMETERS,
     confirm_table,
-    rival_cells,
-    rival_replicates,
-    rivals_table,
+    method_cells,
+    method_replicates,
+    methods_table,
     share,
 )
 from selection import CELL, DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
@@ -41,6 +41,7 @@ class Tables(NamedTuple):
       earlier: runs of the first study (table.csv).
       baselines: its runs with other settings and methods.
       unigram: held-out losses of unigram models of the corpora.
+      again: confirmed runs of corpus B, repeated on a CPU to measure the acceptance of drafts.
     """
 
     runs: pd.DataFrame
@@ -48,19 +49,21 @@ class Tables(NamedTuple):
     earlier: pd.DataFrame
     baselines: pd.DataFrame
     unigram: pd.DataFrame
+    again: pd.DataFrame
 
 
 def read_tables() -> Tables:
     """Reads the committed tables."""
     names = ("runs", "curves", "table", "baselines", "unigram")
-    return Tables(*(pd.read_csv(FOLDER / f"{name}.csv") for name in names))
+    again = pd.read_csv(FOLDER.parent / "decoding" / "acceptance.csv")
+    return Tables(*(pd.read_csv(FOLDER / f"{name}.csv") for name in names), again)
 
 
 def page_values(tables: Tables) -> dict[str, str]:
     """Returns the text of each name in the template."""
     runs, earlier = tables.runs, _Earlier(tables)
     chosen, replicates = Chosen(runs), Replicates(runs)
-    values = count_runs(runs) | _tuning(runs, chosen) | _rivals(runs, chosen) | earlier.values()
+    values = count_runs(runs) | _tuning(runs, chosen) | _methods(runs, chosen) | earlier.values()
     for R in (128, 32):
         values |= _contrasts(R, chosen, replicates)
         values[f"unique_{R}"] = f"{BUDGET // R:,}"
@@ -71,6 +74,9 @@ def page_values(tables: Tables) -> dict[str, str]:
     lower = [-replicates.difference(*_pair(chosen, R, kind), MASKED)[0] for R, kind in CONTRASTS]
     values["masked_lower"] = span(lower, ".0f")
     values["full_128_effect"] = f"{-replicates.difference(*_pair(chosen, 128, 'full'), LOSS)[0]:.1f}"
+    changes = repeated_changes(runs, tables.again)
+    values["num_again"] = word(len(changes))
+    values["cpu_change"], values["cpu_mean"] = span(changes, "+.3f"), f"{changes.mean():+.3f}"
     values["unigram"] = span(tables.unigram.query("corpus != 'A'").test, ".2f")
     return values
 
@@ -84,26 +90,25 @@ def _pair(chosen: Chosen, R: int, kind: str) -> tuple[dict, dict]:
 
 
 def count_runs(runs: pd.DataFrame) -> dict[str, str]:
-    """Returns the numbers of runs, and how much the losses of two seeds differ."""
+    """Returns the numbers of runs."""
     confirm = runs.corpus != "A"
     weighted = confirm & (runs.causal_weight == 2)
     plain, other = runs.recipe == "plain", confirm & (runs.recipe != "plain")
     by_cell = runs[confirm & plain & (runs.R == 128)].groupby(CELL)
-    by_seed = runs[confirm & plain & (runs.R == 128)].groupby([*CELL, "corpus"])
     diverged = ~(runs[["dev_causal", LOSS]] < DIVERGED).all(axis=1)  # NaN is a divergence
     return {
         "parameters": f"{PARAMETERS:,}",
         "budget": f"{BUDGET / 1e6:.2f}M",
         "num_runs": str(len(runs)),
+        "num_gpu": str((~other).sum()),
         "num_tune": str((runs.stage == "tune").sum()),
         "num_confirm": str((confirm & plain & ~weighted).sum()),
-        "num_rivals": word(other.sum()),
+        "num_methods": str(other.sum()),
         "num_weight": str(weighted.sum()),
         "num_explore": str((~confirm & (runs.stage != "tune")).sum()),
         "num_diverged": str(diverged.sum()),
         "num_skipped": str((runs.skipped > 0).sum()),
         "replicates_128": word(by_cell.size().min()),
-        "seed_range": span(by_seed[LOSS].max() - by_seed[LOSS].min(), ".3f"),
     }
 
 
@@ -172,22 +177,32 @@ def _tuning(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
     }
 
 
-def _rivals(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
+def repeated_changes(runs: pd.DataFrame, again: pd.DataFrame) -> pd.Series:
+    """Returns the changes in causal loss of confirmed runs that were repeated on a CPU."""
+    keys = ["alpha", "weight_decay", "R"]
+    first = runs[(runs.stage == "confirm") & (runs.corpus == "B") & (runs.seed == 1)]
+    first = first[(first.length == 1) & (first.causal_weight == 1)]
+    again = again.rename(columns={"repetitions": "R"}).drop_duplicates(keys)
+    both = first.merge(again, on=keys)
+    return both.causal_loss - both.dev_causal
+
+
+def _methods(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
     """Returns the losses of other methods in the text below their table."""
-    cells, replicates = rival_cells(chosen), rival_replicates(runs)
+    cells, replicates = method_cells(chosen), method_replicates(runs)
     replicate_keys = replicates.common(cells.values())
     values = {
-        "rivals": rivals_table(runs),
-        "rivals_corpora": word(len({corpus for corpus, _ in replicate_keys})),
-        "rivals_runs": word(len(replicate_keys)),
+        "methods": methods_table(runs),
+        "methods_corpora": word(len({corpus for corpus, _ in replicate_keys})),
+        "methods_runs": word(len(replicate_keys)),
     }
     for method, cell in cells.items():
         name, masked = method.replace(" ", "_"), over_corpora(replicates.values(cell, MASKED))
         values[f"masked_{name}"] = f"{masked[0]:.1f}"
         for prefix in ("", "ema_"):
             difference = replicates.difference(cell, cells["mixture"], f"{prefix}{LOSS}")
-            values[f"{prefix}rival_{name}"] = signed(difference)
-            values[f"{prefix}rival_{name}_interval"] = interval(difference)
+            values[f"{prefix}method_{name}"] = signed(difference)
+            values[f"{prefix}method_{name}_interval"] = interval(difference)
     return values
 
 
@@ -197,8 +212,7 @@ class _Earlier:
     def __init__(self, tables: Tables):
         both = pd.concat([tables.baselines, tables.earlier])
         done = both[both.status == "done"].drop_duplicates("name")
-        self._num_runs, self._earlier = len(done), tables.earlier
-        self._runs = done.assign(setting=done.name.str.replace(r"seed=\d+,", "", regex=True))
+        self._num_runs, self._runs, self._earlier = len(done), done, tables.earlier
 
     def _losses(self, alpha: float, repetitions: int, decay: float, rate: float, steps: int) -> pd.Series:
         """Returns the causal losses of the runs with these settings, by seed."""
@@ -214,13 +228,11 @@ class _Earlier:
         often = self._runs[(self._runs.repetitions == 128) & (self._runs.steps == self._runs.steps.max())]
         often = often[(often[EARLIER_DECAY] == 0.1) & (often[EARLIER_RATE] == 0.01)]
         by_alpha = often.groupby("alpha")[EARLIER_LOSS].mean()
-        by_setting = self._runs.groupby("setting")[EARLIER_LOSS].agg(["min", "max", "size"]).query("size > 1")
         price = small_share(self._earlier.to_dict("records"))
         return {
             "earlier_num_runs": str(self._num_runs),
             "earlier_best": share(by_alpha.idxmin()),
             "earlier_effect": f"{by_alpha[1.0] - by_alpha.min():.0f}",
-            "earlier_seeds": f"{(by_setting['max'] - by_setting['min']).max():.2f}",
             "rate_gain": f"{self.rate_gain():.2f}",
             "price_share": f"{price.masked_share:.1%}",
             "price_causal": span(price.causal_changes, ".3f"),

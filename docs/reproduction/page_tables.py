@@ -10,7 +10,7 @@ import pandas as pd
 from selection import LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
 
 from dualsm.analysis.confirmed import ConfirmedCell
-from dualsm.analysis.rivals import Rival
+from dualsm.analysis.methods import ConfirmedMethod
 
 BUDGET, PARAMETERS = 1840 * 64 * 128, 230_336
 
@@ -66,7 +66,7 @@ METHODS = {
 }
 
 
-def rival_cells(chosen: Chosen) -> dict[str, dict]:
+def method_cells(chosen: Chosen) -> dict[str, dict]:
     """Returns the best cell of each method at R = 128, at its best stop."""
     return {
         "causal": chosen.best("plain", 128, 1.0, "stop"),
@@ -82,15 +82,15 @@ def compute(cell: dict) -> float:
     return cell["length"] * (2 if cell["recipe"] == "mir" else 1)
 
 
-def rival_replicates(runs: pd.DataFrame) -> Replicates:
+def method_replicates(runs: pd.DataFrame) -> Replicates:
     """Returns the confirmed runs with the corpora and seeds that all methods have."""
-    common = Replicates(runs).common(rival_cells(Chosen(runs)).values())
+    common = Replicates(runs).common(method_cells(Chosen(runs)).values())
     return Replicates(runs[[key in common for key in zip(runs.corpus, runs.seed, strict=True)]])
 
 
-def rivals_table(runs: pd.DataFrame) -> str:
+def methods_table(runs: pd.DataFrame) -> str:
     """Returns the losses of each method at R = 128, of the last weights and of their average (EMA)."""
-    cells, replicates = rival_cells(Chosen(runs)), rival_replicates(runs)
+    cells, replicates = method_cells(Chosen(runs)), method_replicates(runs)
     rows = [
         ["recipe", "weight decay", "length", "compute", "causal loss", "masked loss", "causal, EMA",
          "masked, EMA"]
@@ -104,9 +104,9 @@ def rivals_table(runs: pd.DataFrame) -> str:
     return markdown(rows)
 
 
-def rivals_csv(runs: pd.DataFrame) -> str:
-    """Returns the table of `dualsm.analysis.rivals`."""
-    cells, replicates, rows = rival_cells(Chosen(runs)), rival_replicates(runs), []
+def methods_csv(runs: pd.DataFrame) -> str:
+    """Returns the table of `dualsm.analysis.methods`."""
+    cells, replicates, rows = method_cells(Chosen(runs)), method_replicates(runs), []
     for method, cell in cells.items():
         losses = replicates.values(cell, LOSS)
         setting = (cell["alpha"], cell["weight_decay"], cell["length"], compute(cell))
@@ -118,7 +118,7 @@ def rivals_csv(runs: pd.DataFrame) -> str:
                 *four_digits(replicates.difference(cell, cells["mixture"], LOSS)),
             ]
         )
-    return csv_text(Rival._fields, rows)
+    return csv_text(ConfirmedMethod._fields, rows)
 
 
 def confirmed_csv(runs: pd.DataFrame) -> str:

@@ -4,8 +4,8 @@ python docs/reproduction/study.py --corpora=runs/study --output=runs/study_resul
 
 `--corpora` contains the corpora A, B, C and D, whose held-out text is the dev split, and `test`, whose
 held-out text is the test split; protocol.md has the commands that make them. Each run is a line of
-`runs.jsonl`; a repeated call continues with the runs that are missing. `--known=docs/reproduction` trains
-only the runs that are missing from the tables of that folder, and adds them.
+`runs.jsonl`; a repeated call continues with the runs that are missing. `--known=docs/reproduction`
+also reads the tables of that folder, trains only the missing runs, and writes all of them to `--output`.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def write_tables(results: list[dict], folder: Path) -> None:
                     writer.writerow([*run, step, *(f"{loss:.4f}" for loss in losses)])
 
 
-def read_tables(folder: Path) -> list[dict]:
+def read_results(folder: Path) -> list[dict]:
     """Returns the results in the tables that `write_tables` wrote."""
 
     def run_of(line: dict) -> dict:
@@ -207,7 +207,7 @@ class Study:
         self.corpora, self.file = corpora, output / "runs.jsonl"
         output.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if self.file.exists() else []
-        found = [*(read_tables(known) if known else []), *map(json.loads, lines)]
+        found = [*(read_results(known) if known else []), *map(json.loads, lines)]
         self.results = list({name_of(result["run"]): result for result in found}.values())
         dev, test = (Corpus(str(corpora / name)) for name in ("A", "test"))
         tokenizer = dev.tokenizer()

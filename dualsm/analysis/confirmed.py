@@ -18,9 +18,9 @@ from typing import NamedTuple
 from scipy.special import stdtrit
 
 from dualsm.analysis.advice import NamedSource, TokenBudget, mixture_flags
-from dualsm.analysis.rivals import Rival, read_rivals
+from dualsm.analysis.methods import ConfirmedMethod, read_methods
 from dualsm.analysis.scales import doublings_outside, fraction
-from dualsm.analysis.small_share import FEW_REPETITIONS, describe_small_share, small_share
+from dualsm.analysis.small_share import describe_small_share, price_at
 
 TABLE = Path(__file__).with_name("confirmed.csv")  # written by docs/reproduction/page.py
 INTERVAL = 0.8  # probability that a stated interval contains the expected value
@@ -172,34 +172,37 @@ def describe_confirmed(found: Confirmed, source: NamedSource | None = None) -> l
         lines.append(f"    warning: the question is outside these runs, in doublings: {', '.join(far)}")
     if "parameters" not in found.outside:
         lines.append("    size not given: set --parameters for its distance from the size of these models")
-    lines.append(_describe_dropout())
-    if found.repetitions <= FEW_REPETITIONS:
-        lines.append(describe_small_share(small_share()))
+    lines += _describe_dropout()
+    if price := price_at(found.repetitions):
+        lines.append(describe_small_share(price))
     lines.append("    other sizes and learning rates have not been run; see docs/reproduction.md")
     return lines
 
 
-def _describe_dropout() -> str:
-    """Returns a line about the confirmed runs with dropout."""
-    rivals = read_rivals()
-    causal, mixture = rivals["causal dropout"], rivals["mixture dropout"]
-    change = _estimate(causal.causal_change, causal.causal_change_error, causal.corpora, "+")
-    both = _estimate(mixture.causal_change, mixture.causal_change_error, mixture.corpora, "+")
-    return (
-        f"    dropout {causal.dropout:g} (R = {causal.repetitions}, {causal.replicates} runs on "
-        f"{causal.corpora} corpora): causal rows only, weight decay {causal.weight_decay:g}: "
-        f"{_losses(causal)}, in causal loss {change} from the mixture without dropout; the mixture with "
-        f"dropout, weight decay {mixture.weight_decay:g}: {_losses(mixture)}, {both}"
-    )
+def _describe_dropout() -> list[str]:
+    """Returns lines about the confirmed runs with dropout."""
+    methods = read_methods()
+    found = {"causal rows only": methods["causal dropout"], "mixture": methods["mixture dropout"]}
+    first = methods["causal dropout"]
+    lines = [
+        f"    with dropout {first.dropout:g} (R = {first.repetitions}, {first.replicates} runs per setting "
+        f"on {first.corpora} corpora), and the change in causal loss from the mixture without dropout:"
+    ]
+    for name, method in found.items():
+        change = _estimate(method.causal_change, method.causal_change_error, method.corpora, "+")
+        alpha = "" if method.alpha == 1 else f", causal {fraction(method.alpha)}"
+        setting = f"weight decay {method.weight_decay:g}, {_stop(method)}"
+        lines.append(f"        {name}{alpha}, {setting}: {_losses(method)}; change {change}")
+    return lines
 
 
-def _stop(cell: ConfirmedCell) -> str:
+def _stop(cell: ConfirmedCell | ConfirmedMethod) -> str:
     if cell.length == 1:
         return "no early stop"
     return f"stopped at {fraction(cell.length)} of the tokens (of config.steps and config.repetitions)"
 
 
-def _losses(cell: ConfirmedCell | Rival) -> str:
+def _losses(cell: ConfirmedCell | ConfirmedMethod) -> str:
     losses = ((cell.causal, cell.causal_error), (cell.masked, cell.masked_error))
     return " and ".join(_estimate(*loss, cell.corpora) for loss in losses)
 

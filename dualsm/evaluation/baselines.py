@@ -15,6 +15,7 @@ from dualsm.evaluation.scoring import Item, Scorer, Scores, encode_pair
 from dualsm.model.transformer import init_params
 from dualsm.objectives.plan import MixturePlan
 from dualsm.process.errors import UserError
+from dualsm.process.progress import warn
 from dualsm.rundir.trained_run import TrainedRun
 from dualsm.training.run_corpora import check_tokenizer, open_corpora
 
@@ -45,10 +46,11 @@ def open_baselines(names: Sequence[str], run: TrainedRun) -> dict[str, ScoreItem
 
 
 def default_baselines(run: TrainedRun) -> tuple[str, ...]:
-    """Returns all baselines, but "unigram" only if the run has corpora that can be read."""
+    """Returns all baselines; without "unigram", after a warning, if a corpus of the run cannot be used."""
     try:
         check_tokenizer(open_corpora(run.config), run.tokenizer)
-    except UserError:
+    except UserError as error:
+        warn(f"no unigram baseline: {error}")
         return (UNTRAINED,)
     return BASELINES
 

@@ -17,7 +17,7 @@ def results_table(results: Mapping, modes: Sequence[str]) -> str:
     if results["tasks"]:
         parts.append("accuracy in percent ± standard error\n" + _task_table(results["tasks"], modes))
         parts.append(
-            "bits per byte of the correct answer, and those of the best wrong one minus these (margin), "
+            "bits per byte of the correct answer, and its margin over the best wrong answer, "
             "± standard error\n" + _answer_table(results["tasks"], modes)
         )
     if held_out := results.get("held_out"):

@@ -3,7 +3,14 @@
 import pytest
 
 from dualsm.analysis.advice import round_repetitions
-from dualsm.analysis.confirmed import ConfirmedCell, answer, describe_confirmed, read_confirmed
+from dualsm.analysis.confirmed import (
+    ConfirmedCell,
+    answer,
+    describe_confirmed,
+    half_interval,
+    read_confirmed,
+)
+from dualsm.analysis.methods import read_methods
 
 
 def cell(repetitions, alpha, length, causal, masked, roles):
@@ -87,3 +94,17 @@ def test_the_shipped_table_answers_at_both_numbers_of_repetitions():
     for repetitions in (32, 128):
         found = answer(round_repetitions(1e6, repetitions * 1e6))
         assert found.mixture.repetitions == repetitions and found.mixture.alpha < 1
+
+
+def test_dropout_is_stated_from_the_table():
+    methods, lines = read_methods(), describe_confirmed(answer(round_repetitions(1e6, 128e6)))
+    (start,) = (i for i, line in enumerate(lines) if line.startswith("    with dropout 0.1 (R = 128, "))
+    names = {"causal dropout": "causal rows only, ", "mixture dropout": "mixture, causal 3/4, "}
+    for (name, beginning), line in zip(names.items(), lines[start + 1 : start + 3], strict=True):
+        method = methods[name]
+        assert line.strip().startswith(beginning)
+        assert f"weight decay {method.weight_decay:g}, no early stop: " in line
+        losses = ((method.causal, method.causal_error), (method.masked, method.masked_error))
+        stated = [f"{loss:.3f} ± {half_interval(error, method.corpora):.3f}" for loss, error in losses]
+        change = half_interval(method.causal_change_error, method.corpora)
+        assert line.endswith(f"{' and '.join(stated)}; change {method.causal_change:+.3f} ± {change:.3f}")

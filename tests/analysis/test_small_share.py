@@ -1,11 +1,9 @@
-"""The price of a small share of masked rows, and dropout, in the answer of the confirmed runs."""
+"""The price of a small share of masked rows, in the answer of the confirmed runs."""
 
 import pytest
 
-from dualsm.analysis import confirmed
 from dualsm.analysis.advice import round_repetitions
-from dualsm.analysis.confirmed import answer, describe_confirmed, half_interval
-from dualsm.analysis.rivals import read_rivals
+from dualsm.analysis.confirmed import answer, describe_confirmed
 from dualsm.analysis.small_share import describe_small_share, small_share
 
 
@@ -52,19 +50,3 @@ def test_the_price_is_stated_at_few_repetitions_only():
     for repetitions in (16, 17):
         lines = describe_confirmed(answer(round_repetitions(1e6, repetitions * 1e6)))
         assert (describe_small_share(small_share()) in lines) == (repetitions == 16)
-
-
-def test_dropout_is_stated_from_the_table(monkeypatch):
-    def stated():
-        lines = describe_confirmed(answer(round_repetitions(1e6, 128e6)))
-        (line,) = (line for line in lines if line.startswith("    dropout 0.1 (R = 128, "))
-        return line
-
-    rivals, line = read_rivals(), stated()
-    for name in ("causal dropout", "mixture dropout"):
-        found = rivals[name]
-        assert f"{found.causal:.3f} ± {half_interval(found.causal_error, found.corpora):.3f}" in line
-        assert f"{found.causal_change:+.3f} ± " in line
-    other = {name: rival._replace(causal=rival.causal + 1) for name, rival in rivals.items()}
-    monkeypatch.setattr(confirmed, "read_rivals", lambda: other)
-    assert f"{other['causal dropout'].causal:.3f} ± " in stated() != line

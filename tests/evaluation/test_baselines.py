@@ -102,11 +102,13 @@ def test_scores_above_baselines(run):
     assert any(line.split() == ["margin", *margin.split()] for line in table.splitlines())
 
 
-def test_default_baselines_need_only_what_the_run_has(run, tmp_path):
+def test_default_baselines_need_only_what_the_run_has(run, tmp_path, capsys):
     assert default_baselines(run) == BASELINES
+    assert capsys.readouterr().err == ""
     config = copy.deepcopy(run.config)
     config.data.path = str(tmp_path / "moved")
     assert default_baselines(dataclasses.replace(run, config=config)) == ("untrained",)
+    assert f"no unigram baseline: no corpus at '{tmp_path / 'moved'}'" in capsys.readouterr().err
 
 
 def test_corpus_with_another_tokenizer_is_rejected(run):

@@ -1,0 +1,56 @@
+"""Methods against overfitting at R = 128, confirmed on several corpora; see docs/reproduction.md."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+TABLE = Path(__file__).with_name("methods.csv")  # written by docs/reproduction/page.py
+_INTEGERS = ("repetitions", "replicates", "corpora")
+
+
+class ConfirmedMethod(NamedTuple):
+    """A method with the settings that were best for it, at its best stop.
+
+    All methods have the same corpora and seeds, but not the same hardware and order of documents.
+
+    Attributes:
+      repetitions: R of a run with the whole budget.
+      method: "causal", "mixture", each with or without " dropout", or "mir".
+      dropout: dropout rate.
+      alpha: share of causal rows; all others are masked diffusion. 1 for "mir".
+      weight_decay: weight decay.
+      length: share of the budget that was trained, with a complete learning-rate schedule.
+      compute: relative to a causal run with the whole budget.
+      replicates: number of runs, on several corpora.
+      corpora: number of corpora.
+      causal, causal_error: held-out causal loss in nats per token, and its standard error over corpora.
+      masked, masked_error: the same of the masked-diffusion loss.
+      causal_change, causal_change_error: causal loss minus that of the mixture without dropout, with the same
+        corpora and seeds, and its standard error; 0 for the mixture itself.
+    """
+
+    repetitions: int
+    method: str
+    dropout: float
+    alpha: float
+    weight_decay: float
+    length: float
+    compute: float
+    replicates: int
+    corpora: int
+    causal: float
+    causal_error: float
+    masked: float
+    masked_error: float
+    causal_change: float
+    causal_change_error: float
+
+
+def read_methods(path: Path = TABLE) -> dict[str, ConfirmedMethod]:
+    """Returns the rows of the table by method."""
+    types = dict.fromkeys(ConfirmedMethod._fields, float) | dict.fromkeys(_INTEGERS, int) | {"method": str}
+    with path.open(newline="") as file:
+        rows = [{name: types[name](text) for name, text in row.items()} for row in csv.DictReader(file)]
+    return {row["method"]: ConfirmedMethod(**row) for row in rows}
