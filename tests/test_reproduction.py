@@ -57,6 +57,16 @@ def test_the_page_is_what_the_tables_give(modules, tables):
     assert page.averaged_page(tables.runs) == page.AVERAGED.read_text()
 
 
+def test_the_table_of_two_sources_is_that_of_its_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import two_sources_scores
+
+    lines = (FOLDER / "two_sources.md").read_text().splitlines()
+    rows = [line.split(" | ", 1)[1] for line in lines if line.startswith("| ") and "±" in line]
+    means = two_sources_scores.means(pd.read_csv(two_sources_scores.TABLE))
+    assert rows == [" | ".join(row) + " |" for row in means.itertuples(index=False)]
+
+
 def test_the_page_is_short(modules):
     assert len(modules.page.PAGE.read_text().split()) <= 1800
 

@@ -1,0 +1,54 @@
+"""Collects the held-out losses of the runs with two sources in two_sources.csv, and prints their means.
+
+    python docs/reproduction/two_sources_scores.py runs/two_sources
+
+The folder has a run MIXTURE-SEED for each mixture of two_sources.py and each seed, with the results of
+`dualsm evaluate`. Losses are in nats per token, on the whole held-out text of each source.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+TABLE = Path(__file__).with_name("two_sources.csv")
+SOURCES, OBJECTIVES = ("literature", "other"), ("causal", "masked_diffusion")
+MIXTURES = ("causal", "one", "per_source")
+
+
+def read_scores(folder: Path) -> pd.DataFrame:
+    """Returns a line per run: mixture, seed, and the losses of each source and objective."""
+    lines = []
+    for path in sorted(folder.glob("*-*/eval/step_*.json")):
+        mixture, _, seed = path.parents[1].name.rpartition("-")
+        held_out = json.loads(path.read_text())["held_out"]
+        losses = {
+            f"{source}_{objective}": held_out[f"{source}/{objective}"]["nats_per_token"]
+            for source in SOURCES
+            for objective in OBJECTIVES
+        }
+        lines.append({"mixture": mixture, "seed": int(seed)} | losses)
+    return pd.DataFrame(lines)
+
+
+def means(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the mean over seeds and half of their range, as text, by mixture."""
+    losses = table.drop(columns="seed").groupby("mixture")
+    middle, half = losses.mean(), (losses.max() - losses.min()) / 2
+    text = {
+        name: [f"{m:.3f} ± {h:.3f}" for m, h in zip(middle[name], half[name], strict=True)] for name in middle
+    }
+    return pd.DataFrame(text, index=middle.index).loc[list(MIXTURES)]
+
+
+def main(folder: Path) -> None:
+    table = read_scores(folder)
+    table.to_csv(TABLE, index=False, float_format="%.4f")
+    print(means(table).to_string())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
