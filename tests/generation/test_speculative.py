@@ -129,7 +129,9 @@ def test_logits_after_rejections_equal_uncached_ones(models):
                 config, model.params, state, np.full(6, 6, np.int32), prompt_B + 60, 1,
                 size=6, sampling=HOT, special=SPECIAL,
             )  # fmt: skip
-            np.testing.assert_allclose(*both(model.params, state), atol=1e-4)
+            cached, uncached = map(np.asarray, both(model.params, state))
+            # Rounding is relative to the largest logits: where these are about 10, it may exceed 1e-4.
+            np.testing.assert_allclose(cached, uncached, rtol=0, atol=2e-5 * np.abs(uncached).max())
         assert (state.accepted_B < 6 * state.drafts_B).all()
 
 
