@@ -13,8 +13,10 @@ from dualsm.data import build
 from dualsm.data.batches import BatchSource, OrderedDocuments
 from dualsm.data.corpus import Corpus
 from dualsm.data.sequence_order import SequenceOrder
+from dualsm.process import urls
 from dualsm.process.paths import files_in, upload, user_path
 from tests.conftest import ROOT, command_env, run_command
+from tests.data.reading import read
 from tests.killing import problems
 from tests.object_store import BUCKET, object_store
 from tests.processes import launch
@@ -154,6 +156,15 @@ def test_the_requests_of_a_start_do_not_depend_on_the_number_of_shards(store, js
         assert np.array_equal(source[3]["tokens"], batch(local)[1][3]["tokens"])
         assert 0 < len(names & requested()) < shards
     assert requests[24] <= requests[8] + 2, requests  # the manifest is longer
+
+
+def test_parquet_files_in_a_bucket_are_streamed(store, tmp_path, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"text {i}" for i in range(3000)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1000)
+    user_path(f"{HOME}/a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())
+    monkeypatch.setattr(urls, "local_input", None)
+    assert read(f"{HOME}/a.parquet") == texts
 
 
 def test_a_run_killed_during_a_save_resumes_and_equals_a_local_run(run, local, tmp_path):

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from dualsm.data.domains import Labeled
 from dualsm.data.fields import SEPARATOR, names_of
 from dualsm.process.errors import UserError
+from dualsm.process.urls import file_name
 
 _BATCH_ROWS = 256  # rows per batch of a .parquet file
 
 
 def read_columns(
-    path: str, text_key: str, max_bytes: int, name: str = "", domain_key: str = ""
+    file: str | BinaryIO, text_key: str, max_bytes: int, name: str, domain_key: str = ""
 ) -> Iterator[tuple[list[bytes | Labeled | None], int]]:
     """Yields batches of texts, and the bytes of the file that each batch represents.
 
     Texts are UTF-8; null values are b"", and texts longer than `max_bytes` are None.
 
     Args:
-      path: a .parquet file, or an .arrow file in the stream format (written by `datasets`) or the file format
-        (Feather 2).
+      file: a .parquet file, or an .arrow file in the stream format (written by `datasets`) or the file format
+        (Feather 2): a local path, or an open file with `seek`. Only the columns that are needed are read from
+        a .parquet file.
       text_key: names of columns, separated by commas, whose values are joined; `a.b` is the field `b` of the
         column of structs `a`, unless a column is named `a.b`.
       max_bytes: maximum size of a text.
-      name: path for messages, if `path` is a temporary copy.
+      name: path or URL of the file, for its suffix and for messages.
       domain_key: name of the column with the domain, which is yielded with the text; "": only the text.
 
     Raises:
       UserError: if pyarrow is not installed, or if the file is damaged or has no such text column.
     """
-    name = name or path
     try:
         import pyarrow
     except ImportError as error:
         raise UserError(f"reading {name} needs pyarrow: pip install 'dualsm[parquet]'") from error
-    batches = _parquet_batches if path.lower().endswith(".parquet") else _arrow_batches
-    size = remaining = Path(path).stat().st_size
+    batches = _parquet_batches if file_name(name).lower().endswith(".parquet") else _arrow_batches
+    size = remaining = _size(file)
     try:
-        for columns, domains, fraction in batches(path, text_key, name, domain_key):
+        for columns, domains, fraction in batches(file, text_key, name, domain_key):
             consumed = min(remaining, round(size * fraction))
             remaining -= consumed
             texts = _texts([_as_bytes(column, values) for column, values in columns], max_bytes)
@@ -49,6 +50,14 @@ def read_columns(
         raise UserError(f"cannot read {name}: {error}") from error
     except _NotText as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def _size(file: str | BinaryIO) -> int:
+    if isinstance(file, str):
+        return os.stat(file).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
 
 
 class _NotText(ValueError):
@@ -100,20 +109,21 @@ def _value(value, max_bytes: int) -> bytes | None:
     return value.as_py() if len(value.as_buffer()) <= max_bytes else None
 
 
-def _parquet_batches(path: str, text_key: str, name: str, domain_key: str):
+def _parquet_batches(file: str | BinaryIO, text_key: str, name: str, domain_key: str):
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
-        select = _selection(name, text_key, domain_key, file.schema_arrow)
-        rows = max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=select.columns):
+    with parquet.ParquetFile(file) as reader:
+        select = _selection(name, text_key, domain_key, reader.schema_arrow)
+        rows = max(1, reader.metadata.num_rows)
+        for batch in reader.iter_batches(batch_size=_BATCH_ROWS, columns=select.columns):
             yield *select(batch), batch.num_rows / rows
 
 
-def _arrow_batches(path: str, text_key: str, name: str, domain_key: str):
+def _arrow_batches(file: str | BinaryIO, text_key: str, name: str, domain_key: str):
     import pyarrow
 
-    with pyarrow.memory_map(path) as source:
+    is_path = isinstance(file, str)
+    with pyarrow.memory_map(file) if is_path else pyarrow.PythonFile(file, "r") as source:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         with pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source) as reader:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from dualsm.data.text import likely_encoding, parse_json, without_bom
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import BucketError, UserError
-from dualsm.process.urls import file_name, local_input
+from dualsm.process.urls import file_name, local_input, random_access
 
 Item = bytes | Labeled | None | Fault
 
@@ -83,8 +84,8 @@ def read_blocks(
     try:
         kind = inputs.format_of(path, file_format)
         if kind == "columns":
-            with local_input(path) as copy:
-                yield from _column_blocks(copy, path, text_key, max_bytes, column)
+            with random_access(path) as file:
+                yield from _column_blocks(file, path, text_key, max_bytes, column)
         elif kind == "ids":
             with local_input(path, f"{file_name(path).removesuffix('.bin')}.idx") as copy:
                 yield from _id_blocks(copy, path, max_bytes)
@@ -197,9 +198,11 @@ def _text_blocks(
         yield Block(path, form, count - len(buffered) + 1, buffered, raw.tell() - position)
 
 
-def _column_blocks(copy: str, path: str, text_key: str, max_bytes: int, domain_key: str) -> Iterator[Block]:
+def _column_blocks(
+    file: str | BinaryIO, path: str, text_key: str, max_bytes: int, domain_key: str
+) -> Iterator[Block]:
     first = 1
-    for items, consumed in read_columns(copy, text_key, max_bytes, path, domain_key):
+    for items, consumed in read_columns(file, text_key, max_bytes, path, domain_key):
         yield Block(path, "text", first, items, consumed)
         first += len(items)
 

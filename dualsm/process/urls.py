@@ -104,10 +104,27 @@ def input_size(path: str) -> tuple[int, ...]:
 
 
 def open_input(path: str, buffering: int = -1) -> BinaryIO:
-    """Opens a file for reading from start to end, with `readline(limit)` and `tell`."""
+    """Opens a file for reading, with `readline(limit)` and `tell`, and `seek` if it is `seekable()`."""
     if not is_url(path):
         return open_binary(path, buffering)
     return io.BufferedReader(_UrlFile(path), max(buffering, _MIN_BUFFER))
+
+
+@contextlib.contextmanager
+def random_access(path: str) -> Iterator[str | BinaryIO]:
+    """Yields a file whose parts can be read in any order: the path of a local file, or an open remote file.
+
+    A file on a server that only sends whole files is copied to a temporary folder.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with open_input(path) as file:
+        if file.seekable():
+            yield file
+            return
+    with local_input(path) as copy:
+        yield copy
 
 
 @contextlib.contextmanager
@@ -131,7 +148,7 @@ def local_input(path: str, *siblings: str) -> Iterator[str]:
 
 
 class _UrlFile(io.RawIOBase):
-    """Reads a file at a URL sequentially, and continues where it was after an error."""
+    """Reads a file at a URL, and continues where it was after an error."""
 
     def __init__(self, url: str):
         self._url, self._position, self._file = url, 0, None
@@ -143,11 +160,35 @@ class _UrlFile(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
+    def seekable(self) -> bool:
+        """Returns True if the server sends parts of the file; asks it for the last byte."""
+        if not self._size():
+            return False
+        position = self._position
+        self.seek(-1, os.SEEK_END)
+        found = bool(self._read_with_retries(1)) and not self._streamed
+        self._close_file()
+        self._position, self._streamed = position, False
+        return found
+
+    def _size(self) -> int:
+        return input_size(self._url)[0]
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: lambda: 0, os.SEEK_CUR: self.tell, os.SEEK_END: self._size}[whence]()
+        self._position = start + offset
+        if self._file is not None:
+            self._file.seek(self._position)
+        return self._position
+
     def readinto(self, buffer) -> int:
-        data = retry(lambda: self._read(len(buffer)), self._url, _ATTEMPTS)
+        data = self._read_with_retries(len(buffer))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def _read_with_retries(self, size: int) -> bytes:
+        return retry(lambda: self._read(size), self._url, _ATTEMPTS)
 
     def _read(self, size: int) -> bytes:
         try:

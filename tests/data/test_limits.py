@@ -104,8 +104,7 @@ def test_long_values_of_a_column_are_none(tmp_path):
 
     from dualsm.data.columns import read_columns
 
-    parquet.write_table(pyarrow.table({"text": ["short", "x" * 5000, None, ""]}), tmp_path / "a.parquet")
-    values = [
-        value for batch, _ in read_columns(str(tmp_path / "a.parquet"), "text", 4999) for value in batch
-    ]
+    path = str(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"text": ["short", "x" * 5000, None, ""]}), path)
+    values = [value for batch, _ in read_columns(path, "text", 4999, path) for value in batch]
     assert values == [b"short", None, b"", b""]

@@ -5,6 +5,7 @@ import http.server
 import importlib
 import json
 import pathlib
+import random
 import threading
 import urllib.parse
 
@@ -233,10 +234,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if body and self.server.cuts and len(content) > self.server.cuts[-1]:
-            self.wfile.write(content[: self.server.cuts.pop()])  # a lost connection
+            content = content[: self.server.cuts.pop()]  # a lost connection
             self.close_connection = True
-        elif body:
+        if body:
             self.wfile.write(content)
+            self.server.sent += len(content)
 
     def log_message(self, *_):
         pass
@@ -249,7 +251,7 @@ REPOSITORY = "owner/name"
 def server(local):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
         made.folder, made.ranges, made.daemon_threads = local, True, True
-        made.accepts, made.cuts, made.requested = None, [], []
+        made.accepts, made.cuts, made.requested, made.sent = None, [], [], 0
         made.address = f"http://127.0.0.1:{made.server_port}"
         threading.Thread(target=made.serve_forever, daemon=True).start()
         yield made
@@ -284,6 +286,36 @@ def test_long_files_are_read_from_servers_without_range_requests(server, local, 
     with urls.open_input(url) as file:
         assert file.read() == (local / "long.jsonl").read_bytes()
     assert server.cuts == []
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "stream.arrow", "file.arrow"])
+def test_column_files_are_streamed(server, local, monkeypatch, suffix):
+    """Nothing is copied, and of a Parquet file only the text is requested, also if connections are lost."""
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
+    texts = [f"text {i}" * 20 for i in range(3000)]
+    table = pyarrow.table({"image": [random.Random(i).randbytes(8000) for i in range(3000)], "text": texts})
+    path, url = local / f"wide.{suffix}", f"{server.address}/wide.{suffix}"
+    if suffix == "parquet":
+        from pyarrow import parquet
+
+        parquet.write_table(table, path, row_group_size=1000)
+    else:
+        new = pyarrow.ipc.new_stream if suffix.startswith("stream") else pyarrow.ipc.new_file
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=500)
+    monkeypatch.setattr(urls, "local_input", None)
+    monkeypatch.setattr(paths.time, "sleep", lambda seconds: None)
+    server.cuts = [40_000, 40_000]
+    assert read(url, max_bytes=1 << 20) == read(path, max_bytes=1 << 20) == texts
+    assert server.cuts == []
+    if suffix == "parquet":
+        assert server.sent < path.stat().st_size
+    (block, *_) = readers.read_blocks(url, "text", 1 << 20)
+    assert block.consumed > 0
+    server.cuts = [100] * 1000
+    with pytest.raises(BucketError):
+        read(url, max_bytes=1 << 20)
 
 
 def test_files_are_requested_without_compression_and_a_limit_on_the_time():
