@@ -1,7 +1,7 @@
 # These commands do all the set-up on a machine with Python 3.11 or later:
 #   make demo       trains the tiny config on real text and shows what came of it
 #   make test       runs the tests
-#   make test-all   also those that need other extras, SLURM (installed by apt-get as root) or xpk
+#   make test-all   also the slow ones, and those that need other extras, SLURM (installed by apt-get as root) or xpk
 
 VENV := .venv
 XPK_VENV := .venv-xpk
@@ -20,11 +20,11 @@ demo: $(VENV)/.core
 	$(RUN) -m dualsm.sample --workdir=runs/tiny --mode=diffusion --prompt='for <mask:1> in <mask:4>:'
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n auto --maxprocesses=8 --dist=loadfile -m "not extras"
+	$(RUN) -m pytest -n auto --maxprocesses=8 --dist=loadfile -m "not extras and not slow"
 
 test-all: test $(VENV)/.test-all $(XPK_VENV)/.test-launch
 	DUALSM_TEST_ALL=1 XPK=$(CURDIR)/$(XPK_VENV)/bin/xpk \
-		$(RUN) -m pytest -n auto --maxprocesses=8 --dist=loadfile -m extras
+		$(RUN) -m pytest -n auto --maxprocesses=8 --dist=loadfile -m "extras or slow"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

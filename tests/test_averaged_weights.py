@@ -26,6 +26,8 @@ from dualsm.training.loop import train
 from tests.commands import call_command
 from tests.micro import micro_config
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "def main("
 
 

@@ -10,6 +10,8 @@ from tests.fuzzing.corpora import FORMATS
 from tests.fuzzing.targets import make_targets
 from tests.fuzzing.tasks import TASK_FILES
 
+pytestmark = pytest.mark.slow
+
 CASES = 12
 NAMES = (
     "corpus", "corpus, by its hashes", "prepare, new tokenizer", *(f"prepare {form}" for form in FORMATS),

@@ -18,6 +18,8 @@ from tests.conftest import ROOT, command_env
 from tests.exchange.conftest import make_tokenizer_json
 from tests.exchange.test_families import content
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

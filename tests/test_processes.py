@@ -20,6 +20,8 @@ from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
 from tests.processes import MET_TOO_LATE, STOPPED, end, launch, start, write_recipe
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"steps": 20, "log.every": 1, "valid.every": 20, "checkpoint.every": 10}
 
 

@@ -25,6 +25,8 @@ from tests.analysis.synthetic import BUDGET, STEPS, grid, write_cell, write_plan
 from tests.conftest import run_command
 from tests.micro import micro_config
 
+pytestmark = pytest.mark.slow
+
 LOSS = "valid/causal/loss"
 
 

@@ -21,6 +21,8 @@ from dualsm.sweeps.sweep_folder import Sweep, _divergence
 from tests.conftest import ROOT, command_env, run_command
 from tests.micro import micro_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def recipe(corpus_path) -> str:

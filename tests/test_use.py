@@ -145,7 +145,8 @@ def test_other_results_of_a_run_are_kept(workdir, task_data, tmp_path):
     path = run / "eval" / "step_12.json"
 
     def evaluate(*arguments):
-        process = run_command("dualsm.evaluate", f"--workdir={run}", f"--task_data={task_data}", *arguments)
+        flags = [f"--workdir={run}", f"--task_data={task_data}", "--draft=0", "--infill_words=0"]
+        process = run_command("dualsm.evaluate", *flags, *arguments)
         assert process.returncode == 0, process.stderr
         return without_seconds(json.loads(path.read_text()))
 
@@ -172,8 +173,8 @@ def test_training_settings_do_not_restrict_evaluation(workdir, tmp_path):
     for number, folder in enumerate((workdir, run)):
         output = tmp_path / f"{number}.json"
         process = run_command(
-            "dualsm.evaluate", f"--workdir={folder}", "--tasks=valid", "--modes=causal,masked",
-            f"--output={output}", devices=4 if folder == run else 1,
+            "dualsm.evaluate", f"--workdir={folder}", "--tasks=valid", "--modes=causal,masked", "--draft=0",
+            "--infill_words=0", f"--output={output}", devices=4 if folder == run else 1,
         )  # fmt: skip
         assert process.returncode == 0, process.stderr
         held_out = json.loads(output.read_text())["held_out"]
@@ -298,6 +299,7 @@ def test_unshifted_models_are_rejected_for_diffusion(workdir, tmp_path):
         assert_one_line(run_command(*command, f"--workdir={run}"), "shifted=False")
 
 
+@pytest.mark.slow
 def test_benchmarks_run(workdir, tmp_path):
     from tests.evaluation.test_tasks import ROWS, write
 

@@ -22,6 +22,8 @@ from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import open_run
 from tests.conftest import ROOT, command_env
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [("def main", "(self):"), ("", "import os"), ("import os\nimport ", "sys\n"), ("", "import os")]
 GREEDY = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
 

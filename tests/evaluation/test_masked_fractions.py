@@ -12,6 +12,8 @@ from tests.conftest import run_command
 from tests.micro import micro_config
 from tests.test_commands import assert_one_line
 
+pytestmark = pytest.mark.slow
+
 FRACTION, SAMPLES = 0.25, 2
 
 

@@ -26,6 +26,8 @@ from tests.exchange.conftest import FIXTURE, VOCABULARY, read_all, to_internal
 from tests.micro import micro_config
 from tests.test_commands import assert_one_line
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"num_layers": 2, "d_model": 64, "num_heads": 4, "d_ff": 172}
 
 

@@ -34,6 +34,8 @@ from dualsm.training.objective_loss import objective_loss
 from tests.exchange.conftest import VOCABULARY, make_tokenizer_json, to_internal
 from tests.micro import micro_config
 
+pytestmark = pytest.mark.slow
+
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|reserved|>"]
 
 

@@ -21,6 +21,8 @@ from tests.micro import micro_config
 
 from .conftest import VOCABULARY
 
+pytestmark = pytest.mark.slow
+
 GREEDY, HOT, SPECIAL = SamplingParams(temperature=0), SamplingParams(temperature=5.0), SpecialIds()
 NEW_TOKENS, LARGEST = 24, 16
 

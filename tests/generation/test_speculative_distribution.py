@@ -18,6 +18,8 @@ from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.example import SpecialIds
 from tests.micro import micro_config
 
+pytestmark = pytest.mark.slow
+
 SPECIAL, PROMPT = SpecialIds(), [2, 17, 18]
 VOCABULARY = 20  # four tokens and `</s>` can be sampled
 ROWS = 5000

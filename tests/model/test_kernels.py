@@ -16,6 +16,8 @@ from dualsm.process.errors import UserError
 from dualsm.training.objective_loss import example_loss
 from tests.objectives.conftest import batch, far_from_initial, packed, rewritten, tiny_model
 
+pytestmark = pytest.mark.slow
+
 L, H, K = 384, 2, 16  # three blocks of 128
 LAYOUTS = ([900], [128, 256, 9], [40, 200, 60, 200], [150, 100])  # the last one is padded
 

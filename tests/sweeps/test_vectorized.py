@@ -13,6 +13,8 @@ from dualsm.training.start import complete
 from dualsm.training.valid_rows import valid_rows
 from tests.micro import micro_config
 
+pytestmark = pytest.mark.slow
+
 
 def run_config(path, causal=0.5, masked=0.5, pair=0.0, **values):
     config = micro_config(path)

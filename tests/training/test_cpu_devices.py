@@ -10,6 +10,8 @@ from dualsm.training import cpu_devices
 from tests.conftest import FAST_COMPILATION, XLA_FLAGS, run_command
 from tests.micro import micro_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(monkeypatch):

@@ -50,7 +50,10 @@ def tmpfs_works() -> bool:
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not tmpfs_works(), reason="no tmpfs can be mounted here without privileges")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not tmpfs_works(), reason="no tmpfs can be mounted here without privileges"),
+]
 
 
 def train_on_small_disk(corpus_path: Path, folder: Path, actions: dict[int, str]):

@@ -12,6 +12,8 @@ import pytest
 
 from tests.killing import Kill, Killing, problems
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20  # time limit of the kills
 MOST = 10
 

@@ -16,6 +16,8 @@ from dualsm.training.loop import train
 from tests.conftest import run_command
 from tests.micro import micro_config
 
+pytestmark = pytest.mark.slow
+
 # 8 rows of 32 tokens per step, and 3 words per 4 tokens: 192 words per step, or 96 if every row has a pair.
 SPLIT = {"words": 300, "tokens": 400}
 

@@ -8,6 +8,8 @@ from dualsm.rundir.metrics import read_metrics
 from dualsm.training.loop import train
 from dualsm.training.profile import Window, parse_window
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(micro):

@@ -14,6 +14,8 @@ from dualsm.sweeps.cells import read_curve
 from dualsm.training.loop import train
 from tests.micro import micro_config
 
+pytestmark = pytest.mark.slow
+
 
 def rival_config(corpus_path):
     """A micro run of MIR pairs and causal rows, whose shares change linearly, with gradient accumulation,

@@ -23,6 +23,8 @@ from tests.processes import launch
 
 from .test_resume import learned
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_device():

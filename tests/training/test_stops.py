@@ -14,6 +14,8 @@ from dualsm.rundir.metrics import read_metrics
 from dualsm.training import loop, run_corpora
 from dualsm.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(micro, monkeypatch):
