@@ -3,7 +3,8 @@
 python docs/reproduction/cut.py --train=text/train.jsonl.gz --valid=text/valid.jsonl --output=parts
 
 A line has the fields `text` and `source`, where "#k/n" at the end of `source` is the piece of a longer unit.
-All pieces of a unit are in the same part.
+All pieces of a unit are in the same part. The field `domain` is added. The composition of each part is
+printed.
 """
 
 from __future__ import annotations
@@ -13,15 +14,28 @@ import gzip
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 TRAIN_BYTES = 4_000_000  # of each training part
+# First part of `source` -> domain.
+DOMAINS = {
+    "standardebooks": "books",
+    "openstax": "textbooks",
+    "GSA": "web",
+    "18F": "web",
+    "nltk_data": "speeches",
+}
 
 
-def part_of(document: dict, salt: str, parts: int) -> int:
-    """Returns the part of a document, from a hash of its unit."""
-    unit = re.sub(r"#\d+/\d+$", "", document["source"])
+def unit_of(document: dict) -> str:
+    """Returns the chapter, article or speech that a document is a piece of."""
+    return re.sub(r"#\d+/\d+$", "", document["source"])
+
+
+def part_of(unit: str, salt: str, parts: int) -> int:
+    """Returns the part of a unit, from a hash of its name."""
     return int.from_bytes(hashlib.sha256((salt + unit).encode()).digest()[:8], "big") % parts
 
 
@@ -40,13 +54,21 @@ def main() -> None:
     for path, salt, names in ((arguments.train, "t", "ABCD"), (arguments.valid, "v", ("dev", "test"))):
         files = [(arguments.output / f"{name}.jsonl").open("w") for name in names]
         sizes = [0] * len(files)
+        units: list[set] = [set() for _ in files]
+        documents: list[Counter] = [Counter() for _ in files]
         for line in lines(path):
-            part = part_of(json.loads(line), salt, len(files))
+            document = json.loads(line)
+            unit, domain = unit_of(document), DOMAINS[document["source"].partition("/")[0]]
+            part = part_of(unit, salt, len(files))
             sizes[part] += len(line.encode())
             if salt == "v" or sizes[part] <= TRAIN_BYTES:
-                files[part].write(line)
-        for file in files:
+                files[part].write(json.dumps(document | {"domain": domain}) + "\n")
+                units[part].add(unit)
+                documents[part][domain] += 1
+        for file, name, found, counts in zip(files, names, units, documents, strict=True):
             file.close()
+            domains = ", ".join(f"{counts[domain]} {domain}" for domain in dict.fromkeys(DOMAINS.values()))
+            print(f"{name}: {counts.total()} documents of {len(found)} units: {domains}")
 
 
 if __name__ == "__main__":

@@ -52,3 +52,8 @@ def rule_alpha(repetitions: float) -> float:
     at_many = CAUSAL_REPETITIONS / MANY_REPETITIONS
     progress = math.log2(repetitions / FEW_REPETITIONS) / math.log2(MANY_REPETITIONS / FEW_REPETITIONS)
     return ALPHA_OF_FEW_REPETITIONS + progress * (at_many - ALPHA_OF_FEW_REPETITIONS)
+
+
+def causal_share_of_loss(alpha: float) -> float:
+    """Returns the share of the causal loss in the paper's loss, which counts the causal loss twice."""
+    return 2 * alpha / (1 + alpha)

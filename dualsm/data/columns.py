@@ -132,9 +132,9 @@ def _arrow_batches(file: str | BinaryIO, text_key: str, name: str, domain_key: s
                 for index in range(reader.num_record_batches):
                     yield *select(reader.get_batch(index)), 1 / reader.num_record_batches
                 return
-            position = 0
+            position, size = 0, source.size()
             for batch in reader:
-                yield *select(batch), (source.tell() - position) / source.size()
+                yield *select(batch), (source.tell() - position) / size
                 position = source.tell()
 
 

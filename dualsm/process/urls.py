@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import posixpath
@@ -24,7 +25,7 @@ from dualsm.process.paths import is_remote, local_copy, open_binary, retry, size
 _EXTRAS = {"hf": "hub", "http": "http", "https": "http", "s3": "s3", "s3a": "s3"}
 _ATTEMPTS = 3  # per read; most file systems also retry requests
 _MIN_BUFFER = 1 << 16
-_MAX_SKIP = 1 << 20  # bytes per read
+_MAX_READ = 1 << 20  # bytes; what was read before a connection is lost is kept
 _TIMEOUT = 60  # seconds without data from an HTTP server
 
 
@@ -152,7 +153,8 @@ class _UrlFile(io.RawIOBase):
 
     def __init__(self, url: str):
         self._url, self._position, self._file = url, 0, None
-        self._streamed = False
+        self._streamed = False  # from a server that only sends whole files
+        self._sends_parts: bool | None = None  # None: unknown
 
     def readable(self) -> bool:
         return True
@@ -161,41 +163,46 @@ class _UrlFile(io.RawIOBase):
         return self._position
 
     def seekable(self) -> bool:
-        """Returns True if the server sends parts of the file; asks it for the last byte."""
-        if not self._size():
-            return False
-        position = self._position
-        self.seek(-1, os.SEEK_END)
-        found = bool(self._read_with_retries(1)) and not self._streamed
-        self._close_file()
-        self._position, self._streamed = position, False
-        return found
+        """Returns True if the server sends parts of the file."""
+        if self._sends_parts is None:  # `io.BufferedReader` asks before each seek
+            self._sends_parts = retry(self._sends_last_byte, self._url, _ATTEMPTS)
+        return self._sends_parts
 
+    def _sends_last_byte(self) -> bool:
+        if not self._size:
+            return False
+        system, path = _resolve(self._url)
+        try:
+            with system.open(path, "rb") as file:
+                file.seek(self._size - 1)
+                return len(file.read(1)) == 1
+        except ValueError:  # also `io.UnsupportedOperation`
+            return False
+
+    @functools.cached_property
     def _size(self) -> int:
-        return input_size(self._url)[0]
+        return retry(lambda: input_size(self._url)[0], self._url, _ATTEMPTS)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: lambda: 0, os.SEEK_CUR: self.tell, os.SEEK_END: self._size}[whence]()
+        start = {os.SEEK_SET: lambda: 0, os.SEEK_CUR: self.tell, os.SEEK_END: lambda: self._size}[whence]()
         self._position = start + offset
         if self._file is not None:
             self._file.seek(self._position)
         return self._position
 
     def readinto(self, buffer) -> int:
-        data = self._read_with_retries(len(buffer))
+        size = min(len(buffer), _MAX_READ)
+        data = retry(lambda: self._read(size), self._url, _ATTEMPTS)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
-
-    def _read_with_retries(self, size: int) -> bytes:
-        return retry(lambda: self._read(size), self._url, _ATTEMPTS)
 
     def _read(self, size: int) -> bytes:
         try:
             try:
                 return self._read_on(size)
             except ValueError:  # the HTTP server does not support range requests
-                if self._streamed or not _is_http(self._url):
+                if self._sends_parts or self._streamed or not _is_http(self._url):
                     raise
                 self._close_file()
                 self._streamed = True
@@ -222,7 +229,7 @@ class _UrlFile(io.RawIOBase):
         """Reads and discards what was read before, for servers that only send whole files."""
         remaining = self._position
         while remaining:
-            data = self._file.read(min(remaining, _MAX_SKIP))
+            data = self._file.read(min(remaining, _MAX_READ))
             if not data:
                 raise OSError(f"the file ends before byte {self._position}, which was read before")
             remaining -= len(data)
@@ -254,11 +261,18 @@ def _resolve(url: str) -> tuple[Any, str]:
 
 
 def _http_options() -> dict[str, Any]:
-    """Returns options of fsspec's HTTP file system: no limit on the time of a download, no compression."""
+    """Returns options of fsspec's HTTP file system: no limit on the time of a download, no compression.
+
+    Its default cache drops bytes that were not read yet, and requests them again.
+    """
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
-    return {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
+    return {
+        "client_kwargs": {"timeout": timeout},
+        "headers": {"Accept-Encoding": "identity"},
+        "cache_type": "readahead",
+    }
 
 
 @contextlib.contextmanager

@@ -288,34 +288,70 @@ def test_long_files_are_read_from_servers_without_range_requests(server, local, 
     assert server.cuts == []
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "stream.arrow", "file.arrow"])
-def test_column_files_are_streamed(server, local, monkeypatch, suffix):
-    """Nothing is copied, and of a Parquet file only the text is requested, also if connections are lost."""
-    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+def write_columns(path, table, rows):
+    """Writes a Parquet or Arrow file with this number of rows per row group or batch."""
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
-    texts = [f"text {i}" * 20 for i in range(3000)]
-    table = pyarrow.table({"image": [random.Random(i).randbytes(8000) for i in range(3000)], "text": texts})
-    path, url = local / f"wide.{suffix}", f"{server.address}/wide.{suffix}"
-    if suffix == "parquet":
-        from pyarrow import parquet
+    from pyarrow import parquet
 
-        parquet.write_table(table, path, row_group_size=1000)
-    else:
-        new = pyarrow.ipc.new_stream if suffix.startswith("stream") else pyarrow.ipc.new_file
-        with new(str(path), table.schema) as writer:
-            writer.write_table(table, max_chunksize=500)
+    table = pyarrow.table(table)
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path, row_group_size=rows)
+        return
+    new = pyarrow.ipc.new_stream if path.name.startswith("stream") else pyarrow.ipc.new_file
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+
+
+@pytest.mark.parametrize("name", ["wide.parquet", "stream.arrow", "file.arrow"])
+def test_column_files_are_streamed(server, local, monkeypatch, name):
+    """Nothing is copied or read twice, but for one read-ahead; of a Parquet file only the text is read."""
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    texts = [f"text {i}" * 20 for i in range(3000)]
+    images = [random.Random(i).randbytes(8000) for i in range(3000)]
+    write_columns(local / name, {"image": images, "text": texts}, 500 if name == "wide.parquet" else 100)
+    size, url = (local / name).stat().st_size, f"{server.address}/{name}"
     monkeypatch.setattr(urls, "local_input", None)
-    monkeypatch.setattr(paths.time, "sleep", lambda seconds: None)
-    server.cuts = [40_000, 40_000]
-    assert read(url, max_bytes=1 << 20) == read(path, max_bytes=1 << 20) == texts
-    assert server.cuts == []
-    if suffix == "parquet":
-        assert server.sent < path.stat().st_size
+    assert read(url, max_bytes=1 << 20) == read(local / name, max_bytes=1 << 20) == texts
+    assert server.sent < (0.9 * size if name == "wide.parquet" else 1.05 * size + (5 << 20))
+    assert len(server.requested) < 60
     (block, *_) = readers.read_blocks(url, "text", 1 << 20)
     assert block.consumed > 0
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow"])
+def test_streams_of_columns_survive_lost_connections(server, local, monkeypatch, name):
+    """Each connection is lost after 7 MB; the largest part of the file that pyarrow asks for is longer."""
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    monkeypatch.setattr(paths.time, "sleep", lambda seconds: None)
+    texts = [random.Random(i).randbytes(6000).hex() for i in range(2000)]
+    write_columns(local / name, {"text": texts}, len(texts))
+    url = f"{server.address}/{name}"
+    server.cuts = [7 << 20] * 9 + [40_000, 40_000]
+    assert read(url, max_bytes=1 << 20) == texts
+    assert len(server.cuts) <= 9
     server.cuts = [100] * 1000
     with pytest.raises(BucketError):
         read(url, max_bytes=1 << 20)
+
+
+def test_a_server_that_stops_sending_parts_is_an_error(server, local):
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    write_columns(local / "stream.arrow", {"text": ["x" * 100_000] * 200}, 1)
+    blocks = readers.read_blocks(f"{server.address}/stream.arrow", "text", 1 << 20)
+    next(blocks)
+    server.ranges = False
+    with pytest.raises(BucketError):
+        list(blocks)
+
+
+def test_a_column_file_is_copied_once_from_a_server_without_range_requests(server, local):
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (extra http)")
+    write_columns(
+        local / "a.parquet", {"text": [random.Random(i).randbytes(6000).hex() for i in range(2000)]}, 99
+    )
+    server.ranges = False
+    assert read(f"{server.address}/a.parquet") == read(local / "a.parquet")
+    assert server.sent < 1.5 * (local / "a.parquet").stat().st_size
 
 
 def test_files_are_requested_without_compression_and_a_limit_on_the_time():
@@ -350,7 +386,7 @@ def test_a_sibling_of_a_url_has_its_query(server, local):
     assert {"/a.bin?token=a/b", "/a.idx?token=a/b"} == set(requested)
 
 
-def test_messages_of_copied_files_name_their_urls(memory):
+def test_messages_name_urls(memory):
     pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
     system = fsspec.filesystem("memory")
     for name in ("bad.parquet", "bad.arrow", "bad.bin", "bad.idx"):
