@@ -1,5 +1,6 @@
 """The reproduction's page follows from its tables, and its choices from the protocol's rules."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ README = FOLDER.parents[1] / "README.md"
 # Numbers with a decimal point that the template may have: settings, the expectations of the protocol, a link.
 SETTINGS = {"0.01", "0.02", "0.1", "0.995", "1.0", "2512.14549"}
 EXPECTED = {"0.2", "0.15", "0.05", "0.03"}
-FROM_SETTINGS = {"parameters", "budget", "unique_128", "unique_32"}
-FROM_THE_PAPER = {"rule_128", "rule_32", "rule_128_weighted"}
+FROM_SETTINGS = {"finer_decay", "small_parameters", "parameters", "budget", "unique_128", "unique_32"}
+FROM_THE_PAPER = {"rule_128", "rule_32_weighted", "rule_128_weighted"}
 pd = pytest.importorskip("pandas")
 
 
@@ -27,13 +28,19 @@ def modules():
     sys.path.insert(0, str(FOLDER))
     import page
     import page_numbers
+    import page_plots
     import page_tables
     import selection
     import study
 
     sys.path.remove(str(FOLDER))
     return SimpleNamespace(
-        page=page, numbers=page_numbers, tables=page_tables, selection=selection, study=study
+        page=page,
+        numbers=page_numbers,
+        plots=page_plots,
+        tables=page_tables,
+        selection=selection,
+        study=study,
     )
 
 
@@ -55,6 +62,17 @@ def test_the_page_is_what_the_tables_give(modules, tables):
     page = modules.page
     assert page.render(tables) == page.PAGE.read_text()
     assert page.averaged_page(tables.runs) == page.AVERAGED.read_text()
+    assert page.methods_page(tables) == page.EVERY_METHOD.read_text()
+
+
+def test_the_plots_are_what_the_tables_give(modules, tables, tmp_path):
+    """A tolerance allows for other versions of matplotlib."""
+    from matplotlib.testing.compare import compare_images
+
+    modules.plots.plot_curves(tables.curves, tables.runs, tmp_path / "curves.png")
+    modules.plots.plot_lengths(tables.runs, tmp_path / "lengths.png")
+    for name in ("curves.png", "lengths.png"):
+        assert compare_images(str(FOLDER / name), str(tmp_path / name), tol=5) is None
 
 
 def test_the_table_of_two_sources_is_that_of_its_csv(monkeypatch):
@@ -86,7 +104,7 @@ def changed(tables, rng):
     def losses(table):
         return scaled(table, [c for c in table if re.search("(causal|masked_diffusion)(/loss)?$", c)])
 
-    tuned = tables.runs[tables.runs.corpus == "A"]
+    tuned = tables.runs[(tables.runs.corpus == "A") & (tables.runs.stage != "explore")]
     tuned = tuned[~tuned.weight_decay.isin([1, 2]) & ((tuned.recipe == "mir") | (tuned.length > 1 / 16))]
     tuned = tuned[(tuned.R == 128) | (tuned.weight_decay != 0.3)]
     tuned = losses(tuned[~tuned.alpha.isin([1 / 4, 15 / 16])])
@@ -97,13 +115,27 @@ def changed(tables, rng):
         for corpus in "BCD" for seed in (1, 2, 3) for weight in (1, 2)
     ]  # fmt: skip
     confirmed += [others.assign(corpus=corpus, seed=seed) for corpus in "BC" for seed in (1, 2)]
-    runs = pd.concat([tuned, losses(pd.concat(confirmed))], ignore_index=True)
+    confirmed = losses(pd.concat(confirmed))
+    sizes = confirmed[(confirmed.seed == 1) & (confirmed.causal_weight == 1)].assign(size="61k")
+    repeated = losses(confirmed[(confirmed.recipe == "plain") & (confirmed.causal_weight == 1)])
+    explored = [
+        losses(tuned[(tuned.recipe == "plain") & (tuned.R == 128) & (tuned.length == 1)]).assign(
+            corpus=corpus, seed=1
+        )
+        for corpus in "ABC"
+    ]
+    explored = (
+        pd.concat(explored).drop_duplicates(["alpha", "corpus"]).assign(stage="explore", weight_decay=1.4)
+    )
+    repeated = repeated[(repeated.alpha < 1) | (repeated.length < 1)]
+    runs = pd.concat([tuned, confirmed, losses(sizes), explored], ignore_index=True)
     runs = runs.assign(skipped=rng.integers(0, 2, len(runs)))
     runs.loc[0, "test_causal"] = np.nan
     earlier = losses(tables.earlier[(tables.earlier.repetitions != 16) | (tables.earlier.steps == 230)])
     earlier = earlier[(earlier.seed == 0) | (earlier.steps != 1840)]
     unigram = scaled(tables.unigram, ["test"])
-    return tables._replace(runs=runs, earlier=earlier, baselines=losses(tables.baselines), unigram=unigram)
+    changed = {"runs": runs, "earlier": earlier, "unigram": unigram, "repeated": repeated}
+    return tables._replace(baselines=losses(tables.baselines), **changed)
 
 
 def test_other_tables_give_another_page(modules, tables, values):
@@ -126,15 +158,15 @@ def test_runs_that_diverged_are_counted(modules, tables, loss):
 
 def test_the_readme_has_the_numbers_of_the_page(modules, tables, values):
     readme = words(README.read_text())
-    assert words(modules.tables.readme_table(tables.runs)) in readme
+    assert words(modules.tables.readme_table(tables.runs, tables.repeated)) in readme
     alpha = modules.selection.Chosen(tables.runs).mixture(128, "full")["alpha"]
     ratio = modules.numbers.word(alpha / (1 - alpha))
     for text in (
         f"{ratio} causal sequences for one of masked diffusion",
         f"Lines are means of {values['replicates_128']} runs on three corpora",
         f"the best of {values['num_decays']} weight decays for each recipe",
-        f"stops early by about {values['rate_gain']}.",
-        f"({values['masked_causal_dropout']}, compared with {values['masked_mixture']})",
+        f"The causal runs with weight decay {values['finer_decay']} were added after the study (one seed)",
+        f"(dropout {values['masked_causal_dropout']}, compared with {values['masked_mixture']})",
         f"Models of {values['parameters']} parameters train on {values['unique_128']} unique tokens",
         f"({values['num_gpu']} runs of {values['parameters']} parameters)",
     ):
@@ -168,8 +200,9 @@ def test_claims_in_words_hold(modules, tables):
     for _, found in tuned.groupby(["R", "alpha"]):  # the highest weight decay underfits
         best = found.groupby("weight_decay").dev_causal.min()
         assert best.idxmin() < best.index.max()
-    cells, methods = modules.tables.method_cells(chosen), modules.tables.method_replicates(runs)
-    largest = abs(modules.numbers.repeated_changes(runs, tables.again)).max()
+    cells = modules.tables.method_cells(chosen)
+    methods = modules.tables.method_replicates(runs, tables.repeated)
+    largest = abs(modules.numbers.repeated_changes(runs, tables.repeated)).max()
     for method in ("causal dropout", "mir"):  # not worse, and not clearly better
         assert -largest < methods.difference(cells[method], cells["mixture"], "test_causal")[0] < 0
     averaged = {
@@ -177,18 +210,19 @@ def test_claims_in_words_hold(modules, tables):
         for method, cell in cells.items()
     }
     assert min(averaged, key=averaged.get) == "mir"
-    gaps = []  # the difference appears in the last quarter
-    for step in (1380, 1840):
-        at = tables.curves[tables.curves.step == step]
-        only, mixed = (at[(at[list(c)] == pd.Series(c)).all(axis=1)].causal.mean() for c in (causal, mixture))
-        gaps.append(only - mixed)
-    assert gaps[0] < 0.2 * gaps[1]
+    finer = causal | {"weight_decay": runs[runs.stage == "explore"].weight_decay.max()}
+    on_cpu = modules.tables.cpu_replicates(runs, tables.repeated)
+    fine, coarse = (
+        on_cpu.common_difference(mixture, finer, "test_causal"),
+        replicates.difference(mixture, causal, "test_causal"),
+    )
+    assert coarse[0] / 2 < fine[0] < 0  # most of the first contrast is due to the coarse grid
 
 
 def test_the_tables_of_recommend_are_what_the_tables_give(modules, tables):
     page = modules.page
     assert modules.tables.confirmed_csv(tables.runs) == page.CONFIRMED.read_text()
-    assert modules.tables.methods_csv(tables.runs) == page.METHODS.read_text()
+    assert modules.tables.methods_csv(tables.runs, tables.repeated) == page.METHODS.read_text()
     assert modules.tables.DROPOUT == modules.study.DROPOUT
     assert (FOLDER / "table.csv").read_bytes() == SHIPPED.read_bytes()
 
@@ -224,26 +258,32 @@ def test_every_confirmed_cell_has_all_replicates(modules, tables):
 
 def test_all_methods_have_the_same_replicates(modules, tables):
     cells = modules.tables.method_cells(modules.selection.Chosen(tables.runs))
-    replicates = modules.tables.method_replicates(tables.runs)
+    replicates = modules.tables.method_replicates(tables.runs, tables.repeated)
     keys = [set(replicates.values(cell, "test_causal")) for cell in cells.values()]
-    assert keys == [{(corpus, 1) for corpus in "BCD"}] * 5
+    assert keys == [{(corpus, 1) for corpus in "BCD"}] * 6
 
 
 def test_the_protocol_states_the_runs_that_were_made(modules, tables):
     """Counts, deviations and every later addition, which the commit before the runs did not have."""
     runs, text = tables.runs, words((FOLDER / "protocol.md").read_text())
-    assert f"## What was run {len(runs)} runs of the table above" in text
+    assert f"## What was run {len(runs)} runs have been made" in text
     assert "None diverged and none skipped an update" in text
     counts = modules.numbers.count_runs(runs)
     assert (counts["num_diverged"], counts["num_skipped"]) == ("0", "0")
     confirmed = runs[runs.stage == "confirm"]
-    assert set(confirmed.recipe) == {"plain"} and set(runs["size"]) == {"230k"}
+    assert set(confirmed.recipe) == {"plain"} and set(runs["size"]) == {"230k", "61k"}
+    sizes = runs[runs["size"] == "61k"]
+    assert set(sizes.stage) == {"size 61k"} and sorted(sizes.groupby(["alpha", "length"]).size()) == [2, 2, 2]
+    assert set(runs[runs.stage == "tune more"].corpus) == {"A"}
+    explored = runs[runs.stage == "explore"]
+    pairs = {*zip(explored.alpha, explored.corpus, strict=True)}
+    assert pairs == {(0.75, "A"), *((1.0, corpus) for corpus in "ABCD")}
     assert set(confirmed[confirmed.R == 32].length) == {1.0}
     assert "no run at R = 32 with half the length was confirmed" in text
     others = runs[(runs.corpus != "A") & (runs.recipe != "plain")]
     assert set(others.seed) == {1} and set(others[others.recipe == "mir"].length) == {0.5}
     added = text.split("Added after the runs: ")[1].split("additions.")[0]
-    for part in ("`cut.py`", "`data.order_version`", "*What was run*", "*Commands*"):
+    for part in ("`cut.py`", "`data.order_version`", "*What was run*", "*Added runs*", "*Commands*"):
         assert part in added
 
 
@@ -290,3 +330,24 @@ def test_every_run_has_steps_that_a_config_can_have(modules):
     for size, (*_, steps) in study.SIZES.items():
         for length in study.LENGTHS[128]:
             assert (steps * length) % (steps // study.POINTS) == 0, size
+
+
+def test_all_pieces_of_a_unit_are_in_one_part(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import cut
+
+    sources = [
+        f"{name}/book/{unit}#{piece}/2" for name in cut.DOMAINS for unit in range(40) for piece in (1, 2)
+    ]
+    lines = [json.dumps({"text": source, "source": source}) for source in sources]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
+    flags = [f"--{name}={tmp_path / 'all.jsonl'}" for name in ("train", "valid")]
+    monkeypatch.setattr(sys, "argv", ["cut.py", *flags, f"--output={tmp_path}"])
+    cut.main()
+    for names in ("ABCD", ("dev", "test")):
+        parts = [list(map(json.loads, (tmp_path / f"{name}.jsonl").open())) for name in names]
+        assert sorted(document["source"] for part in parts for document in part) == sorted(sources)
+        units = [{cut.unit_of(document) for document in part} for part in parts]
+        assert sum(map(len, units)) == len(set.union(*units)) == len(sources) / 2
+        assert {d["domain"] for part in parts for d in part} == {"books", "textbooks", "web", "speeches"}
+    assert f"test: {2 * len(units[1])} documents of {len(units[1])} units: " in capsys.readouterr().out

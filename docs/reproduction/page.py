@@ -1,7 +1,7 @@
-"""Makes docs/reproduction.md, its plots, averaged_weights.md and the tables of `dualsm recommend`.
+"""Makes docs/reproduction.md, its plots, two appendices and the tables of `dualsm recommend`.
 
-The sources are runs.csv, curves.csv, table.csv, baselines.csv, unigram.csv, page.template.md and
-../decoding/acceptance.csv:
+The sources are runs.csv, repeated.csv, curves.csv, table.csv, baselines.csv, unigram.csv, page.template.md
+and methods.template.md:
 
 python docs/reproduction/page.py
 
@@ -15,14 +15,15 @@ import re
 from pathlib import Path
 
 import pandas as pd
-from page_numbers import Tables, page_values, read_tables
+from page_numbers import Tables, method_values, page_values, read_tables
 from page_plots import plot_curves, plot_lengths
 from page_tables import confirm_table, confirmed_csv, methods_csv
 from selection import LOSS, MASKED, Chosen, Replicates
 
 FOLDER = Path(__file__).parent
 PAGE, AVERAGED = FOLDER.parent / "reproduction.md", FOLDER / "averaged_weights.md"
-TEMPLATE = FOLDER / "page.template.md"
+EVERY_METHOD = FOLDER / "methods.md"
+TEMPLATE, METHODS_TEMPLATE = FOLDER / "page.template.md", FOLDER / "methods.template.md"
 ANALYSIS = FOLDER.parents[1] / "dualsm" / "analysis"
 CONFIRMED, METHODS = ANALYSIS / "confirmed.csv", ANALYSIS / "methods.csv"
 
@@ -32,8 +33,9 @@ def main() -> None:
     runs = tables.runs
     PAGE.write_text(render(tables))
     AVERAGED.write_text(averaged_page(runs))
+    EVERY_METHOD.write_text(methods_page(tables))
     CONFIRMED.write_text(confirmed_csv(runs))
-    METHODS.write_text(methods_csv(runs))
+    METHODS.write_text(methods_csv(runs, tables.repeated))
     plot_curves(tables.curves, runs, FOLDER / "curves.png")
     plot_lengths(runs, FOLDER / "lengths.png")
 
@@ -59,6 +61,11 @@ def averaged_page(runs: pd.DataFrame) -> str:
     for R in (128, 32):
         parts += [f"R = {R}:", confirm_table(Chosen(runs), Replicates(runs), R, *columns)]
     return "\n\n".join(parts) + "\n"
+
+
+def methods_page(tables: Tables) -> str:
+    """Returns the page with every confirmed method."""
+    return METHODS_TEMPLATE.read_text().format(**method_values(tables))
 
 
 if __name__ == "__main__":

@@ -6,24 +6,30 @@
 from __future__ import annotations
 
 import itertools
-import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from page_tables import (
+    BATCH_TOKENS,
     BUDGET,
     PARAMETERS,
+    SMALL_PARAMETERS,
     confirm_table,
+    cpu_replicates,
+    every_method_table,
+    gpu_replicates,
     method_cells,
     method_replicates,
     methods_table,
+    pm,
     share,
+    signed,
 )
 from selection import CELL, DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
 
-from dualsm.analysis.paper_rules import rule_alpha
+from dualsm.analysis.paper_rules import causal_share_of_loss, rule_alpha
 from dualsm.analysis.small_share import small_share, span
 
 FOLDER = Path(__file__).parent
@@ -41,7 +47,7 @@ class Tables(NamedTuple):
       earlier: runs of the first study (table.csv).
       baselines: its runs with other settings and methods.
       unigram: held-out losses of unigram models of the corpora.
-      again: confirmed runs of corpus B, repeated on a CPU to measure the acceptance of drafts.
+      repeated: confirmed runs without dropout and MIR, repeated on a CPU.
     """
 
     runs: pd.DataFrame
@@ -49,33 +55,38 @@ class Tables(NamedTuple):
     earlier: pd.DataFrame
     baselines: pd.DataFrame
     unigram: pd.DataFrame
-    again: pd.DataFrame
+    repeated: pd.DataFrame
 
 
 def read_tables() -> Tables:
     """Reads the committed tables."""
-    names = ("runs", "curves", "table", "baselines", "unigram")
-    again = pd.read_csv(FOLDER.parent / "decoding" / "acceptance.csv")
-    return Tables(*(pd.read_csv(FOLDER / f"{name}.csv") for name in names), again)
+    names = ("runs", "curves", "table", "baselines", "unigram", "repeated")
+    return Tables(*(pd.read_csv(FOLDER / f"{name}.csv") for name in names))
 
 
 def page_values(tables: Tables) -> dict[str, str]:
     """Returns the text of each name in the template."""
     runs, earlier = tables.runs, _Earlier(tables)
     chosen, replicates = Chosen(runs), Replicates(runs)
-    values = count_runs(runs) | _tuning(runs, chosen) | _methods(runs, chosen) | earlier.values()
+    values = (
+        count_runs(runs)
+        | _tuning(runs, chosen)
+        | _methods(tables, chosen)
+        | _finer_decay(tables, chosen)
+        | earlier.values()
+    )
+    values |= _sizes(runs, chosen)
     for R in (128, 32):
         values |= _contrasts(R, chosen, replicates)
         values[f"unique_{R}"] = f"{BUDGET // R:,}"
         rule = rule_alpha(R)
-        values[f"rule_{R}"], values[f"rule_{R}_weighted"] = share(rule), f"{2 * rule / (1 + rule):.2f}"
+        values[f"rule_{R}"], values[f"rule_{R}_weighted"] = share(rule), f"{causal_share_of_loss(rule):.2f}"
     stop, rate = replicates.difference(*_pair(chosen, 128, "stop"), LOSS)[0], earlier.rate_gain()
     values["stop_128_tuned_rate"] = f"{stop + rate:.2f}"
     lower = [-replicates.difference(*_pair(chosen, R, kind), MASKED)[0] for R, kind in CONTRASTS]
     values["masked_lower"] = span(lower, ".0f")
     values["full_128_effect"] = f"{-replicates.difference(*_pair(chosen, 128, 'full'), LOSS)[0]:.1f}"
-    changes = repeated_changes(runs, tables.again)
-    values["num_again"] = word(len(changes))
+    changes = repeated_changes(runs, tables.repeated)
     values["cpu_change"], values["cpu_mean"] = span(changes, "+.3f"), f"{changes.mean():+.3f}"
     values["unigram"] = span(tables.unigram.query("corpus != 'A'").test, ".2f")
     return values
@@ -91,7 +102,10 @@ def _pair(chosen: Chosen, R: int, kind: str) -> tuple[dict, dict]:
 
 def count_runs(runs: pd.DataFrame) -> dict[str, str]:
     """Returns the numbers of runs."""
-    confirm = runs.corpus != "A"
+    num_runs, num_size = len(runs), (runs["size"] != "230k").sum()
+    runs = runs[runs["size"] == "230k"]
+    explore = runs.stage == "explore"
+    confirm = (runs.corpus != "A") & ~explore
     weighted = confirm & (runs.causal_weight == 2)
     plain, other = runs.recipe == "plain", confirm & (runs.recipe != "plain")
     by_cell = runs[confirm & plain & (runs.R == 128)].groupby(CELL)
@@ -99,13 +113,15 @@ def count_runs(runs: pd.DataFrame) -> dict[str, str]:
     return {
         "parameters": f"{PARAMETERS:,}",
         "budget": f"{BUDGET / 1e6:.2f}M",
-        "num_runs": str(len(runs)),
-        "num_gpu": str((~other).sum()),
+        "num_runs": str(num_runs),
+        "num_size": str(num_size),
+        "num_gpu": str((~other & ~explore & (runs.stage != "tune more")).sum()),
         "num_tune": str((runs.stage == "tune").sum()),
         "num_confirm": str((confirm & plain & ~weighted).sum()),
         "num_methods": str(other.sum()),
         "num_weight": str(weighted.sum()),
-        "num_explore": str((~confirm & (runs.stage != "tune")).sum()),
+        "num_tune_methods": str(runs.stage.str.startswith("tune ").sum()),
+        "num_explore": str(explore.sum()),
         "num_diverged": str(diverged.sum()),
         "num_skipped": str((runs.skipped > 0).sum()),
         "replicates_128": word(by_cell.size().min()),
@@ -122,6 +138,7 @@ def _contrasts(R: int, chosen: Chosen, replicates: Replicates) -> dict[str, str]
         values[f"{kind}_{R}_interval"] = interval(replicates.difference(mixture, causal, LOSS))
         each = by_corpus(replicates.paired(mixture, causal, LOSS)).values()
         values[f"{kind}_{R}_each"] = ", ".join(f"{x:+.3f}" for x in each)
+        values[f"only_{R}_masked"] = f"{over_corpora(replicates.values(causal, MASKED))[0]:.1f}"
         values[f"{kind}_{R}_mixture"], values[f"{kind}_{R}_only"] = describe(mixture), describe(causal)
         values[f"{kind}_{R}_repetitions"] = f"{R * mixture['length']:g}"
         values[f"{kind}_{R}_only_repetitions"] = f"{R * causal['length']:g}"
@@ -171,38 +188,91 @@ def _tuning(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
         "best_decays": ", ".join(parts),
         "highest_decay": f"{decays[-1]:g}",
         "causal_decay": f"{best[1.0]:g}",
-        "next_decay": f"{next((d for d in decays if d > best[1.0]), math.nan):g}",
         "largest_step": f"{np.nanmax(steps):.0f}",
         "num_cells": span(tuned.groupby(["R", "alpha"]).size(), "d"),
     }
 
 
-def repeated_changes(runs: pd.DataFrame, again: pd.DataFrame) -> pd.Series:
-    """Returns the changes in causal loss of confirmed runs that were repeated on a CPU."""
-    keys = ["alpha", "weight_decay", "R"]
-    first = runs[(runs.stage == "confirm") & (runs.corpus == "B") & (runs.seed == 1)]
-    first = first[(first.length == 1) & (first.causal_weight == 1)]
-    again = again.rename(columns={"repetitions": "R"}).drop_duplicates(keys)
-    both = first.merge(again, on=keys)
-    return both.causal_loss - both.dev_causal
+def repeated_changes(runs: pd.DataFrame, repeated: pd.DataFrame) -> pd.Series:
+    """Returns the changes in causal loss of the runs that were repeated on a CPU."""
+    both = runs.astype(repeated.dtypes).merge(repeated, on=[*CELL, "corpus", "seed"], suffixes=("", "_again"))
+    return both[f"{LOSS}_again"] - both[LOSS]
 
 
-def _methods(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
+def _finer_decay(tables: Tables, chosen: Chosen) -> dict[str, str]:
+    """Returns the causal losses with a weight decay between those of the protocol, tried afterwards."""
+    mixture, causal = _pair(chosen, 128, "full")
+    finer, replicates = method_cells(chosen)["causal finer"], cpu_replicates(tables.runs, tables.repeated)
+    explored = tables.runs[(tables.runs.stage == "explore") & (tables.runs.corpus == "A")]
+    values = {
+        "finer_decay": f"{finer['weight_decay']:g}",
+        "finer_causal": pm(over_corpora(replicates.values(finer, LOSS))),
+    }
+    for prefix in ("", "ema_"):
+        difference = replicates.common_difference(mixture, finer, f"{prefix}{LOSS}")
+        values[f"finer_{prefix}change"] = signed(difference)
+    values["finer_effect"] = f"{-replicates.common_difference(mixture, finer, LOSS)[0]:.2f}"
+    for name, cell in (("causal", causal), ("mixture", mixture)):
+        values[f"tuned_{name}"] = f"{chosen.loss(cell):.3f}"
+        values[f"explored_{name}"] = f"{explored[explored.alpha == cell['alpha']].dev_causal.item():.3f}"
+    return values
+
+
+def _methods(tables: Tables, chosen: Chosen) -> dict[str, str]:
     """Returns the losses of other methods in the text below their table."""
-    cells, replicates = method_cells(chosen), method_replicates(runs)
+    cells, replicates = method_cells(chosen), method_replicates(tables.runs, tables.repeated)
     replicate_keys = replicates.common(cells.values())
     values = {
-        "methods": methods_table(runs),
+        "methods": methods_table(tables.runs, tables.repeated),
         "methods_corpora": word(len({corpus for corpus, _ in replicate_keys})),
         "methods_runs": word(len(replicate_keys)),
     }
     for method, cell in cells.items():
         name, masked = method.replace(" ", "_"), over_corpora(replicates.values(cell, MASKED))
         values[f"masked_{name}"] = f"{masked[0]:.1f}"
-        for prefix in ("", "ema_"):
-            difference = replicates.difference(cell, cells["mixture"], f"{prefix}{LOSS}")
-            values[f"{prefix}method_{name}"] = signed(difference)
-            values[f"{prefix}method_{name}_interval"] = interval(difference)
+        difference = replicates.difference(cell, cells["mixture"], LOSS)
+        values[f"method_{name}"], values[f"method_{name}_interval"] = signed(difference), interval(difference)
+    return values
+
+
+def method_values(tables: Tables) -> dict[str, str]:
+    """Returns the values in methods.template.md."""
+    runs = tables.runs
+    tuned = runs[(runs.stage == "tune mir") & (runs.recipe == "mir")]
+    mir = {length: found.loc[found.dev_causal.idxmin()] for length, found in tuned.groupby("length")}
+    on_cpu = cpu_replicates(runs, tables.repeated)
+    cells: dict[str, list] = {}
+    for replicates in (gpu_replicates(runs), on_cpu):
+        for cell in replicates.cells(R=128, size="230k", causal_weight=1):
+            base = "causal" if cell["alpha"] == 1 else "mixture"
+            name = (
+                "MIR" if "mir" in cell["recipe"] else base + " with dropout" * ("dropout" in cell["recipe"])
+            )
+            columns = ("ema_dev_causal", f"ema_{LOSS}")
+            cells.setdefault(name, []).append(
+                [over_corpora(replicates.values(cell, column))[0] for column in columns]
+            )
+    averaged = {name: min(found)[1] for name, found in cells.items()}  # chosen on the dev split
+    best = sorted(averaged, key=averaged.get)
+    return {
+        "table": every_method_table(runs, tables.repeated),
+        "mir_full": f"{mir[1][LOSS]:.3f}",
+        "mir_half": f"{mir[1 / 2][LOSS]:.3f}",
+        "averaged": ", ".join(f"{name} {averaged[name]:.3f}" for name in best),
+    }
+
+
+def _sizes(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
+    """Returns the contrasts of R = 128 with the other size, on each corpus."""
+    found = runs[runs["size"] != "230k"]
+    replicates, (size,) = Replicates(found), found["size"].unique()
+    values = {"small_corpora": word(found.corpus.nunique()), "small_parameters": f"{SMALL_PARAMETERS:,}"}
+    values["small_budget"] = f"{found.steps.max() * BATCH_TOKENS / 1e6:.2f}M"
+    for kind in ("full", "stop"):
+        pair = [cell | {"size": size} for cell in _pair(chosen, 128, kind)]
+        for name, column in (("causal", LOSS), ("masked", MASKED)):
+            changes = by_corpus(replicates.paired(*pair, column)).values()
+            values[f"small_{kind}_{name}"] = " and ".join(f"{x:+.3f}" for x in changes)
     return values
 
 
@@ -240,10 +310,6 @@ class _Earlier:
             "price_repetitions": span(price.repetitions, ""),
             "price_seeds": " or ".join(word(n) for n in sorted(set(price.seeds))),
         }
-
-
-def signed(value: tuple[float, float]) -> str:
-    return f"{value[0]:+.3f} ± {value[1]:.3f}"
 
 
 def interval(value: tuple[float, float]) -> str:

@@ -12,7 +12,9 @@ from selection import LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
 from dualsm.analysis.confirmed import ConfirmedCell
 from dualsm.analysis.methods import ConfirmedMethod
 
-BUDGET, PARAMETERS = 1840 * 64 * 128, 230_336
+BATCH_TOKENS = 64 * 128
+BUDGET, PARAMETERS = 1840 * BATCH_TOKENS, 230_336
+SMALL_PARAMETERS = 61_088  # of the size 61k
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -30,6 +32,11 @@ def pm(estimate: tuple[float, float], digits: int = 3) -> str:
     return f"{estimate[0]:.{digits}f} ± {estimate[1]:.{digits}f}"
 
 
+def signed(value: tuple[float, float]) -> str:
+    """Formats a difference and its standard error."""
+    return f"{value[0]:+.3f} ± {value[1]:.3f}"
+
+
 def confirm_table(chosen: Chosen, replicates: Replicates, R: int, *columns: tuple[str, str]) -> str:
     """Returns a table of the confirmed cells of one R; `columns` are headings and columns of the runs."""
     rows = [["alpha", "weight decay", "length", *(heading for heading, _ in columns)]]
@@ -41,24 +48,29 @@ def confirm_table(chosen: Chosen, replicates: Replicates, R: int, *columns: tupl
     return markdown(rows)
 
 
-def readme_table(runs: pd.DataFrame) -> str:
-    """Returns the table of the README: the contrasts of R = 128."""
-    chosen, replicates = Chosen(runs), Replicates(runs)
+def readme_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
+    """Returns the table of the README: the contrasts of R = 128, and a finer weight decay."""
+    chosen, replicates, on_cpu = Chosen(runs), gpu_replicates(runs), cpu_replicates(runs, repeated)
+    finer = method_cells(chosen)["causal finer"]
     mixture = chosen.mixture(128, "full")
     rows = [["recipe, R = 128", "compute", "causal loss", "masked-diffusion loss"]]
-    for name, cell in (
-        ("causal", chosen.best("plain", 128, 1.0, "full")),
-        ("causal, stopped early", chosen.best("plain", 128, 1.0, "stop")),
-        (f"mixture (alpha {share(mixture['alpha'])})", mixture),
+    for name, cell, found in (
+        ("causal", chosen.best("plain", 128, 1.0, "full"), replicates),
+        ("causal, stopped early", chosen.best("plain", 128, 1.0, "stop"), replicates),
+        (f"causal, weight decay {finer['weight_decay']:g}", finer, on_cpu),
+        (f"mixture (alpha {share(mixture['alpha'])})", mixture, replicates),
     ):
-        causal, masked = (over_corpora(replicates.values(cell, column)) for column in (LOSS, MASKED))
+        causal, masked = (over_corpora(found.values(cell, column)) for column in (LOSS, MASKED))
         rows.append([name, share(cell["length"]), pm(causal), pm(masked, 2)])
     return markdown(rows)
 
 
 DROPOUT = 0.1  # of the runs with dropout
+FINER_DECAY = 1.4  # tried after the study
+DECAYS = {"linear": "linear decay", "exempt": "exempt vectors and embeddings"}
 METHODS = {
     "causal": "causal",
+    "causal finer": "causal, tried afterwards",
     "causal dropout": f"causal, dropout {DROPOUT}",
     "mir": "MIR",
     "mixture": "mixture",
@@ -70,6 +82,7 @@ def method_cells(chosen: Chosen) -> dict[str, dict]:
     """Returns the best cell of each method at R = 128, at its best stop."""
     return {
         "causal": chosen.best("plain", 128, 1.0, "stop"),
+        "causal finer": chosen.best("plain", 128, 1.0, "full") | {"weight_decay": FINER_DECAY},
         "causal dropout": chosen.best("dropout", 128, 1.0, "stop"),
         "mir": chosen.best("mir", 128, 1.0, "stop"),
         "mixture": chosen.mixture(128, "stop"),
@@ -79,34 +92,81 @@ def method_cells(chosen: Chosen) -> dict[str, dict]:
 
 def compute(cell: dict) -> float:
     """Returns the compute of a run relative to a full causal run; MIR trains each sequence twice."""
-    return cell["length"] * (2 if cell["recipe"] == "mir" else 1)
+    return cell["length"] * (2 if "mir" in cell["recipe"].split("+") else 1)
 
 
-def method_replicates(runs: pd.DataFrame) -> Replicates:
-    """Returns the confirmed runs with the corpora and seeds that all methods have."""
-    common = Replicates(runs).common(method_cells(Chosen(runs)).values())
-    return Replicates(runs[[key in common for key in zip(runs.corpus, runs.seed, strict=True)]])
+def describe_recipe(cell: dict) -> str:
+    """Returns the name of a cell's method, such as `mixture 3/4, linear decay`, without dropout."""
+    parts = cell["recipe"].split("+")
+    base = "causal" if cell["alpha"] == 1 else f"mixture {share(cell['alpha'])}"
+    extras = [name for part, name in DECAYS.items() if part in parts]
+    return ", ".join(["MIR" if "mir" in parts else base, *extras])
 
 
-def methods_table(runs: pd.DataFrame) -> str:
-    """Returns the losses of each method at R = 128, of the last weights and of their average (EMA)."""
-    cells, replicates = method_cells(Chosen(runs)), method_replicates(runs)
+def every_method_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
+    """Returns all confirmed cells at R = 128, and the runs that were repeated on a CPU.
+
+    The last column compares with the mixture without dropout on the same hardware.
+    """
+    on_gpu, on_cpu = gpu_replicates(runs), cpu_replicates(runs, repeated)
+    mixture = Chosen(runs).mixture(128, "full")
     rows = [
-        ["recipe", "weight decay", "length", "compute", "causal loss", "masked loss", "causal, EMA",
-         "masked, EMA"]
+        ["recipe", "dropout", "weight decay", "tokens", "compute", "device", "runs", "causal loss",
+         "masked loss", "causal, EMA", "masked, EMA", "causal loss minus mixture's"]
     ]  # fmt: skip
+    columns = (LOSS, MASKED, f"ema_{LOSS}", f"ema_{MASKED}")
+
+    def order(cell: dict) -> tuple:
+        return describe_recipe(cell).lower(), "dropout" in cell["recipe"], compute(cell)
+
+    for hardware, replicates in (("GPU", on_gpu), ("CPU", on_cpu)):
+        for cell in sorted(replicates.cells(R=128, size="230k", causal_weight=1), key=order):
+            losses = replicates.values(cell, LOSS)
+            dropout = str(DROPOUT) if "dropout" in cell["recipe"] else "0"
+            setting = (dropout, f"{cell['weight_decay']:g}", share(cell["length"]), share(compute(cell)))
+            means = [pm(over_corpora(replicates.values(cell, column))) for column in columns]
+            change = "" if cell == mixture else signed(replicates.common_difference(cell, mixture, LOSS))
+            rows.append([describe_recipe(cell), *setting, hardware, str(len(losses)), *means, change])
+    return markdown(rows)
+
+
+def on_cpus(runs: pd.DataFrame, repeated: pd.DataFrame) -> pd.DataFrame:
+    """Returns the runs on CPUs: the repeated ones, those of other methods, and those added afterwards."""
+    return pd.concat([repeated, runs[(runs.recipe != "plain") | (runs.stage == "explore")]])
+
+
+def gpu_replicates(runs: pd.DataFrame) -> Replicates:
+    """Returns the confirmed runs on the GPU."""
+    return Replicates(runs[(runs.recipe == "plain") & (runs.stage != "explore")])
+
+
+def cpu_replicates(runs: pd.DataFrame, repeated: pd.DataFrame) -> Replicates:
+    """Returns the confirmed runs on CPUs."""
+    return Replicates(on_cpus(runs, repeated))
+
+
+def method_replicates(runs: pd.DataFrame, repeated: pd.DataFrame) -> Replicates:
+    """Returns the confirmed runs on CPUs with the corpora and seeds that all methods have."""
+    found = on_cpus(runs, repeated)
+    common = Replicates(found).common(method_cells(Chosen(runs)).values())
+    return Replicates(found[[key in common for key in zip(found.corpus, found.seed, strict=True)]])
+
+
+def methods_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
+    """Returns the losses of each method at R = 128."""
+    cells, replicates = method_cells(Chosen(runs)), method_replicates(runs, repeated)
+    rows = [["recipe", "weight decay", "length", "compute", "causal loss", "masked loss"]]
     for method, cell in cells.items():
         name = METHODS[method].replace("mixture", f"mixture {share(cell['alpha'])}")
-        columns = (LOSS, MASKED, f"ema_{LOSS}", f"ema_{MASKED}")
-        losses = [pm(over_corpora(replicates.values(cell, column))) for column in columns]
+        losses = [pm(over_corpora(replicates.values(cell, column))) for column in (LOSS, MASKED)]
         setting = (f"{cell['weight_decay']:g}", share(cell["length"]), share(compute(cell)))
         rows.append([name, *setting, *losses])
     return markdown(rows)
 
 
-def methods_csv(runs: pd.DataFrame) -> str:
+def methods_csv(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
     """Returns the table of `dualsm.analysis.methods`."""
-    cells, replicates, rows = method_cells(Chosen(runs)), method_replicates(runs), []
+    cells, replicates, rows = method_cells(Chosen(runs)), method_replicates(runs, repeated), []
     for method, cell in cells.items():
         losses = replicates.values(cell, LOSS)
         setting = (cell["alpha"], cell["weight_decay"], cell["length"], compute(cell))

@@ -60,6 +60,11 @@ class Replicates:
         runs = self._runs.get(tuple(cell[key] for key in CELL), {})
         return {key: run[column] if run[LOSS] < DIVERGED else math.nan for key, run in runs.items()}
 
+    def cells(self, **settings) -> list[dict]:
+        """Returns the cells with these settings."""
+        cells = [dict(zip(CELL, values, strict=True)) for values in self._runs]
+        return [cell for cell in cells if all(cell[key] == value for key, value in settings.items())]
+
     def common(self, cells: Iterable[dict]) -> set[tuple]:
         """Returns the corpora and seeds that all cells have."""
         return set.intersection(*(set(self.values(cell, LOSS)) for cell in cells))
@@ -78,6 +83,11 @@ class Replicates:
     def difference(self, a: dict, b: dict, column: str) -> tuple[float, float]:
         """Returns the mean difference of two cells and its standard error over corpora."""
         return over_corpora(self.paired(a, b, column))
+
+    def common_difference(self, a: dict, b: dict, column: str) -> tuple[float, float]:
+        """Returns the difference over the corpora and seeds that both cells have."""
+        first, second = self.values(a, column), self.values(b, column)
+        return over_corpora({key: first[key] - second[key] for key in first.keys() & second.keys()})
 
 
 def by_corpus(values: Mapping[tuple, float]) -> dict[str, float]:

@@ -41,6 +41,13 @@ REPLICATES = [(corpus, seed) for corpus in "BCD" for seed in (1, 2)]
 DROPOUT = 0.1
 EMA = 0.995
 SCORED = ["causal", "masked_diffusion"]
+# Methods that were added after the protocol's: recipe and alpha -> weight decays and length of their tuning.
+MORE = {
+    ("dropout", 1 / 2): ((0.3, 0.5), 1),
+    ("dropout", 1 / 4): ((0.3,), 1),
+    ("mir+dropout", 1.0): ((0.5, 1.0), 1 / 2),
+}
+DECAY_RECIPES = ("linear", "exempt")  # of the best mixture
 POINTS = 16  # of the learning curve of a full run
 # name -> layers, d_model, heads, steps of a full run: 60 to 65 tokens per parameter
 SIZES = {"61k": (2, 32, 1, 464), "230k": (3, 64, 2, 1840), "1.0M": (4, 128, 4, 7360)}
@@ -61,7 +68,8 @@ def cell(recipe, repetitions, alpha, decay, length, corpus, seed, size="230k", w
     """Returns a run of the study.
 
     Args:
-      recipe: "plain", "dropout", "mir" (a pair; alpha is not used).
+      recipe: "plain", or "dropout", "mir" (a pair; alpha is not used), "linear" (weight decay that falls
+        linearly to 0) and "exempt" (no weight decay for embeddings and vectors), joined by "+".
       repetitions: R of a full run; a shorter run has the same unique tokens and fewer repetitions.
       alpha: share of causal rows.
       decay: weight decay.
@@ -90,14 +98,17 @@ def settings_of(run: dict, corpora: Path) -> ConfigDict:
     layers, width, heads, steps = SIZES[run["size"]]
     config.model.num_layers, config.model.d_model, config.model.num_heads = layers, width, heads
     config.model.d_ff = 3 * width
+    parts = run["recipe"].split("+")
     # The two rows of a pair train the same tokens.
-    config.steps = round(steps * run["length"]) * (2 if run["recipe"] == "mir" else 1)
+    config.steps = round(steps * run["length"]) * (2 if "mir" in parts else 1)
     config.seed, config.optimizer.weight_decay = run["seed"], float(run["weight_decay"])
     config.objectives.causal.weight = float(run["causal_weight"])
-    if run["recipe"] == "mir":
+    if "mir" in parts:
         config.mixture.causal = config.mixture.masked_diffusion = 0.0
         config.mixture.mir = 1.0
-    config.model.dropout = DROPOUT if run["recipe"] == "dropout" else 0.0
+    config.model.dropout = DROPOUT if "dropout" in parts else 0.0
+    config.optimizer.weight_decay_schedule.name = "linear" if "linear" in parts else "learning_rate"
+    config.optimizer.weight_decay_exempt = "embeddings,vectors" if "exempt" in parts else ""
     config.ema.decay = EMA
     config.model.remat = "none"
     config.data.path = str(corpora / run["corpus"])
@@ -120,6 +131,13 @@ def tuning(recipe: str, repetitions: int, alphas) -> list[dict]:
     ]
 
 
+MORE_TUNING = [
+    cell(recipe, 128, alpha, decay, length, "A", 0)
+    for (recipe, alpha), (decays, length) in MORE.items()
+    for decay in decays
+]
+
+
 def choose(results: list[dict]) -> dict[str, dict]:
     """Returns, by (recipe, R, alpha), the best run on corpus A in causal loss on the dev split.
 
@@ -128,7 +146,7 @@ def choose(results: list[dict]) -> dict[str, dict]:
     chosen = {}
     for result in results:
         run = result["run"]
-        if run["corpus"] != "A" or run["size"] != "230k" or run["causal_weight"] != 1:
+        if not result["stage"].startswith("tune"):
             continue
         key = f"{run['recipe']},{run['R']},{run['alpha']}"
         for kind in ("full", "stop"):
@@ -162,13 +180,7 @@ def write_tables(results: list[dict], folder: Path) -> None:
     dev split.
     """
     results = sorted(results, key=lambda result: (result["stage"], name_of(result["run"])))
-    with (folder / "runs.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["stage", *KEYS, "steps", "skipped", *COLUMNS])
-        for result in results:
-            losses = [f"{result[name]:.4f}" for name in COLUMNS.values()]
-            run = map(_text, result["run"].values())
-            writer.writerow([result["stage"], *run, result["steps"], int(result["skipped"]), *losses])
+    write_runs(results, folder / "runs.csv")
     with (folder / "curves.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*KEYS, "step", "train", *SCORED])
@@ -177,6 +189,17 @@ def write_tables(results: list[dict], folder: Path) -> None:
                 run = [*map(_text, result["run"].values())]
                 for step, *losses in result["curve"]:
                     writer.writerow([*run, step, *(f"{loss:.4f}" for loss in losses)])
+
+
+def write_runs(results: list[dict], path: Path) -> None:
+    """Writes a line per run."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["stage", *KEYS, "steps", "skipped", *COLUMNS])
+        for result in results:
+            losses = [f"{result[name]:.4f}" for name in COLUMNS.values()]
+            run = map(_text, result["run"].values())
+            writer.writerow([result["stage"], *run, result["steps"], int(result["skipped"]), *losses])
 
 
 def read_results(folder: Path) -> list[dict]:
@@ -294,6 +317,15 @@ def main(_):
             keys = {f"plain,128,{alpha}" for alpha in (*mixtures, 1.0)}
             runs = [run | {"size": size} for run in confirming(chosen, sorted(keys), [("B", 1), ("C", 1)])]
             study.train(f"size {size}", runs, slots)
+
+    study.train("tune more", MORE_TUNING, slots)
+    chosen = choose(study.results)
+    picked = [chosen[f"{recipe},128,{alpha}"]["stop"]["run"] for recipe, alpha in MORE]
+    best = chosen[f"plain,128,{best_alpha(chosen, 128, 'full')}"]["full"]["run"]
+    picked += [best | {"recipe": recipe} for recipe in DECAY_RECIPES]
+    for run in picked:
+        runs = [run | {"corpus": corpus, "seed": seed} for corpus, seed in REPLICATES]
+        study.train(f"confirm {run['recipe']}", runs, slots)
 
 
 if __name__ == "__main__":

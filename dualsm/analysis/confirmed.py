@@ -172,26 +172,28 @@ def describe_confirmed(found: Confirmed, source: NamedSource | None = None) -> l
         lines.append(f"    warning: the question is outside these runs, in doublings: {', '.join(far)}")
     if "parameters" not in found.outside:
         lines.append("    size not given: set --parameters for its distance from the size of these models")
-    lines += _describe_dropout()
+    lines += _describe_methods()
     if price := price_at(found.repetitions):
         lines.append(describe_small_share(price))
     lines.append("    other sizes and learning rates have not been run; see docs/reproduction.md")
     return lines
 
 
-def _describe_dropout() -> list[str]:
-    """Returns lines about the confirmed runs with dropout."""
+def _describe_methods() -> list[str]:
+    """Returns lines about the runs with dropout and with a weight decay that was tried after the study."""
     methods = read_methods()
-    found = {"causal rows only": methods["causal dropout"], "mixture": methods["mixture dropout"]}
     first = methods["causal dropout"]
     lines = [
-        f"    with dropout {first.dropout:g} (R = {first.repetitions}, {first.replicates} runs per setting "
-        f"on {first.corpora} corpora), and the change in causal loss from the mixture without dropout:"
+        f"    other methods (R = {first.repetitions}, {first.replicates} runs per setting on {first.corpora} "
+        "corpora), and the change in causal loss from the mixture:"
     ]
-    for name, method in found.items():
+    for key in ("causal dropout", "mixture dropout", "causal finer"):
+        method = methods[key]
+        name = "mixture" if method.alpha < 1 else "causal rows only"
         change = _estimate(method.causal_change, method.causal_change_error, method.corpora, "+")
         alpha = "" if method.alpha == 1 else f", causal {fraction(method.alpha)}"
-        setting = f"weight decay {method.weight_decay:g}, {_stop(method)}"
+        dropout = f"dropout {method.dropout:g}, " if method.dropout else ""
+        setting = f"{dropout}weight decay {method.weight_decay:g}, {_stop(method)}"
         lines.append(f"        {name}{alpha}, {setting}: {_losses(method)}; change {change}")
     return lines
 

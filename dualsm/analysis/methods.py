@@ -13,11 +13,12 @@ _INTEGERS = ("repetitions", "replicates", "corpora")
 class ConfirmedMethod(NamedTuple):
     """A method with the settings that were best for it, at its best stop.
 
-    All methods have the same corpora and seeds, but not the same hardware and order of documents.
+    All methods have the same corpora, seeds and hardware.
 
     Attributes:
       repetitions: R of a run with the whole budget.
-      method: "causal", "mixture", each with or without " dropout", or "mir".
+      method: "causal", "mixture", each with or without " dropout", "mir", or "causal finer": a weight decay
+        that was tried after the study, without early stop.
       dropout: dropout rate.
       alpha: share of causal rows; all others are masked diffusion. 1 for "mir".
       weight_decay: weight decay.

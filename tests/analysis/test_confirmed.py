@@ -96,11 +96,15 @@ def test_the_shipped_table_answers_at_both_numbers_of_repetitions():
         assert found.mixture.repetitions == repetitions and found.mixture.alpha < 1
 
 
-def test_dropout_is_stated_from_the_table():
+def test_other_methods_are_stated_from_the_table():
     methods, lines = read_methods(), describe_confirmed(answer(round_repetitions(1e6, 128e6)))
-    (start,) = (i for i, line in enumerate(lines) if line.startswith("    with dropout 0.1 (R = 128, "))
-    names = {"causal dropout": "causal rows only, ", "mixture dropout": "mixture, causal 3/4, "}
-    for (name, beginning), line in zip(names.items(), lines[start + 1 : start + 3], strict=True):
+    (start,) = (i for i, line in enumerate(lines) if line.startswith("    other methods (R = 128, "))
+    names = {
+        "causal dropout": "causal rows only, dropout 0.1, ",
+        "mixture dropout": "mixture, causal 3/4, dropout 0.1, ",
+        "causal finer": "causal rows only, weight decay 1.4, ",
+    }
+    for (name, beginning), line in zip(names.items(), lines[start + 1 : start + 4], strict=True):
         method = methods[name]
         assert line.strip().startswith(beginning)
         assert f"weight decay {method.weight_decay:g}, no early stop: " in line
