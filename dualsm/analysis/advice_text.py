@@ -15,7 +15,7 @@ from dualsm.analysis.surface import CREDIBLE, Estimate
 
 SHIPPED_DECAY = (
     "    three in four of its cells have weight decay 0.1; with a weight decay tuned for each mixture the "
-    "best share can be higher, as in the confirmed runs below"
+    "best share can be higher"
 )
 
 

@@ -115,7 +115,7 @@ def open_input(path: str, buffering: int = -1) -> BinaryIO:
 def random_access(path: str) -> Iterator[str | BinaryIO]:
     """Yields a file whose parts can be read in any order: the path of a local file, or an open remote file.
 
-    A file on a server that only sends whole files is copied to a temporary folder.
+    A file of unknown size, or on a server that only sends whole files, is copied to a temporary folder.
     """
     if not is_remote(path):
         yield path

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dualsm.analysis.paper_rules import PAPER_RESULTS, rule_alpha
+from dualsm.analysis.paper_rules import PAPER_RESULTS, causal_share_of_loss, rule_alpha
 from dualsm.analysis.scales import alpha_scale
 from dualsm.analysis.surface import fit_surface
 
@@ -17,6 +17,12 @@ def test_rules_at_their_boundaries():
     assert rule_alpha(16 * 2**0.5) == pytest.approx((63 / 64 + 1 / 2) / 2)
     assert rule_alpha(16.001) == pytest.approx(63 / 64, abs=1e-3)
     assert rule_alpha(31.999) == pytest.approx(1 / 2, abs=1e-3)
+
+
+def test_the_share_of_the_loss_counts_the_causal_loss_twice():
+    for alpha in (0.0, 1 / 8, 1 / 2, 1.0):
+        causal, masked = 2 * alpha, 1 - alpha
+        assert causal_share_of_loss(alpha) == pytest.approx(causal / (causal + masked))
 
 
 def test_rules_agree_with_the_results_within_one_grid_step():

@@ -3,8 +3,9 @@
 import pytest
 
 from dualsm.analysis.advice import round_repetitions
+from dualsm.analysis.advice_text import SHIPPED_DECAY
 from dualsm.analysis.confirmed import answer, describe_confirmed
-from dualsm.analysis.small_share import describe_small_share, small_share
+from dualsm.analysis.small_share import describe_small_share, read_cells, small_share
 
 
 def cell(alpha, repetitions, causal, masked=4.0, seed=0, budget=1000, decay=0.1, status="done"):
@@ -50,3 +51,9 @@ def test_the_price_is_stated_at_few_repetitions_only():
     for repetitions in (16, 17):
         lines = describe_confirmed(answer(round_repetitions(1e6, repetitions * 1e6)))
         assert (describe_small_share(small_share()) in lines) == (repetitions == 16)
+
+
+def test_the_shipped_table_has_mostly_one_weight_decay():
+    decays = [float(row["optimizer.weight_decay"]) for row in read_cells()]
+    assert decays.count(0.1) / len(decays) == pytest.approx(0.75, abs=0.03)
+    assert "three in four of its cells have weight decay 0.1" in SHIPPED_DECAY
