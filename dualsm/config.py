@@ -158,7 +158,10 @@ def _check_keys(config: ConfigDict) -> None:
     source_defaults = _source_defaults(config)
     defaults |= {key: value for key, value in source_defaults.items() if key in values}
     for key in values.keys() - defaults.keys():
-        raise UserError(f"unknown config key config.{key}; see dualsm/config_keys.py for all keys")
+        raise UserError(
+            f"unknown config key config.{key}; see dualsm/config_keys.py for all keys, and "
+            "docs/reference.md for those of sources and pairs"
+        )
     for key, default in defaults.items():
         where = f"config.{key}"
         if key not in values:

@@ -57,7 +57,9 @@ _BASELINES = flags.DEFINE_list(
     f"baselines of tasks with questions: {', '.join(BASELINES)}; default: all (unigram reads the run's "
     "corpus, and is left out if the corpus is not there); empty: none",
 )
-_DATA = cli.DEFINE_path("data", "", "corpus with the held-out text; default: the run's own corpus")
+_DATA = cli.DEFINE_path(
+    "data", "", "corpus with the held-out text, or NAME=CORPUS,... of sources; default: those of the run"
+)
 _OUTPUT = cli.DEFINE_path(
     "output",
     "",

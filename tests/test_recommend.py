@@ -331,6 +331,8 @@ def test_another_metric_leaves_the_confirmed_runs_out_and_says_so(tmp_path):
         (["a:1e6:much"], "is not of the form NAME:UNIQUE_TOKENS:BUDGET"),
         (["a:0:1e7"], "at least 1 and finite"),
         (["a b:1e6:1e7"], "the name must be an identifier"),
+        (["causal:1e6:1e7"], "'causal' is reserved"),
+        (["ema:1e6:1e7"], "'ema' is reserved"),
         (["a:1e6:1e7", "a:1e6:1e7"], "'a' is given twice"),
     ],
 )

@@ -16,6 +16,8 @@ from dualsm.analysis.scales import doublings_outside
 from dualsm.analysis.stopping import Stopping, compare_lengths
 from dualsm.analysis.surface import Recommendation, Surface, fit_surface
 from dualsm.analysis.table import comparable, load, lower_is_better, seed_sd, unequal_tuning
+from dualsm.objectives.registry import OBJECTIVES
+from dualsm.objectives.sources import RESERVED_NAMES
 from dualsm.process.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ def parse_sources(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
                 f"--source={text!r}: the name must be an identifier, and the numbers of tokens at least 1 "
                 "and finite"
             )
+        if name in OBJECTIVES or name in RESERVED_NAMES:
+            raise UserError(f"--source={text!r}: choose another name; {name!r} is reserved (config.sources)")
         if name in questions:
             raise UserError(f"--source: {name!r} is given twice; give each source once")
         questions[name] = (unique, budget)

@@ -15,6 +15,7 @@ from dualsm.data.bucket_files import append_records, pack_record, read_bucket
 from dualsm.data.decontamination import TaskNgrams, load_ngrams
 from dualsm.data.domains import MAX_DOMAINS, check_domains
 from dualsm.data.faults import Fault
+from dualsm.data.fields import names_of
 from dualsm.data.recipe import Recipe
 from dualsm.data.workers import map_in_order
 from dualsm.process.errors import UserError
@@ -34,6 +35,7 @@ class BlockCounts(NamedTuple):
       faults: kind and description of each unusable document.
       contaminated: for each document that overlaps task texts, the indices of the task files.
       domains: domains of the held-out documents; empty if they are not recorded.
+      fields: names in --text_key that exist in a document; all, if it is not JSON.
       consumed: bytes of the file that the block represents.
     """
 
@@ -43,6 +45,7 @@ class BlockCounts(NamedTuple):
     faults: list[tuple[str, str]]
     contaminated: list[list[int]]
     domains: set[str]
+    fields: set[str]
     consumed: int
 
 
@@ -57,6 +60,7 @@ class Counts:
       contaminated: number of documents that overlap task texts, duplicates included.
       contaminated_by: number of these documents per index of the task file.
       domains: domains of the held-out documents; empty if they are not recorded.
+      fields: names in --text_key that exist in a document; all, if a document is not JSON.
       faults: number of unusable documents per kind in `faults.FAULTS`.
       last_faults: description and location of the last unusable document of each kind.
     """
@@ -67,6 +71,7 @@ class Counts:
     contaminated: int = 0
     contaminated_by: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     domains: set[str] = dataclasses.field(default_factory=set)
+    fields: set[str] = dataclasses.field(default_factory=set)
     faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     last_faults: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -77,6 +82,7 @@ class Counts:
         self.bytes += block.bytes
         self.contaminated += len(block.contaminated)
         self.domains |= block.domains
+        self.fields |= block.fields
         for files in block.contaminated:
             self.contaminated_by.update(files)
         for kind, description in block.faults:
@@ -93,6 +99,12 @@ class Counts:
                 f"{bad} of {self.read} documents are unusable ({kinds}), most recently {last}; "
                 f"fix the input or raise --max_bad_fraction={max_fraction}"
             )
+
+    def check_fields(self, text_key: str) -> None:
+        """Raises `UserError` if all documents are JSON, and none has one of the fields."""
+        missing = [name for name in names_of(text_key, self.fields) if name not in self.fields]
+        if missing:
+            raise UserError(f"--text_key={text_key}: no document has the field {missing[0]!r}; correct it")
 
     def check_splits(self, recipe: Recipe) -> None:
         """Raises `UserError` if a split has no documents."""
@@ -160,6 +172,7 @@ class Scatter:
                     check_domains(self.recipe.domain_key, counts.domains)
         counts.check_faults(self.recipe.max_bad_fraction)
         counts.check_splits(self.recipe)
+        counts.check_fields(self.recipe.text_key)
         if self.recipe.domain_key:
             check_domains(self.recipe.domain_key, counts.domains)
         if self.recipe.valid_input and not self._has_training_documents():
@@ -186,8 +199,8 @@ class Scatter:
             recipe.domain_key,
         )
 
-    def _parse(self, item: readers.Item, form: str) -> str:
-        return readers.parse(item, form, self.recipe.text_key, self.recipe.tokenizer)
+    def _parse(self, item: readers.Item, form: str, fields: set[str]) -> str:
+        return readers.parse(item, form, self.recipe.text_key, self.recipe.tokenizer, fields)
 
     def _ngrams(self) -> TaskNgrams | None:
         return load_ngrams(self.folder / NGRAMS, self.ngrams_sha256) if self.ngrams_sha256 else None
@@ -202,10 +215,13 @@ class Scatter:
         block, from_valid_input = job
         records: dict[int, list[bytes]] = collections.defaultdict(list)
         ngrams = None if from_valid_input else self._ngrams()
-        faults, contaminated, domains, num_held_out, size = [], [], set(), 0, 0
+        faults, contaminated, num_held_out, size = [], [], 0, 0
+        domains: set[str] = set()
+        in_json = block.form in ("json", "jsonl")
+        fields: set[str] = set() if in_json else set(names_of(self.recipe.text_key, ()))
         for offset, item in enumerate(block.items):
             try:
-                parsed = self._parse(item, block.form)
+                parsed = self._parse(item, block.form, fields)
             except Fault as fault:
                 faults.append((fault.kind, f"{block.location(offset)} ({fault})"))
                 continue
@@ -228,5 +244,5 @@ class Scatter:
         for bucket, content in records.items():
             append_records(self.folder, bucket, content)
         return BlockCounts(
-            len(block.items), num_held_out, size, faults, contaminated, domains, block.consumed
+            len(block.items), num_held_out, size, faults, contaminated, domains, fields, block.consumed
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from dualsm.data.domains import Labeled
-from dualsm.data.fields import SEPARATOR, names_of
+from dualsm.data.fields import SEPARATOR, listed, names_of
 from dualsm.process.errors import UserError
 from dualsm.process.urls import file_name
 
@@ -177,7 +177,7 @@ def _column_paths(path: str, names: Sequence[str], schema, flag: str) -> dict[st
         for key in keys:
             field = next((field for field in fields if field.name == key), None)
             if field is None:
-                existing = ", ".join(_field_names(schema))
+                existing = listed(_field_names(schema))
                 raise UserError(f"{path} has no column {name!r}; set {flag} to one of {existing}")
             fields = list(field.type.fields) if pyarrow.types.is_struct(field.type) else []
         paths[name] = keys

@@ -57,8 +57,12 @@ class Corpus:
       identity: hash of the tokenizer and all shards; does not depend on the path.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, key: str = ""):
         """Opens a corpus.
+
+        Args:
+          path: its path.
+          key: config key or flag with the path, for messages; "" if there is none.
 
         Raises:
           UserError: if `path` is not a complete corpus.
@@ -69,8 +73,8 @@ class Corpus:
             self.manifest = json.loads((self.folder / MANIFEST).read_text())
         except OSError as error:
             raise UserError(
-                f"no corpus at {path!r} ({MANIFEST} is missing); make one with "
-                "`python -m dualsm.prepare --input=... --output=...` and set config.data.path"
+                f"{key and key + ': '}no corpus at {path!r} ({MANIFEST} is missing); correct the path, or "
+                "make a corpus with `python -m dualsm.prepare --input=... --output=...`"
             ) from error
         except ValueError as error:
             raise UserError(f"{self.folder / MANIFEST} is not JSON ({error}); copy it again") from error

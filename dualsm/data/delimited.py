@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from dualsm.data.domains import Labeled
 from dualsm.data.faults import Fault
-from dualsm.data.fields import join, names_of
+from dualsm.data.fields import join, listed, names_of
 from dualsm.data.text import without_bom
 from dualsm.process.errors import UserError
 
@@ -71,7 +71,7 @@ def read_rows(
 
 def _index(path: str, header: list[str], name: str, flag: str = "--text_key") -> int:
     if name not in header:
-        raise UserError(f"{path} has no column {name!r}; set {flag} to one of {', '.join(header)}")
+        raise UserError(f"{path} has no column {name!r}; set {flag} to one of {listed(header)}")
     return header.index(name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from dualsm.data.faults import Fault
 
 SEPARATOR = "\n\n"  # between joined fields
-_MAX_KEYS = 8  # keys listed in an error
+_MAX_KEYS, _MAX_KEY = 8, 42  # keys listed in an error, and characters of each
 
 
 def names_of(text_key: str, existing: Collection[str]) -> list[str]:
@@ -21,13 +21,14 @@ def join(parts: Iterable[str | None]) -> str:
     return SEPARATOR.join(part for part in parts if part)
 
 
-def json_text(value: Any, text_key: str) -> str:
+def json_text(value: Any, text_key: str, seen: set[str] | None = None) -> str:
     """Returns the text of a JSON object.
 
     Args:
       value: parsed JSON.
       text_key: names of fields, separated by commas; `a.b` is the field `b` of the object `a`, unless a field
         is named `a.b`.
+      seen: the names of the fields that exist are added to it.
 
     Raises:
       Fault: if a field is not a string or none exists. If there are several names, null and missing fields
@@ -42,6 +43,8 @@ def json_text(value: Any, text_key: str) -> str:
             part = field_of(value, name)
         except KeyError:
             continue
+        if seen is not None:
+            seen.add(name)
         if not isinstance(part, str) and not (part is None and len(names) > 1):
             raise Fault("no_text", _problem(value, name, "is not a string"))
         parts.append(part)
@@ -60,10 +63,16 @@ def field_of(value: dict, name: str) -> Any:
     raise KeyError(name)
 
 
+def listed(names: Iterable[str]) -> str:
+    """Returns the first names, each cut to `_MAX_KEY` characters, for an error message."""
+    found = [name[:_MAX_KEY] for name, _ in zip(names, range(_MAX_KEYS + 1), strict=False)]
+    found[_MAX_KEYS:] = ["..."] * (len(found) > _MAX_KEYS)
+    return ", ".join(found)
+
+
 def _problem(value: dict, name: str, problem: str) -> str:
-    keys = [repr(key[:40]) for key, _ in zip(_paths(value), range(_MAX_KEYS + 1), strict=False)]
-    keys[_MAX_KEYS:] = ["..."] * (len(keys) > _MAX_KEYS)
-    return f"--text_key={name} {problem}; the keys are {', '.join(keys) or 'none'}"
+    keys = listed(repr(key) for key in _paths(value))
+    return f"--text_key={name} {problem}; the keys are {keys or 'none'}"
 
 
 def _paths(value: dict) -> Iterator[str]:

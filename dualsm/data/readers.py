@@ -100,13 +100,14 @@ def read_blocks(
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def parse(item: Item, form: str, text_key: str, tokenizer: str = "") -> str:
+def parse(item: Item, form: str, text_key: str, tokenizer: str = "", fields: set[str] | None = None) -> str:
     """Returns the text of an undecoded document.
 
     Args:
       item, form: see `Block`.
       text_key: fields of the text in JSON.
       tokenizer: tokenizer file that decodes token ids.
+      fields: the names in `text_key` that exist in a JSON document are added to it.
 
     Raises:
       Fault: if the document has no usable text.
@@ -124,7 +125,7 @@ def parse(item: Item, form: str, text_key: str, tokenizer: str = "") -> str:
         elif form == "text":
             text = without_bom(item).decode("utf-8")
         else:
-            text = _json_field(item, text_key)
+            text = _json_field(item, text_key, fields)
             text.encode("utf-8")  # raises for lone surrogates, which JSON can express
     except UnicodeDecodeError as error:
         raise Fault("invalid_utf8", likely_encoding(item)) from error
@@ -158,14 +159,14 @@ def parse_domain(block: Block, index: int, domain_key: str) -> str:
         raise UserError(f"{block.location(index)}: --domain_key={domain_key} {error}") from error
 
 
-def _json_field(item: bytes, text_key: str) -> str:
+def _json_field(item: bytes, text_key: str, fields: set[str] | None) -> str:
     """Returns the text of a JSON object, with invalid UTF-8 as lone surrogates."""
     try:
         value = parse_json(item)
     except ValueError as error:
         item.decode("utf-8")  # invalid UTF-8 is the more useful error
         raise Fault("bad_json") from error
-    return json_text(value, text_key)
+    return json_text(value, text_key, fields)
 
 
 def _text_blocks(

@@ -16,6 +16,8 @@ from dualsm.evaluation.spec import HELD_OUT, EvalSpec
 from dualsm.evaluation.task_formats import Question
 from dualsm.evaluation.tasks import load_task
 from dualsm.generation.generate import check_mode, is_shifted
+from dualsm.objectives.sources import trained_sources
+from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
 from dualsm.training.run_corpora import RunCorpus
 
@@ -44,9 +46,21 @@ def evaluate_run(run: TrainedRun, spec: EvalSpec, tasks: Mapping[str, Sequence[Q
     spec.check()
     for mode in spec.modes if tasks else ():
         check_mode(run, mode)
-    corpora = open_held_out(run, spec.data) if HELD_OUT in spec.tasks else []
+    corpora = open_corpora_to_score(run, spec.data) if HELD_OUT in spec.tasks else []
     baselines = open_baselines(spec.baselines, run) if tasks else {}
     return _evaluate(run, spec, tasks, corpora, baselines)
+
+
+def open_corpora_to_score(run: TrainedRun, data: str) -> list[RunCorpus]:
+    """Opens the corpora of `--data`; see `open_held_out`. Errors about the run's corpora name it."""
+    try:
+        return open_held_out(run, data)
+    except UserError as error:
+        names = [source.name for source in trained_sources(run.config)]
+        if data:
+            raise
+        moved = ",".join(f"{name}=PATH" if name else "PATH" for name in names)
+        raise UserError(f"{error}; if a corpus was moved, set --data={moved}") from error
 
 
 def _evaluate(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from dualsm.data.corpus import Corpus
 from dualsm.devices.sharding import batch_devices, replicated, shard_batch
@@ -48,17 +49,31 @@ def open_held_out(run: TrainedRun, path: str = "") -> list[RunCorpus]:
 
     Args:
       run: the run.
-      path: path of a corpus; empty for the corpora that the run was trained on.
+      path: path of a corpus, or NAME=PATH,NAME=PATH for sources; empty for the corpora that the run was
+        trained on.
 
     Raises:
       UserError: if a corpus is damaged, has no held-out documents, or was made with another tokenizer.
     """
-    corpora = [RunCorpus(Source("", path, 1), Corpus(path))] if path else open_corpora(run.config)
+    config = run.config.copy_and_resolve_references()
+    for name, moved in (paths := _by_source(config, path)).items():
+        config.sources[name].corpus = moved
+    if path and not paths:
+        corpora = [RunCorpus(Source("", path, 1), Corpus(path, "--data"))]
+    else:
+        corpora = open_corpora(config)
     check_tokenizer(corpora, run.tokenizer)
     for _, corpus in corpora:
         corpus.verify("valid")
         corpus.documents("valid")  # reads the document lengths, and fails if there are none
     return corpora
+
+
+def _by_source(config: ConfigDict, path: str) -> dict[str, str]:
+    """Returns the paths in "NAME=PATH,NAME=PATH" by the name of the source; empty for a single path."""
+    parts = [part.split("=", 1) for part in path.split(",")]
+    named = all(len(part) == 2 and part[0] in config.sources for part in parts)
+    return dict(parts) if named else {}
 
 
 def evaluate_held_out(

@@ -41,6 +41,11 @@ class Source(NamedTuple):
         """The config key of the source."""
         return f"config.sources.{self.name}" if self.name else "config"
 
+    @property
+    def corpus_key(self) -> str:
+        """The config key of the path of the corpus."""
+        return f"{self.key}.corpus" if self.name else "config.data.path"
+
     def unique(self, budget: int) -> int:
         """Returns the number of unique tokens in a budget of training tokens from the source."""
         return self.unique_tokens or -(-budget // self.repetitions)

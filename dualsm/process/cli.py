@@ -59,7 +59,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         if where := _raised_by_config(error):
             return fail(f"{type(error).__name__}: {_text(error)} ({where})")
         if isinstance(error, (AttributeError, LookupError)):  # raised by ml_collections for an unknown key
-            known = "see dualsm/config_keys.py for all keys"
+            known = (
+                "see dualsm/config_keys.py for all keys; sources and pairs, and their keys, exist "
+                "only if the config file adds them"
+            )
             return fail(f"unknown config key on the command line: {_text(error)} ({known})")
         return fail(f"{type(error).__name__} on the command line: {_text(error)}")
 

@@ -8,6 +8,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dualsm.config import difference
 from dualsm.data.corpus import TOKENIZER, Corpus
 from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.process.errors import UserError
@@ -75,7 +76,17 @@ def forked_state(
     parts = {name: getattr(abstract_state, name) for name in ("step", "params", "opt_state")}
     if hasattr(abstract_state, "ema"):
         parts["ema"] = abstract_state.ema
-    step, parts = restore_parts(start.run, parts, start.step if start.step >= 0 else None)
+    try:
+        step, parts = restore_parts(start.run, parts, start.step if start.step >= 0 else None)
+    except UserError as error:
+        changes = difference(read_config(start.run), config)
+        changes = [change for change in changes if change.startswith(("model.", "optimizer."))]
+        if not changes:
+            raise
+        raise UserError(
+            f"the checkpoint of config.start.run={start.run} is damaged or of another model or optimizer; "
+            f"the runs differ in {'; '.join(changes)}"
+        ) from error
     _check_end(step, config)  # the config of an older version may contain -1
     return with_initial(abstract_state, parts, init)
 

@@ -27,18 +27,26 @@ class RunCorpus(NamedTuple):
 
 
 def open_corpora(config: ConfigDict) -> list[RunCorpus]:
-    """Opens the corpora of a run in the order of `trained_sources`; checks that their tokenizers are equal.
+    """Opens the corpora of a run in the order of `trained_sources`.
 
     Raises:
-      UserError: if a corpus cannot be read, or its tokenizer differs from that of the first corpus.
+      UserError: if a corpus cannot be read, if its tokenizer differs from that of the first corpus, or if two
+        sources have the same documents.
     """
-    opened = [RunCorpus(source, Corpus(source.corpus)) for source in trained_sources(config)]
-    first = opened[0]
+    opened = [
+        RunCorpus(source, Corpus(source.corpus, source.corpus_key)) for source in trained_sources(config)
+    ]
+    first, seen = opened[0], {}
     for source, corpus in opened:
+        if (other := seen.setdefault(corpus.identity, source)) is not source:
+            raise UserError(
+                f"{other.corpus_key}={other.corpus} and {source.corpus_key}={source.corpus} are the same "
+                "corpus; give one of the sources another corpus, or remove it"
+            )
         if corpus.manifest["tokenizer_sha256"] != first.corpus.manifest["tokenizer_sha256"]:
             raise UserError(
-                f"{source.key}.corpus={source.corpus} has another tokenizer than "
-                f"{first.source.key}.corpus={first.source.corpus}; prepare it again with "
+                f"{source.corpus_key}={source.corpus} has another tokenizer than "
+                f"{first.source.corpus_key}={first.source.corpus}; prepare it again with "
                 f"--tokenizer={first.corpus.folder / TOKENIZER}"
             )
     return opened

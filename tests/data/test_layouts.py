@@ -1,6 +1,7 @@
 """Layouts of text data: fields of JSON, rows of CSV files, and ways to split text files."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -106,6 +107,27 @@ def test_fields_of_json_are_nested_and_joined(tmp_path):
     recipe = Recipe(str(tmp_path / "a.jsonl"), vocab_size=384, text_key="x.y")
     with pytest.raises(UserError, match=keys):
         build(recipe, str(tmp_path / "out"), 1, quiet=True)
+
+
+@pytest.mark.parametrize(("text_key", "missing"), [("title,txet", "txet"), ("titel,text", "titel")])
+def test_a_field_that_no_document_has_is_an_error(tmp_path, jsonl, text_key, missing):
+    """Fields that some documents lack are left out, so a misspelled one would lose text silently."""
+    texts = [json.loads(line) for line in jsonl.open()]
+    documents = [{"title": f"T {i}"} | (text if i % 2 else {}) for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    recipe = Recipe(str(tmp_path / "a.jsonl"), vocab_size=384, text_key=text_key, max_bad_fraction=1.0)
+    with pytest.raises(UserError, match=f"--text_key={text_key}: no document has the field '{missing}'"):
+        build(recipe, str(tmp_path / "out"), 1, quiet=True)
+    assert not (tmp_path / "out").exists()
+    right = dataclasses.replace(recipe, text_key="title,text", valid_fraction=0.2)
+    build(right, str(tmp_path / "out"), 1, quiet=True)
+
+
+def test_long_headers_are_cut_in_errors(tmp_path):
+    write_rows(tmp_path / "a.csv", [["x" * 10_000, *map(str, range(100))]], "\n")
+    with pytest.raises(UserError, match="has no column 'text'") as error:
+        read(tmp_path / "a.csv")
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
 
 
 TEXT = b"\xef\xbb\xbfone\n two \n\n \t\nthree\r\n\r\n\n\nfour"

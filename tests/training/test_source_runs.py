@@ -1,6 +1,7 @@
 """Runs with several sources: batches, metrics, resuming, forks and errors."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from dualsm.config import add_source
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
+from dualsm.evaluation import evaluate_run
 from dualsm.evaluation.held_out import evaluate_held_out, open_held_out
 from dualsm.process.errors import UserError
 from dualsm.rundir.metrics import read_metrics
@@ -221,6 +223,23 @@ def test_evaluation_scores_each_source(whole):
     assert alone["causal"]["nats_per_token"] == pytest.approx(parts[1]["nats_per_token"], rel=1e-5)
 
 
+def test_moved_corpora_of_sources_are_scored(whole, paths, tmp_path):
+    """`--data=NAME=PATH` replaces the path of a source; the others stay."""
+    expected = dict(evaluate_held_out(open_run(whole), open_held_out(open_run(whole)), ["causal"], 1))
+    shutil.copytree(paths[0], tmp_path / "moved")
+    shutil.copytree(whole, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["sources"]["small"]["corpus"] = "nowhere"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    run = open_run(tmp_path / "run")
+    with pytest.raises(UserError, match="config.sources.small.corpus: .*set --data=large=PATH,small=PATH"):
+        evaluate_run.open_corpora_to_score(run, "")
+    corpora = evaluate_run.open_corpora_to_score(run, f"small={tmp_path / 'moved'}")
+    found = dict(evaluate_held_out(run, corpora, ["causal"], 1))
+    for name, result in expected.items():
+        assert found[name]["nats_per_token"] == result["nats_per_token"]
+
+
 def fail_with(message, config, workdir):
     with pytest.raises(UserError, match=message) as error:
         train(config, workdir)
@@ -254,6 +273,16 @@ def test_corpora_that_do_not_fit_are_named_before_anything_is_written(paths, jso
     tiny = {"sources.small.share": 1e-6, "sources.large.share": 1 - 1e-6}
     fail_with(
         "config.sources.small.share gives the source no sequence", source_config(paths, **tiny), workdir
+    )
+    fail_with(
+        "config.sources.small.corpus: no corpus at 'nowhere' .* correct the path",
+        source_config(("nowhere", paths[1])),
+        workdir,
+    )
+    fail_with(
+        "config.sources.large.corpus=.* and config.sources.small.corpus=.* are the same corpus",
+        source_config((paths[1], paths[1])),
+        workdir,
     )
     build(Recipe(str(jsonl), vocab_size=640), str(tmp_path / "other"), workers=1, quiet=True)
     fail_with(
