@@ -108,7 +108,8 @@ def test_default_baselines_need_only_what_the_run_has(run, tmp_path, capsys):
     config = copy.deepcopy(run.config)
     config.data.path = str(tmp_path / "moved")
     assert default_baselines(dataclasses.replace(run, config=config)) == ("untrained",)
-    assert f"no unigram baseline: config.data.path: no corpus at '{tmp_path / 'moved'}'" in capsys.readouterr().err
+    warning = f"no unigram baseline: config.data.path: no corpus at '{tmp_path / 'moved'}'"
+    assert warning in capsys.readouterr().err
 
 
 def test_corpus_with_another_tokenizer_is_rejected(run):
