@@ -61,7 +61,7 @@ def words(text):
 def test_the_page_is_what_the_tables_give(modules, tables):
     page = modules.page
     assert page.render(tables) == page.PAGE.read_text()
-    assert page.averaged_page(tables.runs) == page.AVERAGED.read_text()
+    assert page.averaged_page(tables.runs, tables.checkpoints) == page.AVERAGED.read_text()
     assert page.methods_page(tables) == page.EVERY_METHOD.read_text()
 
 
@@ -127,14 +127,17 @@ def changed(tables, rng):
     explored = (
         pd.concat(explored).drop_duplicates(["alpha", "corpus"]).assign(stage="explore", weight_decay=1.4)
     )
+    plain = tuned[(tuned.recipe == "plain") & (tuned.R == 128)].assign(stage="explore", recipe="rate")
+    rates = [plain[plain.alpha < 1], *(plain[plain.alpha == 1].assign(corpus=c, seed=1) for c in "BC")]
     repeated = repeated[(repeated.alpha < 1) | (repeated.length < 1)]
-    runs = pd.concat([tuned, confirmed, losses(sizes), explored], ignore_index=True)
+    runs = pd.concat([tuned, confirmed, losses(sizes), explored, *map(losses, rates)], ignore_index=True)
     runs = runs.assign(skipped=rng.integers(0, 2, len(runs)))
     runs.loc[0, "test_causal"] = np.nan
     earlier = losses(tables.earlier[(tables.earlier.repetitions != 16) | (tables.earlier.steps == 230)])
     earlier = earlier[(earlier.seed == 0) | (earlier.steps != 1840)]
     unigram = scaled(tables.unigram, ["test"])
-    changed = {"runs": runs, "earlier": earlier, "unigram": unigram, "repeated": repeated}
+    tasks = scaled(tables.tasks, ["bits_per_byte"])
+    changed = {"runs": runs, "earlier": earlier, "unigram": unigram, "repeated": repeated, "tasks": tasks}
     return tables._replace(baselines=losses(tables.baselines), **changed)
 
 
@@ -142,7 +145,7 @@ def test_other_tables_give_another_page(modules, tables, values):
     """Each number depends on the tables, except for settings of the study and the paper's rules."""
     names = set(re.findall(r"\{(\w+)\}", modules.page.TEMPLATE.read_text()))
     rng, differ = np.random.default_rng(0), set()
-    for _ in range(3):
+    for _ in range(6):
         found = modules.numbers.page_values(changed(tables, rng))
         differ |= {name for name in names if found[name] != values[name]}
     assert names - differ == FROM_SETTINGS | FROM_THE_PAPER | {"price_share"}
@@ -163,9 +166,10 @@ def test_the_readme_has_the_numbers_of_the_page(modules, tables, values):
     ratio = modules.numbers.word(alpha / (1 - alpha))
     for text in (
         f"{ratio} causal sequences for one of masked diffusion",
-        f"Lines are means of {values['replicates_128']} runs on three corpora",
+        f"Lines are means of {values['replicates_128']} runs on three corpora (dashed: two)",
         f"the best of {values['num_decays']} weight decays for each recipe",
-        f"The causal runs with weight decay {values['finer_decay']} were added after the study (one seed)",
+        f"The causal runs with weight decay {values['finer_decay']} were added after the study "
+        f"({values['finer_runs']} runs)",
         f"(dropout {values['masked_causal_dropout']}, compared with {values['masked_mixture']})",
         f"Models of {values['parameters']} parameters train on {values['unique_128']} unique tokens",
         f"({values['num_gpu']} runs of {values['parameters']} parameters)",
@@ -183,10 +187,6 @@ def test_claims_in_words_hold(modules, tables):
     alike = (chosen.mixture(32, "full"), chosen.best("plain", 32, 1.0, "full"))
     mean, error = replicates.difference(*alike, "test_causal")
     assert abs(mean) < modules.numbers.T_95 * error  # cannot be distinguished
-    baselines = tables.baselines.set_index("name")["valid/causal/loss"]
-    for decay in (0.3, 0.5):  # a higher learning rate does not lower the loss of alpha 1/2
-        name = f"repetitions=64,steps=920,alpha=0.5,weight_decay={decay}"
-        assert baselines[f"{name},learning_rate=0.02"] > baselines[name]
     for R in (32, 128):  # the masked loss is lowest at the smallest share
         cells = [chosen.best("plain", R, alpha, "full") for alpha in chosen.alphas(R)]
         losses = [replicates.values(cell, "test_masked_diffusion") for cell in cells]
@@ -210,19 +210,81 @@ def test_claims_in_words_hold(modules, tables):
         for method, cell in cells.items()
     }
     assert min(averaged, key=averaged.get) == "mir"
+    tuned = {
+        (run["alpha"], run["weight_decay"]): run["dev_causal"]
+        for run in runs.query("corpus == 'A' and R == 128 and length == 1 and recipe == 'plain'").to_dict(
+            "records"
+        )
+    }
+    assert min(tuned, key=tuned.get) == (
+        mixture["alpha"],
+        mixture["weight_decay"],
+    )  # also of the finer decays
+    assert tuned[1.0, modules.tables.FINER_DECAY] < min(tuned[1.0, decay] for decay in (1.0, 1.7, 2.0))
     last = {
         method: modules.selection.over_corpora(methods.values(cell, "test_causal"))[0]
         for method, cell in cells.items()
     }
     best = [last[method] for method in ("causal dropout", "mir", "mixture")]  # methods.md
-    assert max(best) - min(best) < 0.02 and last["mixture dropout"] > last["mixture"]
-    finer = causal | {"weight_decay": runs[runs.stage == "explore"].weight_decay.max()}
+    assert max(best) - min(best) < 0.02
+    finer = causal | {"weight_decay": modules.tables.FINER_DECAY}
     on_cpu = modules.tables.cpu_replicates(runs, tables.repeated)
     fine, coarse = (
         on_cpu.common_difference(mixture, finer, "test_causal"),
         replicates.difference(mixture, causal, "test_causal"),
     )
     assert coarse[0] / 2 < fine[0] < 0  # most of the first contrast is due to the coarse grid
+
+
+def test_dropout_lowers_the_causal_loss_of_causal_training_only(tables):
+    """A sentence of methods.md."""
+    runs = pd.concat([tables.runs, tables.repeated]).query("R == 128 and corpus != 'A' and size == '230k'")
+    cell = ["recipe", "alpha", "weight_decay", "length"]
+    by_corpus = runs[runs.causal_weight == 1].groupby([*cell, "corpus"]).test_causal.mean()
+    best = by_corpus.groupby(cell).mean().groupby(cell[:2]).min()
+    assert best["dropout", 1] < best["plain", 1]
+    for alpha in (1 / 4, 1 / 2, 3 / 4):
+        assert best["dropout", alpha] > best["plain", alpha]
+    assert best["mir+dropout", 1] > best["mir", 1]
+
+
+def test_claims_about_task_scores_hold(tables, monkeypatch):
+    """Sentences of methods.md without a number."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import task_scores
+
+    scores, methods = tables.tasks, ("causal", "causal finer", "causal dropout", "mir", "mixture dropout")
+    assert set(scores.method) == {*methods, "mixture"} and set(scores.corpus) == {*"BCD"}
+    assert (scores.groupby(["method", "corpus"]).task.nunique() == 9).all()
+    questions, hellaswag = scores[scores.task != "blimp"], scores[scores.task == "hellaswag"]
+    means = {method: task_scores.answer_change(questions, method)[0] for method in methods}
+    assert 0 < max(means["causal dropout"], means["mir"]) < min(means["causal"], means["causal finer"])
+    assert means["mixture dropout"] > means["causal dropout"]
+    for method in methods:
+        errors = [task_scores.answer_change(table, method)[1] for table in (hellaswag, questions)]
+        assert errors[0] < errors[1] / 2
+    blimp = scores[scores.task == "blimp"]
+    by_method = blimp.groupby("method")[["score", "slor"]].mean()
+    assert np.ptp(by_method.score) < 0.02 and (by_method.slor < 0.5).all()
+    assert (by_method.score < blimp.unigram_score.min()).all()
+
+
+def test_task_scores_are_read_from_the_results_of_evaluate(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import task_scores
+
+    found = {
+        "n": 3,
+        "score": 0.5,
+        "metrics": {"acc": {"accuracy": 0.5}, "slor": {"accuracy": 0.4}},
+        "answer": {"bits_per_byte": 2.0, "margin": -0.1},
+        "baselines": {"unigram": {"score": 0.6, "bits_per_byte": 4.0}},
+    }
+    for name, task in (("mixture_dropout-B", "piqa"), ("mixture_dropout-B-blimp", "blimp")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"tasks": {task: {"causal": found}}}))
+    table = task_scores.read_scores(tmp_path)
+    assert table.task.tolist() == ["blimp", "piqa"] and set(table.method) == {"mixture dropout"}
+    assert table.iloc[0].tolist() == ["mixture dropout", "B", "blimp", 3, 2.0, -0.1, 4.0, 0.5, 0.6, 0.4]
 
 
 def test_the_tables_of_recommend_are_what_the_tables_give(modules, tables):
@@ -280,16 +342,16 @@ def test_the_protocol_states_the_runs_that_were_made(modules, tables):
     assert set(confirmed.recipe) == {"plain"} and set(runs["size"]) == {"230k", "61k"}
     sizes = runs[runs["size"] == "61k"]
     assert set(sizes.stage) == {"size 61k"} and sorted(sizes.groupby(["alpha", "length"]).size()) == [2, 2, 2]
-    more = runs[runs.stage == "tune more"]
-    assert (set(more.recipe), set(more.corpus), set(more.alpha)) == ({"dropout"}, {"A"}, {0.5})
-    assert "dropout 0.1 with alpha 1/2 in full runs on corpus A, with weight decay 0.3 and 0.5" in text
-    explored = runs[runs.stage == "explore"]
-    pairs = {*zip(explored.alpha, explored.corpus, strict=True)}
-    assert pairs == {(0.75, "A"), *((1.0, corpus) for corpus in "ABCD")}
+    assert words(modules.tables.added_table(runs)) in text
+    study = modules.study
+    results = study.read_results(FOLDER)
+    explored = [result["run"] for result in results if result["stage"] == "explore"]
+    planned = study.exploring(study.choose(results))
+    assert {study.name_of(run) for run in explored} <= {study.name_of(run) for run in planned}
     assert set(confirmed[confirmed.R == 32].length) == {1.0}
     assert "no run at R = 32 with half the length was confirmed" in text
     others = runs[(runs.corpus != "A") & (runs.recipe != "plain")]
-    assert set(others.seed) == {1} and set(others[others.recipe == "mir"].length) == {0.5}
+    assert set(others.seed) == {1} and set(others[others.recipe.str.contains("mir")].length) == {0.5}
     added = text.split("Added after the runs: ")[1].split("additions.")[0]
     for part in ("`cut.py`", "`data.order_version`", "*What was run*", "*Added runs*", "*Commands*"):
         assert part in added
@@ -321,6 +383,20 @@ def test_commands_in_the_protocol_train_the_runs_of_the_study(modules, tables):
             expected = study.settings_of(row, Path("runs/study"))
             expected.model.remat = config.model.remat  # the same numbers
             assert difference(config, expected, free=()) == [] and config == expected
+
+
+def test_flags_in_the_protocol_are_those_of_the_other_recipes(modules, tables):
+    study, text = modules.study, (FOLDER / "protocol.md").read_text()
+    rows = re.findall(r"^\| ([\w+]+) \| (first|third) \| `--config\.([\w.]+)=(\S+)` \|$", text, re.MULTILINE)
+    assert {row[0] for row in rows} >= set(tables.runs.recipe) - {"plain", "dropout", "mir"}
+    for recipe, command, key, value in rows:
+        base = {"first": "plain", "third": "mir"}[command]
+        config, other = (
+            study.settings_of(study.cell(name, 128, 0.75, 1.0, 1, "B", 1), Path("runs/study"))
+            for name in (base, recipe)
+        )
+        config.update_from_flattened_dict({key: parse_value(value) if "," not in value else value})
+        assert config == other
 
 
 def test_parts_of_a_recipe_set_their_keys(modules):

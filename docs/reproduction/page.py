@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 from page_numbers import Tables, method_values, page_values, read_tables
 from page_plots import plot_curves, plot_lengths
-from page_tables import confirm_table, confirmed_csv, methods_csv
+from page_tables import checkpoints_table, confirm_table, confirmed_csv, methods_csv
 from selection import LOSS, MASKED, Chosen, Replicates
 
 FOLDER = Path(__file__).parent
@@ -32,7 +32,7 @@ def main() -> None:
     tables = read_tables()
     runs = tables.runs
     PAGE.write_text(render(tables))
-    AVERAGED.write_text(averaged_page(runs))
+    AVERAGED.write_text(averaged_page(runs, tables.checkpoints))
     EVERY_METHOD.write_text(methods_page(tables))
     CONFIRMED.write_text(confirmed_csv(runs))
     METHODS.write_text(methods_csv(runs, tables.repeated))
@@ -50,7 +50,7 @@ def render(tables: Tables) -> str:
     return re.sub(r"\{(\w+)\}", value, TEMPLATE.read_text())
 
 
-def averaged_page(runs: pd.DataFrame) -> str:
+def averaged_page(runs: pd.DataFrame, checkpoints: pd.DataFrame) -> str:
     """Returns the page with the losses of averaged weights."""
     columns = [(f"{name} loss", f"ema_{column}") for name, column in (("causal", LOSS), ("masked", MASKED))]
     parts = [
@@ -60,6 +60,13 @@ def averaged_page(runs: pd.DataFrame) -> str:
     ]
     for R in (128, 32):
         parts += [f"R = {R}:", confirm_table(Chosen(runs), Replicates(runs), R, *columns)]
+    parts += [
+        "## The mean of checkpoints",
+        "Full causal runs with weight decay 1.4 on two corpora (seed 2, on CPUs): the last weights, their\n"
+        "moving average, and the mean of the last five checkpoints, 115 steps apart\n"
+        "(`dualsm convert average --last=5`).",
+        checkpoints_table(checkpoints),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -14,13 +14,16 @@ import pandas as pd
 from page_tables import (
     BATCH_TOKENS,
     BUDGET,
+    OPTIONS,
     PARAMETERS,
     SMALL_PARAMETERS,
     confirm_table,
     cpu_replicates,
+    decay_table,
     every_method_table,
     gpu_replicates,
     method_cells,
+    method_names,
     method_replicates,
     methods_table,
     pm,
@@ -28,6 +31,7 @@ from page_tables import (
     signed,
 )
 from selection import CELL, DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
+from task_scores import answer_change, scores_table
 
 from dualsm.analysis.paper_rules import causal_share_of_loss, rule_alpha
 from dualsm.analysis.small_share import small_share, span
@@ -48,6 +52,8 @@ class Tables(NamedTuple):
       baselines: its runs with other settings and methods.
       unigram: held-out losses of unigram models of the corpora.
       repeated: confirmed runs without dropout and MIR, repeated on a CPU.
+      tasks: task scores of the methods (task_scores.py).
+      checkpoints: losses of full causal runs with last, moving-average and averaged-checkpoint weights.
     """
 
     runs: pd.DataFrame
@@ -56,11 +62,13 @@ class Tables(NamedTuple):
     baselines: pd.DataFrame
     unigram: pd.DataFrame
     repeated: pd.DataFrame
+    tasks: pd.DataFrame
+    checkpoints: pd.DataFrame
 
 
 def read_tables() -> Tables:
     """Reads the committed tables."""
-    names = ("runs", "curves", "table", "baselines", "unigram", "repeated")
+    names = ("runs", "curves", "table", "baselines", "unigram", "repeated", "tasks", "averaged_checkpoints")
     return Tables(*(pd.read_csv(FOLDER / f"{name}.csv") for name in names))
 
 
@@ -73,6 +81,7 @@ def page_values(tables: Tables) -> dict[str, str]:
         | _tuning(runs, chosen)
         | _methods(tables, chosen)
         | _finer_decay(tables, chosen)
+        | _learning_rate(tables, chosen)
         | earlier.values()
     )
     values |= _sizes(runs, chosen)
@@ -81,8 +90,6 @@ def page_values(tables: Tables) -> dict[str, str]:
         values[f"unique_{R}"] = f"{BUDGET // R:,}"
         rule = rule_alpha(R)
         values[f"rule_{R}"], values[f"rule_{R}_weighted"] = share(rule), f"{causal_share_of_loss(rule):.2f}"
-    stop, rate = replicates.difference(*_pair(chosen, 128, "stop"), LOSS)[0], earlier.rate_gain()
-    values["stop_128_tuned_rate"] = f"{stop + rate:.2f}"
     lower = [-replicates.difference(*_pair(chosen, R, kind), MASKED)[0] for R, kind in CONTRASTS]
     values["masked_lower"] = span(lower, ".0f")
     values["full_128_effect"] = f"{-replicates.difference(*_pair(chosen, 128, 'full'), LOSS)[0]:.1f}"
@@ -203,19 +210,41 @@ def _finer_decay(tables: Tables, chosen: Chosen) -> dict[str, str]:
     """Returns the causal losses with a weight decay between those of the protocol, tried afterwards."""
     mixture, causal = _pair(chosen, 128, "full")
     finer, replicates = method_cells(chosen)["causal finer"], cpu_replicates(tables.runs, tables.repeated)
-    explored = tables.runs[(tables.runs.stage == "explore") & (tables.runs.corpus == "A")]
+    explored = tables.runs.query("stage == 'explore' and corpus == 'A' and recipe == 'plain'")
+    near = max(alpha for alpha in chosen.alphas(128) if alpha < 1)
+    losses = replicates.values(finer, LOSS)
     values = {
         "finer_decay": f"{finer['weight_decay']:g}",
-        "finer_causal": pm(over_corpora(replicates.values(finer, LOSS))),
+        "finer_runs": word(len(losses)),
+        "finer_causal": pm(over_corpora(losses)),
+        "near_causal": share(near),
     }
     for prefix in ("", "ema_"):
         difference = replicates.common_difference(mixture, finer, f"{prefix}{LOSS}")
         values[f"finer_{prefix}change"] = signed(difference)
     values["finer_effect"] = f"{-replicates.common_difference(mixture, finer, LOSS)[0]:.2f}"
-    for name, cell in (("causal", causal), ("mixture", mixture)):
+    for name, cell in (
+        ("causal", causal),
+        ("near", chosen.best("plain", 128, near, "full")),
+        ("mixture", mixture),
+    ):
         values[f"tuned_{name}"] = f"{chosen.loss(cell):.3f}"
-        values[f"explored_{name}"] = f"{explored[explored.alpha == cell['alpha']].dev_causal.item():.3f}"
+        values[f"explored_{name}"] = f"{explored[explored.alpha == cell['alpha']].dev_causal.min():.3f}"
     return values
+
+
+def _learning_rate(tables: Tables, chosen: Chosen) -> dict[str, str]:
+    """Returns the losses of causal training at its best stop with a higher learning rate."""
+    mixture, causal = _pair(chosen, 128, "stop")
+    replicates, faster = cpu_replicates(tables.runs, tables.repeated), causal | {"recipe": "rate"}
+    tuned = tables.runs.query("corpus == 'A' and recipe == 'rate' and alpha < 1")
+    return {
+        "rate_change": signed(replicates.common_difference(faster, causal, LOSS)),
+        "rate_contrast": signed(replicates.common_difference(mixture, faster, LOSS)),
+        "rate_corpora": word(len(by_corpus(replicates.values(faster, LOSS)))),
+        "rate_mixture": f"{tuned.dev_causal.min():.3f}",
+        "rate_decay": f"{tuned.loc[tuned.dev_causal.idxmin()].weight_decay:g}",
+    }
 
 
 def _methods(tables: Tables, chosen: Chosen) -> dict[str, str]:
@@ -232,6 +261,9 @@ def _methods(tables: Tables, chosen: Chosen) -> dict[str, str]:
         values[f"masked_{name}"] = f"{masked[0]:.1f}"
         difference = replicates.difference(cell, cells["mixture"], LOSS)
         values[f"method_{name}"], values[f"method_{name}_interval"] = signed(difference), interval(difference)
+        answers = answer_change(tables.tasks[tables.tasks.task != "blimp"], method)
+        hellaswag = answer_change(tables.tasks[tables.tasks.task == "hellaswag"], method)
+        values[f"answers_{name}"], values[f"hellaswag_{name}"] = signed(answers), signed(hellaswag)
     return values
 
 
@@ -244,18 +276,27 @@ def method_values(tables: Tables) -> dict[str, str]:
     cells: dict[str, list] = {}
     for replicates in (gpu_replicates(runs), on_cpu):
         for cell in replicates.cells(R=128, size="230k", causal_weight=1):
-            base = "causal" if cell["alpha"] == 1 else "mixture"
-            name = (
-                "MIR" if "mir" in cell["recipe"] else base + " with dropout" * ("dropout" in cell["recipe"])
-            )
+            parts = set(cell["recipe"].split("+"))
+            if parts & set(OPTIONS):
+                continue
+            name = "MIR" if "mir" in parts else "causal" if cell["alpha"] == 1 else "mixture"
+            name += " with dropout" * ("dropout" in parts)
             columns = ("ema_dev_causal", f"ema_{LOSS}")
             cells.setdefault(name, []).append(
                 [over_corpora(replicates.values(cell, column))[0] for column in columns]
             )
     averaged = {name: min(found)[1] for name, found in cells.items()}  # chosen on the dev split
     best = sorted(averaged, key=averaged.get)
+    methods = method_cells(Chosen(runs))
+    finer = methods["causal finer"]["weight_decay"]
+    names = method_names(methods) | {"causal finer": f"causal, weight decay {finer:g}"}
+    by_task = tables.tasks.groupby("task").n.max()
     return {
         "table": every_method_table(runs, tables.repeated),
+        "decays": decay_table(runs),
+        "tasks": scores_table(tables.tasks, names),
+        "num_questions": f"{by_task.drop('blimp').sum():,}",
+        "num_pairs": f"{by_task['blimp']:,}",
         "mir_full": f"{mir[1][LOSS]:.3f}",
         "mir_half": f"{mir[1 / 2][LOSS]:.3f}",
         "averaged": ", ".join(f"{name} {averaged[name]:.3f}" for name in best),
@@ -282,17 +323,7 @@ class _Earlier:
     def __init__(self, tables: Tables):
         both = pd.concat([tables.baselines, tables.earlier])
         done = both[both.status == "done"].drop_duplicates("name")
-        self._num_runs, self._runs, self._earlier = len(done), done, tables.earlier
-
-    def _losses(self, alpha: float, repetitions: int, decay: float, rate: float, steps: int) -> pd.Series:
-        """Returns the causal losses of the runs with these settings, by seed."""
-        found = self._runs.query("alpha == @alpha and repetitions == @repetitions and steps == @steps")
-        found = found[(found[EARLIER_DECAY] == decay) & (found[EARLIER_RATE] == rate)]
-        return found.set_index("seed")[EARLIER_LOSS]
-
-    def rate_gain(self) -> float:
-        """Returns how much a learning rate of 0.02 lowers the best causal loss, compared with 0.01."""
-        return (self._losses(1.0, 32, 1.0, 0.01, 460) - self._losses(1.0, 32, 1.0, 0.02, 460)).mean()
+        self._runs, self._earlier = done, tables.earlier
 
     def values(self) -> dict[str, str]:
         often = self._runs[(self._runs.repetitions == 128) & (self._runs.steps == self._runs.steps.max())]
@@ -300,10 +331,8 @@ class _Earlier:
         by_alpha = often.groupby("alpha")[EARLIER_LOSS].mean()
         price = small_share(self._earlier.to_dict("records"))
         return {
-            "earlier_num_runs": str(self._num_runs),
             "earlier_best": share(by_alpha.idxmin()),
             "earlier_effect": f"{by_alpha[1.0] - by_alpha.min():.0f}",
-            "rate_gain": f"{self.rate_gain():.2f}",
             "price_share": f"{price.masked_share:.1%}",
             "price_causal": span(price.causal_changes, ".3f"),
             "price_masked": span(price.masked, ".1f"),

@@ -5,26 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from page_tables import share
+from page_tables import method_cells, share
 from selection import CELL, Chosen
 
 
 def plot_curves(curves: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
-    """Plots held-out losses over training at R = 128: causal, causal stopped, mixture."""
+    """Plots held-out losses over training at R = 128 of causal training and the mixture."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     chosen = Chosen(runs)
-    mixture = chosen.mixture(128, "full")
+    mixture, finer = chosen.mixture(128, "full"), method_cells(chosen)["causal finer"]
     cells = [
-        ("causal", "#c44e52", chosen.best("plain", 128, 1.0, "full")),
-        ("causal, stopped early", "#dd9b5f", chosen.best("plain", 128, 1.0, "stop")),
-        (f"mixture (alpha {share(mixture['alpha'])})", "#3b6fb5", mixture),
+        ("causal", "#c44e52", "-", chosen.best("plain", 128, 1.0, "full")),
+        (f"causal, weight decay {finer['weight_decay']:g}", "#8c6bb1", "--", finer),
+        ("causal, stopped early", "#dd9b5f", "-", chosen.best("plain", 128, 1.0, "stop")),
+        (f"mixture (alpha {share(mixture['alpha'])})", "#3b6fb5", "-", mixture),
     ]
     figure, axes = plt.subplots(2, 1, figsize=(7, 6.4), sharex=True, layout="constrained")
-    for label, colour, cell in cells:
+    for label, colour, style, cell in cells:
         found = curves
         for key in CELL:
             found = found[found[key] == cell[key]]
@@ -32,7 +33,7 @@ def plot_curves(curves: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
             by_step = found.groupby("step")[column].agg(["mean", "min", "max"])
             tokens = by_step.index * 64 * 128 / 1e6
             axis.fill_between(tokens, by_step["min"], by_step["max"], color=colour, alpha=0.25, linewidth=0)
-            axis.plot(tokens, by_step["mean"], color=colour, label=label, linewidth=2)
+            axis.plot(tokens, by_step["mean"], style, color=colour, label=label, linewidth=2)
             axis.plot(tokens[-1:], by_step["mean"].iloc[-1:], "o", color=colour)
     axes[0].set_ylim(3.05, 4.0)
     axes[0].set_ylabel("held-out causal loss\n(nats per token)")

@@ -67,7 +67,12 @@ def readme_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
 
 DROPOUT = 0.1  # of the runs with dropout
 FINER_DECAY = 1.4  # tried after the study
-DECAYS = {"linear": "linear decay", "exempt": "exempt vectors and embeddings"}
+OPTIONS = {
+    "linear": "linear weight decay",
+    "exempt": "no weight decay of vectors and embeddings",
+    "adamw": "AdamW with learning rate 0.003",
+    "rate": "learning rate 0.02",
+}
 METHODS = {
     "causal": "causal",
     "causal finer": "causal, tried afterwards",
@@ -96,10 +101,10 @@ def compute(cell: dict) -> float:
 
 
 def describe_recipe(cell: dict) -> str:
-    """Returns the name of a cell's method, such as `mixture 3/4, linear decay`, without dropout."""
+    """Returns the name of a cell's method, such as `mixture 3/4, linear weight decay`, without dropout."""
     parts = cell["recipe"].split("+")
     base = "causal" if cell["alpha"] == 1 else f"mixture {share(cell['alpha'])}"
-    extras = [name for part, name in DECAYS.items() if part in parts]
+    extras = [name for part, name in OPTIONS.items() if part in parts]
     return ", ".join(["MIR" if "mir" in parts else base, *extras])
 
 
@@ -122,11 +127,48 @@ def every_method_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
     for hardware, replicates in (("GPU", on_gpu), ("CPU", on_cpu)):
         for cell in sorted(replicates.cells(R=128, size="230k", causal_weight=1), key=order):
             losses = replicates.values(cell, LOSS)
+            if len(by_corpus(losses)) < 2:
+                continue
             dropout = str(DROPOUT) if "dropout" in cell["recipe"] else "0"
             setting = (dropout, f"{cell['weight_decay']:g}", share(cell["length"]), share(compute(cell)))
             means = [pm(over_corpora(replicates.values(cell, column))) for column in columns]
             change = "" if cell == mixture else signed(replicates.common_difference(cell, mixture, LOSS))
             rows.append([describe_recipe(cell), *setting, hardware, str(len(losses)), *means, change])
+    return markdown(rows)
+
+
+def decay_table(runs: pd.DataFrame) -> str:
+    """Returns the causal losses of full runs at R = 128 on corpus A, by alpha and weight decay."""
+    tuned = runs[(runs.corpus == "A") & (runs.R == 128) & (runs.length == 1) & (runs.recipe == "plain")]
+    losses = tuned.pivot(index="alpha", columns="weight_decay", values="dev_causal")
+    rows = [["alpha", *(f"weight decay {decay:g}" for decay in losses)]]
+    for alpha, found in losses.iterrows():
+        rows.append([share(alpha), *("-" if math.isnan(loss) else f"{loss:.3f}" for loss in found)])
+    return markdown(rows)
+
+
+def added_table(runs: pd.DataFrame) -> str:
+    """Returns the runs that were chosen after the results of the protocol's runs, for protocol.md."""
+    more = runs[runs.stage == "tune more"][["recipe", "alpha"]].drop_duplicates()
+    others = runs.merge(more)
+    added = pd.concat([runs[runs.stage == "explore"], others[others.stage != "explore"]])
+    rows = [["recipe", "alpha", "weight decay", "length", "corpora"]]
+    for cell, found in added.groupby(["recipe", "alpha", "weight_decay", "length"]):
+        recipe, alpha, decay, length = cell
+        by_seed = found.sort_values("corpus").groupby("seed").corpus.agg(", ".join)
+        corpora = "; ".join(f"{names} (seed {seed})" for seed, names in by_seed.items())
+        alpha = "-" if "mir" in recipe else share(alpha)
+        rows.append([recipe, alpha, f"{decay:g}", share(length), corpora])
+    return markdown(rows)
+
+
+def checkpoints_table(means: pd.DataFrame) -> str:
+    """Returns the losses of runs with three kinds of weights: the last ones, EMA, the mean of checkpoints."""
+    rows = [["corpus", "weights", "causal loss", "masked loss"]]
+    for line in means.itertuples():
+        rows.append(
+            [line.corpus, line.weights, f"{line.test_causal:.3f}", f"{line.test_masked_diffusion:.3f}"]
+        )
     return markdown(rows)
 
 
@@ -152,15 +194,23 @@ def method_replicates(runs: pd.DataFrame, repeated: pd.DataFrame) -> Replicates:
     return Replicates(found[[key in common for key in zip(found.corpus, found.seed, strict=True)]])
 
 
+def method_names(cells: dict[str, dict]) -> dict[str, str]:
+    """Returns the name of each method, with the share of the mixture."""
+    return {
+        method: METHODS[method].replace("mixture", f"mixture {share(cell['alpha'])}")
+        for method, cell in cells.items()
+    }
+
+
 def methods_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
     """Returns the losses of each method at R = 128."""
     cells, replicates = method_cells(Chosen(runs)), method_replicates(runs, repeated)
     rows = [["recipe", "weight decay", "length", "compute", "causal loss", "masked loss"]]
+    names = method_names(cells)
     for method, cell in cells.items():
-        name = METHODS[method].replace("mixture", f"mixture {share(cell['alpha'])}")
         losses = [pm(over_corpora(replicates.values(cell, column))) for column in (LOSS, MASKED)]
         setting = (f"{cell['weight_decay']:g}", share(cell["length"]), share(compute(cell)))
-        rows.append([name, *setting, *losses])
+        rows.append([names[method], *setting, *losses])
     return markdown(rows)
 
 

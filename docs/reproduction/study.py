@@ -47,7 +47,10 @@ MORE = {
     ("dropout", 1 / 4): ((0.3,), 1),
     ("mir+dropout", 1.0): ((0.5, 1.0), 1 / 2),
 }
-DECAY_RECIPES = ("linear", "exempt")  # of the best mixture
+FINER_DECAYS = {1.0: (1.4, 1.7), 15 / 16: (1.4,), 3 / 4: (0.7, 1.4)}  # by alpha
+OPTIMIZER_RECIPES = ("linear", "exempt", "adamw")  # of the best mixture
+ADAMW_RATE = 0.003  # of the recipe "adamw"; Muon has 0.01
+HIGH_RATE = 0.02  # learning rate of the recipe "rate"; the others have 0.01
 POINTS = 16  # of the learning curve of a full run
 # name -> layers, d_model, heads, steps of a full run: 60 to 65 tokens per parameter
 SIZES = {"61k": (2, 32, 1, 464), "230k": (3, 64, 2, 1840), "1.0M": (4, 128, 4, 7360)}
@@ -69,7 +72,8 @@ def cell(recipe, repetitions, alpha, decay, length, corpus, seed, size="230k", w
 
     Args:
       recipe: "plain", or "dropout", "mir" (a pair; alpha is not used), "linear" (weight decay that falls
-        linearly to 0) and "exempt" (no weight decay for embeddings and vectors), joined by "+".
+        linearly to 0), "exempt" (no weight decay for embeddings and vectors), "adamw" (another learning
+        rate for the parameters that AdamW updates), "rate" (another learning rate), joined by "+".
       repetitions: R of a full run; a shorter run has the same unique tokens and fewer repetitions.
       alpha: share of causal rows.
       decay: weight decay.
@@ -109,6 +113,9 @@ def settings_of(run: dict, corpora: Path) -> ConfigDict:
     config.model.dropout = DROPOUT if "dropout" in parts else 0.0
     config.optimizer.weight_decay_schedule.name = "linear" if "linear" in parts else "learning_rate"
     config.optimizer.weight_decay_exempt = "embeddings,vectors" if "exempt" in parts else ""
+    config.optimizer.adamw_learning_rate = ADAMW_RATE if "adamw" in parts else 0.0
+    if "rate" in parts:
+        config.optimizer.learning_rate = HIGH_RATE
     config.ema.decay = EMA
     config.model.remat = "none"
     config.data.path = str(corpora / run["corpus"])
@@ -136,6 +143,22 @@ MORE_TUNING = [
     for (recipe, alpha), (decays, length) in MORE.items()
     for decay in decays
 ]
+
+
+def exploring(chosen: dict) -> list[dict]:
+    """Returns the runs that were added after the results of the others."""
+    runs = [
+        cell("plain", 128, alpha, decay, 1, "A", 0)
+        for alpha, decays in FINER_DECAYS.items()
+        for decay in decays
+    ]
+    stop = chosen["plain,128,1.0"]["stop"]["run"] | {"recipe": "rate"}
+    mixture = chosen[f"plain,128,{best_alpha(chosen, 128, 'full')}"]["full"]["run"]
+    runs += [stop | {"weight_decay": decay} for decay in (0.5, 0.7, 1.0)]
+    runs.append(mixture | {"recipe": "rate", "weight_decay": 0.5})
+    finer = cell("plain", 128, 1.0, FINER_DECAYS[1.0][0], 1, "A", 0)
+    confirmed = [finer, stop, *(mixture | {"recipe": recipe} for recipe in OPTIMIZER_RECIPES)]
+    return runs + [run | {"corpus": c, "seed": seed} for run in confirmed for c, seed in REPLICATES]
 
 
 def choose(results: list[dict]) -> dict[str, dict]:
@@ -321,11 +344,13 @@ def main(_):
     study.train("tune more", MORE_TUNING, slots)
     chosen = choose(study.results)
     picked = [chosen[f"{recipe},128,{alpha}"]["stop"]["run"] for recipe, alpha in MORE]
-    best = chosen[f"plain,128,{best_alpha(chosen, 128, 'full')}"]["full"]["run"]
-    picked += [best | {"recipe": recipe} for recipe in DECAY_RECIPES]
     for run in picked:
         runs = [run | {"corpus": corpus, "seed": seed} for corpus, seed in REPLICATES]
         study.train(f"confirm {run['recipe']}", runs, slots)
+    added = exploring(chosen)
+    for recipe in dict.fromkeys(run["recipe"] for run in added):
+        if recipe != "linear":  # trains alone, by the command in protocol.md
+            study.train("explore", [run for run in added if run["recipe"] == recipe], slots)
 
 
 if __name__ == "__main__":
