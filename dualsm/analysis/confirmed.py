@@ -175,7 +175,7 @@ def describe_confirmed(found: Confirmed, source: NamedSource | None = None) -> l
     lines += _describe_methods()
     if price := price_at(found.repetitions):
         lines.append(describe_small_share(price))
-    lines.append("    larger models have not been run; the learning rate was not tuned; see docs/reproduction.md")
+    lines.append("    no larger models, no tuned learning rate; see docs/reproduction.md")
     return lines
 
 
