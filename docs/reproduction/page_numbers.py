@@ -17,6 +17,7 @@ from page_tables import (
     OPTIONS,
     PARAMETERS,
     SMALL_PARAMETERS,
+    added_runs,
     confirm_table,
     cpu_replicates,
     decay_table,
@@ -129,6 +130,7 @@ def count_runs(runs: pd.DataFrame) -> dict[str, str]:
         "num_weight": str(weighted.sum()),
         "num_tune_methods": str(runs.stage.str.startswith("tune ").sum()),
         "num_explore": str(explore.sum()),
+        "num_added": str(len(added_runs(runs))),
         "num_diverged": str(diverged.sum()),
         "num_skipped": str((runs.skipped > 0).sum()),
         "replicates_128": word(by_cell.size().min()),
@@ -190,11 +192,16 @@ def _tuning(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
             index="weight_decay", columns="length", values="dev_causal"), axis=axis)).max(initial=0)
         for R in (128, 32) for alpha in chosen.alphas(R) for axis in (0, 1)
     ]  # fmt: skip
+    grids = [
+        sorted(tuned[tuned.R == R][key].unique()) for R in (128, 32) for key in ("weight_decay", "length")
+    ]
+    ratios = np.concatenate([np.divide(grid[1:], grid[:-1]) for grid in grids])
     return {
         "num_decays": word(len(decays)),
         "best_decays": ", ".join(parts),
         "highest_decay": f"{decays[-1]:g}",
         "causal_decay": f"{best[1.0]:g}",
+        "step_factors": span(ratios, ".2g"),
         "largest_step": f"{np.nanmax(steps):.0f}",
         "num_cells": span(tuned.groupby(["R", "alpha"]).size(), "d"),
     }
@@ -217,6 +224,7 @@ def _finer_decay(tables: Tables, chosen: Chosen) -> dict[str, str]:
         "finer_decay": f"{finer['weight_decay']:g}",
         "finer_runs": word(len(losses)),
         "finer_causal": pm(over_corpora(losses)),
+        "finer_pairs": word(len(replicates.common([mixture, finer]))),
         "near_causal": share(near),
     }
     for prefix in ("", "ema_"):
@@ -238,12 +246,18 @@ def _learning_rate(tables: Tables, chosen: Chosen) -> dict[str, str]:
     mixture, causal = _pair(chosen, 128, "stop")
     replicates, faster = cpu_replicates(tables.runs, tables.repeated), causal | {"recipe": "rate"}
     tuned = tables.runs.query("corpus == 'A' and recipe == 'rate' and alpha < 1")
+    best = tuned.loc[tuned.dev_causal.idxmin()]
+    base = {key: best[key] for key in CELL} | {"recipe": "plain"}
+    contrast = replicates.common_difference(mixture, faster, LOSS)
     return {
         "rate_change": signed(replicates.common_difference(faster, causal, LOSS)),
-        "rate_contrast": signed(replicates.common_difference(mixture, faster, LOSS)),
+        "rate_contrast": signed(contrast),
+        "rate_stop": f"{over_corpora(replicates.values(faster, LOSS))[0]:.3f}",
+        "rate_interval": interval(contrast),
+        "rate_base": f"{chosen.loss(base):.3f}",
         "rate_corpora": word(len(by_corpus(replicates.values(faster, LOSS)))),
-        "rate_mixture": f"{tuned.dev_causal.min():.3f}",
-        "rate_decay": f"{tuned.loc[tuned.dev_causal.idxmin()].weight_decay:g}",
+        "rate_mixture": f"{best.dev_causal:.3f}",
+        "rate_decay": f"{best.weight_decay:g}",
     }
 
 
@@ -289,7 +303,11 @@ def method_values(tables: Tables) -> dict[str, str]:
     best = sorted(averaged, key=averaged.get)
     methods = method_cells(Chosen(runs))
     finer = methods["causal finer"]["weight_decay"]
-    names = method_names(methods) | {"causal finer": f"causal, weight decay {finer:g}"}
+    stop = share(methods["causal"]["length"])
+    names = method_names(methods) | {
+        "causal": f"causal, {stop} of the tokens",
+        "causal finer": f"causal, weight decay {finer:g}",
+    }
     by_task = tables.tasks.groupby("task").n.max()
     return {
         "table": every_method_table(runs, tables.repeated),

@@ -147,11 +147,16 @@ def decay_table(runs: pd.DataFrame) -> str:
     return markdown(rows)
 
 
-def added_table(runs: pd.DataFrame) -> str:
-    """Returns the runs that were chosen after the results of the protocol's runs, for protocol.md."""
+def added_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns the runs that were chosen after the results of the protocol's runs."""
     more = runs[runs.stage == "tune more"][["recipe", "alpha"]].drop_duplicates()
     others = runs.merge(more)
-    added = pd.concat([runs[runs.stage == "explore"], others[others.stage != "explore"]])
+    return pd.concat([runs[runs.stage == "explore"], others[others.stage != "explore"]])
+
+
+def added_table(runs: pd.DataFrame) -> str:
+    """Returns a table of `added_runs`, for protocol.md."""
+    added = added_runs(runs)
     rows = [["recipe", "alpha", "weight decay", "length", "corpora"]]
     for cell, found in added.groupby(["recipe", "alpha", "weight_decay", "length"]):
         recipe, alpha, decay, length = cell
