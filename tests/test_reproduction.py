@@ -238,6 +238,19 @@ def test_claims_in_words_hold(modules, tables):
     assert coarse[0] / 2 < fine[0] < 0  # most of the first contrast is due to the coarse grid
 
 
+def test_claims_about_options_of_the_optimizer_hold(modules, tables):
+    """Sentences of methods.md without a number."""
+    mixture = modules.selection.Chosen(tables.runs).mixture(128, "full")
+    replicates = modules.tables.cpu_replicates(tables.runs, tables.repeated)
+    changes = {
+        name: replicates.common_difference(mixture | {"recipe": name}, mixture, "test_causal")[0]
+        for name in ("exempt", "linear", "adamw")
+    }
+    assert min(changes["exempt"], changes["linear"]) > 0.2 and abs(changes["adamw"]) < 0.02
+    assert str(modules.study.ADAMW_RATE) in modules.tables.OPTIONS["adamw"]
+    assert str(modules.study.HIGH_RATE) in modules.tables.OPTIONS["rate"]
+
+
 def test_the_moving_average_is_the_best_of_the_three_kinds_of_weights(tables):
     """A sentence of averaged_weights.md."""
     by_corpus = tables.checkpoints.pivot(index="corpus", columns="weights", values="test_causal")
