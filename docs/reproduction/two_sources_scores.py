@@ -2,8 +2,8 @@
 
     python docs/reproduction/two_sources_scores.py runs/two_sources
 
-The folder contains a run named MIXTURE-SEED, with the results of `dualsm evaluate`, for each mixture of
-two_sources.py and each seed. Losses are in nats per token, on the whole held-out text of each source.
+The folder contains one run per mixture of two_sources.py and seed, named MIXTURE-SEED, with the results of
+`dualsm evaluate`. Losses are in nats per token, on the whole held-out text of each source.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def describe_confirmed(found: Confirmed, source: NamedSource | None = None) -> l
     lines += _describe_methods()
     if price := price_at(found.repetitions):
         lines.append(describe_small_share(price))
-    lines.append("    no larger models, no tuned learning rate; see docs/reproduction.md")
+    lines.append("    larger models and tuned learning rates have not been run; see docs/reproduction.md")
     return lines
 
 

@@ -47,6 +47,10 @@ def _text(value) -> str:
     return value
 
 
+class CorpusNotFound(UserError):
+    """Raised if there is no corpus at a path."""
+
+
 class Corpus:
     """A corpus written by `python -m dualsm.prepare`.
 
@@ -65,14 +69,15 @@ class Corpus:
           key: config key or flag with the path, for messages; "" if there is none.
 
         Raises:
-          UserError: if `path` is not a complete corpus.
+          CorpusNotFound: if `path` contains no corpus.
+          UserError: if the corpus is not complete.
         """
         self.folder = user_path(path)
         self._verification: Verification | None = None
         try:
             self.manifest = json.loads((self.folder / MANIFEST).read_text())
         except OSError as error:
-            raise UserError(
+            raise CorpusNotFound(
                 f"{key and key + ': '}no corpus at {path!r} ({MANIFEST} is missing); correct the path, or "
                 "make a corpus with `python -m dualsm.prepare --input=... --output=...`"
             ) from error

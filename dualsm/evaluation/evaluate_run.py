@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from dualsm.config import freeze
+from dualsm.data.corpus import CorpusNotFound
 from dualsm.evaluation.acceptance import evaluate_acceptance
 from dualsm.evaluation.baselines import ScoreItems, open_baselines
 from dualsm.evaluation.evaluate_task import evaluate_task
@@ -17,7 +18,6 @@ from dualsm.evaluation.task_formats import Question
 from dualsm.evaluation.tasks import load_task
 from dualsm.generation.generate import check_mode, is_shifted
 from dualsm.objectives.sources import trained_sources
-from dualsm.process.errors import UserError
 from dualsm.rundir.trained_run import TrainedRun
 from dualsm.training.run_corpora import RunCorpus
 
@@ -52,15 +52,15 @@ def evaluate_run(run: TrainedRun, spec: EvalSpec, tasks: Mapping[str, Sequence[Q
 
 
 def open_corpora_to_score(run: TrainedRun, data: str) -> list[RunCorpus]:
-    """Opens the corpora of `--data`; see `open_held_out`. Errors about the run's corpora name it."""
+    """Opens the corpora of `--data`; see `open_held_out`. The error of a missing corpus names the flag."""
     try:
         return open_held_out(run, data)
-    except UserError as error:
-        names = [source.name for source in trained_sources(run.config)]
+    except CorpusNotFound as error:
         if data:
             raise
+        names = [source.name for source in trained_sources(run.config)]
         moved = ",".join(f"{name}=PATH" if name else "PATH" for name in names)
-        raise UserError(f"{error}; if a corpus was moved, set --data={moved}") from error
+        raise CorpusNotFound(f"{error}; if a corpus was moved, set --data={moved}") from error
 
 
 def _evaluate(

@@ -83,10 +83,7 @@ def forked_state(
         changes = [change for change in changes if change.startswith(("model.", "optimizer."))]
         if not changes:
             raise
-        raise UserError(
-            f"the checkpoint of config.start.run={start.run} is damaged or of another model or optimizer; "
-            f"the runs differ in {'; '.join(changes)}"
-        ) from error
+        raise UserError(f"{error}; the runs differ in {'; '.join(changes)}") from error
     _check_end(step, config)  # the config of an older version may contain -1
     return with_initial(abstract_state, parts, init)
 

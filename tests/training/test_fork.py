@@ -93,7 +93,7 @@ def test_stopped_fork_resumes_from_its_own_checkpoint(original, tmp_path):
         ({"start.step": -1}, "is not before the end"),
         ({"start.run": "", "start.step": 4}, "config.start.step=4 needs config.start.run"),
         ({"start.step": 4, "model.d_ff": 96}, "of another model"),
-        ({"start.step": 4, "optimizer.name": "adamw"}, "of another model or optimizer; .* muon -> adamw$"),
+        ({"start.step": 4, "optimizer.name": "adamw"}, "another model or optimizer: .* muon -> adamw$"),
         ({"start.step": 4, "optimizer.weight_decay_schedule.name": "linear"}, "another model .* -> linear$"),
     ],
 )
