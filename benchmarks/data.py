@@ -239,7 +239,7 @@ def preparing(corpus: Corpus) -> dict:
 
 
 def main(_: Sequence[str]) -> None:
-    corpus = Corpus(_CORPUS.value)
+    corpus = Corpus(_CORPUS.value, "--corpus")
     results = {"rows": [reading(corpus, *shape) for shape in SHAPES], "start": first_batches(corpus)}
     rows = [
         [

@@ -81,7 +81,7 @@ def separate_times() -> dict[str, float]:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import dualsm.train"], check=True)
     imported = time.perf_counter()
-    corpus = Corpus(_CORPUS.value)
+    corpus = Corpus(_CORPUS.value, "--corpus")
     for split in SPLITS:
         corpus.verify(split)
     return {"imports": imported - start, "check of the corpus": time.perf_counter() - imported}

@@ -108,7 +108,7 @@ def starting(folder: Path) -> dict[str, float]:
 
 
 def main(_: Sequence[str]) -> None:
-    corpus, rows = Corpus(_CORPUS.value), []
+    corpus, rows = Corpus(_CORPUS.value, "--corpus"), []
     for shards in map(int, _SHARDS.value):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch).resolve() / "corpus"

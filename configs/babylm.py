@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
     config.batch_size = 32 if is_small else 256
     words, tokens = WORDS[track], int(WORDS[track] * TOKENS_PER_WORD)
     if "corpus" in args or Path(config.data.path, MANIFEST).exists():
-        split = Corpus(config.data.path).manifest["splits"]["train"]
+        split = Corpus(config.data.path, "--config: corpus").manifest["splits"]["train"]
         words, tokens = split.get("words", words), split["tokens"]
     config.steps = max(config.repetitions * tokens // (config.batch_size * config.seq_len), 1)
     # At 10 epochs a few masked rows raise the causal loss only slightly and make the masked scores useful.

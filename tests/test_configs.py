@@ -68,7 +68,7 @@ def test_babylm_reads_the_corpus(corpus_path):
     per_step = config.batch_size * config.seq_len
     assert 0 <= 10 * tokens - config.steps * per_step < per_step
     assert config.checkpoint.at_words == ""
-    with pytest.raises(UserError, match="no corpus at"):
+    with pytest.raises(UserError, match="--config: corpus: no corpus at 'missing'"):
         load(ROOT / "configs" / "babylm.py", "corpus=missing")
 
 

@@ -85,5 +85,5 @@ def test_installed_package_contains_the_configs(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, env=command_env() | {"PYTHONPATH": str(built)},
     )  # fmt: skip
     # The command found the config: it fails later, because the corpus is missing.
-    assert "no corpus at 'runs/corpus'" in process.stderr, process.stderr
+    assert "config.data.path: no corpus at 'runs/corpus'" in process.stderr, process.stderr
     assert (built / "dualsm" / "exchange" / "remote" / "modeling_dualsm.py").exists()

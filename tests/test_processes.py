@@ -191,7 +191,7 @@ def stale_corpus(jsonl, tmp_path_factory):
         ),
         ("--config.checkpoint.every=7", "another config than process 0 (checkpoint.every: 10 -> 7)"),
         ("--config.data.path={stale}", "the corpus {stale} differs from that of process 0"),
-        ("--config.data.path=/nowhere", "no corpus at '/nowhere'"),
+        ("--config.data.path=/nowhere", "config.data.path: no corpus at '/nowhere'"),
     ],
 )
 def test_processes_that_disagree_end_before_anything_is_written(recipe, stale_corpus, tmp_path, own, told):

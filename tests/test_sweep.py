@@ -153,8 +153,8 @@ def test_each_cell_has_a_tpu_slice(recipe, tmp_path):
         (("--grid=repetitions=1,4,",), "is not of the form"),
         (("--tasks=blimp",), "needs --task_data"),
         (("--tasks=valid", "--modes="), "--modes= is empty"),
-        (("--config.data.path=nowhere",), "no corpus at 'nowhere'"),
-        (("--cell=data.path=nowhere",), "no corpus at 'nowhere'"),
+        (("--config.data.path=nowhere",), "config.data.path: no corpus at 'nowhere'"),
+        (("--cell=data.path=nowhere",), "config.data.path: no corpus at 'nowhere'"),
     ],
 )
 def test_invalid_grids_are_one_line_errors(recipe, tmp_path, more, message):

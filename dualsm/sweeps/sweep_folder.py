@@ -119,8 +119,8 @@ class Sweep:
             self._check_cell(cell)
         to_train = [cell for cell in self.cells if not self.outcome(cell) and not self._trained(cell)]
         sources = (source for cell in to_train for source in trained_sources(self.configs[cell.name]))
-        for path in dict.fromkeys(source.corpus for source in sources):
-            Corpus(path)
+        for path, key in dict.fromkeys((source.corpus, source.corpus_key) for source in sources):
+            Corpus(path, key)
 
     def _check_cell(self, cell: Cell) -> None:
         """Raises `UserError` if a cell's folder contains a run with a different config."""

@@ -43,7 +43,8 @@ def cpu_devices(config: ml_collections.ConfigDict) -> int:
         return 1
     model = config.model.copy_and_resolve_references()
     if not model.vocab_size and matrix_parameters(model) <= MAX_PARAMETERS:  # opening a corpus can be slow
-        model.vocab_size = Corpus(trained_sources(config)[0].corpus).vocab_size
+        source = trained_sources(config)[0]
+        model.vocab_size = Corpus(source.corpus, source.corpus_key).vocab_size
     if matrix_parameters(model) > MAX_PARAMETERS:
         return 1
     limit = min(_whole_cores(), config.batch_size * config.seq_len // CORE_TOKENS)

@@ -52,7 +52,7 @@ def test_xla_flags_take_precedence(small, monkeypatch):
 
 def test_vocabulary_size_is_read_from_the_corpus(small, corpus_path):
     small.model.vocab_size, small.data.path = 0, ""
-    with pytest.raises(UserError, match="data.path"):
+    with pytest.raises(UserError, match="config.data.path: no corpus at ''"):
         cpu_devices.cpu_devices(small)
     small.data.path = str(corpus_path)
     assert cpu_devices.cpu_devices(small) == 4
