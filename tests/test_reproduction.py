@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from dualsm.analysis.advice import SHIPPED
 from dualsm.config import difference
+from dualsm.model.transformer import init_params
 from dualsm.sweeps.grid import parse_value
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reproduction"
@@ -18,7 +20,7 @@ README = FOLDER.parents[1] / "README.md"
 # Numbers with a decimal point that the template may have: settings, the expectations of the protocol, a link.
 SETTINGS = {"0.01", "0.02", "0.1", "0.995", "1.0", "2512.14549"}
 EXPECTED = {"0.2", "0.15", "0.05", "0.03"}
-FROM_SETTINGS = {"finer_decay", "small_parameters", "parameters", "budget", "unique_128", "unique_32"}
+FROM_SETTINGS = {"finer_decay", "parameters", "budget", "unique_128", "unique_32"}
 FROM_THE_PAPER = {"rule_128", "rule_32_weighted", "rule_128_weighted"}
 pd = pytest.importorskip("pandas")
 
@@ -238,6 +240,14 @@ def test_claims_in_words_hold(modules, tables):
     assert coarse[0] / 2 < fine[0] < 0  # most of the first contrast is due to the coarse grid
 
 
+def test_claims_about_sizes_hold(modules, tables):
+    """A sentence of the page without a number."""
+    rows = [row.split(" | ") for row in modules.tables.sizes_table(tables.runs).splitlines()[2:]]
+    by_size = [[float(change) for change in row[2].split(", ")] for row in rows]
+    for corpus in zip(*by_size, strict=True):
+        assert list(corpus) == sorted(corpus, reverse=True) and max(corpus) < 0
+
+
 def test_claims_about_options_of_the_optimizer_hold(modules, tables):
     """Sentences of methods.md without a number."""
     mixture = modules.selection.Chosen(tables.runs).mixture(128, "full")
@@ -449,6 +459,15 @@ def test_repeated_rows_are_those_that_the_page_names(modules, tables, values):
     found = [number for number, key in enumerate(keys) if plain[number] and key in repeated]
     assert found == [0, 4] and len(lines) == len(keys)
     assert "The first and fifth row repeat GPU runs" in words(modules.page.PAGE.read_text())
+
+
+def test_parameters_of_each_size_are_those_of_its_models(modules):
+    for size, parameters in modules.tables.PARAMETERS.items():
+        run = modules.study.cell("plain", 128, 1.0, 1.0, 1, "B", 1, size)
+        config = modules.study.settings_of(run, Path())
+        config.model.vocab_size = 512
+        shapes = jax.eval_shape(lambda config=config: init_params(config.model, jax.random.key(0)))
+        assert sum(shape.size for shape in jax.tree.leaves(shapes)) == parameters
 
 
 def test_standard_errors_are_over_corpora(modules):

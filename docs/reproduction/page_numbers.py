@@ -12,13 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from page_tables import (
-    BATCH_TOKENS,
     BUDGET,
     OPTIONS,
     PARAMETERS,
-    SMALL_PARAMETERS,
     added_runs,
     confirm_table,
+    contrast_cells,
     cpu_replicates,
     decay_table,
     every_method_table,
@@ -30,6 +29,7 @@ from page_tables import (
     pm,
     share,
     signed,
+    sizes_table,
 )
 from selection import CELL, DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
 from task_scores import answer_change, scores_table
@@ -85,15 +85,15 @@ def page_values(tables: Tables) -> dict[str, str]:
         | _learning_rate(tables, chosen)
         | earlier.values()
     )
-    values |= _sizes(runs, chosen)
+    values["sizes"] = sizes_table(runs)
     for R in (128, 32):
         values |= _contrasts(R, chosen, replicates)
         values[f"unique_{R}"] = f"{BUDGET // R:,}"
         rule = rule_alpha(R)
         values[f"rule_{R}"], values[f"rule_{R}_weighted"] = share(rule), f"{causal_share_of_loss(rule):.2f}"
-    lower = [-replicates.difference(*_pair(chosen, R, kind), MASKED)[0] for R, kind in CONTRASTS]
+    lower = [-replicates.difference(*contrast_cells(chosen, R, kind), MASKED)[0] for R, kind in CONTRASTS]
     values["masked_lower"] = span(lower, ".0f")
-    values["full_128_effect"] = f"{-replicates.difference(*_pair(chosen, 128, 'full'), LOSS)[0]:.1f}"
+    values["full_128_effect"] = f"{-replicates.difference(*contrast_cells(chosen, 128, 'full'), LOSS)[0]:.1f}"
     changes = repeated_changes(runs, tables.repeated)
     values["cpu_change"], values["cpu_mean"] = span(changes, "+.3f"), f"{changes.mean():+.3f}"
     values["unigram"] = span(tables.unigram.query("corpus != 'A'").test, ".2f")
@@ -101,11 +101,6 @@ def page_values(tables: Tables) -> dict[str, str]:
 
 
 CONTRASTS = ((128, "full"), (128, "stop"), (32, "full"))
-
-
-def _pair(chosen: Chosen, R: int, kind: str) -> tuple[dict, dict]:
-    """Returns the best mixture and causal training, which a contrast compares."""
-    return chosen.mixture(R, kind), chosen.best("plain", R, 1.0, kind)
 
 
 def count_runs(runs: pd.DataFrame) -> dict[str, str]:
@@ -119,7 +114,7 @@ def count_runs(runs: pd.DataFrame) -> dict[str, str]:
     by_cell = runs[confirm & plain & (runs.R == 128)].groupby(CELL)
     diverged = ~(runs[["dev_causal", LOSS]] < DIVERGED).all(axis=1)  # NaN is a divergence
     return {
-        "parameters": f"{PARAMETERS:,}",
+        "parameters": f"{PARAMETERS['230k']:,}",
         "budget": f"{BUDGET / 1e6:.2f}M",
         "num_runs": str(num_runs),
         "num_size": str(num_size),
@@ -141,7 +136,7 @@ def _contrasts(R: int, chosen: Chosen, replicates: Replicates) -> dict[str, str]
     """Returns the values of one R that come from the confirmed runs."""
     values = {}
     for kind in ("full", "stop"):
-        mixture, causal = _pair(chosen, R, kind)
+        mixture, causal = contrast_cells(chosen, R, kind)
         for name, column in (("causal", LOSS), ("masked", MASKED)):
             values[f"{kind}_{R}_{name}"] = signed(replicates.difference(mixture, causal, column))
         values[f"{kind}_{R}_interval"] = interval(replicates.difference(mixture, causal, LOSS))
@@ -152,7 +147,7 @@ def _contrasts(R: int, chosen: Chosen, replicates: Replicates) -> dict[str, str]
         values[f"{kind}_{R}_repetitions"] = f"{R * mixture['length']:g}"
         values[f"{kind}_{R}_only_repetitions"] = f"{R * causal['length']:g}"
         values[f"{kind}_{R}_compute"] = word(mixture["length"] / causal["length"])
-    mixture, causal = _pair(chosen, R, "full")
+    mixture, causal = contrast_cells(chosen, R, "full")
     weighted = mixture | {"causal_weight": 2}
     values[f"weight_{R}"] = signed(replicates.difference(weighted, mixture, LOSS))
     values[f"weight_{R}_masked"] = signed(replicates.difference(weighted, mixture, MASKED))
@@ -215,7 +210,7 @@ def repeated_changes(runs: pd.DataFrame, repeated: pd.DataFrame) -> pd.Series:
 
 def _finer_decay(tables: Tables, chosen: Chosen) -> dict[str, str]:
     """Returns the causal losses with a weight decay between those of the protocol, tried afterwards."""
-    mixture, causal = _pair(chosen, 128, "full")
+    mixture, causal = contrast_cells(chosen, 128, "full")
     finer, replicates = method_cells(chosen)["causal finer"], cpu_replicates(tables.runs, tables.repeated)
     explored = tables.runs.query("stage == 'explore' and corpus == 'A' and recipe == 'plain'")
     near = max(alpha for alpha in chosen.alphas(128) if alpha < 1)
@@ -243,7 +238,7 @@ def _finer_decay(tables: Tables, chosen: Chosen) -> dict[str, str]:
 
 def _learning_rate(tables: Tables, chosen: Chosen) -> dict[str, str]:
     """Returns the losses of causal training at its best stop with a higher learning rate."""
-    mixture, causal = _pair(chosen, 128, "stop")
+    mixture, causal = contrast_cells(chosen, 128, "stop")
     replicates, faster = cpu_replicates(tables.runs, tables.repeated), causal | {"recipe": "rate"}
     tuned = tables.runs.query("corpus == 'A' and recipe == 'rate' and alpha < 1")
     best = tuned.loc[tuned.dev_causal.idxmin()]
@@ -319,20 +314,6 @@ def method_values(tables: Tables) -> dict[str, str]:
         "mir_half": f"{mir[1 / 2][LOSS]:.3f}",
         "averaged": ", ".join(f"{name} {averaged[name]:.3f}" for name in best),
     }
-
-
-def _sizes(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
-    """Returns the contrasts of R = 128 with the other size, on each corpus."""
-    found = runs[runs["size"] != "230k"]
-    replicates, (size,) = Replicates(found), found["size"].unique()
-    values = {"small_corpora": word(found.corpus.nunique()), "small_parameters": f"{SMALL_PARAMETERS:,}"}
-    values["small_budget"] = f"{found.steps.max() * BATCH_TOKENS / 1e6:.2f}M"
-    for kind in ("full", "stop"):
-        pair = [cell | {"size": size} for cell in _pair(chosen, 128, kind)]
-        for name, column in (("causal", LOSS), ("masked", MASKED)):
-            changes = by_corpus(replicates.paired(*pair, column)).values()
-            values[f"small_{kind}_{name}"] = " and ".join(f"{x:+.3f}" for x in changes)
-    return values
 
 
 class _Earlier:

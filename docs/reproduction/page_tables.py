@@ -13,8 +13,8 @@ from dualsm.analysis.confirmed import ConfirmedCell
 from dualsm.analysis.methods import ConfirmedMethod
 
 BATCH_TOKENS = 64 * 128
-BUDGET, PARAMETERS = 1840 * BATCH_TOKENS, 230_336
-SMALL_PARAMETERS = 61_088  # of the size 61k
+BUDGET = 1840 * BATCH_TOKENS  # of a full run with 230k parameters
+PARAMETERS = {"61k": 61_088, "230k": 230_336, "1.0M": 1_001_088}  # by size
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -45,6 +45,28 @@ def confirm_table(chosen: Chosen, replicates: Replicates, R: int, *columns: tupl
         for cell in cells.values():
             rows.append([share(alpha), f"{cell['weight_decay']:g}", share(cell["length"])])
             rows[-1] += [pm(over_corpora(replicates.values(cell, column))) for _, column in columns]
+    return markdown(rows)
+
+
+def contrast_cells(chosen: Chosen, R: int, kind: str) -> tuple[dict, dict]:
+    """Returns the best mixture and causal training, which a contrast compares; `kind` "full" or "stop"."""
+    return chosen.mixture(R, kind), chosen.best("plain", R, 1.0, kind)
+
+
+def sizes_table(runs: pd.DataFrame) -> str:
+    """Returns the contrasts of R = 128 by size, for each corpus and seed that the other sizes have."""
+    chosen, plain = Chosen(runs), runs[runs.recipe == "plain"]
+    replicates, others = Replicates(plain), plain[plain["size"] != "230k"]
+    keys = sorted(set(zip(others.corpus, others.seed, strict=True)))
+    rows = [["parameters", "tokens", "equal compute", "best stops"]]
+    for size, steps in plain.groupby("size").steps.max().sort_values().items():
+        row = [f"{PARAMETERS[size]:,}", f"{steps * BATCH_TOKENS / 1e6:.1f}M"]
+        for kind in ("full", "stop"):
+            cells = (cell | {"size": size} for cell in contrast_cells(chosen, 128, kind))
+            mixture, causal = (replicates.values(cell, LOSS) for cell in cells)
+            found = [mixture[key] - causal[key] for key in keys if key in mixture and key in causal]
+            row.append(", ".join(f"{x:+.3f}" for x in found))
+        rows.append(row)
     return markdown(rows)
 
 
@@ -263,7 +285,14 @@ def confirmed_csv(runs: pd.DataFrame) -> str:
             changes = [replicates.paired(cell, stop, column) for column in (LOSS, MASKED)]
             rows.append(
                 [
-                    *(R, BUDGET // R, BUDGET, PARAMETERS, f"{cell['alpha']:g}", f"{cell['weight_decay']:g}"),
+                    *(
+                        R,
+                        BUDGET // R,
+                        BUDGET,
+                        PARAMETERS["230k"],
+                        f"{cell['alpha']:g}",
+                        f"{cell['weight_decay']:g}",
+                    ),
                     *(
                         f"{cell['length']:g}",
                         len(losses),
