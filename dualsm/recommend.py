@@ -52,7 +52,7 @@ _SOURCES = flags.DEFINE_multi_string(
 _SWEEP = cli.DEFINE_path(
     "sweep",
     "",
-    "folder of a sweep, or its table.csv; default: the paper's rules and the table that comes with dualsm",
+    "folder of a sweep, or its table.csv; default: the paper's rules and the tables that come with dualsm",
 )
 _METRIC = flags.DEFINE_string(
     "metric", None, f"column of the table to optimize; default: {DEFAULT_METRIC} (the rules have none)"
@@ -62,6 +62,10 @@ _OUTPUT = cli.DEFINE_path("output", "", "JSON file for the answer")
 
 def main(_: Sequence[str]) -> None:
     questions = _questions()
+    if _PARAMETERS.value is not None and not math.isfinite(_PARAMETERS.value):
+        raise UserError(f"--parameters={_PARAMETERS.value} must be finite")
+    if _METRIC.value == "":
+        raise UserError(f"--metric is empty; leave it out for {DEFAULT_METRIC}")
     if _OUTPUT.value:
         check_output(user_path(_OUTPUT.value), "--output")
     budgets = {name: round_repetitions(*question) for name, question in questions.items()}

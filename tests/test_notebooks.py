@@ -13,6 +13,9 @@ import nbformat
 import numpy as np
 import pytest
 
+from dualsm.analysis.advice import advise, round_repetitions
+from dualsm.analysis.advice_text import describe
+from dualsm.analysis.confirmed import answer
 from dualsm.exchange.weight_files import write_safetensors
 from tests.conftest import ROOT, command_env
 from tests.exchange.conftest import make_tokenizer_json
@@ -152,3 +155,11 @@ def test_a_notebook_is_committed_with_its_outputs(path: Path):
     assert not any("\r" in text or re.search(r"\b\d?\d%\|", text) for text in texts), (
         "a bar before its last state"
     )
+
+
+def test_the_stored_recommendation_is_that_of_the_shipped_tables():
+    notebook = nbformat.read(ROOT / "notebooks" / "03_repetition.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "confirmed=answer(question)" in cell.source]
+    question = round_repetitions(unique=250e6, budget=32e9)
+    text = describe(question, advise(question.repetitions), sweep="", confirmed=answer(question))
+    assert cell.outputs[0].text == text + "\n"

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -194,6 +195,20 @@ def test_unequal_tuning_is_warned_about(table):
     assert "warning: at R = 64 some alphas were tuned with more settings than others" in text
 
 
+def test_an_interval_of_all_tried_shares_is_warned_about(table):
+    """The scores are noise, so that any share may be the best."""
+    cells, warning = read_table(table), "warning: the interval is the whole range that was tried"
+    noise = cells.assign(**{LOSS: 3 + 0.1 * np.random.default_rng(0).standard_normal(len(cells))})
+    for scores, warned in ((noise, True), (cells, False)):
+        text = describe(round_repetitions(1, 64), [advise_by_table(scores, LOSS, 64)], "x")
+        assert (warning in text) == warned
+
+
+def test_many_repetitions_are_not_rounded(table):
+    (found, *_) = flags(answer_text(table, 1, 1_234_567))
+    assert found["repetitions"] == "1234567"
+
+
 def test_a_range_of_model_sizes_is_printed(table):
     cells = read_table(table)
     cells.loc[0, "parameters"] *= 3
@@ -312,6 +327,7 @@ def test_the_confirmed_runs_answer_for_each_source(tmp_path):
         assert config.sources[name].mixture.causal == found.mixture.alpha
         assert config.sources[name].repetitions == found.repetitions
         assert f"weight decay {found.mixture.weight_decay:g} (of the whole run)" in part
+        assert "one weight decay for all sources; those of these answers differ (0.3 to 1)" in text
     check_config(config)
     assert config.sources.small.mixture.causal != config.sources.large.mixture.causal
 
@@ -344,6 +360,9 @@ def test_sources_that_cannot_be_parsed_are_named(texts, message):
 ERRORS = {
     "missing sweep": (["--sweep=nowhere"], {}, ["nowhere"]),
     "zero tokens": ([], {"unique": 0}, ["--unique_tokens"]),
+    "infinite size": (["--parameters=inf"], {}, ["--parameters=inf must be finite"]),
+    "undefined size": (["--parameters=nan"], {}, ["--parameters=nan must be finite"]),
+    "empty metric": (["--metric="], {}, ["--metric is empty; leave it out"]),
     "not a number": ([], {"unique": "much"}, ["--unique_tokens"]),
     "not finite": ([], {"budget": "inf"}, ["--budget", "finite"]),
     "no such metric": (["--sweep={table}", "--metric=speed"], {}, ["speed", "choose one of", LOSS]),

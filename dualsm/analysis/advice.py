@@ -70,7 +70,7 @@ def mixture_flags(alpha: float, repetitions: float, source: NamedSource | None) 
         "mixture.causal": f"{alpha:.6g}",
         "mixture.prefix": "0.0",
         "mixture.masked_diffusion": f"{1 - alpha:.6g}",
-        "repetitions": f"{repetitions:g}",
+        "repetitions": f"{repetitions:.0f}",
     } | ({"share": repr(source.share)} if source else {})
     return [f"{key}.{name}={value}" for name, value in values.items()]
 

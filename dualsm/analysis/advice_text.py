@@ -14,8 +14,8 @@ from dualsm.analysis.stopping import Side, Stopping, setting_text
 from dualsm.analysis.surface import CREDIBLE, Estimate
 
 SHIPPED_DECAY = (
-    "    three in four of its cells have weight decay 0.1; with a weight decay tuned for each mixture the "
-    "best share can be higher"
+    "    all its cells have weight decay 0.1; with a weight decay tuned for each mixture the best share can "
+    "be higher"
 )
 
 
@@ -99,6 +99,13 @@ def describe_sources(
         share = budget.seen_tokens / total
         text = describe(budget, answers[name], sweep, NamedSource(name, share), confirmed.get(name))
         parts.append(f"source {name}, share {share:.4g}:\n{text}")
+    decays = {found.mixture.weight_decay for found in confirmed.values()}
+    if len(decays) > 1:
+        low, high = min(decays), max(decays)
+        parts.append(
+            "a run has one weight decay for all sources; those of these answers differ "
+            f"({low:g} to {high:g}): try both"
+        )
     parts.append(
         "each answer is that of a run on this source alone; no run with several sources supports it, and the "
         "other sources may change the best mixture"
@@ -151,6 +158,10 @@ def _by_surface(advice: Advice, sweep: str, flags: list[str]) -> list[str]:
     lines.append(f"    {_range(advice)}")
     if found.few_cells:
         lines.append(f"    warning: too few cells for a reliable surface ({found.few_cells})")
+    if found.interval == found.tried_alphas:
+        lines.append(
+            "    warning: the interval is the whole range that was tried, so any share may be the best"
+        )
     if table["unequally_tuned"]:
         unequal = ", ".join(f"{r:g}" for r in table["unequally_tuned"])
         lines.append(

@@ -128,8 +128,8 @@ def answer(
     by_role = {role: cell for cell in cells if cell.repetitions == nearest for role in cell.roles.split()}
     outside = {"repetitions": doublings_outside(asked, nearest, nearest)}
     for name, value in (
-        ("unique_tokens", token_budget.unique_tokens),
-        ("budget_tokens", token_budget.budget_tokens),
+        ("unique_tokens", token_budget.seen_unique_tokens),
+        ("budget_tokens", token_budget.seen_tokens),
         ("parameters", parameters),
     ):
         if value is not None:
@@ -175,7 +175,7 @@ def describe_confirmed(found: Confirmed, source: NamedSource | None = None) -> l
     lines += _describe_methods()
     if price := price_at(found.repetitions):
         lines.append(describe_small_share(price))
-    lines.append("    larger models and tuned learning rates have not been run; see docs/reproduction.md")
+    lines.append("    other model sizes and learning rates: see docs/reproduction.md")
     return lines
 
 
@@ -187,14 +187,20 @@ def _describe_methods() -> list[str]:
         f"    other methods (R = {first.repetitions}, {first.replicates} runs per setting on {first.corpora} "
         "corpora), and the change in causal loss from the mixture:"
     ]
-    for key in ("causal dropout", "mixture dropout", "causal finer"):
+    for key, name in (
+        ("causal dropout", "causal rows only"),
+        ("mixture dropout", f"mixture, causal {fraction(methods['mixture dropout'].alpha)}"),
+        ("causal finer", "causal rows only"),
+        ("mir", "MIR (each row a second time, with masked inputs)"),
+    ):
         method = methods[key]
-        name = "mixture" if method.alpha < 1 else "causal rows only"
         change = _estimate(method.causal_change, method.causal_change_error, method.corpora, "+")
-        alpha = "" if method.alpha == 1 else f", causal {fraction(method.alpha)}"
         dropout = f"dropout {method.dropout:g}, " if method.dropout else ""
-        setting = f"{dropout}weight decay {method.weight_decay:g}, {_stop(method)}"
-        lines.append(f"        {name}{alpha}, {setting}: {_losses(method)}; change {change}")
+        stop = _stop(method)
+        if method.compute != method.length:
+            stop = f"{fraction(method.length)} of the tokens, {method.compute:g} x the compute of a full run"
+        setting = f"{dropout}weight decay {method.weight_decay:g}, {stop}"
+        lines.append(f"        {name}, {setting}: {_losses(method)}; change {change}")
     return lines
 
 

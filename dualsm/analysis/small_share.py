@@ -26,6 +26,7 @@ class SmallShare(NamedTuple):
       repetitions: R of the runs.
       causal_changes: causal loss minus that of causal rows only, in nats per token, mean over the seeds of
         each R.
+      masked_changes: the same of the masked-diffusion loss.
       masked: masked-diffusion loss in nats per token, mean over the seeds of each R.
       seeds: number of seeds of each R.
     """
@@ -33,6 +34,7 @@ class SmallShare(NamedTuple):
     masked_share: float
     repetitions: tuple[int, ...]
     causal_changes: tuple[float, ...]
+    masked_changes: tuple[float, ...]
     masked: tuple[float, ...]
     seeds: tuple[int, ...]
 
@@ -45,9 +47,11 @@ def price_at(repetitions: float) -> SmallShare | None:
 def describe_small_share(price: SmallShare) -> str:
     """Returns the price as a line of text."""
     return (
-        f"    not confirmed (R = {span(price.repetitions, '')}, one corpus, {span(price.seeds, '')} "
-        f"seeds): a share of {fraction(price.masked_share)} masked rows changes the causal loss by "
-        f"{span(price.causal_changes, '+.3f')}; the masked-diffusion loss is then {span(price.masked, '.1f')}"
+        f"    for a second mode at R = {span(price.repetitions, '')}, train with: "
+        f"causal {fraction(1 - price.masked_share)}, masked_diffusion {fraction(price.masked_share)}; not "
+        f"confirmed (one corpus, {span(price.seeds, '')} seeds): it changes the causal loss by "
+        f"{span(price.causal_changes, '+.3f')} and the masked-diffusion loss by "
+        f"{span(price.masked_changes, '+.1f')}"
     )
 
 
@@ -76,12 +80,18 @@ def small_share(cells: Iterable[Mapping] | None = None) -> SmallShare:
         if whole and repetitions <= FEW_REPETITIONS and alpha in by_alpha:
             by_alpha[alpha][repetitions, *(float(cell[name]) for name in settings)] = cell
     mixed, causal = by_alpha.values()
-    pairs: dict[int, list[tuple[float, float]]] = {}
+    pairs: dict[int, list[tuple[float, float, float]]] = {}
     for key in sorted(mixed.keys() & causal.keys()):
-        loss, only = (float(found[key]["valid/causal/loss"]) for found in (mixed, causal))
-        pairs.setdefault(key[0], []).append((loss - only, float(mixed[key]["valid/masked_diffusion/loss"])))
+        losses, only = (_losses(found[key]) for found in (mixed, causal))
+        changes = (loss - other for loss, other in zip(losses, only, strict=True))
+        pairs.setdefault(key[0], []).append((*changes, losses[1]))
     found = [(R, *map(fmean, zip(*values, strict=True)), len(values)) for R, values in pairs.items()]
     return SmallShare(SMALL_SHARE, *zip(*found, strict=True))
+
+
+def _losses(cell: Mapping) -> tuple[float, float]:
+    """Returns the causal and the masked-diffusion loss of a cell."""
+    return float(cell["valid/causal/loss"]), float(cell["valid/masked_diffusion/loss"])
 
 
 def read_cells(path: Path = SHIPPED) -> list[dict[str, str]]:

@@ -50,6 +50,7 @@ class Recommendation:
       repetitions: R.
       alpha: share of causal rows with the best expected score.
       interval: credible interval of the best alpha, with a probability of at least `CREDIBLE`.
+      tried_alphas: the smallest and the largest alpha that was tried.
       score: expected score at `alpha`; `sd` excludes the noise of a single run.
       gain_over_causal: improvement over alpha = 1; positive is better, for losses too. None if alpha = 1 was
         not tried, or if the surface resolves neither of the two losses.
@@ -61,6 +62,7 @@ class Recommendation:
     repetitions: float
     alpha: float
     interval: tuple[float, float]
+    tried_alphas: tuple[float, float]
     score: Estimate
     gain_over_causal: Estimate | None
     gain_over_masked: Estimate | None
@@ -155,6 +157,7 @@ class Surface:
             repetitions=repetitions,
             alpha=float(alpha_A[best]),
             interval=(float(alpha_A[low]), float(alpha_A[high])),
+            tried_alphas=(float(alpha_A[0]), float(alpha_A[-1])),
             score=Estimate(score.mean, None, at_least=True) if unresolved_A[best] else score,
             gain_over_causal=gain_over(1.0),
             gain_over_masked=gain_over(0.0),

@@ -64,6 +64,7 @@ def test_distance_is_in_doublings_per_dimension():
     )
     assert "repetitions by 1.0, unique tokens by 3.0" in "\n".join(describe_confirmed(found))
     assert "parameters" not in ask(500, 1000).outside
+    assert ask(1e9, 1000).outside == ask(1000, 1000).outside  # a run sees no more tokens than it trains on
 
 
 def test_repetitions_between_those_of_the_runs_are_outside():
@@ -103,11 +104,13 @@ def test_other_methods_are_stated_from_the_table():
         "causal dropout": "causal rows only, dropout 0.1, ",
         "mixture dropout": "mixture, causal 3/4, dropout 0.1, ",
         "causal finer": "causal rows only, weight decay 1.4, ",
+        "mir": "MIR (each row a second time, with masked inputs), ",
     }
-    for (name, beginning), line in zip(names.items(), lines[start + 1 : start + 4], strict=True):
+    for (name, beginning), line in zip(names.items(), lines[start + 1 : start + 5], strict=True):
         method = methods[name]
         assert line.strip().startswith(beginning)
-        assert f"weight decay {method.weight_decay:g}, no early stop: " in line
+        stop = "1/2 of the tokens, 1 x the compute of a full run: " if name == "mir" else "no early stop: "
+        assert f"weight decay {method.weight_decay:g}, {stop}" in line
         losses = ((method.causal, method.causal_error), (method.masked, method.masked_error))
         stated = [f"{loss:.3f} ± {half_interval(error, method.corpora):.3f}" for loss, error in losses]
         change = half_interval(method.causal_change_error, method.corpora)

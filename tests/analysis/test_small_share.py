@@ -2,13 +2,14 @@
 
 import pytest
 
-from dualsm.analysis.advice import round_repetitions
+from dualsm.analysis.advice import SHIPPED, round_repetitions
 from dualsm.analysis.advice_text import SHIPPED_DECAY
 from dualsm.analysis.confirmed import answer, describe_confirmed
-from dualsm.analysis.small_share import describe_small_share, read_cells, small_share
+from dualsm.analysis.small_share import describe_small_share, small_share
+from dualsm.analysis.table import comparable, load
 
 
-def cell(alpha, repetitions, causal, masked=4.0, seed=0, budget=1000, decay=0.1, status="done"):
+def cell(alpha, repetitions, causal, masked=7.0, seed=0, budget=1000, decay=0.1, status="done"):
     return {
         "alpha": str(alpha), "repetitions": str(repetitions), "seed": str(seed), "status": status,
         "budget_tokens": str(budget), "optimizer.weight_decay": str(decay),
@@ -42,18 +43,21 @@ def test_the_price_compares_cells_with_equal_seeds_and_settings():
     assert (found.repetitions, found.seeds) == ((1, 16), (1, 2))
     assert found.causal_changes == pytest.approx((0.25, 0.5))
     assert found.masked == pytest.approx((5.0, 4.25))
+    assert found.masked_changes == pytest.approx((-2.0, -2.75))
 
 
 def test_the_price_is_stated_at_few_repetitions_only():
     line = describe_small_share(small_share(CELLS))
-    assert line.strip().startswith("not confirmed (R = 1 to 16, one corpus, 1 to 2 seeds): a share of 1/64")
-    assert "changes the causal loss by +0.250 to +0.500; the masked-diffusion loss is then 4.2 to 5.0" in line
+    mixture = "causal 63/64, masked_diffusion 1/64"
+    assert line.strip().startswith(f"for a second mode at R = 1 to 16, train with: {mixture}; not confirmed")
+    assert "the causal loss by +0.250 to +0.500 and the masked-diffusion loss by -2.8 to -2.0" in line
     for repetitions in (16, 17):
         lines = describe_confirmed(answer(round_repetitions(1e6, repetitions * 1e6)))
         assert (describe_small_share(small_share()) in lines) == (repetitions == 16)
 
 
-def test_the_shipped_table_has_mostly_one_weight_decay():
-    decays = [float(row["optimizer.weight_decay"]) for row in read_cells()]
-    assert decays.count(0.1) / len(decays) == pytest.approx(0.75, abs=0.03)
-    assert "three in four of its cells have weight decay 0.1" in SHIPPED_DECAY
+@pytest.mark.parametrize("metric", ["valid/causal/loss", "valid/masked_diffusion/loss", "task/mean/causal"])
+def test_all_cells_of_a_shipped_surface_have_one_weight_decay(metric):
+    cells = comparable(load(SHIPPED), metric)
+    assert set(cells["optimizer.weight_decay"]) == {0.1}
+    assert SHIPPED_DECAY.strip().startswith("all its cells have weight decay 0.1")
