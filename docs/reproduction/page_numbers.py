@@ -279,9 +279,8 @@ def _methods(tables: Tables, chosen: Chosen) -> dict[str, str]:
 def method_values(tables: Tables) -> dict[str, str]:
     """Returns the values in methods.template.md."""
     runs = tables.runs
-    tuned = runs[(runs.stage == "tune mir") & (runs.recipe == "mir")]
-    mir = {length: found.loc[found.dev_causal.idxmin()] for length, found in tuned.groupby("length")}
-    on_cpu = cpu_replicates(runs, tables.repeated)
+    chosen, on_cpu = Chosen(runs), cpu_replicates(runs, tables.repeated)
+    mir = [chosen.best("mir", 128, 1.0, kind) for kind in ("full", "stop")]
     cells: dict[str, list] = {}
     for replicates in (gpu_replicates(runs), on_cpu):
         for cell in replicates.cells(R=128, size="230k", causal_weight=1):
@@ -296,7 +295,7 @@ def method_values(tables: Tables) -> dict[str, str]:
             )
     averaged = {name: min(found)[1] for name, found in cells.items()}  # chosen on the dev split
     best = sorted(averaged, key=averaged.get)
-    methods = method_cells(Chosen(runs))
+    methods = method_cells(chosen)
     finer = methods["causal finer"]["weight_decay"]
     stop = share(methods["causal"]["length"])
     names = method_names(methods) | {
@@ -310,8 +309,8 @@ def method_values(tables: Tables) -> dict[str, str]:
         "tasks": scores_table(tables.tasks, names),
         "num_questions": f"{by_task.drop('blimp').sum():,}",
         "num_pairs": f"{by_task['blimp']:,}",
-        "mir_full": f"{mir[1][LOSS]:.3f}",
-        "mir_half": f"{mir[1 / 2][LOSS]:.3f}",
+        "mir_full_change": signed(on_cpu.common_difference(*mir, LOSS)),
+        "mir_full_ema_change": signed(on_cpu.common_difference(*mir, f"ema_{LOSS}")),
         "averaged": ", ".join(f"{name} {averaged[name]:.3f}" for name in best),
     }
 
