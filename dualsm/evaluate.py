@@ -50,6 +50,9 @@ _INFILL_WORDS = flags.DEFINE_integer(
     "held-out text, modes masked and monte_carlo: number of words to fill in; 0: skip",
     lower_bound=0,
 )
+_BY_DOCUMENT = flags.DEFINE_boolean(
+    "by_document", False, "held-out text: also write the sums of each document, to compare runs by document"
+)
 _LIMIT = flags.DEFINE_integer("limit", 0, "maximum number of questions per task; 0: all", lower_bound=0)
 _BASELINES = flags.DEFINE_list(
     "baselines",
@@ -101,7 +104,7 @@ def _spec() -> EvalSpec:
     spec = EvalSpec(
         tasks, modes, _TASK_DATA.value, _LIMIT.value, tuple(map(int, _MASKS.value)), _SAMPLES.value,
         _VALID_SAMPLES.value, _DATA.value, list(dict.fromkeys(_BASELINES.value or ())), _DRAFT.value,
-        _INFILL_WORDS.value,
+        _INFILL_WORDS.value, _BY_DOCUMENT.value,
     )  # fmt: skip
     spec.check()
     return spec

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,9 +326,20 @@ def test_task_scores_are_read_from_the_results_of_evaluate(tmp_path, monkeypatch
     }
     for name, task in (("mixture_dropout-B", "piqa"), ("mixture_dropout-B-blimp", "blimp")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"tasks": {task: {"causal": found}}}))
-    table = task_scores.read_scores(tmp_path)
+    table = task_scores.read_scores(sorted(tmp_path.glob("*.json")))
     assert table.task.tolist() == ["blimp", "piqa"] and set(table.method) == {"mixture dropout"}
     assert table.iloc[0].tolist() == ["mixture dropout", "B", "blimp", 3, 2.0, -0.1, 4.0, 0.5, 0.6, 0.4]
+
+
+@pytest.mark.parametrize("script", ["task_scores", "two_sources_scores", "document_losses"])
+def test_a_folder_without_results_leaves_the_table_as_it_is(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", str(tmp_path)])
+    tables = {path: path.read_bytes() for path in FOLDER.glob("*.csv")}
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 2 and f"error: {tmp_path} has no files" in capsys.readouterr().err
+    assert tables == {path: path.read_bytes() for path in FOLDER.glob("*.csv")}
 
 
 def test_the_tables_of_recommend_are_what_the_tables_give(modules, tables):

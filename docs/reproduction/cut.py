@@ -3,8 +3,8 @@
 python docs/reproduction/cut.py --train=text/train.jsonl.gz --valid=text/valid.jsonl --output=parts
 
 A line has the fields `text` and `source`, where "#k/n" at the end of `source` is the piece of a longer unit.
-All pieces of a unit are in the same part. The field `domain` is added. The composition of each part is
-printed.
+All pieces of a unit are in the same part. The fields `domain` and `unit` (its domain and its number in the
+part) are added. The composition of each part is printed.
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ def main() -> None:
     for name in ("train", "valid", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     arguments = parser.parse_args()
+    for name in ("train", "valid"):
+        if not (path := getattr(arguments, name)).is_file():
+            parser.error(f"--{name}: there is no file {path}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for path, salt, names in ((arguments.train, "t", "ABCD"), (arguments.valid, "v", ("dev", "test"))):
         files = [(arguments.output / f"{name}.jsonl").open("w") for name in names]
         sizes = [0] * len(files)
-        units: list[set] = [set() for _ in files]
+        units: list[dict[str, int]] = [{} for _ in files]
         documents: list[Counter] = [Counter() for _ in files]
         for line in lines(path):
             document = json.loads(line)
@@ -62,8 +65,9 @@ def main() -> None:
             part = part_of(unit, salt, len(files))
             sizes[part] += len(line.encode())
             if salt == "v" or sizes[part] <= TRAIN_BYTES:
-                files[part].write(json.dumps(document | {"domain": domain}) + "\n")
-                units[part].add(unit)
+                number = units[part].setdefault(unit, len(units[part]))
+                added = {"domain": domain, "unit": f"{domain} {number}"}
+                files[part].write(json.dumps(document | added) + "\n")
                 documents[part][domain] += 1
         for file, name, found, counts in zip(files, names, units, documents, strict=True):
             file.close()

@@ -11,6 +11,7 @@ The template has `{name}` where a number or table goes; every result is computed
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -29,6 +30,7 @@ CONFIRMED, METHODS = ANALYSIS / "confirmed.csv", ANALYSIS / "methods.csv"
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     tables = read_tables()
     runs = tables.runs
     PAGE.write_text(render(tables))

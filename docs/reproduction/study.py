@@ -19,13 +19,14 @@ import time
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs.starved import get_config
 from dualsm.data.corpus import Corpus
+from dualsm.process import cli
 from dualsm.process.errors import UserError
 from dualsm.sweeps.vectorized import train_together
 from dualsm.training.run_corpora import open_corpora
@@ -360,4 +361,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("slots", 32, "Runs that train at the same time.")
     flags.DEFINE_integer("processes", 1, "Processes that read the data.")
     flags.DEFINE_integer("capacity", 0, "Steps of data on the device, at least; equal sizes compile once.")
-    app.run(main)
+    cli.run(main)

@@ -9,25 +9,26 @@ page_tables.METHODS, with `_` for a space), or in several files METHOD-CORPUS-*.
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 from page_tables import METHODS, markdown, pm, signed
+from results_folder import collect
 from selection import over_corpora
 
 TABLE = Path(__file__).with_name("tasks.csv")
 SEED = 1
 
 
-def read_scores(folder: Path) -> pd.DataFrame:
+def read_scores(paths: Iterable[Path]) -> pd.DataFrame:
     """Returns a line per model and task.
 
     `bits_per_byte` and `margin` are those of the right answer, `unigram_bits_per_byte` that of a unigram
     model of the corpus; `score` and `slor` (BLiMP only) are accuracies.
     """
     lines = []
-    for path in sorted(folder.glob("*-*.json")):
+    for path in paths:
         method, corpus = path.stem.split("-")[:2]
         for task, modes in json.loads(path.read_text())["tasks"].items():
             found = modes["causal"]
@@ -89,5 +90,4 @@ def percent(values: dict[tuple, float]) -> dict[tuple, float]:
 
 
 if __name__ == "__main__":
-    table = read_scores(Path(sys.argv[1]))
-    table.to_csv(TABLE, index=False, float_format="%.4f")
+    collect(__doc__, "*-*.json", read_scores, TABLE, "%.4f")

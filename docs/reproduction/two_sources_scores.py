@@ -9,20 +9,21 @@ The folder contains one run per mixture of two_sources.py and seed, named MIXTUR
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+from results_folder import collect
 
 TABLE = Path(__file__).with_name("two_sources.csv")
 SOURCES, OBJECTIVES = ("literature", "other"), ("causal", "masked_diffusion")
 MIXTURES = ("causal", "one", "per_source")
 
 
-def read_scores(folder: Path) -> pd.DataFrame:
+def read_scores(paths: Iterable[Path]) -> pd.DataFrame:
     """Returns a line per run: mixture, seed, and the losses of each source and objective."""
     lines = []
-    for path in sorted(folder.glob("*-*/eval/step_*.json")):
+    for path in paths:
         mixture, _, seed = path.parents[1].name.rpartition("-")
         held_out = json.loads(path.read_text())["held_out"]
         losses = {
@@ -44,11 +45,6 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(text, index=middle.index).loc[list(MIXTURES)]
 
 
-def main(folder: Path) -> None:
-    table = read_scores(folder)
-    table.to_csv(TABLE, index=False, float_format="%.4f")
-    print(means(table).to_string())
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    table = collect(__doc__, "*-*/eval/step_*.json", read_scores, TABLE, "%.4f")
+    print(means(table).to_string())

@@ -7,14 +7,16 @@ protocol.md has the commands that make the corpora.
 
 from __future__ import annotations
 
-import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 
 from dualsm.data.corpus import Corpus
 from dualsm.evaluation.baselines import unigram_log_probs
+from dualsm.process import cli
 
 
 def held_out_loss(train: Corpus, held_out: Corpus) -> float:
@@ -27,10 +29,8 @@ def held_out_loss(train: Corpus, held_out: Corpus) -> float:
     return float(-unigram_log_probs(train)[targets].mean())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpora", type=Path, required=True, help="folder of A, B, C, D and test")
-    folder = parser.parse_args().corpora
+def main(_: Sequence[str]) -> None:
+    folder = Path(flags.FLAGS.corpora)
     corpora = {name: Corpus(str(folder / name)) for name in ("A", "B", "C", "D", "test")}
     with Path(__file__).with_name("unigram.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -41,4 +41,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.DEFINE_path("corpora", None, "folder of A, B, C, D and test")
+    flags.mark_flag_as_required("corpora")
+    cli.run(main)

@@ -94,6 +94,8 @@ def _evaluate(
                 yield results
     if corpora:
         results["held_out"] = {}
-        for name, result in evaluate_held_out(run, corpora, spec.objectives(), spec.valid_samples):
+        for name, result in evaluate_held_out(
+            run, corpora, spec.objectives(), spec.valid_samples, spec.by_document
+        ):
             results["held_out"][name] = result
             yield results

@@ -77,7 +77,11 @@ def _by_source(config: ConfigDict, path: str) -> dict[str, str]:
 
 
 def evaluate_held_out(
-    run: TrainedRun, corpora: Sequence[RunCorpus], objectives: Sequence[str], samples: int
+    run: TrainedRun,
+    corpora: Sequence[RunCorpus],
+    objectives: Sequence[str],
+    samples: int,
+    by_document: bool = False,
 ) -> Iterator[tuple[str, dict]]:
     """Scores held-out text under several objectives.
 
@@ -86,6 +90,7 @@ def evaluate_held_out(
       corpora: from `open_held_out`.
       objectives: names of the objectives.
       samples: draws of the corruption per packed sequence.
+      by_document: True adds the sums of each document to the entries.
 
     Yields:
       The name of each objective and its entry in the results file, over all corpora. If the run has sources,
@@ -120,6 +125,8 @@ def evaluate_held_out(
             }
             if documents.domain_N is not None:
                 result["domains"] = _by_domain(documents, key)
+            if by_document:
+                result["by_document"] = document_lists(documents)
             yield key, result
 
 
@@ -208,6 +215,12 @@ def _nats_per_token(sums_Rx4: np.ndarray) -> np.ndarray:
 def _bits_per_byte(sums_Rx4: np.ndarray) -> np.ndarray:
     _, _, tokens_R, bytes_R = sums_Rx4.T
     return _nats_per_token(sums_Rx4) * tokens_R / bytes_R / math.log(2)
+
+
+def document_lists(documents: DocumentSums) -> dict[str, list]:
+    """Returns the sums of each document, and its domain if it is known, for the results file."""
+    named = {name.removesuffix("_N"): values for name, values in documents._asdict().items()}
+    return {name: values.tolist() for name, values in named.items() if values is not None}
 
 
 def _by_domain(documents: DocumentSums, name: str) -> dict[str, dict]:

@@ -33,6 +33,7 @@ class EvalSpec:
       masks: numbers of masks that the mode "masked" averages over.
       samples: draws per item of the mode "monte_carlo".
       valid_samples: draws per packed sequence of held-out text.
+      by_document: True adds the sums of each document of held-out text to the results.
       data: corpus with the held-out text; empty for the corpus that the run was trained on.
       baselines: names from `BASELINES`.
       draft: tokens per draft, to measure acceptance on held-out text; 0: not measured.
@@ -50,6 +51,7 @@ class EvalSpec:
     baselines: Sequence[str] = ()
     draft: int = 8
     infill_words: int = 256
+    by_document: bool = False
 
     def check(self) -> None:
         """Checks the names, and that every option that a task needs is set.
@@ -82,7 +84,11 @@ class EvalSpec:
         """Raises `UserError` for an option that is set but that none of the tasks and modes uses."""
         held_out, questions = HELD_OUT in self.tasks, bool(self.question_tasks())
         for needed, is_used, options in (
-            (f"--tasks={HELD_OUT}", held_out, ("data", "valid_samples", "draft", "infill_words")),
+            (
+                f"--tasks={HELD_OUT}",
+                held_out,
+                ("data", "valid_samples", "draft", "infill_words", "by_document"),
+            ),
             ("a task with questions in --tasks", questions, ("task_data", "limit", "baselines")),
             (
                 "masked in --modes, for a task with questions",

@@ -50,10 +50,10 @@ def run_of(corpus, scale=3.0, devices=1):
     return TrainedRun(None, config, corpus.tokenizer(), 0, params, mesh)
 
 
-def evaluate(run, *corpora, objectives=OBJECTIVES, samples=2):
+def evaluate(run, *corpora, objectives=OBJECTIVES, samples=2, by_document=False):
     names = [""] if len(corpora) == 1 else [f"s{i}" for i in range(len(corpora))]
     sources = [RunCorpus(Source(n, "", 1), c) for n, c in zip(names, corpora, strict=True)]
-    return dict(evaluate_held_out(run, sources, objectives, samples))
+    return dict(evaluate_held_out(run, sources, objectives, samples, by_document))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,22 @@ def test_losses_of_domains_recombine_into_the_total(results, objective):
     assert nats / total["weight"] == pytest.approx(total["nats_per_token"], rel=1e-12)
     assert sum(part["weight"] for part in parts) == pytest.approx(total["weight"], rel=1e-12)
     assert sum(part["documents"] for part in parts) == total["documents"]
+
+
+def test_sums_of_documents_recombine_into_the_losses(labeled, results):
+    assert "by_document" not in results["causal"]
+    for objective, found in evaluate(run_of(labeled), labeled, by_document=True).items():
+        part = found.pop("by_document")
+        assert found | {"seconds": 0} == results[objective] | {"seconds": 0}
+        domain_N, nats_N, weight_N = (np.array(part[key]) for key in ("domain", "nats", "weight"))
+        assert len(domain_N) == found["documents"]
+        assert nats_N.sum() / weight_N.sum() == pytest.approx(found["nats_per_token"], rel=1e-12)
+        for name, entry in found["domains"].items():
+            inside_N = domain_N == name
+            loss = nats_N[inside_N].sum() / weight_N[inside_N].sum()
+            assert loss == pytest.approx(entry["nats_per_token"], rel=1e-12)
+        bits = nats_N.sum() / weight_N.sum() * sum(part["tokens"]) / sum(part["bytes"]) / np.log(2)
+        assert bits == pytest.approx(found["bits_per_byte"], rel=1e-12)
 
 
 def test_a_model_with_equal_logits_has_no_error(labeled):
