@@ -140,7 +140,17 @@ def changed(tables, rng):
     earlier = earlier[(earlier.seed == 0) | (earlier.steps != 1840)]
     unigram = scaled(tables.unigram, ["test"])
     tasks = scaled(tables.tasks, ["bits_per_byte"])
-    changed = {"runs": runs, "earlier": earlier, "unigram": unigram, "repeated": repeated, "tasks": tasks}
+    documents = tables.documents
+    documents = documents.assign(causal_nats=documents.causal_nats * (1 + rng.random(len(documents))))
+    documents = documents[documents.unit != rng.choice(documents.unit)]
+    changed = {
+        "runs": runs,
+        "documents": documents,
+        "earlier": earlier,
+        "unigram": unigram,
+        "repeated": repeated,
+        "tasks": tasks,
+    }
     return tables._replace(baselines=losses(tables.baselines), **changed)
 
 
@@ -311,6 +321,52 @@ def test_claims_about_task_scores_hold(tables, monkeypatch):
     by_method = blimp.groupby("method")[["score", "slor"]].mean()
     assert np.ptp(by_method.score) < 0.02 and (by_method.slor < 0.5).all()
     assert (by_method.score < blimp.unigram_score.min()).all()
+
+
+def test_claims_about_domains_hold(modules, tables, monkeypatch):
+    """Sentences of methods.md without a number; the documents are those of the methods' runs."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import document_losses
+
+    documents, methods = tables.documents, modules.tables.METHODS.keys()
+    assert set(documents.method) == set(methods)
+    for _, part in documents.groupby("unit"):
+        assert part.groupby(["method", "corpus"]).size().unique().size == 1
+        for objective in ("causal", "masked_diffusion"):
+            assert part.groupby(["corpus", "method"])[f"{objective}_weight"].sum().nunique() == 1
+    domain = documents.unit.map(document_losses.domain_of)
+    assert domain.nunique() == 3
+    for method in methods - {"mixture"}:
+        signs = {document_losses.change(part, method)[0] > 0 for _, part in documents.groupby(domain)}
+        assert len(signs) == 1
+    cells = modules.tables.method_cells(modules.selection.Chosen(tables.runs))
+    replicates = modules.tables.method_replicates(tables.runs, tables.repeated)
+    for method, cell in cells.items():
+        expected = replicates.values(cell, "test_causal")
+        found = document_losses.losses(documents, method)
+        assert found.keys() == expected.keys()
+        for key, loss in found.items():
+            assert loss == pytest.approx(expected[key], abs=1e-4)
+
+
+def test_the_error_over_units_is_that_of_resampled_units(modules, tables, monkeypatch):
+    """Two models that differ by a constant have no error; the error of a shift of one unit is known."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import document_losses
+
+    rng, lines = np.random.default_rng(0), []
+    for corpus in "BC":
+        nats_U = rng.random(40)
+        for method, shift in (("mixture", 0.0), ("mir", 0.5), ("causal", 0.0)):
+            for unit, nats in enumerate(nats_U):
+                other = 40.0 if (method, unit) == ("causal", 7) else shift
+                lines.append((method, corpus, f"web {unit}", nats + other, 1.0))
+    columns = ["method", "corpus", "unit", "causal_nats", "causal_weight"]
+    table = pd.DataFrame(lines, columns=columns)
+    assert document_losses.change(table, "mir") == pytest.approx((0.5, 0), abs=1e-12)
+    assert document_losses.error_over_units(table, "mir") == pytest.approx(0, abs=1e-12)
+    assert document_losses.change(table, "causal")[0] == pytest.approx(1)
+    assert document_losses.error_over_units(table, "causal") == pytest.approx(1, rel=0.1)
 
 
 def test_task_scores_are_read_from_the_results_of_evaluate(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from document_losses import domains_table, error_over_units
 from page_tables import (
     BUDGET,
     OPTIONS,
@@ -54,6 +55,7 @@ class Tables(NamedTuple):
       unigram: held-out losses of unigram models of the corpora.
       repeated: confirmed runs without dropout and MIR, repeated on a CPU.
       tasks: task scores of the methods (task_scores.py).
+      documents: held-out losses of the methods by document (document_losses.py).
       checkpoints: losses of full causal runs with last, moving-average and averaged-checkpoint weights.
     """
 
@@ -64,12 +66,14 @@ class Tables(NamedTuple):
     unigram: pd.DataFrame
     repeated: pd.DataFrame
     tasks: pd.DataFrame
+    documents: pd.DataFrame
     checkpoints: pd.DataFrame
 
 
 def read_tables() -> Tables:
     """Reads the committed tables."""
-    names = ("runs", "curves", "table", "baselines", "unigram", "repeated", "tasks", "averaged_checkpoints")
+    names = ("runs", "curves", "table", "baselines", "unigram", "repeated", "tasks", "documents")
+    names += ("averaged_checkpoints",)
     return Tables(*(pd.read_csv(FOLDER / f"{name}.csv") for name in names))
 
 
@@ -96,6 +100,9 @@ def page_values(tables: Tables) -> dict[str, str]:
     values["full_128_effect"] = f"{-replicates.difference(*contrast_cells(chosen, 128, 'full'), LOSS)[0]:.1f}"
     changes = repeated_changes(runs, tables.repeated)
     values["cpu_change"], values["cpu_mean"] = span(changes, "+.3f"), f"{changes.mean():+.3f}"
+    errors = [error_over_units(tables.documents, m) for m in method_cells(chosen) if m != "mixture"]
+    values["units_error"] = span(errors, ".3f")
+    values["num_documents"] = str(tables.documents.groupby(["method", "corpus"]).size().max())
     values["unigram"] = span(tables.unigram.query("corpus != 'A'").test, ".2f")
     return values
 
@@ -307,6 +314,8 @@ def method_values(tables: Tables) -> dict[str, str]:
         "table": every_method_table(runs, tables.repeated),
         "decays": decay_table(runs),
         "tasks": scores_table(tables.tasks, names),
+        "domains": domains_table(tables.documents, names),
+        "num_units": str(tables.documents.unit.nunique()),
         "num_questions": f"{by_task.drop('blimp').sum():,}",
         "num_pairs": f"{by_task['blimp']:,}",
         "mir_full_change": signed(on_cpu.common_difference(*mir, LOSS)),
