@@ -149,7 +149,6 @@ def _contrasts(R: int, chosen: Chosen, replicates: Replicates) -> dict[str, str]
         values[f"{kind}_{R}_interval"] = interval(replicates.difference(mixture, causal, LOSS))
         each = by_corpus(replicates.paired(mixture, causal, LOSS)).values()
         values[f"{kind}_{R}_each"] = ", ".join(f"{x:+.3f}" for x in each)
-        values[f"only_{R}_masked"] = f"{over_corpora(replicates.values(causal, MASKED))[0]:.1f}"
         values[f"{kind}_{R}_mixture"], values[f"{kind}_{R}_only"] = describe(mixture), describe(causal)
         values[f"{kind}_{R}_repetitions"] = f"{R * mixture['length']:g}"
         values[f"{kind}_{R}_only_repetitions"] = f"{R * causal['length']:g}"
@@ -342,7 +341,7 @@ class _Earlier:
             "earlier_effect": f"{by_alpha[1.0] - by_alpha.min():.0f}",
             "price_share": f"{price.masked_share:.1%}",
             "price_causal": span(price.causal_changes, ".3f"),
-            "price_masked": span(price.masked, ".1f"),
+            "price_gain": span([-change for change in price.masked_changes], ".1f"),
             "price_repetitions": span(price.repetitions, ""),
             "price_seeds": " or ".join(word(n) for n in sorted(set(price.seeds))),
         }
