@@ -88,7 +88,11 @@ _DECONTAMINATE_WORDS = flags.DEFINE_integer(
     lower_bound=1,
 )
 _MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
-    "max_document_bytes", Recipe.max_document_bytes, "drop longer documents", lower_bound=1
+    "max_document_bytes",
+    Recipe.max_document_bytes,
+    "drop longer documents",
+    lower_bound=1,
+    upper_bound=1 << 31,
 )
 _MAX_BAD_FRACTION = flags.DEFINE_float(
     "max_bad_fraction", Recipe.max_bad_fraction, "maximum fraction of documents that may be unusable"

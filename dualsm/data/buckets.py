@@ -35,7 +35,8 @@ class BlockCounts(NamedTuple):
       faults: kind and description of each unusable document.
       contaminated: for each document that overlaps task texts, the indices of the task files.
       domains: domains of the held-out documents; empty if they are not recorded.
-      fields: names in --text_key that exist in a document; all, if it is not JSON.
+      is_json: True if the documents are JSON.
+      fields: names in --text_key that exist in a JSON document.
       consumed: bytes of the file that the block represents.
     """
 
@@ -45,6 +46,7 @@ class BlockCounts(NamedTuple):
     faults: list[tuple[str, str]]
     contaminated: list[list[int]]
     domains: set[str]
+    is_json: bool
     fields: set[str]
     consumed: int
 
@@ -60,7 +62,8 @@ class Counts:
       contaminated: number of documents that overlap task texts, duplicates included.
       contaminated_by: number of these documents per index of the task file.
       domains: domains of the held-out documents; empty if they are not recorded.
-      fields: names in --text_key that exist in a document; all, if a document is not JSON.
+      json: number of JSON documents, dropped ones included.
+      fields: names in --text_key that exist in a JSON document.
       faults: number of unusable documents per kind in `faults.FAULTS`.
       last_faults: description and location of the last unusable document of each kind.
     """
@@ -71,6 +74,7 @@ class Counts:
     contaminated: int = 0
     contaminated_by: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     domains: set[str] = dataclasses.field(default_factory=set)
+    json: int = 0
     fields: set[str] = dataclasses.field(default_factory=set)
     faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     last_faults: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -82,6 +86,7 @@ class Counts:
         self.bytes += block.bytes
         self.contaminated += len(block.contaminated)
         self.domains |= block.domains
+        self.json += block.read if block.is_json else 0
         self.fields |= block.fields
         for files in block.contaminated:
             self.contaminated_by.update(files)
@@ -101,10 +106,12 @@ class Counts:
             )
 
     def check_fields(self, text_key: str) -> None:
-        """Raises `UserError` if all documents are JSON, and none has one of the fields."""
+        """Raises `UserError` if there is JSON, and none of its documents has one of the fields."""
         missing = [name for name in names_of(text_key, self.fields) if name not in self.fields]
-        if missing:
-            raise UserError(f"--text_key={text_key}: no document has the field {missing[0]!r}; correct it")
+        if self.json and missing:
+            raise UserError(
+                f"--text_key={text_key}: no JSON document has the field {missing[0]!r}; correct it"
+            )
 
     def check_splits(self, recipe: Recipe) -> None:
         """Raises `UserError` if a split has no documents."""
@@ -215,16 +222,19 @@ class Scatter:
         block, from_valid_input = job
         records: dict[int, list[bytes]] = collections.defaultdict(list)
         ngrams = None if from_valid_input else self._ngrams()
-        faults, contaminated, num_held_out, size = [], [], 0, 0
+        faults, contaminated, num_read, num_held_out, size = [], [], 0, 0, 0
         domains: set[str] = set()
-        in_json = block.form in ("json", "jsonl")
-        fields: set[str] = set() if in_json else set(names_of(self.recipe.text_key, ()))
+        fields: set[str] = set()
         for offset, item in enumerate(block.items):
+            if readers.is_blank(item, block.form):
+                continue
             try:
                 parsed = self._parse(item, block.form, fields)
             except Fault as fault:
-                faults.append((fault.kind, f"{block.location(offset)} ({fault})"))
+                faults += [(fault.kind, f"{block.location(offset)} ({fault})")] * fault.documents
+                num_read += fault.documents
                 continue
+            num_read += 1
             if ngrams and (matches := ngrams.matches(parsed)):
                 contaminated.append(matches)
                 continue
@@ -244,5 +254,13 @@ class Scatter:
         for bucket, content in records.items():
             append_records(self.folder, bucket, content)
         return BlockCounts(
-            len(block.items), num_held_out, size, faults, contaminated, domains, fields, block.consumed
+            read=num_read,
+            held_out=num_held_out,
+            bytes=size,
+            faults=faults,
+            contaminated=contaminated,
+            domains=domains,
+            is_json=block.form in ("json", "jsonl"),
+            fields=fields,
+            consumed=block.consumed,
         )

@@ -177,8 +177,10 @@ def _column_paths(path: str, names: Sequence[str], schema, flag: str) -> dict[st
         for key in keys:
             field = next((field for field in fields if field.name == key), None)
             if field is None:
-                existing = listed(_field_names(schema))
+                existing = listed(map(repr, _field_names(schema)))
                 raise UserError(f"{path} has no column {name!r}; set {flag} to one of {existing}")
+            if sum(other.name == key for other in fields) > 1:
+                raise UserError(f"{path} has several columns {name!r}; rename all but one of them")
             fields = list(field.type.fields) if pyarrow.types.is_struct(field.type) else []
         paths[name] = keys
     return paths

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import enum
 import io
 import itertools
+import re
 from collections.abc import Iterator
 
 from dualsm.data.domains import Labeled
@@ -16,6 +18,7 @@ from dualsm.process.errors import UserError
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 _ROW_BYTES_PER_TEXT_BYTE = 4  # rows may have other columns and doubled quotes
 _MIN_ROW_BYTES = 1 << 20
+_MARKS = re.compile(rb'[",\n]')  # of .csv files
 _UNCLOSED = "the file ends inside a quoted value"
 
 
@@ -29,8 +32,9 @@ def read_rows(
 ) -> Iterator[bytes | Labeled | None | Fault]:
     """Yields the text of each row after the header, in the encoding of the file.
 
-    A malformed row is one fault per line, because an unpaired quote joins the lines of many rows. Rows and
-    texts that are too long are None; they are never held in memory completely. Blank lines are skipped.
+    A malformed row is one fault per line, because an unpaired quote joins the lines of many rows. So is a row
+    that is too long, as None; it is never held in memory completely. Texts that are too long are None. Blank
+    lines are skipped.
 
     Args:
       stream: the decompressed file.
@@ -55,7 +59,7 @@ def read_rows(
             indices = [_index(path, header, name) for name in names_of(text_key, header)]
             domain_index = _index(path, header, domain_key, "--domain_key") if domain_key else None
         elif row is None:
-            yield None
+            yield from itertools.repeat(None, num_lines)
         elif isinstance(row, Fault):
             yield from itertools.repeat(row, num_lines)
         elif len(row) != len(header):
@@ -71,12 +75,41 @@ def read_rows(
 
 def _index(path: str, header: list[str], name: str, flag: str = "--text_key") -> int:
     if name not in header:
-        raise UserError(f"{path} has no column {name!r}; set {flag} to one of {listed(header)}")
+        columns = listed(map(repr, header))
+        raise UserError(f"{path} has no column {name!r}; set {flag} to one of {columns}")
+    if header.count(name) > 1:
+        raise UserError(f"{path} has several columns {name!r}; rename all but one of them")
     return header.index(name)
 
 
 class _RowTooLong(Exception):
     """Raised inside a CSV reader, which cannot be used afterwards."""
+
+
+class _Place(enum.Enum):
+    """Where a row of CSV is after some of its bytes; quotes in a field that starts without one are text."""
+
+    FIELD_START = enum.auto()
+    UNQUOTED = enum.auto()
+    QUOTED = enum.auto()
+    CLOSED = enum.auto()  # after a quote in a quoted field, which another quote continues
+
+    def after(self, data: bytes) -> _Place:
+        """Returns the place after further bytes."""
+        place, position = self, 0
+        for mark in _MARKS.finditer(data):
+            if mark.start() > position and place in (_Place.FIELD_START, _Place.CLOSED):
+                place = _Place.UNQUOTED
+            position = mark.end()
+            if mark[0] != b'"':
+                place = place if place is _Place.QUOTED else _Place.FIELD_START
+            elif place in (_Place.FIELD_START, _Place.CLOSED):
+                place = _Place.QUOTED
+            elif place is _Place.QUOTED:
+                place = _Place.CLOSED
+        if position < len(data) and place in (_Place.FIELD_START, _Place.CLOSED):
+            place = _Place.UNQUOTED
+        return place
 
 
 class _Lines:
@@ -91,36 +124,38 @@ class _Lines:
         self.start_row()
 
     def start_row(self) -> None:
-        self._size = self._quotes = self.count = 0
+        self._row: list[bytes] = []
+        self._size = self.count = 0
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._read(self._limit - self._size + 1)
+        line = self._stream.readline(self._limit - self._size + 1)
         if not line:
             raise StopIteration
+        self._row.append(line)
         self._size += len(line)
         self.count += 1
         if self._size > self._limit:
-            self._skip_row(line)
+            self._skip_row()
             raise _RowTooLong
         line, self._first = without_bom(line) if self._first else line, False
         return line.decode("utf-8", "surrogateescape")
 
-    def _read(self, size: int) -> bytes:
-        line = self._stream.readline(size)
-        self._quotes += line.count(b'"') if self._quoted else 0
-        return line
-
-    def _skip_row(self, line: bytes) -> None:
-        """Reads to the first line end after an even number of quotes, which is not inside a quoted value."""
-        while self._quotes % 2 or not line.endswith(b"\n"):
-            line = self._read(self._limit)
+    def _skip_row(self) -> None:
+        """Reads to the first line end that is not inside a quoted value."""
+        place, line = _Place.FIELD_START, b""
+        for line in self._row:
+            place = place.after(line) if self._quoted else place
+        while place is _Place.QUOTED or not line.endswith(b"\n"):
+            self.count += line.endswith(b"\n")
+            line = self._stream.readline(self._limit)
             if not line:
-                if self._quotes % 2:
+                if place is _Place.QUOTED:
                     raise EOFError(_UNCLOSED)
                 return
+            place = place.after(line) if self._quoted else place
 
 
 def _rows(

@@ -52,9 +52,10 @@ def find_inputs(
 
     Args:
       pattern: `python-stdlib`, or comma-separated paths, URLs and globs (`**` matches any number of
-        directories). A directory is a dataset saved by Hugging Face `datasets`, or stands for the files in it
-        and in its subdirectories, except hidden files, corpora and files without a suffix in `SUFFIXES`. A
-        local path that exists is never interpreted as a glob or a list.
+        directories). A directory, also one that a glob matches, is a dataset saved by Hugging Face
+        `datasets`, or stands for the files in it and in its subdirectories, except hidden files, corpora and
+        files without a suffix in `SUFFIXES`. A local path that exists is never interpreted as a glob or a
+        list.
       flag: name of the flag, for error messages.
       file_format: one of `FORMATS`; unless it is "auto", files may have any suffix.
       quiet: do not say which files of a directory are ignored.
@@ -78,7 +79,10 @@ def find_inputs(
             found = list(map(str, files_in(path)))
             matches = _files_of_folder(found, str(user_path(path)), flag, file_format, quiet)
         else:
-            matches = _files(_matches(path))
+            found = _matches(path)
+            matches = _files(found)
+            if "**" not in path:  # it also matches the files in these folders
+                matches += _files_of_folders(found, flag, file_format, quiet)
         if not matches:
             raise UserError(f"{flag}: no files match {part!r}; check the path or quote the glob")
         paths += matches
@@ -172,6 +176,22 @@ def _is_file(path: str) -> bool:
     return user_path(path).is_file() if is_remote(path) else os.path.isfile(path)
 
 
+class _NoInputs(UserError):
+    """Raised for a folder without input files."""
+
+
+def _files_of_folders(paths: list[str], flag: str, file_format: str, quiet: bool) -> list[str]:
+    """Returns the input files in the folders among the local paths that a glob matches."""
+    files = []
+    for folder in filter(os.path.isdir, paths):
+        try:
+            files += _files_of_folder(list(map(str, files_in(folder))), folder, flag, file_format, quiet)
+        except _NoInputs as error:
+            if not quiet:
+                say(f"ignored a folder: {error}")
+    return files
+
+
 def _files_of_folder(paths: list[str], folder: str, flag: str, file_format: str, quiet: bool) -> list[str]:
     """Returns the files of a saved dataset, or the input files, among all files of a folder."""
     path_of = {_name_in(folder, path): path for path in paths}
@@ -185,7 +205,7 @@ def _files_of_folder(paths: list[str], folder: str, flag: str, file_format: str,
     manifests = [name for name in path_of if posixpath.basename(name) == MANIFEST]
     corpora = tuple(name.removesuffix(MANIFEST) for name in manifests if _is_manifest(path_of[name]))
     if "" in corpora:
-        raise UserError(f"{flag}: {folder} is a corpus; pass the text that it was made from")
+        raise _NoInputs(f"{flag}: {folder} is a corpus; pass the text that it was made from")
     texts = {name: path for name, path in path_of.items() if not name.startswith(corpora)}
     return _inputs_of_folder(texts, folder, flag, file_format, quiet)
 
@@ -211,7 +231,7 @@ def _inputs_of_folder(
     """Returns the input files among the files of a folder, given by their names in it."""
     chosen = [path for path in path_of.values() if file_format != "auto" or file_suffix(path) in SUFFIXES]
     if not chosen:
-        raise UserError(
+        raise _NoInputs(
             f"{flag}: {folder} contains no files with the suffixes {', '.join(SUFFIXES)}; check the path, or "
             "pass --format=text to read other text files"
         )

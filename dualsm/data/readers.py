@@ -100,6 +100,11 @@ def read_blocks(
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def is_blank(item: Item, form: str) -> bool:
+    """Returns True for a blank line between JSON lines, which is not a document."""
+    return form == "jsonl" and isinstance(item, bytes) and not item.strip()
+
+
 def parse(item: Item, form: str, text_key: str, tokenizer: str = "", fields: set[str] | None = None) -> str:
     """Returns the text of an undecoded document.
 
@@ -164,8 +169,12 @@ def _json_field(item: bytes, text_key: str, fields: set[str] | None) -> str:
     try:
         value = parse_json(item)
     except ValueError as error:
-        item.decode("utf-8")  # invalid UTF-8 is the more useful error
-        raise Fault("bad_json") from error
+        documents = streams.count_objects(item)
+        try:
+            item.decode("utf-8")
+        except UnicodeDecodeError:  # the more useful error
+            raise Fault("invalid_utf8", likely_encoding(item), documents) from error
+        raise Fault("bad_json", documents=documents) from error
     return json_text(value, text_key, fields)
 
 
@@ -175,11 +184,19 @@ def _text_blocks(
     """Yields the blocks of a text, JSON or CSV file; `consumed` counts compressed bytes."""
     with streams.open_text(path) as (raw, stream, head):
         items: Iterator[Item]
+        in_lines = kind in DELIMITERS or (kind == "text" and split != "file")
+        if in_lines and streams.ends_lines_by_cr(head):
+            raise UserError(f"{path} ends its lines with CR alone; convert them to LF, for example with tr")
         if kind in DELIMITERS:
             rows = read_rows(stream, path, DELIMITERS[kind], text_key, max_bytes, domain_key)
             form, items = "text", rows
         elif kind == "text":
             form, items = "text", streams.SPLITS[split](stream, max_bytes)
+        elif streams.first_value(head) not in (b"", b"{", b"]"):
+            raise UserError(
+                f"{path} is a JSON array of other values than objects; write one object per document, "
+                'such as {"text": "..."}'
+            )
         elif streams.holds_objects(head):
             form, items = "json", streams.objects(stream, max_bytes)
         else:

@@ -1,7 +1,7 @@
 """Normalized words of a text, and hashes of its n-grams.
 
-Words are separated by whitespace, in lower case and without punctuation and symbols. Languages that do not
-separate words have few words per sentence.
+Words are separated by whitespace, in lower case and without punctuation and symbols. In scripts that do not
+separate words, such as Han, Kana and Thai, every character is a word.
 """
 
 from __future__ import annotations
@@ -15,20 +15,38 @@ import numpy as np
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication modulo 2^64 is invertible
 
 
-class _Deletions(dict):
-    """A table for `str.translate` that deletes punctuation and symbols."""
+# First and last character of the Unicode blocks of scripts that do not separate words.
+_UNSEPARATED = (
+    (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x3040, 0x30FF),  # Hiragana, Katakana
+    (0x3400, 0x4DBF),  # Han
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0xFF66, 0xFF9F),  # halfwidth Katakana
+    (0x20000, 0x3FFFF),
+)
 
-    def __missing__(self, code: int) -> int | None:
-        self[code] = None if unicodedata.category(chr(code))[0] in "PS" else code
+
+class _Normalization(dict):
+    """A table for `str.translate` that deletes punctuation and symbols, and separates words."""
+
+    def __missing__(self, code: int) -> int | str | None:
+        self[code] = code
+        if unicodedata.category(chr(code))[0] in "PS":
+            self[code] = None
+        elif any(first <= code <= last for first, last in _UNSEPARATED):
+            self[code] = f" {chr(code)} "
         return self[code]
 
 
-_DELETIONS = _Deletions()
+_NORMALIZATION = _Normalization()
 
 
 def words_of(text: str) -> list[str]:
     """Returns the normalized words of a text."""
-    return text.lower().translate(_DELETIONS).split()
+    return text.lower().translate(_NORMALIZATION).split()
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -15,8 +15,11 @@ def read(pattern, text_key="text", max_bytes=1 << 20, tokenizer="", divide=False
         for block in readers.read_blocks(path, text_key, max_bytes, divide, **options):
             assert block.first == sum(1 for text in found if text[0] == path) + 1
             for item in block.items:
+                if readers.is_blank(item, block.form):
+                    found.append((path, ""))
+                    continue
                 try:
                     found.append((path, readers.parse(item, block.form, text_key, tokenizer)))
                 except readers.Fault as fault:
-                    found.append((path, f"<{fault.kind}>"))
-    return [text for _, text in found]
+                    found.append((path, f"<{fault.kind}>" + f" x{fault.documents}" * (fault.documents > 1)))
+    return [text for _, text in found if text]

@@ -41,7 +41,7 @@ def test_arrow_files_are_read(tmp_path, form):
     write_arrow(tmp_path / "a.arrow", [*texts, None], form)
     assert read(tmp_path / "a.arrow") == [*texts, "<empty_text>"]
     assert read(tmp_path / "a.arrow", max_bytes=6)[:2] == ["first", "<too_long>"]
-    with pytest.raises(UserError, match="no column 'body'; set --text_key to one of n, text"):
+    with pytest.raises(UserError, match="no column 'body'; set --text_key to one of 'n', 'text'"):
         read(tmp_path / "a.arrow", text_key="body")
     with pytest.raises(UserError, match="the column 'n' is not text .*set --text_key"):
         read(tmp_path / "a.arrow", text_key="n")
@@ -179,5 +179,7 @@ def test_nested_and_joined_columns_equal_those_of_json(tmp_path, form):
         assert read(tmp_path / f"a.{form}", text_key) == read(tmp_path / "a.jsonl", text_key) == texts
     assert read(tmp_path / f"a.{form}", "data.text")[:2] == ["first", "second"]
     assert read(tmp_path / f"a.{form}", "title,a.b", max_bytes=9)[0] == "<too_long>"
-    with pytest.raises(UserError, match="no column 'data.body'; .* to one of title, data.text, data.n, a.b"):
+    with pytest.raises(
+        UserError, match="no column 'data.body'; .* to one of 'title', 'data.text', 'data.n', 'a.b'"
+    ):
         read(tmp_path / f"a.{form}", "title,data.body")

@@ -72,7 +72,7 @@ def test_texts_of_fewer_than_8_words_are_not_compared():
 
 
 def test_words_are_in_lower_case_without_punctuation():
-    assert words_of("“Don't”, said\tÉva – 3€ __x__ 中文。") == ["dont", "said", "éva", "3", "x", "中文"]
+    assert words_of("“Don't”, said\tÉva – 3€ __x__ 中文。") == ["dont", "said", "éva", "3", "x", "中", "文"]
     hashes = ngram_hashes(hash_words("a b a b"), 2)
     assert len(set(hashes.tolist())) == 2 and hashes[0] == hashes[2] and hashes.dtype == np.uint64
 

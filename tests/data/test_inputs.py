@@ -114,3 +114,16 @@ def test_held_out_text_files_are_not_trained_on(tmp_path, monkeypatch, documents
     assert len(texts_of("out", "valid")) > 1
     with pytest.raises(UserError, match="--valid_input contains all files of --input=data/v"):
         build(Recipe("data/v*", valid_input=spelling, vocab_size=384), "none", 1, quiet=True)
+
+
+def test_folders_that_a_glob_matches_stand_for_their_files(tmp_path, capsys):
+    for name in ("a.jsonl", "en/b.jsonl", "en/deep/c.jsonl", "de/d.txt", "other/e.dat"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    found = [os.path.relpath(path, tmp_path) for path in inputs.find_inputs(f"{tmp_path}/*", quiet=False)]
+    assert found == ["a.jsonl", "de/d.txt", "en/b.jsonl", "en/deep/c.jsonl"]
+    assert "ignored a folder: --input: " in capsys.readouterr().out
+    assert len(inputs.find_inputs(f"{tmp_path}/??")) == 3
+    assert len(inputs.find_inputs(f"{tmp_path}/**/*.jsonl")) == 3
+    with pytest.raises(UserError, match="no files match"):
+        inputs.find_inputs(f"{tmp_path}/oth*")

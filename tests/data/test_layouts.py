@@ -33,7 +33,9 @@ def test_rows_are_read_as_they_were_written(tmp_path, name, end):
     expected = [value if value.strip() else "<empty_text>" for value in VALUES]
     assert read(tmp_path / name) == expected
     assert read(tmp_path / name, "title,text")[:2] == ["t\n\nfirst", f"t\n\n{VALUES[1]}"]
-    with pytest.raises(UserError, match="has no column 'body'; set --text_key to one of id, text, title"):
+    with pytest.raises(
+        UserError, match="has no column 'body'; set --text_key to one of 'id', 'text', 'title'"
+    ):
         read(tmp_path / name, "body")
     long = read(tmp_path / name, max_bytes=599)
     assert long == [*expected[:-1], "<too_long>"]
@@ -46,7 +48,8 @@ def test_malformed_rows_are_faults_and_the_next_row_is_read(tmp_path):
     )
     assert read(path) == ["one", "<bad_csv>", "<bad_csv>", "<bad_csv>", "<invalid_utf8>", "two"]
     path.write_bytes(b'text,n\none,1\n"' + b"line\n" * 300_000 + b'",2\ntwo,3\n')
-    assert read(path, max_bytes=1 << 10) == ["one", "<too_long>", "two"]
+    found = read(path, max_bytes=1 << 10)  # one fault per line: it could be an unpaired quote
+    assert found == ["one", *["<too_long>"] * 300_001, "two"]
     assert read(path, max_bytes=1 << 21)[::2] == ["one", "two"]
     path.write_bytes(b'text,n\none,1\n"' + b"line\n" * 300_000)
     with pytest.raises(UserError, match="the file ends inside a quoted value"):
@@ -116,11 +119,41 @@ def test_a_field_that_no_document_has_is_an_error(tmp_path, jsonl, text_key, mis
     documents = [{"title": f"T {i}"} | (text if i % 2 else {}) for i, text in enumerate(texts)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, documents)))
     recipe = Recipe(str(tmp_path / "a.jsonl"), vocab_size=384, text_key=text_key, max_bad_fraction=1.0)
-    with pytest.raises(UserError, match=f"--text_key={text_key}: no document has the field '{missing}'"):
+    with pytest.raises(UserError, match=f"--text_key={text_key}: no JSON document has the field '{missing}'"):
         build(recipe, str(tmp_path / "out"), 1, quiet=True)
+    (tmp_path / "b.txt").write_text("text without fields")
+    mixed = dataclasses.replace(recipe, input=str(tmp_path / "*.*"))
+    with pytest.raises(UserError, match=f"no JSON document has the field '{missing}'"):
+        build(mixed, str(tmp_path / "out"), 1, quiet=True)
     assert not (tmp_path / "out").exists()
     right = dataclasses.replace(recipe, text_key="title,text", valid_fraction=0.2)
     build(right, str(tmp_path / "out"), 1, quiet=True)
+
+
+def test_one_of_several_columns_with_a_name_must_be_chosen(tmp_path):
+    write_rows(tmp_path / "a.csv", [["id", "text", "text"], ["1", "a", "b"]], "\n")
+    with pytest.raises(UserError, match="a.csv has several columns 'text'; rename all but one"):
+        read(tmp_path / "a.csv")
+    assert read(tmp_path / "a.csv", "id") == ["1"]
+
+
+def test_a_long_row_ends_where_a_reader_of_csv_ends_it(tmp_path):
+    """A quotation mark inside of an unquoted value is text, and so are two in a quoted one."""
+    long = "x" * (2 << 20)
+    rows = [
+        f'1,6" pipe {long}',
+        '2,"a ""b"", c"',
+        f'3,"{long}, ""quoted"""',
+        "4,good",
+        f'"5",5" {long}',
+        '6,7" pipe',
+    ]
+    (tmp_path / "a.csv").write_text("id,text\n" + "\n".join(rows) + "\n")
+    expected = ["<too_long>", 'a "b", c', "<too_long>", "good", "<too_long>", '7" pipe']
+    assert read(tmp_path / "a.csv", max_bytes=1 << 10) == expected
+    with_short = [row.replace(long, "") for row in rows]
+    (tmp_path / "a.csv").write_text("id,text\n" + "\n".join(with_short) + "\n")
+    assert read(tmp_path / "a.csv") == ['6" pipe ', 'a "b", c', ', "quoted"', "good", '5" ', '7" pipe']
 
 
 def test_long_headers_are_cut_in_errors(tmp_path):
@@ -148,6 +181,32 @@ def test_text_files_are_split_into_documents(tmp_path, split, name):
     if split in ("line", "blank"):
         expected = [text if len(text) <= 6 else "<too_long>" for text in SPLITS[split]]
         assert read(tmp_path / name, max_bytes=10, **options) == expected
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\u3000", "\u2003 \t"])
+def test_lines_of_unicode_spaces_are_blank(tmp_path, space):
+    (tmp_path / "a.txt").write_text(f"one\n{space}\ntwo{space}\n  {space}\n{space}\nthree\n")
+    for split in ("line", "blank"):
+        assert read(tmp_path / "a.txt", split=split) == ["one", f"two{space}", "three"]
+
+
+def test_line_ends_do_not_count_as_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a" * 10 + b"\r\n\r\n" + b"b" * 11 + b"\n\ncc\n" + b"d" * 7 + b"\n")
+    for split, expected in (
+        ("line", ["a" * 10, "<too_long>", "cc", "d" * 7]),
+        ("blank", ["a" * 10, "<too_long>", "cc\nddddddd"]),
+    ):
+        assert read(tmp_path / "a.txt", split=split, max_bytes=10) == expected
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.train"])
+def test_line_ends_of_old_macs_are_an_error(tmp_path, name):
+    (tmp_path / name).write_bytes(b"text\rone\rtwo\r")
+    options = {} if name == "a.csv" else {"split": "line"}
+    with pytest.raises(UserError, match=f"{name} ends its lines with CR alone; convert them to LF"):
+        read(tmp_path / name, **options)
+    (tmp_path / "a.txt").write_bytes(b"text\rone\r")
+    assert read(tmp_path / "a.txt", split="file") == ["text\rone\r"]
 
 
 def test_other_suffixes_need_a_format(tmp_path):

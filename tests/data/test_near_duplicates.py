@@ -57,6 +57,17 @@ def test_similarities_equal_those_of_sets(n):
                 assert jaccard(*sets) == similarity(a, b, n)
 
 
+@pytest.mark.parametrize(
+    ("alphabet", "size"), [("天地玄黄宇宙洪荒日月盈昃", 1), ("กขคงจฉชซญดตถ", 1), ("abcdefgh", 2)]
+)
+def test_scripts_without_spaces_have_a_word_per_character(alphabet, size):
+    """One changed character of 400 changes at most n of the n-grams; a text of one word has only one."""
+    rng = random.Random(0)
+    text = "".join(rng.choices(alphabet, k=400))
+    sets = [shingles(one.encode(), 5) for one in (text, text[:-1] + "é")]
+    assert jaccard(*sets) == (0 if size > 1 else pytest.approx(395 / 397, abs=0.01))
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Returns folder -> manifest of the same texts, prepared in two ways, and the texts."""

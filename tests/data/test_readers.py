@@ -212,6 +212,80 @@ def test_json_objects_can_span_lines(tmp_path):
     assert read(tmp_path / "a.json", max_bytes=50) == ["<too_long>", "b"]
 
 
+BROKEN = '{"text": "a 5" pipe"}'
+
+
+@pytest.mark.parametrize("end", ["\n", ",\n", ", "])
+def test_objects_that_an_unpaired_quote_joins_are_counted(tmp_path, end):
+    """Between two unpaired quotation marks, the starts of objects look like text."""
+    lines = [json.dumps({"text": f"text {i} {{}}", "more": {"n": [i, {}]}}) for i in range(300)]
+    lines[9] = lines[209] = BROKEN
+    (tmp_path / "a.json").write_text(f"[{end.join(lines)}]")
+    found = read(tmp_path / "a.json")
+    assert found == [
+        *(f"text {i} {{}}" for i in range(9)),
+        "<bad_json> x201",
+        *(f"text {i} {{}}" for i in range(210, 300)),
+    ]
+    assert read(tmp_path / "a.json", max_bytes=1000)[9] == "<too_long> x201"
+    recipe = Recipe(str(tmp_path / "a.json"), vocab_size=384)
+    with pytest.raises(UserError, match="201 of 300 documents are unusable .201 bad_json"):
+        build(recipe, str(tmp_path / "out"), 1, quiet=True)
+
+
+def test_text_that_looks_like_objects_is_one_document(tmp_path):
+    code = "x = [{1},\n{2}, {3}]"
+    (tmp_path / "a.json").write_text(json.dumps([{"text": code}, {"text": code * 100}, {"text": "b"}]))
+    assert read(tmp_path / "a.json") == [code, code * 100, "b"]
+
+
+def test_a_malformed_line_of_json_lines_is_one_document(tmp_path):
+    for first in (BROKEN, '{"text": "a"', '{"text": "a"} x', "x"):
+        (tmp_path / "a.jsonl").write_text(first + '\n{"text": "b"}\n{"text": "c"}\n')
+        assert read(tmp_path / "a.jsonl") == ["<bad_json>", "b", "c"], first
+
+
+@pytest.mark.parametrize("separator", ["", " ", ", ", "\r"])
+def test_several_objects_in_one_line_are_documents(tmp_path, separator):
+    texts = [f"{{text}} {i}" for i in range(100)]
+    (tmp_path / "a.jsonl").write_text(separator.join(json.dumps({"text": text}) for text in texts))
+    assert read(tmp_path / "a.jsonl") == texts
+
+
+def test_objects_over_lines_may_start_with_a_key(tmp_path):
+    values = [{"id": i, "text": f"t{i}", "meta": {"a": [1, {}]}} for i in range(3)]
+    texts = "\n".join(json.dumps(value, indent=1).replace('{\n "id"', '{ "id"', 1) for value in values)
+    assert texts.startswith('{ "id": 0,\n')
+    (tmp_path / "a.json").write_text(texts)
+    assert read(tmp_path / "a.json") == ["t0", "t1", "t2"]
+
+
+@pytest.mark.parametrize("content", ['["one", "two"]', "[1, 2]", '[ ["text", "one"]]'])
+def test_arrays_of_other_values_are_an_error(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match="a.json is a JSON array of other values than objects; write one"):
+        read(tmp_path / "a.json")
+
+
+def test_objects_may_follow_an_array(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "b"}]\n{"text": "c"}\n[{"text": "d"}]\n')
+    assert read(tmp_path / "a.json") == ["a", "b", "c", "d"]
+    (tmp_path / "a.json").write_text('[{"text": "a"}]\n[{"text": "d"}\n')
+    with pytest.raises(UserError, match="ends inside a JSON value"):
+        read(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[]")
+    assert read(tmp_path / "a.json") == []
+
+
+def test_blank_lines_between_json_lines_are_not_documents(tmp_path):
+    lines = [json.dumps({"text": f"text {i}"}) for i in range(80)]
+    (tmp_path / "a.jsonl").write_text("\n\n \t\r\n".join(lines) + "\n\n")
+    assert read(tmp_path / "a.jsonl") == [f"text {i}" for i in range(80)]
+    recipe = Recipe(str(tmp_path / "a.jsonl"), vocab_size=384, valid_fraction=0.2)
+    manifest = build(recipe, str(tmp_path / "out"), 1, quiet=True)
+    assert manifest["documents_read"] == 80
+
+
 def test_a_wrong_text_key_raises_with_the_existing_keys():
     with pytest.raises(readers.Fault, match=r"--text_key=text does not exist; the keys are 'content', 'id'"):
         readers.parse(b'{"content": "x", "id": 7}', "jsonl", "text")
