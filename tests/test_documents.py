@@ -167,20 +167,20 @@ def test_github_workflow_runs_the_checks_on_the_pythons_of_the_readme():
     (script,) = re.findall(r"- run: (.*)$", workflow, re.M)
     assert os.access(ROOT / script, os.X_OK)
     (listed,) = re.findall(r"python: \[(.*)\]", workflow)
-    assert [version.strip('" ') for version in listed.split(",")] == list(tested_versions())
+    assert [version.strip('" ') for version in listed.split(",")] == list(versions_tested())
 
 
 def test_the_readme_names_the_oldest_and_newest_versions_and_the_installed_ones():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (oldest, end) = re.findall(r"^jax>=(0\.\d+),<(0\.\d+)$", "\n".join(project["dependencies"]), re.M)[0]
-    tested = tested_versions()
+    tested = versions_tested()
     assert project["requires-python"] == ">=" + min(tested)
     assert (min(tested.values()), max(tested.values())) == (oldest, f"0.{int(end[2:]) - 1}")
     python, installed = (".".join(v.split(".")[:2]) for v in (platform.python_version(), version("jax")))
     assert tested.get(python, installed) == installed
 
 
-def tested_versions() -> dict[str, str]:
+def versions_tested() -> dict[str, str]:
     """Returns the version of JAX for each version of Python that the README calls tested."""
     return dict(re.findall(r"Python (3\.\d+) and JAX (0\.\d+)", (ROOT / "README.md").read_text()))
 

@@ -321,6 +321,15 @@ def test_claims_about_task_scores_hold(tables, monkeypatch):
     by_method = blimp.groupby("method")[["score", "slor"]].mean()
     assert np.ptp(by_method.score) < 0.02 and (by_method.slor < 0.5).all()
     assert (by_method.score < blimp.unigram_score.min()).all()
+    assert blimp.groupby("method").equal_length.mean().between(0.515, 0.55).all()
+    paradigms = tables.paradigms
+    assert paradigms.groupby(["method", "corpus"]).n.sum().unique().tolist() == [12_000]
+    changes = {
+        (method, name): abs(task_scores.paradigm_change(paradigms, method, name)[0])
+        for method in methods for name in paradigms.paradigm.unique()
+    }  # fmt: skip
+    largest = sorted(changes, key=changes.get)[-2:]
+    assert sorted(largest) == [(f"{name} dropout", "ellipsis_n_bar_1") for name in ("causal", "mixture")]
 
 
 def test_claims_about_domains_hold(modules, tables, monkeypatch):
@@ -379,12 +388,15 @@ def test_task_scores_are_read_from_the_results_of_evaluate(tmp_path, monkeypatch
         "metrics": {"acc": {"accuracy": 0.5}, "slor": {"accuracy": 0.4}},
         "answer": {"bits_per_byte": 2.0, "margin": -0.1},
         "baselines": {"unigram": {"score": 0.6, "bits_per_byte": 4.0}},
+        "groups": {"x": {"score": 0.7, "n": 2}, "(pairs of equal length)": {"score": 0.55, "n": 1}},
     }
     for name, task in (("mixture_dropout-B", "piqa"), ("mixture_dropout-B-blimp", "blimp")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"tasks": {task: {"causal": found}}}))
     table = task_scores.read_scores(sorted(tmp_path.glob("*.json")))
     assert table.task.tolist() == ["blimp", "piqa"] and set(table.method) == {"mixture dropout"}
-    assert table.iloc[0].tolist() == ["mixture dropout", "B", "blimp", 3, 2.0, -0.1, 4.0, 0.5, 0.6, 0.4]
+    assert table.iloc[0].tolist() == ["mixture dropout", "B", "blimp", 3, 2.0, -0.1, 4.0, 0.5, 0.6, 0.4, 0.55]
+    paradigms = task_scores.read_paradigms([tmp_path / "mixture_dropout-B-blimp.json"])
+    assert paradigms.to_numpy().tolist() == [["mixture dropout", "B", "x", 2, 0.7]]
 
 
 @pytest.mark.parametrize("script", ["task_scores", "two_sources_scores", "document_losses"])

@@ -33,7 +33,7 @@ from page_tables import (
     sizes_table,
 )
 from selection import CELL, DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
-from task_scores import answer_change, scores_table
+from task_scores import answer_change, paradigm_change, scores_table
 
 from dualsm.analysis.paper_rules import causal_share_of_loss, rule_alpha
 from dualsm.analysis.small_share import small_share, span
@@ -55,6 +55,7 @@ class Tables(NamedTuple):
       unigram: held-out losses of unigram models of the corpora.
       repeated: confirmed runs without dropout and MIR, repeated on a CPU.
       tasks: task scores of the methods (task_scores.py).
+      paradigms: scores of the methods by paradigm of BLiMP.
       documents: held-out losses of the methods by document (document_losses.py).
       checkpoints: losses of full causal runs with last, moving-average and averaged-checkpoint weights.
     """
@@ -66,14 +67,15 @@ class Tables(NamedTuple):
     unigram: pd.DataFrame
     repeated: pd.DataFrame
     tasks: pd.DataFrame
+    paradigms: pd.DataFrame
     documents: pd.DataFrame
     checkpoints: pd.DataFrame
 
 
 def read_tables() -> Tables:
     """Reads the committed tables."""
-    names = ("runs", "curves", "table", "baselines", "unigram", "repeated", "tasks", "documents")
-    names += ("averaged_checkpoints",)
+    names = ("runs", "curves", "table", "baselines", "unigram", "repeated", "tasks")
+    names += ("paradigms", "documents", "averaged_checkpoints")
     return Tables(*(pd.read_csv(FOLDER / f"{name}.csv") for name in names))
 
 
@@ -314,6 +316,11 @@ def method_values(tables: Tables) -> dict[str, str]:
         "decays": decay_table(runs),
         "tasks": scores_table(tables.tasks, names),
         "domains": domains_table(tables.documents, names),
+        **{
+            f"paradigm_{method.replace(' ', '_')}": f"{change[0]:+.1f} ± {change[1]:.1f}"
+            for method in ("causal dropout", "mixture dropout")
+            for change in [paradigm_change(tables.paradigms, method, "ellipsis_n_bar_1")]
+        },
         "num_units": str(tables.documents.unit.nunique()),
         "num_questions": f"{by_task.drop('blimp').sum():,}",
         "num_pairs": f"{by_task['blimp']:,}",

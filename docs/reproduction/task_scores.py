@@ -1,4 +1,4 @@
-"""Collects the task scores of the models on the three corpora in tasks.csv.
+"""Collects the task scores of the models on the three corpora in tasks.csv and paradigms.csv (of BLiMP).
 
     python docs/reproduction/task_scores.py runs/task_scores
 
@@ -18,6 +18,8 @@ from results_folder import collect
 from selection import over_corpora
 
 TABLE = Path(__file__).with_name("tasks.csv")
+PARADIGMS = Path(__file__).with_name("paradigms.csv")
+EQUAL_LENGTH = "(pairs of equal length)"  # a group in the results of BLiMP
 SEED = 1
 
 
@@ -25,7 +27,8 @@ def read_scores(paths: Iterable[Path]) -> pd.DataFrame:
     """Returns a line per model and task.
 
     `bits_per_byte` and `margin` are those of the right answer, `unigram_bits_per_byte` that of a unigram
-    model of the corpus; `score` and `slor` (BLiMP only) are accuracies.
+    model of the corpus; `score`, and for BLiMP `slor` and `equal_length`, that of the pairs whose sentences
+    have equal numbers of tokens, are accuracies.
     """
     lines = []
     for path in paths:
@@ -44,9 +47,31 @@ def read_scores(paths: Iterable[Path]) -> pd.DataFrame:
                     "score": found["score"],
                     "unigram_score": unigram["score"],
                     "slor": slor.get("accuracy"),
+                    "equal_length": found["groups"].get(EQUAL_LENGTH, {}).get("score"),
                 }
             )
     return pd.DataFrame(lines)
+
+
+def read_paradigms(paths: Iterable[Path]) -> pd.DataFrame:
+    """Returns a line per model and paradigm of BLiMP."""
+    lines = []
+    for path in paths:
+        method, corpus = path.stem.split("-")[:2]
+        groups = json.loads(path.read_text())["tasks"].get("blimp", {"causal": {"groups": {}}})["causal"][
+            "groups"
+        ]
+        for name in sorted(groups.keys() - {EQUAL_LENGTH}):
+            found = groups[name]
+            lines.append((method.replace("_", " "), corpus, name, found["n"], found["score"]))
+    return pd.DataFrame(lines, columns=["method", "corpus", "paradigm", "n", "score"])
+
+
+def paradigm_change(paradigms: pd.DataFrame, method: str, paradigm: str) -> tuple[float, float]:
+    """Returns the change in percentage points from the mixture, and its standard error."""
+    scores = paradigms[paradigms.paradigm == paradigm]
+    mixture, found = (percent(by_replicate(scores, name, "score")) for name in ("mixture", method))
+    return over_corpora({key: value - mixture[key] for key, value in found.items()})
 
 
 def by_replicate(scores: pd.DataFrame, method: str, column: str) -> dict[tuple, float]:
@@ -60,11 +85,13 @@ def scores_table(scores: pd.DataFrame, names: dict[str, str]) -> str:
     questions, blimp = scores[scores.task != "blimp"], scores[scores.task == "blimp"]
     rows = [
         ["recipe", "bits per byte", "minus the mixture's", "HellaSwag's minus the mixture's",
-         "BLiMP, %", "BLiMP, SLOR, %"]
+         "BLiMP, %", "equal length, %", "SLOR, %"]
     ]  # fmt: skip
     for method in METHODS:
         changes = [answer_change(table, method) for table in (questions, scores[scores.task == "hellaswag"])]
-        blimp_scores = [percent(by_replicate(blimp, method, column)) for column in ("score", "slor")]
+        blimp_scores = [
+            percent(by_replicate(blimp, method, column)) for column in ("score", "equal_length", "slor")
+        ]
         rows.append(
             [
                 names[method],
@@ -75,7 +102,7 @@ def scores_table(scores: pd.DataFrame, names: dict[str, str]) -> str:
         )
     answer = over_corpora(by_replicate(questions, "mixture", "unigram_bits_per_byte"))
     blimp_score = over_corpora(percent(by_replicate(blimp, "mixture", "unigram_score")))
-    rows.append(["unigram model", pm(answer), "", "", pm(blimp_score, 1), ""])
+    rows.append(["unigram model", pm(answer), "", "", pm(blimp_score, 1), "", ""])
     return markdown(rows)
 
 
@@ -91,3 +118,4 @@ def percent(values: dict[tuple, float]) -> dict[tuple, float]:
 
 if __name__ == "__main__":
     collect(__doc__, "*-*.json", read_scores, TABLE, "%.4f")
+    collect(__doc__, "*-*.json", read_paradigms, PARADIGMS, "%.4f")
