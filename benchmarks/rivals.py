@@ -31,6 +31,7 @@ RIVALS = {
     "dropout": {"model.dropout": 0.1},
     "weight decay schedule": {"optimizer.weight_decay_schedule.name": "linear"},
     "weight decay exempt": {"optimizer.weight_decay_exempt": "embeddings,vectors"},
+    "AdamW's learning rate": {"optimizer.adamw_learning_rate": 0.003},
     "moving average": {"ema.decay": 0.999},
     "pair mir": {"mixture.causal": 0.0, "mixture.mir": 1.0},
 }

@@ -91,7 +91,7 @@ def page_values(tables: Tables) -> dict[str, str]:
         | _learning_rate(tables, chosen)
         | earlier.values()
     )
-    values["sizes"] = sizes_table(runs)
+    values["sizes"] = sizes_table(runs, tables.repeated)
     for R in (128, 32):
         values |= _contrasts(R, chosen, replicates)
         values[f"unique_{R}"] = f"{BUDGET // R:,}"
@@ -114,8 +114,8 @@ CONTRASTS = ((128, "full"), (128, "stop"), (32, "full"))
 
 def count_runs(runs: pd.DataFrame) -> dict[str, str]:
     """Returns the numbers of runs."""
-    num_runs, num_size = len(runs), (runs["size"] != "230k").sum()
-    runs = runs[runs["size"] == "230k"]
+    in_sizes = runs.stage.str.startswith("size ")
+    num_runs, runs = len(runs), runs[~in_sizes]
     explore = runs.stage == "explore"
     confirm = (runs.corpus != "A") & ~explore
     weighted = confirm & (runs.causal_weight == 2)
@@ -126,7 +126,7 @@ def count_runs(runs: pd.DataFrame) -> dict[str, str]:
         "parameters": f"{PARAMETERS['230k']:,}",
         "budget": f"{BUDGET / 1e6:.2f}M",
         "num_runs": str(num_runs),
-        "num_size": str(num_size),
+        "num_size": str(in_sizes.sum()),
         "num_gpu": str((~other & ~explore & (runs.stage != "tune more")).sum()),
         "num_tune": str((runs.stage == "tune").sum()),
         "num_confirm": str((confirm & plain & ~weighted).sum()),

@@ -53,19 +53,26 @@ def contrast_cells(chosen: Chosen, R: int, kind: str) -> tuple[dict, dict]:
     return chosen.mixture(R, kind), chosen.best("plain", R, 1.0, kind)
 
 
-def sizes_table(runs: pd.DataFrame) -> str:
+def sizes_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
     """Returns the contrasts of R = 128 by size, for each corpus and seed that the other sizes have."""
     chosen, plain = Chosen(runs), runs[runs.recipe == "plain"]
-    replicates, others = Replicates(plain), plain[plain["size"] != "230k"]
+    others = plain[plain["size"] != "230k"]
     keys = sorted(set(zip(others.corpus, others.seed, strict=True)))
-    rows = [["parameters", "tokens", "equal compute", "best stops"]]
+    replicates, on_cpu = Replicates(plain), Replicates(pd.concat([plain, repeated]))
+    mixture, causal = contrast_cells(chosen, 128, "full")
+    finer = causal | {"weight_decay": FINER_DECAY}
+    contrasts = {
+        "equal compute": (replicates, mixture, causal),
+        f"causal weight decay {FINER_DECAY:g}": (on_cpu, mixture, finer),
+        "best stops": (replicates, *contrast_cells(chosen, 128, "stop")),
+    }
+    rows = [["parameters", "tokens", *contrasts]]
     for size, steps in plain.groupby("size").steps.max().sort_values().items():
         row = [f"{PARAMETERS[size]:,}", f"{steps * BATCH_TOKENS / 1e6:.1f}M"]
-        for kind in ("full", "stop"):
-            cells = (cell | {"size": size} for cell in contrast_cells(chosen, 128, kind))
-            mixture, causal = (replicates.values(cell, LOSS) for cell in cells)
-            found = [mixture[key] - causal[key] for key in keys if key in mixture and key in causal]
-            row.append(", ".join(f"{x:+.3f}" for x in found))
+        for found, *cells in contrasts.values():
+            one, other = (found.values(cell | {"size": size}, LOSS) for cell in cells)
+            changes = [one[key] - other[key] for key in keys if key in one and key in other]
+            row.append(", ".join(f"{x:+.3f}" for x in changes))
         rows.append(row)
     return markdown(rows)
 
@@ -179,13 +186,13 @@ def added_runs(runs: pd.DataFrame) -> pd.DataFrame:
 def added_table(runs: pd.DataFrame) -> str:
     """Returns a table of `added_runs`, for protocol.md."""
     added = added_runs(runs)
-    rows = [["recipe", "alpha", "weight decay", "length", "corpora"]]
-    for cell, found in added.groupby(["recipe", "alpha", "weight_decay", "length"]):
-        recipe, alpha, decay, length = cell
+    rows = [["recipe", "parameters", "alpha", "weight decay", "length", "corpora"]]
+    for cell, found in added.groupby(["recipe", "size", "alpha", "weight_decay", "length"]):
+        recipe, size, alpha, decay, length = cell
         by_seed = found.sort_values("corpus").groupby("seed").corpus.agg(", ".join)
         corpora = "; ".join(f"{names} (seed {seed})" for seed, names in by_seed.items())
         alpha = "-" if "mir" in recipe else share(alpha)
-        rows.append([recipe, alpha, f"{decay:g}", share(length), corpora])
+        rows.append([recipe, size, alpha, f"{decay:g}", share(length), corpora])
     return markdown(rows)
 
 

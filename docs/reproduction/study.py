@@ -155,11 +155,13 @@ def exploring(chosen: dict) -> list[dict]:
     ]
     stop = chosen["plain,128,1.0"]["stop"]["run"] | {"recipe": "rate"}
     mixture = chosen[f"plain,128,{best_alpha(chosen, 128, 'full')}"]["full"]["run"]
-    runs += [stop | {"weight_decay": decay} for decay in (0.5, 0.7, 1.0)]
-    runs.append(mixture | {"recipe": "rate", "weight_decay": 0.5})
+    runs += [stop | {"weight_decay": decay} for decay in (0.5, 0.7, 1.0, 1.4)]
+    runs += [mixture | {"recipe": "rate", "weight_decay": decay} for decay in (0.5, 0.7, 1.0, 1.4)]
     finer = cell("plain", 128, 1.0, FINER_DECAYS[1.0][0], 1, "A", 0)
     confirmed = [finer, stop, *(mixture | {"recipe": recipe} for recipe in OPTIMIZER_RECIPES)]
-    return runs + [run | {"corpus": c, "seed": seed} for run in confirmed for c, seed in REPLICATES]
+    runs += [run | {"corpus": c, "seed": seed} for run in confirmed for c, seed in REPLICATES]
+    others = [finer | {"size": size} for size in SIZES if size != "230k"]
+    return runs + [run | {"corpus": corpus, "seed": 1} for run in others for corpus in "BC"]
 
 
 def choose(results: list[dict]) -> dict[str, dict]:
@@ -349,9 +351,10 @@ def main(_):
         runs = [run | {"corpus": corpus, "seed": seed} for corpus, seed in REPLICATES]
         study.train(f"confirm {run['recipe']}", runs, slots)
     added = exploring(chosen)
-    for recipe in dict.fromkeys(run["recipe"] for run in added):
+    for recipe, size in dict.fromkeys((run["recipe"], run["size"]) for run in added):
         if recipe != "linear":  # trains alone, by the command in protocol.md
-            study.train("explore", [run for run in added if run["recipe"] == recipe], slots)
+            runs = [run for run in added if (run["recipe"], run["size"]) == (recipe, size)]
+            study.train("explore", runs, slots)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def masked_input_causal(
 ) -> Example:
     """Predicts every next token while a fraction of the input text, U(low, high) per row, is `<mask>`.
 
-    Source: MEAP (arXiv 2502.07490) for a fixed fraction of 0.15; MIR (arXiv 2606.06888) for a fraction drawn
-    from U(0, 0.5) for each row.
+    Source: MEAP (arXiv 2502.07490), with a fixed fraction of 0.15. MIR (arXiv 2606.06888) trains it with a
+    fraction from U(0, 0.5) beside causal modeling of the same row: the pair `mir`.
     """
     fraction_key, round_key, position_key = jax.random.split(key, 3)
     inputs_L = row.tokens_L1[:-1]

@@ -57,7 +57,7 @@ def _lines(repetitions, alpha, steps, noise, random) -> list[dict]:
     lines = []
     for step in range(0, steps + 1, steps // 16):
         tokens = step * BATCH_SIZE * SEQ_LEN
-        line = {"step": step, "tokens": tokens, "epoch": tokens / budget * repetitions}
+        line = {"step": step, "tokens": tokens, "epoch": tokens / budget * repetitions, "flops": 1e6 * tokens}
         for objective, loss in held_out_loss(repetitions, alpha, tokens, budget).items():
             share = alpha if objective == "causal" else 1 - alpha
             line[f"valid/{objective}/loss"] = float(loss) + noise * random.standard_normal()

@@ -120,6 +120,17 @@ def test_curves_have_one_panel_per_r_and_one_color_per_alpha(figure):
     assert legend.get_lines()[0].get_color() is not None
 
 
+@pytest.mark.parametrize(
+    ("cost", "label"), [("tokens", "tokens seen, millions"), ("flops", "compute, PFLOP")]
+)
+def test_curves_are_over_tokens_or_compute(figure, cost, label):
+    plots.plot_curves(figure, {"causal": {1: {1.0: [([1e15, 3e15], [3.0, 2.0])]}}}, cost=cost)
+    [axes] = drawn(figure).axes
+    scale = 1e-6 if cost == "tokens" else 1e-15
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), [1e15 * scale, 3e15 * scale])
+    assert label in " ".join([axes.get_xlabel(), figure.get_supxlabel()])
+
+
 def test_gap_table_shows_numbers_and_dashes(figure):
     gap = np.array([[np.nan, 0.5], [-0.001, 2.0]])
     axes = figure.subplots()

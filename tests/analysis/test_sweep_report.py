@@ -2,9 +2,11 @@
 
 import pytest
 
+from dualsm.analysis import plots
 from dualsm.analysis.sweep_report import report, summary
 from dualsm.analysis.table import make_table, read_table
 from dualsm.process.errors import UserError
+from dualsm.rundir.metrics import read_metrics
 from tests.analysis.synthetic import grid, write_cell, write_plan, write_sweep
 from tests.conftest import run_command
 
@@ -31,6 +33,23 @@ def test_an_early_report_has_the_possible_plots(tmp_path, capsys):
     assert "1 running, 1 missing" in capsys.readouterr().out
     write_plan(tmp_path, {"later": values})
     assert [path.name for path in report(tmp_path)] == ["table.csv"]
+
+
+@pytest.mark.parametrize("cost", ["tokens", "flops"])
+def test_curves_of_the_report_are_over_the_cost(tmp_path, monkeypatch, cost):
+    drawn = {}
+
+    def record(figure, curves, cost):
+        """Records what is drawn: images cannot be compared with numbers."""
+        drawn.update(cost=cost, curves=curves)
+
+    monkeypatch.setattr(plots, "plot_curves", record)
+    write_sweep(tmp_path, grid([1], [0, 1]))
+    report(tmp_path, cost)
+    lines = read_metrics(tmp_path / "cells" / "repetitions=1,alpha=1")
+    [(costs, losses)] = drawn["curves"]["causal"][1][1.0]
+    assert drawn["cost"] == cost and list(costs) == [line[cost] for line in lines[1:]]
+    assert list(losses) == [line["valid/causal/loss"] for line in lines[1:]]
 
 
 def test_one_number_of_repetitions_has_no_surface(tmp_path, capsys):

@@ -156,6 +156,12 @@ def test_a_long_row_ends_where_a_reader_of_csv_ends_it(tmp_path):
     assert read(tmp_path / "a.csv") == ['6" pipe ', 'a "b", c', ', "quoted"', "good", '5" ', '7" pipe']
 
 
+def test_rows_with_much_other_text_are_too_long(tmp_path):
+    """Memory is bounded by the row, not by the text."""
+    write_rows(tmp_path / "a.csv", [["text", "n"], ["one", "x" * (5 << 20)], ["two", "x" * (3 << 20)]], "\n")
+    assert read(tmp_path / "a.csv", max_bytes=1 << 20) == ["<too_long>", "two"]
+
+
 def test_long_headers_are_cut_in_errors(tmp_path):
     write_rows(tmp_path / "a.csv", [["x" * 10_000, *map(str, range(100))]], "\n")
     with pytest.raises(UserError, match="has no column 'text'") as error:

@@ -9,7 +9,7 @@ from dualsm.data.sequence_order import SequenceOrder
 from dualsm.objectives.mixture import sequence_counts
 from dualsm.objectives.plan import MixturePlan
 from dualsm.objectives.shares import trained_entries, trained_objectives
-from dualsm.objectives.sources import trained_sources
+from dualsm.objectives.sources import Source, trained_sources
 from dualsm.process.errors import UserError
 from tests.micro import micro_config
 from tests.micro_sources import two_sources
@@ -167,6 +167,27 @@ def test_one_source_is_planned_like_a_run_without_sources():
             np.testing.assert_array_equal(found, expected)
         first, read = a.sequences(step), np.unique(a.row_sources(step)[1])
         np.testing.assert_array_equal(read, np.arange(first, a.sequences(step + 1)))
+
+
+def test_unique_tokens_are_rounded_up():
+    """A source must have enough of them for the last, incomplete repetition."""
+    for budget, repetitions, unique in ((10, 3, 4), (9, 3, 3), (1, 8, 1)):
+        assert Source("s", "x", repetitions).unique(budget) == unique
+    assert Source("s", "x", 0, unique_tokens=7).unique(10) == 7
+
+
+def test_sequences_of_each_entry_have_all_strata():
+    """The draws of a step are spread over the sequences of one objective of one source."""
+    config = two_sources()
+    config.batch_size = 16
+    config.sources.small.mixture.update(dict.fromkeys(config.mixture, 0.0) | {"mir": 0.5, "causal": 0.5})
+    plan = MixturePlan(config)
+    for step in range(config.steps):
+        objective_B, stratum_B, strata_B = plan.assign(step)
+        for j in np.unique(objective_B):
+            mine_B = objective_B == j
+            assert sorted(stratum_B[mine_B]) == list(range(mine_B.sum()))
+            assert (strata_B[mine_B] == mine_B.sum()).all()
 
 
 def test_shares_of_sources_follow_a_schedule():

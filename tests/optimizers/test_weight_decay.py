@@ -89,6 +89,19 @@ def test_exempt_parameters_do_not_decay_and_others_are_unaffected():
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.parametrize("exempt", ["embeddings", "output", "vectors", "embeddings,output"])
+def test_exactly_the_exempt_groups_do_not_decay(exempt):
+    found = removed(optimizer_config(weight_decay_exempt=exempt), 3)
+    fractions = {
+        "embeddings": [found["embedding"]["embedding"]],
+        "output": [found["head"]["output"]["kernel"]],
+        "vectors": [found["head"]["output"]["bias"], found["blocks"]["mlp"]["norm"]["scale"]],
+        "matrices": [found["blocks"]["mlp"]["down"]["kernel"]],
+    }
+    for group, values in fractions.items():
+        assert all((value == 0) == (group in exempt.split(",")) for value in values), group
+
+
 @pytest.mark.parametrize("exempt", ["", "output"])
 def test_adamw_has_its_own_learning_rate(exempt):
     """Weight decay, with and without exempt parameters, is multiplied by this learning rate."""

@@ -77,6 +77,15 @@ def test_both_the_weights_and_their_average_are_validated(whole):
     assert last["valid/ema/causal/bits_per_byte"] > 0
 
 
+@pytest.mark.slow
+def test_only_the_average_is_validated(corpus_path, tmp_path):
+    config = rival_config(corpus_path)
+    config.valid.parameters, config.model.dropout, config.steps = "ema", 0.0, 6
+    assert train(config, tmp_path / "run")
+    last = read_metrics(tmp_path / "run")[-1]
+    assert "valid/ema/causal/loss" in last and "valid/causal/loss" not in last
+
+
 def test_the_mean_of_checkpoints_is_exact(whole, tmp_path):
     average_checkpoints.write(whole, [4, 12], 0, tmp_path / "two")
     average_checkpoints.write(whole, [], 3, tmp_path / "three")
