@@ -73,7 +73,8 @@ def train(
     with locked_workdir(config, workdir, corpora), jax.set_mesh(mesh), profiled(profile, workdir) as profiler:
         finished = run.go(stop, profiler)
     if finished and distributed.is_main_process():
-        say("\n" + summarize(workdir, [corpus for _, corpus in corpora] if run.scores_all else []))
+        scored = [corpus for _, corpus in corpora] if run.scores_all else []
+        say("\n" + summarize(workdir, scored, config.log.tensorboard))
     return finished
 
 

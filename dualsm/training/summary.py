@@ -15,7 +15,7 @@ from dualsm.rundir.trackers import TENSORBOARD
 from dualsm.rundir.workdir import CONFIG
 
 
-def summarize(workdir: epath.PathLike, corpora: Sequence[Corpus] = ()) -> str:
+def summarize(workdir: epath.PathLike, corpora: Sequence[Corpus] = (), tensorboard: bool = True) -> str:
     """Returns the held-out bits per byte before and after training, the speed, and the paths of the outputs.
 
     The values before training are those of a sample of the rows (see `dualsm.training.loop`). Values that
@@ -25,6 +25,7 @@ def summarize(workdir: epath.PathLike, corpora: Sequence[Corpus] = ()) -> str:
       workdir: the run directory.
       corpora: adds the bits per byte of `gzip -9` on the held-out splits of these corpora. Empty unless the
         run scored the whole splits, because the values are not comparable otherwise.
+      tensorboard: the run wrote TensorBoard event files (`config.log.tensorboard`).
     """
     records, lines = read_metrics(workdir), []
     validated = [r for r in records if any(name.startswith("valid/") for name in r)]
@@ -33,7 +34,8 @@ def summarize(workdir: epath.PathLike, corpora: Sequence[Corpus] = ()) -> str:
     speeds = [r["perf/tokens_per_second"] for r in records if "perf/tokens_per_second" in r]
     if speeds:
         lines.append(f"{records[-1]['tokens']:,} tokens, {statistics.median(speeds):,.0f} tokens per second")
-    lines.append(f"{workdir}: {CONFIG}, {METRICS}, {TENSORBOARD}/, {CHECKPOINTS}/")
+    names = [CONFIG, METRICS, *([f"{TENSORBOARD}/"] if tensorboard else []), f"{CHECKPOINTS}/"]
+    lines.append(f"{workdir}: {', '.join(names)}")
     return "\n".join(lines)
 
 

@@ -9,6 +9,8 @@ def test_run_without_validation(micro, tmp_path, capsys):
     micro.mesh.data, micro.valid.objectives = -1, ""
     assert train(micro, tmp_path)
     said = capsys.readouterr().out
+    folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert [name for name in ("checkpoints", "tensorboard") if f"{name}/" in said] == folders
     assert "held" not in said and "validating" not in said
     assert "tokens per second" in said
     records = read_metrics(tmp_path)
@@ -21,4 +23,6 @@ def test_run_without_validation(micro, tmp_path, capsys):
 
 def test_summary_without_metrics_names_the_run_directory(corpus, tmp_path):
     said = summarize(tmp_path, [corpus])
-    assert said.startswith(f"{tmp_path}: config.json") and "\n" not in said
+    files = f"{tmp_path}: config.json, metrics.jsonl"
+    assert said == f"{files}, tensorboard/, checkpoints/"
+    assert summarize(tmp_path, [corpus], tensorboard=False) == f"{files}, checkpoints/"
