@@ -456,6 +456,16 @@ def test_all_methods_have_the_same_replicates(modules, tables):
     assert keys == [{(corpus, 1) for corpus in "BCD"}] * 6
 
 
+def test_numbers_of_runs_in_words_are_those_of_the_tables(modules, tables):
+    """Corpora and seeds of the confirmed runs, and the dashed curves."""
+    confirmed = tables.runs[(tables.runs.stage == "confirm") & (tables.runs.recipe == "plain")]
+    assert confirmed.corpus.nunique() == 3  # "three other corpora"
+    seeds = confirmed.groupby(["R", "corpus"]).seed.nunique()
+    assert (seeds[128] == 2).all() and (seeds[32] == 1).all()  # "two seeds of each (one seed at R = 32)"
+    dashed = tables.curves[tables.curves.weight_decay == modules.tables.FINER_DECAY]
+    assert len(dashed[["corpus", "seed"]].drop_duplicates()) == 2  # "Dashed: two runs"
+
+
 def test_the_protocol_states_the_runs_that_were_made(modules, tables):
     """Counts, deviations and every later addition, which the commit before the runs did not have."""
     runs, text = tables.runs, words((FOLDER / "protocol.md").read_text())
