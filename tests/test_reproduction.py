@@ -183,7 +183,7 @@ def test_the_readme_has_the_numbers_of_the_page(modules, tables, values):
         f"the best of {values['num_decays']} weight decays for each recipe",
         f"The causal runs with weight decay {values['finer_decay']} were added after the study "
         f"({values['finer_runs']} runs)",
-        f"With learning rate 0.02, stopping early reaches {values['rate_stop']}.",
+        f"With learning rate 0.02, stopping early reaches {values['rate_stop']}, and the mixture does not",
         f"({values['masked_causal_dropout']} and {values['masked_mir']}, "
         f"compared with {values['masked_mixture']})",
         f"Models of {values['parameters']} parameters train on {values['unique_128']} unique tokens",
@@ -242,6 +242,9 @@ def test_claims_in_words_hold(modules, tables):
     }
     best = [last[method] for method in ("causal dropout", "mir", "mixture")]  # methods.md
     assert max(best) - min(best) < 0.02
+    fast = runs[(runs.recipe == "rate") & (runs.alpha < 1)]
+    assert fast.dev_causal.min() > tuned[mixture["alpha"], mixture["weight_decay"]]
+    assert len(fast) == 4 and fast.groupby("weight_decay").dev_causal.min().idxmin() == 1.0
     finer = causal | {"weight_decay": modules.tables.FINER_DECAY}
     on_cpu = modules.tables.cpu_replicates(runs, tables.repeated)
     fine, coarse = (

@@ -260,7 +260,7 @@ def _learning_rate(tables: Tables, chosen: Chosen) -> dict[str, str]:
         "rate_base": f"{chosen.loss(base):.3f}",
         "rate_corpora": word(len(by_corpus(replicates.values(faster, LOSS)))),
         "rate_mixture": f"{best.dev_causal:.3f}",
-        "rate_decay": f"{best.weight_decay:g}",
+        "rate_decays": word(tuned.weight_decay.nunique()),
     }
 
 

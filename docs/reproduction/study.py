@@ -45,8 +45,8 @@ SCORED = ["causal", "masked_diffusion"]
 # Methods that were added after the protocol's: recipe and alpha -> weight decays and length of their tuning.
 MORE = {
     ("dropout", 1 / 2): ((0.3, 0.5), 1),
-    ("dropout", 1 / 4): ((0.3,), 1),
-    ("mir+dropout", 1.0): ((0.5, 1.0), 1 / 2),
+    ("dropout", 1 / 4): ((0.3, 0.5), 1),
+    ("mir+dropout", 1.0): ((0.5, 1.0, 2.0), 1 / 2),
 }
 FINER_DECAYS = {1.0: (1.4, 1.7), 15 / 16: (1.4,), 3 / 4: (0.7, 1.4)}  # by alpha
 OPTIMIZER_RECIPES = ("linear", "exempt", "adamw")  # of the best mixture
