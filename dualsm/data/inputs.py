@@ -20,6 +20,7 @@ from dualsm.process.urls import (
     find_files,
     input_size,
     is_existing_path,
+    is_glob,
     is_url,
     open_input,
     without_queries,
@@ -72,17 +73,14 @@ def find_inputs(
     for part in [pattern] if is_existing_path(pattern) else filter(None, pattern.split(",")):
         path = part if is_remote(part) else os.path.expanduser(part)
         if is_url(path):
-            matches, folder = find_files(path)
-            if folder:
-                matches = _files_of_folder(matches, folder, flag, file_format, quiet)
-        elif user_path(path).is_dir():
-            found = list(map(str, files_in(path)))
-            matches = _files_of_folder(found, str(user_path(path)), flag, file_format, quiet)
+            matches, folders = find_files(path)
+            is_named = not is_glob(path)
+        elif is_named := user_path(path).is_dir():
+            matches, folders = [], {str(user_path(path)): list(map(str, files_in(path)))}
         else:
-            found = _matches(path)
-            matches = _files(found)
-            if "**" not in path:  # it also matches the files in these folders
-                matches += _files_of_folders(found, flag, file_format, quiet)
+            matches, folders = _matches(path)
+        for folder, files in folders.items():
+            matches += _files_of_folder(files, folder, flag, file_format, quiet, is_named)
         if not matches:
             raise UserError(f"{flag}: no files match {part!r}; check the path or quote the glob")
         paths += matches
@@ -151,12 +149,25 @@ def estimated_text_bytes(paths: list[str], quiet: bool = True) -> int:
     return known + len(unknown) * _UNKNOWN_BYTES
 
 
-def _matches(part: str) -> list[str]:
-    """Returns the files of a path or glob; the leading directories that exist are not part of the glob."""
+def _matches(part: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Returns the files of a path or glob, and all files in each folder that it matches; see `find_files`.
+
+    The leading directories that exist are not part of the glob.
+    """
     if user_path(part).exists():
-        return [part]
+        return _files([part]), {}
     if is_remote(part):
-        return glob_in_bucket(part)
+        matches, folders = glob_in_bucket(part)
+    else:
+        found = _local_glob(part)
+        matches, folders = _files(found), list(filter(os.path.isdir, found))
+    if "**" in part:
+        folders = []
+    return matches, {folder: list(map(str, files_in(folder))) for folder in folders}
+
+
+def _local_glob(part: str) -> list[str]:
+    """Returns the local paths that a glob matches, sorted."""
     folder, names = "", part.split("/")
     while len(names) > 1 and os.path.isdir(f"{folder}{names[0]}/"):
         folder += f"{names.pop(0)}/"
@@ -180,20 +191,25 @@ class _NoInputs(UserError):
     """Raised for a folder without input files."""
 
 
-def _files_of_folders(paths: list[str], flag: str, file_format: str, quiet: bool) -> list[str]:
-    """Returns the input files in the folders among the local paths that a glob matches."""
-    files = []
-    for folder in filter(os.path.isdir, paths):
-        try:
-            files += _files_of_folder(list(map(str, files_in(folder))), folder, flag, file_format, quiet)
-        except _NoInputs as error:
-            if not quiet:
-                say(f"ignored a folder: {error}")
-    return files
+def _files_of_folder(
+    paths: list[str], folder: str, flag: str, file_format: str, quiet: bool, is_named: bool
+) -> list[str]:
+    """Returns the files of a saved dataset, or the input files, among all files of a folder.
+
+    A folder without input files is an error if it is named, and ignored if a glob matches it.
+    """
+    try:
+        return _find_in_folder(paths, folder, flag, file_format, quiet)
+    except _NoInputs as error:
+        if is_named:
+            raise
+        if not quiet:
+            say(f"ignored a folder: {error}")
+        return []
 
 
-def _files_of_folder(paths: list[str], folder: str, flag: str, file_format: str, quiet: bool) -> list[str]:
-    """Returns the files of a saved dataset, or the input files, among all files of a folder."""
+def _find_in_folder(paths: list[str], folder: str, flag: str, file_format: str, quiet: bool) -> list[str]:
+    """Returns the same; raises `_NoInputs` if there are none."""
     path_of = {_name_in(folder, path): path for path in paths}
     if "dataset_dict.json" in path_of:
         raise UserError(f"{flag}: {folder} contains several splits; pass one of them, such as {folder}/train")

@@ -110,11 +110,18 @@ def sizes_in(folder: epath.PathLike) -> dict[str, int]:
         return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
 
-def glob_in_bucket(pattern: str) -> list[str]:
-    """Returns the objects in a bucket that match `gs://...`; `**` matches any number of folders."""
+def glob_in_bucket(pattern: str) -> tuple[list[str], list[str]]:
+    """Returns the objects and folders in a bucket that match `gs://...`.
+
+    `**` matches any number of folders.
+    """
     user_path(pattern)
     found = _bucket_file_system().glob(pattern, detail=True)
-    return sorted(f"gs://{name}" for name, info in found.items() if info["type"] == "file")
+    files, folders = (
+        sorted(f"gs://{name.rstrip('/')}" for name, info in found.items() if info["type"] == kind)
+        for kind in ("file", "directory")
+    )
+    return files, folders
 
 
 def _bucket_file_system():

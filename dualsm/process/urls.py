@@ -14,7 +14,7 @@ import posixpath
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -56,11 +56,12 @@ def _split_query(path: str) -> tuple[str, str]:
     return base, path[len(base) :]
 
 
-def find_files(url: str) -> tuple[list[str], str]:
+def find_files(url: str) -> tuple[list[str], dict[str, list[str]]]:
     """Returns the files at a URL, which may be a file, a folder or a glob, in a fixed order.
 
     Returns:
-      The URLs, and the URL of the folder; the latter is "" for a file or a glob.
+      The URLs of the files, and all files in each folder that the URL names or matches, by its URL. Folders
+      that a glob with `**` matches are left out, because it also matches their files.
 
     Raises:
       UserError: if the protocol is unknown or its package is not installed.
@@ -68,31 +69,36 @@ def find_files(url: str) -> tuple[list[str], str]:
     """
     with _one_line(url):
         system, path = _resolve(url)
-        if _is_glob(url) and (names := _glob(system, path)):
-            return sorted(map(system.unstrip_protocol, names)), ""
+        if is_glob(url) and (found := system.glob(path, detail=True)):
+            folders = {
+                name for name, info in found.items() if info["type"] == "directory" and "**" not in url
+            }
+            names = {name for name, info in found.items() if info["type"] == "file"}
+            return sorted(map(system.unstrip_protocol, names)), _files_in(system, sorted(folders))
         try:
             kind = system.info(path)["type"]
         except FileNotFoundError as error:
             if _is_unreachable(error):
                 raise
-            return [], ""
-        if kind == "file":
-            return [url], ""
-        folder = system.unstrip_protocol(path).rstrip("/")
-        return sorted(map(system.unstrip_protocol, system.find(path))), folder
+            return [], {}
+        return ([url], {}) if kind == "file" else ([], _files_in(system, [path]))
 
 
-def _is_glob(url: str) -> bool:
+def _files_in(system: Any, folders: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the URLs of all files in each folder, by the URL of the folder."""
+    return {
+        system.unstrip_protocol(folder).rstrip("/"): sorted(map(system.unstrip_protocol, system.find(folder)))
+        for folder in folders
+    }
+
+
+def is_glob(url: str) -> bool:
+    """Returns True if a URL has a wildcard."""
     return re.search("[*[]" if _is_http(url) else "[*?[]", url) is not None
 
 
 def _is_http(url: str) -> bool:
     return re.match("https?://", url) is not None  # a `?` begins the query
-
-
-def _glob(system: Any, path: str) -> list[str]:
-    found = system.glob(path, detail=True)
-    return [name for name, info in found.items() if info["type"] == "file"]
 
 
 def input_size(path: str) -> tuple[int, ...]:

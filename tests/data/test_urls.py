@@ -63,6 +63,8 @@ def test_files_folders_and_globs_give_the_documents_of_local_files(local, memory
         "/**/*.csv",
         "/sub",
         "/sub/*",
+        "/[as]*",
+        "/s?b",
         "/?.jsonl",
         "/a.jsonl,{}/sub/c.csv",
     ):
