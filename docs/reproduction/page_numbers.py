@@ -33,7 +33,7 @@ from page_tables import (
     sizes_table,
 )
 from selection import CELL, DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
-from task_scores import answer_change, paradigm_change, scores_table
+from task_scores import answer_change, scores_table
 
 from dualsm.analysis.paper_rules import causal_share_of_loss, rule_alpha
 from dualsm.analysis.small_share import small_share, span
@@ -101,6 +101,8 @@ def page_values(tables: Tables) -> dict[str, str]:
     values["masked_lower"] = span(lower, ".0f")
     values["full_128_effect"] = f"{-replicates.difference(*contrast_cells(chosen, 128, 'full'), LOSS)[0]:.1f}"
     changes = repeated_changes(runs, tables.repeated)
+    values["num_repeated"] = str(len(tables.repeated))
+    values["num_runs"] = str(len(runs) + len(tables.repeated))
     values["cpu_change"], values["cpu_mean"] = span(changes, "+.3f"), f"{changes.mean():+.3f}"
     errors = [error_over_units(tables.documents, m) for m in method_cells(chosen) if m != "mixture"]
     values["units_error"] = span(errors, ".3f")
@@ -114,8 +116,8 @@ CONTRASTS = ((128, "full"), (128, "stop"), (32, "full"))
 
 def count_runs(runs: pd.DataFrame) -> dict[str, str]:
     """Returns the numbers of runs."""
-    in_sizes = runs.stage.str.startswith("size ")
-    num_runs, runs = len(runs), runs[~in_sizes]
+    is_other = runs["size"] != "230k"
+    num_runs, num_added, runs = len(runs), len(added_runs(runs)), runs[~is_other]
     explore = runs.stage == "explore"
     confirm = (runs.corpus != "A") & ~explore
     weighted = confirm & (runs.causal_weight == 2)
@@ -126,7 +128,7 @@ def count_runs(runs: pd.DataFrame) -> dict[str, str]:
         "parameters": f"{PARAMETERS['230k']:,}",
         "budget": f"{BUDGET / 1e6:.2f}M",
         "num_runs": str(num_runs),
-        "num_size": str(in_sizes.sum()),
+        "num_size": str(is_other.sum()),
         "num_gpu": str((~other & ~explore & (runs.stage != "tune more")).sum()),
         "num_tune": str((runs.stage == "tune").sum()),
         "num_confirm": str((confirm & plain & ~weighted).sum()),
@@ -134,7 +136,7 @@ def count_runs(runs: pd.DataFrame) -> dict[str, str]:
         "num_weight": str(weighted.sum()),
         "num_tune_methods": str(runs.stage.str.startswith("tune ").sum()),
         "num_explore": str(explore.sum()),
-        "num_added": str(len(added_runs(runs))),
+        "num_added": str(num_added),
         "num_diverged": str(diverged.sum()),
         "num_skipped": str((runs.skipped > 0).sum()),
         "replicates_128": word(by_cell.size().min()),
@@ -258,9 +260,7 @@ def _learning_rate(tables: Tables, chosen: Chosen) -> dict[str, str]:
         "rate_stop": f"{over_corpora(replicates.values(faster, LOSS))[0]:.3f}",
         "rate_interval": interval(contrast),
         "rate_base": f"{chosen.loss(base):.3f}",
-        "rate_corpora": word(len(by_corpus(replicates.values(faster, LOSS)))),
         "rate_mixture": f"{best.dev_causal:.3f}",
-        "rate_decays": word(tuned.weight_decay.nunique()),
     }
 
 
@@ -310,6 +310,7 @@ def method_values(tables: Tables) -> dict[str, str]:
         "causal": f"causal, {stop} of the tokens",
         "causal finer": f"causal, weight decay {finer:g}",
     }
+    ellipsis = tables.paradigms[tables.paradigms.paradigm == "ellipsis_n_bar_1"]
     by_task = tables.tasks.groupby("task").n.max()
     return {
         "table": every_method_table(runs, tables.repeated),
@@ -317,9 +318,8 @@ def method_values(tables: Tables) -> dict[str, str]:
         "tasks": scores_table(tables.tasks, names),
         "domains": domains_table(tables.documents, names),
         **{
-            f"paradigm_{method.replace(' ', '_')}": f"{change[0]:+.1f} ± {change[1]:.1f}"
-            for method in ("causal dropout", "mixture dropout")
-            for change in [paradigm_change(tables.paradigms, method, "ellipsis_n_bar_1")]
+            f"ellipsis_{method.replace(' ', '_')}": f"{100 * score:.0f}"
+            for method, score in ellipsis.groupby("method").score.mean().items()
         },
         "num_units": str(tables.documents.unit.nunique()),
         "num_questions": f"{by_task.drop('blimp').sum():,}",

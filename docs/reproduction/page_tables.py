@@ -85,7 +85,7 @@ def readme_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
     rows = [["recipe, R = 128", "compute", "causal loss", "masked-diffusion loss"]]
     for name, cell, found in (
         ("causal", chosen.best("plain", 128, 1.0, "full"), replicates),
-        ("causal, stopped early", chosen.best("plain", 128, 1.0, "stop"), replicates),
+        ("causal, shorter run", chosen.best("plain", 128, 1.0, "stop"), replicates),
         (f"causal, weight decay {finer['weight_decay']:g}", finer, on_cpu),
         (f"mixture (alpha {share(mixture['alpha'])})", mixture, replicates),
     ):

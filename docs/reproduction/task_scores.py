@@ -67,13 +67,6 @@ def read_paradigms(paths: Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["method", "corpus", "paradigm", "n", "score"])
 
 
-def paradigm_change(paradigms: pd.DataFrame, method: str, paradigm: str) -> tuple[float, float]:
-    """Returns the change in percentage points from the mixture, and its standard error."""
-    scores = paradigms[paradigms.paradigm == paradigm]
-    mixture, found = (percent(by_replicate(scores, name, "score")) for name in ("mixture", method))
-    return over_corpora({key: value - mixture[key] for key, value in found.items()})
-
-
 def by_replicate(scores: pd.DataFrame, method: str, column: str) -> dict[tuple, float]:
     """Returns the mean of a column over the tasks, which count equally, by corpus and seed."""
     means = scores[scores.method == method].groupby("corpus")[column].mean()
