@@ -375,6 +375,18 @@ def test_claims_about_domains_hold(modules, tables, monkeypatch):
             assert loss == pytest.approx(expected[key], abs=1e-4)
 
 
+def test_claims_about_infilling_hold(modules, tables):
+    """A sentence of methods.md without a number, for each corpus."""
+    infilling = tables.infilling
+    assert set(infilling.method) == set(modules.tables.METHODS) and set(infilling.n) == {1024}
+    mixed = infilling.method.str.startswith("mixture")
+    by_corpus = infilling.groupby(["corpus", mixed.rename("mixed")])[["accuracy", "bits_per_byte"]]
+    low, high = by_corpus.min(), by_corpus.max()
+    for corpus in "BCD":
+        assert low.accuracy[corpus, True] > high.accuracy[corpus, False]
+        assert high.bits_per_byte[corpus, True] < low.bits_per_byte[corpus, False]
+
+
 def test_the_error_over_units_is_that_of_resampled_units(modules, tables, monkeypatch):
     """Two models that differ by a constant have no error; the error of a shift of one unit is known."""
     monkeypatch.syspath_prepend(str(FOLDER))

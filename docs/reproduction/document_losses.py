@@ -1,9 +1,10 @@
-"""Collects the held-out losses of the methods by document in documents.csv.
+"""Collects the methods' losses by document in documents.csv, and their infilled words in infilling.csv.
 
     python docs/reproduction/document_losses.py runs/document_losses
 
-The folder has the results of `dualsm evaluate --by_document` in files METHOD-CORPUS.json (METHOD: a key of
-page_tables.METHODS, with `_` for a space), on a corpus prepared with `--domain_key=unit` (cut.py).
+The folder has the results of `dualsm evaluate --by_document --infill_words=1024` in files METHOD-CORPUS.json
+(METHOD: a key of page_tables.METHODS, with `_` for a space), on a corpus prepared with `--domain_key=unit`
+(cut.py).
 
 The standard error over units is that of the choice of the held-out text: a bootstrap over its chapters,
 articles and speeches, with the same resamples for all models.
@@ -17,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from page_tables import METHODS, markdown, signed
+from page_tables import METHODS, markdown, pm, signed
 from results_folder import collect
 from selection import over_corpora
 
 from dualsm.evaluation.bootstrap import bootstrap_stderr
 
-TABLE = Path(__file__).with_name("documents.csv")
+TABLE, INFILLING = (Path(__file__).with_name(name) for name in ("documents.csv", "infilling.csv"))
 OBJECTIVES = ("causal", "masked_diffusion")
 SEED = 1
 
@@ -41,6 +42,32 @@ def read_losses(paths: Iterable[Path]) -> pd.DataFrame:
             columns |= {f"{objective}_{key}": found[key] for key in ("nats", "weight")}
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
+
+
+def read_infilling(paths: Iterable[Path]) -> pd.DataFrame:
+    """Returns a line per model: the share of words filled in exactly, and their bits per byte."""
+    lines = []
+    for path in paths:
+        method, corpus = path.stem.split("-")
+        found = json.loads(path.read_text())["infilling"]
+        keys = ("n", "accuracy", "bits_per_byte")
+        lines.append(
+            {"method": method.replace("_", " "), "corpus": corpus} | {key: found[key] for key in keys}
+        )
+    return pd.DataFrame(lines)
+
+
+def infilling_table(infilling: pd.DataFrame, names: dict[str, str]) -> str:
+    """Returns the means over corpora; `names` has the names of the methods."""
+    rows = [["recipe", "exact, %", "bits per byte"]]
+    for method in METHODS:
+        found = infilling[infilling.method == method].set_index("corpus")
+        exact, bits = (
+            over_corpora({(corpus, SEED): float(value) for corpus, value in column.items()})
+            for column in (100 * found.accuracy, found.bits_per_byte)
+        )
+        rows.append([names[method], pm(exact, 1), pm(bits, 2)])
+    return markdown(rows)
 
 
 def losses(documents: pd.DataFrame, method: str, objective: str = "causal") -> dict[tuple, float]:
@@ -98,3 +125,4 @@ def domains_table(documents: pd.DataFrame, names: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     collect(__doc__, "*-*.json", read_losses, TABLE, "%.6g")
+    collect(__doc__, "*-*.json", read_infilling, INFILLING, "%.4f")

@@ -1,7 +1,8 @@
 """Makes docs/reproduction.md, its plots, two appendices and the tables of `dualsm recommend`.
 
 The sources are runs.csv, repeated.csv, curves.csv, table.csv, baselines.csv, unigram.csv, tasks.csv,
-paradigms.csv, documents.csv, averaged_checkpoints.csv, page.template.md and methods.template.md:
+paradigms.csv, documents.csv, infilling.csv, averaged_checkpoints.csv, page.template.md and
+methods.template.md:
 
 python docs/reproduction/page.py
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from document_losses import domains_table, error_over_units
+from document_losses import domains_table, error_over_units, infilling_table
 from page_tables import (
     BUDGET,
     OPTIONS,
@@ -57,6 +57,7 @@ class Tables(NamedTuple):
       tasks: task scores of the methods (task_scores.py).
       paradigms: scores of the methods by paradigm of BLiMP.
       documents: held-out losses of the methods by document (document_losses.py).
+      infilling: words that the methods fill in.
       checkpoints: losses of full causal runs with last, moving-average and averaged-checkpoint weights.
     """
 
@@ -69,13 +70,14 @@ class Tables(NamedTuple):
     tasks: pd.DataFrame
     paradigms: pd.DataFrame
     documents: pd.DataFrame
+    infilling: pd.DataFrame
     checkpoints: pd.DataFrame
 
 
 def read_tables() -> Tables:
     """Reads the committed tables."""
     names = ("runs", "curves", "table", "baselines", "unigram", "repeated", "tasks")
-    names += ("paradigms", "documents", "averaged_checkpoints")
+    names += ("paradigms", "documents", "infilling", "averaged_checkpoints")
     return Tables(*(pd.read_csv(FOLDER / f"{name}.csv") for name in names))
 
 
@@ -321,6 +323,8 @@ def method_values(tables: Tables) -> dict[str, str]:
             f"ellipsis_{method.replace(' ', '_')}": f"{100 * score:.0f}"
             for method, score in ellipsis.groupby("method").score.mean().items()
         },
+        "infilling": infilling_table(tables.infilling, names),
+        "num_words": f"{tables.infilling.n.max():,}",
         "num_units": str(tables.documents.unit.nunique()),
         "num_questions": f"{by_task.drop('blimp').sum():,}",
         "num_pairs": f"{by_task['blimp']:,}",
