@@ -61,7 +61,8 @@ def find_files(url: str) -> tuple[list[str], dict[str, list[str]]]:
 
     Returns:
       The URLs of the files, and all files in each folder that the URL names or matches, by its URL. Folders
-      that a glob with `**` matches are left out, because it also matches their files.
+      that a glob with `**` matches are left out, because it also matches their files, and so are those of
+      HTTP servers, whose lists can lead anywhere.
 
     Raises:
       UserError: if the protocol is unknown or its package is not installed.
@@ -70,11 +71,13 @@ def find_files(url: str) -> tuple[list[str], dict[str, list[str]]]:
     with _one_line(url):
         system, path = _resolve(url)
         if is_glob(url) and (found := system.glob(path, detail=True)):
-            folders = {
-                name for name, info in found.items() if info["type"] == "directory" and "**" not in url
-            }
-            names = {name for name, info in found.items() if info["type"] == "file"}
-            return sorted(map(system.unstrip_protocol, names)), _files_in(system, sorted(folders))
+            names, folders = (
+                sorted(name for name, info in found.items() if info["type"] == kind)
+                for kind in ("file", "directory")
+            )
+            if "**" in url or _is_http(url):
+                folders = []
+            return list(map(system.unstrip_protocol, names)), _files_in(system, folders)
         try:
             kind = system.info(path)["type"]
         except FileNotFoundError as error:
