@@ -428,6 +428,19 @@ def test_task_scores_are_read_from_the_results_of_evaluate(tmp_path, monkeypatch
     assert paradigms.to_numpy().tolist() == [["mixture dropout", "B", "x", 2, 0.7]]
 
 
+def test_a_table_that_cannot_be_read_leaves_all_as_they_are(tmp_path, monkeypatch):
+    """These results have the losses of a document, but no infilled words."""
+    part = {"nats": [1.0], "weight": [2.0], "domain": ["web 1"]}
+    held_out = {name: {"by_document": part} for name in ("causal", "masked_diffusion")}
+    (tmp_path / "mir-B.json").write_text(json.dumps({"held_out": held_out}))
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", ["document_losses.py", str(tmp_path)])
+    tables = {path: path.read_bytes() for path in FOLDER.glob("*.csv")}
+    with pytest.raises(KeyError, match="infilling"):
+        runpy.run_path(str(FOLDER / "document_losses.py"), run_name="__main__")
+    assert tables == {path: path.read_bytes() for path in FOLDER.glob("*.csv")}
+
+
 @pytest.mark.parametrize("script", ["task_scores", "two_sources_scores", "document_losses"])
 def test_a_folder_without_results_leaves_the_table_as_it_is(script, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))

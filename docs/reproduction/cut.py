@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in ("train", "valid"):
         if not (path := getattr(arguments, name)).is_file():
-            parser.error(f"--{name}: there is no file {path}")
+            parser.error(f"--{name}: {path} is not a file")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for path, salt, names in ((arguments.train, "t", "ABCD"), (arguments.valid, "v", ("dev", "test"))):
         files = [(arguments.output / f"{name}.jsonl").open("w") for name in names]

@@ -124,5 +124,4 @@ def domains_table(documents: pd.DataFrame, names: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    collect(__doc__, "*-*.json", read_losses, TABLE, "%.6g")
-    collect(__doc__, "*-*.json", read_infilling, INFILLING, "%.4f")
+    collect(__doc__, "*-*.json", {TABLE: read_losses, INFILLING: read_infilling}, "%.6g")

@@ -110,5 +110,4 @@ def percent(values: dict[tuple, float]) -> dict[tuple, float]:
 
 
 if __name__ == "__main__":
-    collect(__doc__, "*-*.json", read_scores, TABLE, "%.4f")
-    collect(__doc__, "*-*.json", read_paradigms, PARADIGMS, "%.4f")
+    collect(__doc__, "*-*.json", {TABLE: read_scores, PARADIGMS: read_paradigms}, "%.4f")

@@ -46,5 +46,5 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    table = collect(__doc__, "*-*/eval/step_*.json", read_scores, TABLE, "%.4f")
-    print(means(table).to_string())
+    collect(__doc__, "*-*/eval/step_*.json", {TABLE: read_scores}, "%.4f")
+    print(means(pd.read_csv(TABLE)).to_string())

@@ -32,9 +32,9 @@ def read_rows(
 ) -> Iterator[bytes | Labeled | None | Fault]:
     """Yields the text of each row after the header, in the encoding of the file.
 
-    A malformed row is one fault per line, because an unpaired quote joins the lines of many rows. So is a row
-    that is too long, as None; it is never held in memory completely. Texts that are too long are None. Blank
-    lines are skipped.
+    A malformed row is one fault per line, and a row that is too long one None per line, because an unpaired
+    quote joins the lines of many rows. Such rows are never held in memory completely. Texts that are too long
+    are None. Blank lines are skipped.
 
     Args:
       stream: the decompressed file.
@@ -86,30 +86,30 @@ class _RowTooLong(Exception):
     """Raised inside a CSV reader, which cannot be used afterwards."""
 
 
-class _Place(enum.Enum):
-    """Where a row of CSV is after some of its bytes; quotes in a field that starts without one are text."""
+class _State(enum.Enum):
+    """State of a parser of CSV; a quotation mark in a field that does not start with one is text."""
 
     FIELD_START = enum.auto()
     UNQUOTED = enum.auto()
     QUOTED = enum.auto()
     CLOSED = enum.auto()  # after a quote in a quoted field, which another quote continues
 
-    def after(self, data: bytes) -> _Place:
-        """Returns the place after further bytes."""
-        place, position = self, 0
+    def after(self, data: bytes) -> _State:
+        """Returns the state after further bytes."""
+        state, position = self, 0
         for mark in _MARKS.finditer(data):
-            if mark.start() > position and place in (_Place.FIELD_START, _Place.CLOSED):
-                place = _Place.UNQUOTED
+            if mark.start() > position and state in (_State.FIELD_START, _State.CLOSED):
+                state = _State.UNQUOTED
             position = mark.end()
             if mark[0] != b'"':
-                place = place if place is _Place.QUOTED else _Place.FIELD_START
-            elif place in (_Place.FIELD_START, _Place.CLOSED):
-                place = _Place.QUOTED
-            elif place is _Place.QUOTED:
-                place = _Place.CLOSED
-        if position < len(data) and place in (_Place.FIELD_START, _Place.CLOSED):
-            place = _Place.UNQUOTED
-        return place
+                state = state if state is _State.QUOTED else _State.FIELD_START
+            elif state in (_State.FIELD_START, _State.CLOSED):
+                state = _State.QUOTED
+            elif state is _State.QUOTED:
+                state = _State.CLOSED
+        if position < len(data) and state in (_State.FIELD_START, _State.CLOSED):
+            state = _State.UNQUOTED
+        return state
 
 
 class _Lines:
@@ -145,17 +145,17 @@ class _Lines:
 
     def _skip_row(self) -> None:
         """Reads to the first line end that is not inside a quoted value."""
-        place, line = _Place.FIELD_START, b""
+        state, line = _State.FIELD_START, b""
         for line in self._row:
-            place = place.after(line) if self._quoted else place
-        while place is _Place.QUOTED or not line.endswith(b"\n"):
+            state = state.after(line) if self._quoted else state
+        while state is _State.QUOTED or not line.endswith(b"\n"):
             self.count += line.endswith(b"\n")
             line = self._stream.readline(self._limit)
             if not line:
-                if place is _Place.QUOTED:
+                if state is _State.QUOTED:
                     raise EOFError(_UNCLOSED)
                 return
-            place = place.after(line) if self._quoted else place
+            state = state.after(line) if self._quoted else state
 
 
 def _rows(

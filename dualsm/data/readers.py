@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dualsm.data import inputs, streams
+from dualsm.data import inputs, json_objects, streams
 from dualsm.data.columns import read_columns
 from dualsm.data.delimited import DELIMITERS, read_rows
 from dualsm.data.domains import FILE_DOMAIN, Labeled, domain_name, file_domain, json_domain
@@ -102,7 +102,7 @@ def read_blocks(
 
 def is_blank(item: Item, form: str) -> bool:
     """Returns True for a blank line between JSON lines, which is not a document."""
-    return form == "jsonl" and isinstance(item, bytes) and not item.strip()
+    return form == "jsonl" and isinstance(item, bytes) and streams.is_blank(item)
 
 
 def parse(item: Item, form: str, text_key: str, tokenizer: str = "", fields: set[str] | None = None) -> str:
@@ -169,7 +169,7 @@ def _json_field(item: bytes, text_key: str, fields: set[str] | None) -> str:
     try:
         value = parse_json(item)
     except ValueError as error:
-        documents = streams.count_objects(item)
+        documents = json_objects.count_objects(item)
         try:
             item.decode("utf-8")
         except UnicodeDecodeError:  # the more useful error
@@ -192,13 +192,13 @@ def _text_blocks(
             form, items = "text", rows
         elif kind == "text":
             form, items = "text", streams.SPLITS[split](stream, max_bytes)
-        elif streams.first_value(head) not in (b"", b"{", b"]"):
+        elif json_objects.first_value(head) not in (b"", b"{", b"]"):
             raise UserError(
                 f"{path} is a JSON array of other values than objects; write one object per document, "
                 'such as {"text": "..."}'
             )
-        elif streams.holds_objects(head):
-            form, items = "json", streams.objects(stream, max_bytes)
+        elif json_objects.holds_objects(head):
+            form, items = "json", json_objects.objects(stream, max_bytes)
         else:
             form, items = "jsonl", streams.lines(stream, max_bytes)
         count, position = 0, 0
