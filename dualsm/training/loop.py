@@ -199,6 +199,7 @@ class _Run:
             for done in range(first + 1, config.steps + 1):
                 # Wait here, so that the duration of `next(batches)` is the time in which devices are idle.
                 jax.block_until_ready(metrics)
+                log.computed()
                 self._check_step(metrics, done - 1, checkpoints)
                 with clock.time("waiting"):
                     batch = next(batches)

@@ -14,7 +14,7 @@ from dualsm.devices.chips import Peak
 from dualsm.objectives.plan import MixturePlan
 from dualsm.process.progress import say
 from dualsm.rundir.metrics import MetricsWriter, NoMetrics
-from dualsm.training.clock import Clock
+from dualsm.training.clock import Clock, Interval
 from dualsm.training.step_metrics import StepMetrics
 
 
@@ -48,20 +48,32 @@ class MetricsLog:
         self._config, self._plan, self._schedule = config, plan, schedule
         self._names = list(dict.fromkeys(member.name for member in plan.members))
         self._unique_O, self._peak, self._flops_J = unique_O, peak, flops_J
-        self._writer, self._deferred = writer, None
+        self._writer, self._deferred, self._interval = writer, None, None
         self.clock = Clock()
 
     def defer(self, step: int, metrics: StepMetrics) -> None:
-        """Leaves the line of a step to the next `flush`, when its metrics have been computed."""
+        """Leaves the line of a step to the next `flush`."""
         self._deferred = (step, metrics)
+
+    def computed(self) -> None:
+        """Ends the interval of the deferred line, if there is one; called when its step has been computed."""
+        if self._deferred:
+            self._interval = self.clock.interval()
 
     def flush(self, progress) -> None:
         """Writes the deferred line, if there is one."""
         if self._deferred:
             (step, metrics), self._deferred = self._deferred, None
-            self.write(step, metrics, {}, progress)
+            self.write(step, metrics, {}, progress, self._interval)
 
-    def write(self, step: int, metrics: StepMetrics | None, scores: dict[str, float], progress) -> None:
+    def write(
+        self,
+        step: int,
+        metrics: StepMetrics | None,
+        scores: dict[str, float],
+        progress,
+        interval: Interval | None = None,
+    ) -> None:
         """Writes the line of a step.
 
         Args:
@@ -69,10 +81,12 @@ class MetricsLog:
           metrics: metrics since the last log line; None if the step is not logged.
           scores: metrics of the validation after the step; empty if there was none.
           progress: progress bar.
+          interval: time since the last log line; None if it ends now.
         """
         record = self._position(step)
         if metrics is not None:
-            record |= self._train_metrics(jax.device_get(metrics), step) | self._perf_metrics(step)
+            record |= self._train_metrics(jax.device_get(metrics), step)
+            record |= self._perf_metrics(step, interval or self.clock.interval())
             say(_train_line(step, self._config.steps, record, self._names))
             progress.set_postfix_str(f"loss {record.get('train/loss', math.nan):.3f}", refresh=False)
         if scores:
@@ -131,8 +145,7 @@ class MetricsLog:
             if tokens
         }
 
-    def _perf_metrics(self, step: int) -> dict[str, float]:
-        interval = self.clock.interval()
+    def _perf_metrics(self, step: int, interval: Interval) -> dict[str, float]:
         first = step - interval.steps
         sequences = self._plan.sequences(step) - self._plan.sequences(first)
         return {
