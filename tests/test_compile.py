@@ -119,7 +119,11 @@ def test_report_divides_the_parameters_by_the_devices():
         assert report["memory"][part] == pytest.approx(device_bytes(tree) / 4, rel=0.1)  # except vectors
     assert report["per_device_batch_size"] == 2
     assert report["flops"]["compiled"] * 8 > report["flops"]["model_all_devices"]
-    assert "2 sequences per chip and accumulation step" in as_text(report)
+    text = as_text(report)
+    assert "2 sequences per chip and accumulation step" in text
+    row = next(line.split() for line in text.splitlines() if line.startswith("matrix products"))
+    assert float(row[2]) == pytest.approx(report["flops"]["compiled"] / 1e12, rel=0.01)  # a small number
+    assert float(row[4]) == pytest.approx(report["roofline"]["compute_seconds"], rel=0.01)
 
 
 def test_objectives_that_draw_random_tokens_can_be_reported():

@@ -1,5 +1,7 @@
 """Peak FLOP/s of devices, for the MFU."""
 
+import json
+import math
 from types import SimpleNamespace
 
 import jax
@@ -43,10 +45,24 @@ def test_chips_to_compile_for_are_listed_by_the_name_that_they_report():
 def test_only_cpu_devices_share_a_measured_peak(monkeypatch):
     """The measurement is replaced, because the test has no GPU."""
     monkeypatch.setattr(hardware, "measured_flops", lambda *_, **__: 1e12)
-    monkeypatch.setattr(hardware, "usable_cores", lambda: 4)
+    monkeypatch.setattr(hardware, "_host_cores", lambda: ("host", [0, 1, 2, 3], math.inf))
     assert peak_flops(SimpleNamespace(device_kind="NVIDIA Unlisted", platform="gpu")) == 1e12
     assert jax.local_device_count() == 8
     assert peak_flops(jax.devices()[0]) == 4e12 / 8
+
+
+@pytest.mark.parametrize(
+    ("processes", "cores"),
+    [
+        ([("a", [0, 1, 2, 3], math.inf)], 4),
+        ([("a", [0, 1, 2, 3], math.inf)] * 2, 4),  # two processes that share four cores
+        ([("a", [0, 1], math.inf), ("a", [2, 3], math.inf)], 4),
+        ([("a", [0, 1], math.inf), ("b", [0, 1], math.inf)], 4),
+        ([("a", [0, 1, 2, 3], 1.5)] * 2 + [("b", [5], math.inf)], 2.5),
+    ],
+)
+def test_cores_of_a_host_count_once(processes, cores):
+    assert hardware.shared_cores(map(json.dumps, processes)) == cores
 
 
 def test_mfu_with_a_measured_peak_is_at_most_1():

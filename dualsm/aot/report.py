@@ -136,13 +136,13 @@ def as_text(report: dict) -> str:
     """Formats a report as text tables."""
     memory, roofline, flops = report["memory"], report["roofline"], report["flops"]
 
-    def seconds(resource: str) -> str:
-        return f"{roofline[resource + '_seconds']:.3f}"
+    def seconds(name: str, kind: str = "") -> str:
+        return _figure(roofline[f"{name}_seconds{kind}"])
 
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
     chips = f"{report['devices']} chips ({mesh})" if mesh else "one chip"
     collectives = [
-        [k, f"{c['count']:,.0f}", f"{c['bytes'] / 1e9:.2f}"] for k, c in report["collectives"].items()
+        [k, f"{c['count']:,.0f}", _figure(c["bytes"] / 1e9)] for k, c in report["collectives"].items()
     ]
     parts = [
         f"{report['parameters']:,} parameters on {report['topology']}, {chips}; "
@@ -159,23 +159,28 @@ def as_text(report: dict) -> str:
             [
                 [
                     "matrix products",
-                    f"{flops['compiled'] / 1e12:.1f} TFLOP",
-                    f"{roofline['compute_seconds']:.3f}",
+                    f"{_figure(flops['compiled'] / 1e12)} TFLOP",
+                    seconds("compute"),
                 ],
-                ["main memory", f"{report['hbm_bytes'] / 1e9:.0f} GB", seconds("memory")],
+                ["main memory", f"{_figure(report['hbm_bytes'] / 1e9)} GB", seconds("memory")],
                 [
                     "interconnect",
-                    f"{sum(c['bytes'] for c in report['collectives'].values()) / 1e9:.1f} GB",
+                    f"{_figure(sum(c['bytes'] for c in report['collectives'].values()) / 1e9)} GB",
                     seconds("interconnect"),
                 ],
             ],
         ),
-        f"step: {roofline['step_seconds_overlapped']:.2f} s with full overlap, "
-        f"{roofline['step_seconds_serial']:.2f} s without overlap; MFU {roofline['mfu_overlapped']:.0%} and "
-        f"{roofline['mfu_serial']:.0%}",
+        f"step: {seconds('step', '_overlapped')} s with full overlap, "
+        f"{seconds('step', '_serial')} s without overlap; "
+        f"MFU {roofline['mfu_overlapped']:.0%} and {roofline['mfu_serial']:.0%}",
         f"assumed: {roofline['assumptions']}",
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def _figure(number: float) -> str:
+    """Formats a number with three significant digits, or all of them before the decimal point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def gib(size: float) -> str:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
+import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from dualsm.process import distributed
 
 
 class Gpu(NamedTuple):
@@ -96,11 +102,15 @@ def listed_flops(kind: str) -> float | None:
 
 
 def peak_flops(device: jax.Device) -> float:
-    """Returns the peak matrix FLOPs per second of a device, measured if it is not in the table."""
+    """Returns the peak matrix FLOPs per second of a device, measured if it is not in the table.
+
+    Every process of a job must call it.
+    """
     if listed := listed_flops(device.device_kind):
         return listed
-    if device.platform == "cpu":  # CPU devices share the cores
-        return measured_flops(device, per_core=True) * usable_cores() / jax.local_device_count()
+    if device.platform == "cpu":  # CPU devices share the cores, also those of several processes
+        cores = shared_cores(distributed.gather(json.dumps(_host_cores())).values())
+        return measured_flops(device, per_core=True) * cores / jax.device_count()
     return measured_flops(device, 4096, jnp.bfloat16)
 
 
@@ -145,9 +155,28 @@ def measured_flops(
 
 def usable_cores() -> float:
     """Returns the number of cores that CPU affinity and the container's quota allow."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return shared_cores([json.dumps(_host_cores())])
+
+
+def shared_cores(processes: Iterable[str]) -> float:
+    """Returns the number of cores that processes may use together; each core of a host counts once.
+
+    Args:
+      processes: `_host_cores` of each process, as JSON.
+    """
+    cores: dict[str, set[int]] = {}
+    limits: dict[str, float] = {}
+    for host, allowed, quota in map(json.loads, processes):
+        cores[host] = cores.get(host, set()).union(allowed)
+        limits[host] = max(limits.get(host, 0), quota)
+    return sum(min(len(cores[host]), limits[host]) for host in cores)
+
+
+def _host_cores() -> tuple[str, list[int], float]:
+    """Returns the name of the host, the cores that CPU affinity allows, and the quota in cores."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     try:
-        quota, period = QUOTA.read_text().split()
-        return min(cores, int(quota) / int(period))
+        quota, period = map(int, QUOTA.read_text().split())
+        return socket.gethostname(), sorted(allowed), quota / period
     except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
-        return cores
+        return socket.gethostname(), sorted(allowed), math.inf

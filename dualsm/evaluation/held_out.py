@@ -124,7 +124,7 @@ def evaluate_held_out(
                 },
             }
             if documents.domain_N is not None:
-                result["domains"] = _by_domain(documents, key)
+                result["domains"] = domain_entries(documents, key)
             if by_document:
                 result["by_document"] = document_lists(documents)
             yield key, result
@@ -223,13 +223,14 @@ def document_lists(documents: DocumentSums) -> dict[str, list]:
     return {name: values.tolist() for name, values in named.items() if values is not None}
 
 
-def _by_domain(documents: DocumentSums, name: str) -> dict[str, dict]:
-    """Returns the entry of each domain, in alphabetical order."""
+def domain_entries(documents: DocumentSums, name: str) -> dict[str, dict]:
+    """Returns the entry of each domain, in alphabetical order; none if no token was masked in it."""
     parts = {}
     for domain in np.unique(documents.domain_N).tolist():
         is_member_N = documents.domain_N == domain
         members = DocumentSums(*(array_N[is_member_N] for array_N in documents))
-        parts[domain] = loss_entry(members, f"{name} in {domain}")
+        if members.weight_N.any():
+            parts[domain] = loss_entry(members, f"{name} in {domain}")
     return parts
 
 

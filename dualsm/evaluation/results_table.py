@@ -13,7 +13,8 @@ from dualsm.training.valid_rows import INEXACT_BYTES
 
 def results_table(results: Mapping, modes: Sequence[str]) -> str:
     """Formats results as tables: one of the tasks in each of `modes`, one of held-out text."""
-    parts = [f"{results['workdir']}, step {results['checkpoint']}"]
+    average = ", moving average of the weights" * (results.get("parameters") == "ema")
+    parts = [f"{results['workdir']}, step {results['checkpoint']}{average}"]
     if results["tasks"]:
         parts.append("accuracy in percent ± standard error\n" + _task_table(results["tasks"], modes))
         parts.append(

@@ -12,8 +12,9 @@ from dualsm.config import save_config
 from dualsm.data.corpus import MANIFEST
 from dualsm.exchange.tokenizer_export import exported_tokenizer, external_special_ids, special_pieces
 from dualsm.exchange.weights_source import read_source
-from dualsm.objectives.pairs import Entry, entry
+from dualsm.objectives.pairs import Entry
 from dualsm.objectives.plan import MixturePlan, count_sequences
+from dualsm.objectives.shares import shares_by_source
 from dualsm.objectives.sources import Source, trained_sources
 from dualsm.process.paths import user_path
 from dualsm.rundir.metrics import read_metrics
@@ -108,7 +109,8 @@ def _training(run: TrainedRun) -> list[tuple]:
 def _repetition(config: ConfigDict) -> list[tuple]:
     """Returns table rows about the unique tokens of a run and of each source."""
     if not config.sources:
-        unique = count_sequences(config) * config.seq_len // config.repetitions
+        (source,) = trained_sources(config)
+        unique = source.unique(count_sequences(config) * config.seq_len)
         return [("repetitions of the data", f"{config.repetitions:,}"), ("unique tokens", f"{unique:,}")]
     rows, plan = [], MixturePlan(config)
     for source, sequences in zip(plan.sources, plan.source_sequences(config.steps), strict=True):
@@ -144,14 +146,16 @@ def _data(source: Source, identity: str) -> list[tuple]:
 
 
 def _mixture(run: TrainedRun) -> str:
+    """Returns the shares of the objectives and pairs, over the finished steps if they change."""
     config = run.config
     rows = []
-    for source in trained_sources(config):
-        mixture = source.mixture or config.mixture
-        first = [source.name] if source.name else []
+    for part in shares_by_source(config):
+        first = [part.source.name] if part.source.name else []
+        share_S = part.share_S[: max(run.step, 1)]
+        share_E = share_S @ part.within_SxE[: max(run.step, 1)] / max(share_S.sum(), 1e-9)
         rows += [
-            (*first, _entry_text(entry(name, config)), f"{share:g}")
-            for name, share in mixture.items()
+            (*first, _entry_text(entry), f"{share:.4g}")
+            for entry, share in zip(part.entries, share_E, strict=True)
             if share
         ]
     header = ["objective", "share of sequences"]

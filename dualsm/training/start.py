@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -122,13 +123,9 @@ def print_start(
     num_parameters: int,
 ) -> None:
     """Prints the model, data and mixture of a run."""
-    shares_E = [
-        (f"{entry.source}/{entry.name}" if entry.source else entry.name, first, last)
-        for entry, first, last in zip(plan.entries, plan.shares_SxE[0], plan.shares_SxE[-1], strict=True)
-    ]
     listed = ", ".join(
-        f"{name} {first:g}" if first == last else f"{name} {first:g} to {last:g}"
-        for name, first, last in shares_E
+        f"{entry.source}/{entry.name} {_share_text(share_S)}".lstrip("/")
+        for entry, share_S in zip(plan.entries, plan.shares_SxE.T, strict=True)
     )
     data = [
         f"data{' ' * bool(source.name)}{source.name}: {order.budget:,} tokens = {order.unique:,} unique x "
@@ -144,6 +141,14 @@ def print_start(
             ]
         )
     )
+
+
+def _share_text(share_S: np.ndarray) -> str:
+    """Formats the share of an entry at each step: one number, or the first, the last and the mean."""
+    first, last = share_S[0], share_S[-1]
+    if (share_S == first).all():
+        return f"{first:g}"
+    return f"{first:g} to {last:g} (mean {share_S.mean():.3g})"
 
 
 def warn_without_kernel(config: ConfigDict) -> None:

@@ -33,7 +33,8 @@ def summarize(workdir: epath.PathLike, corpora: Sequence[Corpus] = (), tensorboa
         lines.append(_scores(validated[0], validated[-1], corpora))
     speeds = [r["perf/tokens_per_second"] for r in records if "perf/tokens_per_second" in r]
     if speeds:
-        lines.append(f"{records[-1]['tokens']:,} tokens, {statistics.median(speeds):,.0f} tokens per second")
+        speed = statistics.median(speeds[1:] or speeds)  # the first line includes compilation
+        lines.append(f"{records[-1]['tokens']:,} tokens, {speed:,.0f} tokens per second")
     names = [CONFIG, METRICS, *([f"{TENSORBOARD}/"] if tensorboard else []), f"{CHECKPOINTS}/"]
     lines.append(f"{workdir}: {', '.join(names)}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
 from dualsm.devices import sharding
 from dualsm.evaluation.bootstrap import bootstrap_stderr
-from dualsm.evaluation.held_out import evaluate_held_out
+from dualsm.evaluation.held_out import DocumentSums, domain_entries, evaluate_held_out
 from dualsm.evaluation.results_table import results_table
 from dualsm.model.transformer import bind, init_params
 from dualsm.objectives.sources import Source
@@ -153,6 +153,23 @@ def test_the_table_shows_domains_and_errors(results):
     part = results["prefix"]["domains"]["names"]
     assert f"{part['nats_per_token']:.4f} ± {part['stderr']:.4f}" in text
     assert text.count("  names") == 3
+
+
+def test_a_domain_without_masked_tokens_has_no_loss():
+    domain_N = np.array(["long", "short", "long"])
+    nats_N, weight_N = np.array([3.0, 0.0, 1.0]), np.array([2.0, 0.0, 1.0])
+    found = domain_entries(
+        DocumentSums(nats_N, weight_N, np.ones(3), np.ones(3), domain_N), "masked_diffusion"
+    )
+    assert list(found) == ["long"]
+    assert found["long"]["nats_per_token"] == pytest.approx(4 / 3)
+
+
+def test_the_table_names_the_moving_average(results):
+    parts = {"workdir": "run", "checkpoint": 3, "tasks": {}, "held_out": results}
+    assert results_table(parts, []).startswith("run, step 3\n")
+    averaged = results_table(parts | {"parameters": "ema"}, [])
+    assert averaged.startswith("run, step 3, moving average of the weights\n")
 
 
 def ratio(sums_RxS):

@@ -42,3 +42,16 @@ def test_each_source_is_listed(corpus_path, tmp_path):
     assert "| corpus of small | `small`, identity 0123456789ab |" in card
     assert "| small | masked_diffusion | 0.5 |" in card and "| large | causal | 0.75 |" in card
     assert "| held-out text | causal | 1.250 bits per byte |" in card
+
+
+def test_shares_that_change_are_those_of_the_finished_steps(micro, corpus_path, tmp_path):
+    micro.mixture.update({"causal": 1.0, "prefix": 0.0, "masked_diffusion": 0.0})
+    micro.mixture_schedule.name, micro.mixture_schedule.path = "steps", "0.25 masked_diffusion=1"
+    micro.repetitions = 5  # of 12 steps x 8 sequences x 32 tokens
+    (tmp_path / "config.json").write_text(save_config(micro))
+    tokenizer = load_tokenizer(str(corpus_path / "tokenizer.model"))
+    card = model_card(TrainedRun(tmp_path, micro, tokenizer, 12, {}, None), plain=False)
+    assert "| causal | 0.25 |" in card and "| masked_diffusion | 0.75 |" in card
+    assert f"| unique tokens | {-(-12 * micro.batch_size * micro.seq_len // 5):,} |" in card
+    card = model_card(TrainedRun(tmp_path, micro, tokenizer, 6, {}, None), plain=False)
+    assert "| causal | 0.5 |" in card and "| masked_diffusion | 0.5 |" in card
