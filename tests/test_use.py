@@ -7,10 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from dualsm.generation import generate
+from dualsm.process.progress import LiveText
 from dualsm.training.loop import train
+from tests.commands import call_command
 from tests.conftest import ROOT, command_env, run_command
 from tests.test_commands import assert_one_line
 
@@ -220,6 +224,20 @@ def test_sample_fills_in_masks_and_keeps_the_rest(workdir, tmp_path):
     assert line["text"].endswith("\n")
     assert 4 not in line["tokens"]
     assert "░" in process.stdout  # masks, while unmasking
+
+
+@pytest.mark.parametrize("mode", ["causal", "diffusion"])
+def test_tokens_per_second_exclude_redrawing(workdir, monkeypatch, capsys, mode):
+    """Redrawing the texts takes 1,000 seconds here."""
+    drawn = []
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 1000 * len(drawn))
+    monkeypatch.setattr(generate, "time", clock)
+    monkeypatch.setattr(LiveText, "draw", lambda _, text: drawn.append(text))
+    call_command(
+        "sample", f"--workdir={workdir}", f"--mode={mode}", "--prompt=def ", "--tokens=24", "--watch"
+    )
+    assert len(drawn) > 2
+    assert float(capsys.readouterr().err.split(" tokens per second")[0].split()[-1]) > 1
 
 
 def test_sample_unmasks_blocks_with_a_cache(workdir, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dualsm.analysis import paper_rules
 from dualsm.analysis.advice import INSTALL, Advice, NamedSource, TokenBudget, mixture_flags
 from dualsm.analysis.confirmed import Confirmed, describe_confirmed
-from dualsm.analysis.scales import fraction
+from dualsm.analysis.scales import NEGLIGIBLE_DOUBLINGS, fraction
 from dualsm.analysis.stopping import Side, Stopping, setting_text
 from dualsm.analysis.surface import CREDIBLE, Estimate
 
@@ -64,8 +64,8 @@ def _numbers(token_budget: TokenBudget) -> str:
 def _rounding(token_budget: TokenBudget) -> list[str]:
     """Describes the run with a whole number of repetitions if it differs from the requested one."""
     repetitions, unique = token_budget.repetitions, token_budget.unique_tokens
-    if token_budget.seen_tokens < token_budget.budget_tokens * (1 - 1e-6):
-        fewer = 1 - token_budget.seen_tokens / token_budget.budget_tokens
+    fewer = 1 - token_budget.seen_tokens / token_budget.budget_tokens
+    if fewer > 5e-5:  # a smaller difference would be printed as 0.00%
         return [
             f"R must be a whole number: with R = {repetitions}, train on {token_budget.seen_tokens:,.0f} "
             f"tokens, {fewer:.2%} fewer"
@@ -182,10 +182,11 @@ def _scale(advice: Advice) -> str:
 
 def _range(advice: Advice) -> str:
     tried = f"{advice.tried[0]:g} to {advice.tried[1]:g} repetitions were tried"
-    if advice.doublings_outside:
+    if advice.doublings_outside > NEGLIGIBLE_DOUBLINGS:
         distance = f"{advice.doublings_outside:.1f} doublings outside this range"
         return f"warning: {tried}; R = {advice.repetitions:g} is {distance}"
-    return f"{tried}; R = {advice.repetitions:g} is inside this range"
+    place = "at the edge of" if advice.doublings_outside else "inside"
+    return f"{tried}; R = {advice.repetitions:g} is {place} this range"
 
 
 def _stopping(found: Stopping) -> list[str]:

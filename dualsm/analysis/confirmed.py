@@ -19,7 +19,7 @@ from scipy.special import stdtrit
 
 from dualsm.analysis.advice import NamedSource, TokenBudget, mixture_flags
 from dualsm.analysis.methods import ConfirmedMethod, read_methods
-from dualsm.analysis.scales import doublings_outside, fraction
+from dualsm.analysis.scales import NEGLIGIBLE_DOUBLINGS, doublings_outside, fraction
 from dualsm.analysis.small_share import describe_small_share, price_at
 
 TABLE = Path(__file__).with_name("confirmed.csv")  # written by docs/reproduction/page.py
@@ -167,7 +167,11 @@ def describe_confirmed(found: Confirmed, source: NamedSource | None = None) -> l
         f"    price of a second mode, each at its best stop: causal {fraction(second.alpha)} changes the "
         f"causal loss by {causal} and the masked-diffusion loss by {masked}"
     )
-    far = [f"{name.replace('_', ' ')} by {x:.1f}" for name, x in found.outside.items() if x > 0.05]
+    far = [
+        f"{name.replace('_', ' ')} by {x:.1f}"
+        for name, x in found.outside.items()
+        if x > NEGLIGIBLE_DOUBLINGS
+    ]
     if far:
         lines.append(f"    warning: the question is outside these runs, in doublings: {', '.join(far)}")
     if "parameters" not in found.outside:

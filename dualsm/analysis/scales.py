@@ -9,6 +9,7 @@ import numpy as np
 # Half of the finest step of the paper's grid. It keeps 0 and 1 finite. Their distance from 1/256 and 255/256
 # is close to the distance between 1/256 and 1/64.
 MARGIN = 1 / 512
+NEGLIGIBLE_DOUBLINGS = 0.05  # smaller distances would be printed as 0.0
 
 
 def alpha_scale(alpha):

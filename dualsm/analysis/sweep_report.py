@@ -229,13 +229,16 @@ def _even_alphas(surface: Surface, count: int) -> np.ndarray:
 
 def _cells_text(cells: DataFrame) -> str:
     """Describes the cells in the title of a plot."""
-    parameters = cells["parameters"].iloc[0]
-    size = f" of {_short(parameters)} parameters" if np.isfinite(parameters) else ""
+    parameters = cells["parameters"].dropna()
+    sizes = dict.fromkeys(map(_short, (parameters.min(), parameters.max()))) if len(parameters) else ()
+    size = f" of {' to '.join(sizes)} parameters" if sizes else ""
     return f"{len(cells)} runs{size}, {_short(cells['budget_tokens'].iloc[0])} tokens each"
 
 
 def _short(number: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+    """Formats a number with 3 digits and a unit, such as "1.64M"."""
+    number = float(f"{number:.3g}")  # rounding may lead to the next unit
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:g}"

@@ -22,7 +22,8 @@ from dualsm.sweeps.cell_files import Record, number, read_object
 from dualsm.sweeps.evaluation_columns import evaluation_columns
 
 SWEEP, CELLS, CELL = "sweep.json", "cells", "cell.json"
-# The sweep records the first three in `cell.json`; the others follow from the state of the folder.
+# A sweep records the first four in `cell.json`: "running" if it was stopped before the cell ended. Without
+# `cell.json`, "running" follows from the state of the folder, as the last two always do.
 STATUSES = ("done", "failed", "diverged", "running", "missing", "damaged")
 FINAL_SHARE = 1 / 20  # the final training loss is a mean over this last share of the run
 
@@ -35,11 +36,12 @@ def collect(folder: epath.PathLike) -> list[Record]:
 
     The keys are `name`, `status`, `reason`, `repetitions`, `alpha`, `seed`, each config key that any
     cell sets (with the value of the cell's own config, which may be the default), `budget_tokens`,
-    `unique_tokens`, `parameters`, `seconds`, `step` and `flops` (of the last log line), and
+    `unique_tokens`, `parameters`, `seconds` (of all sessions), `step` and `flops` (of the last log line), and
 
     - `valid/<objective>/loss`: last held-out loss, in nats per token;
     - `best/<objective>/loss`, `best/<objective>/step`: lowest held-out loss of the run, and its step;
-    - `train/<objective>/loss`: mean over the log lines of the last twentieth of the run;
+    - `train/<objective>/loss`: mean over the log lines of the last twentieth of the run, weighted by their
+      numbers of steps;
     - `held_out/<objective>/loss`, `held_out/<objective>/stderr`: held-out loss from `dualsm.evaluate`, and
       its standard error over documents; `held_out/<objective>/<domain>/...`: the same of each domain;
     - `acceptance/greedy`, `acceptance/sampled`: accepted tokens per draft from `dualsm.evaluate`, and
@@ -132,7 +134,7 @@ def read_outcome(workdir: epath.Path) -> dict | None:
     if not path.exists():
         return None
     outcome = read_object(path)
-    if outcome.get("status") not in STATUSES[:3]:
+    if outcome.get("status") not in STATUSES[:4]:
         raise ValueError(f"{CELL}: unknown status {outcome.get('status')!r}")
     return outcome | {"seconds": number(outcome.get("seconds"))}
 
@@ -217,6 +219,7 @@ def _loss_columns(workdir: epath.Path, record: Record) -> Record:
     records = read_metrics(workdir)
     columns = {"step": records[-1]["step"], "flops": number(records[-1].get("flops"))} if records else {}
     names = dict.fromkeys(name for record in records for name in record)
+    covered = _steps_covered(records)
     for name in names:
         kind, _, rest = name.partition("/")
         series = [(r["step"], r[name]) for r in records if number(r.get(name)) is not None]
@@ -228,9 +231,22 @@ def _loss_columns(workdir: epath.Path, record: Record) -> Record:
             columns |= {name: number(last), f"best/{rest}": best}
             columns[f"best/{rest.removesuffix('loss')}step"] = step
         elif kind == "train":
-            late = [loss for step, loss in series if step > series[-1][0] * (1 - FINAL_SHARE)]
-            columns[name] = sum(late) / len(late)
+            late = [(step, loss) for step, loss in series if step > series[-1][0] * (1 - FINAL_SHARE)]
+            total = sum(covered[step] for step, _ in late)
+            columns[name] = sum(covered[step] * loss for step, loss in late) / total
     return columns
+
+
+def _steps_covered(records: list[Record]) -> dict[int, int]:
+    """Returns the number of steps that the training losses of each log line are a mean over, by its step."""
+    covered, previous = {}, 0
+    for index, record in enumerate(records):
+        step, is_training = record["step"], any(name.startswith("train/") for name in record)
+        if is_training:
+            covered[step] = step - previous
+        if is_training or index == 0:  # a fork starts at the step of its first validation
+            previous = step
+    return covered
 
 
 def _add_task_means(records: list[Record]) -> None:

@@ -18,6 +18,7 @@ from etils import epath
 from dualsm.process.errors import UserError
 from dualsm.process.paths import is_remote, retry, write_object
 from dualsm.process.progress import StatusTable, say
+from dualsm.rundir.checkpoint_folder import is_trained
 from dualsm.sweeps.cells import CELL
 from dualsm.sweeps.grid import Cell
 from dualsm.sweeps.sweep_folder import Sweep
@@ -32,13 +33,17 @@ class _Job:
     def __init__(self, sweep: Sweep, cell: Cell, slot: int, jobs: int):
         self.sweep, self.cell, self.slot, self.jobs = sweep, cell, slot, jobs
         self.start, self.waiting, self.outcome = time.monotonic(), deque(sweep.remaining(cell)), {}
-        only_evaluated = len(self.waiting) < len(sweep.commands(cell))
-        recorded = retry(lambda: sweep.recorded(cell), sweep.folder)
-        self.before = (recorded.get("seconds") or 0.0) if only_evaluated else 0.0
+        self.before = retry(self._seconds_before, sweep.folder)
         self.log = _local_log(log_file(sweep, cell))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         _clear(sweep.path(cell))
         self.process = self._next()
+
+    def _seconds_before(self) -> float | None:
+        """Returns the duration of the earlier sessions that this one continues; None if it is unknown."""
+        if not is_trained(self.sweep.path(self.cell)):  # training starts from the beginning
+            return 0.0
+        return self.sweep.recorded(self.cell).get("seconds")
 
     def _next(self) -> subprocess.Popen:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -62,8 +67,22 @@ class _Job:
         self.publish_log()
         outcome = self.sweep.outcome(self.cell) if self.process.returncode == 0 else None
         self.outcome = outcome or self._failure()
-        self.sweep.record(self.cell, self.outcome, self.before + time.monotonic() - self.start)
+        self._record(self.outcome)
         return True
+
+    def stopped(self) -> None:
+        """Records the time of a cell whose process a signal has ended; the cell still has to run."""
+        self.publish_log()
+        with contextlib.suppress(OSError):  # the time is then unknown
+            # The process may have completed the cell before it received the signal.
+            outcome = self.sweep.outcome(self.cell)
+            folder = self.sweep.path(self.cell)
+            if outcome or retry(lambda: is_trained(folder), folder):
+                self._record(outcome or {"status": "running", "reason": ""})
+
+    def _record(self, outcome: dict) -> None:
+        seconds = None if self.before is None else self.before + time.monotonic() - self.start
+        self.sweep.record(self.cell, outcome, seconds)
 
     def publish_log(self) -> None:
         """Copies the log to the folder of a sweep in a bucket."""
@@ -105,7 +124,7 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
         outcome = sweep.outcome(cell)
         if outcome is None:
             waiting.append(cell)
-        elif not sweep.recorded(cell):  # the cell ran on another machine
+        elif sweep.recorded(cell).get("status", "running") == "running":  # it ended on another machine
             sweep.record(cell, outcome, None)
     running: dict[int, _Job] = {}
     outcomes: dict[str, dict] = {}
@@ -128,7 +147,8 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
         finally:
             _end([job.process for job in running.values()], signals)
             for job in running.values():
-                job.publish_log()
+                if not job.outcome:
+                    job.stopped()
     return outcomes
 
 

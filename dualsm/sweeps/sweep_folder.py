@@ -196,7 +196,13 @@ class Sweep:
         return self.eval_spec.is_complete(results)
 
     def record(self, cell: Cell, outcome: dict, seconds: float | None) -> None:
-        """Writes a cell's `cell.json`."""
+        """Writes a cell's `cell.json`.
+
+        Args:
+          cell: the cell.
+          outcome: `status` and `reason`.
+          seconds: duration of all sessions of the cell; None if it is unknown.
+        """
         path = self.path(cell) / CELL
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_json(path, outcome | {"seconds": seconds})
@@ -225,7 +231,9 @@ class Sweep:
         losses = [scores[-1].get(f"valid/{name}/loss") if scores else None for name in self.names()]
         shown = [f"{loss:.3f}" if loss is not None else "" for loss in losses]
         status = recorded.get("status", "running" if records and step < steps else "")
-        return [cell.name, status, f"{step}/{steps}", *shown, f"{(recorded.get('seconds') or 0) / 60:.1f}"]
+        seconds = recorded.get("seconds")
+        minutes = "" if seconds is None else f"{seconds / 60:.1f}"
+        return [cell.name, status, f"{step}/{steps}", *shown, minutes]
 
     def names(self) -> list[str]:
         return valid_objectives(self.configs[self.cells[0].name])

@@ -28,6 +28,7 @@ from dualsm.process.errors import UserError
 from dualsm.sweeps.vectorized_data import DeviceData, load_data
 from dualsm.sweeps.vectorized_scores import HeldOutScores
 from dualsm.training.step import init_state, make_train_step
+from dualsm.training.step_metrics import StepMetrics
 from dualsm.training.valid_rows import ValidRows
 
 # Keys, or sections, in which the runs may differ.
@@ -80,7 +81,8 @@ def train_together(
     Yields:
       `name`, `steps`, `skipped` (number of updates), `<split>/<objective>/loss` in nats per token and
       `<split>/<objective>/bits_per_byte`, the same of the average of the weights with the prefix `ema/` if
-      the runs have one, and `curve`, a list of [step, train loss, loss of each scored objective].
+      the runs have one, and `curve`, a list of [step, train loss, loss of each scored objective]. The train
+      loss is that of the steps since the last point; nan if all their updates were skipped.
 
     Raises:
       UserError: if the runs do not have one shape.
@@ -103,7 +105,7 @@ def train_together(
         state = fleet.refill(run_K, fleet.empty(run_K) if state is None else state, fresh_K)
         state = fleet.advance(run_K, state)
         step_K, skipped_K = np.asarray(state.step), np.asarray(state.metrics.skipped)
-        train_K = np.asarray(state.metrics.loss / jnp.maximum(state.metrics.weight, 1))
+        train_K = np.asarray(_train_losses(state.metrics))
         busy = [k for k, name in enumerate(names) if name]
         losses = scores.curve_losses(curve, state.params, busy) if curve else [[] for _ in busy]
         for k, loss_O in zip(busy, losses, strict=True):
@@ -116,6 +118,11 @@ def train_together(
             found = {"name": names[k], "steps": int(step_K[k]), "skipped": skipped.pop(names[k])}
             yield found | metrics | {"curve": curves.pop(names[k])}
             names[k] = None
+
+
+def _train_losses(metrics: StepMetrics) -> jax.Array:
+    """Returns the mean loss of the updates of each run in nats per token; nan without an update."""
+    return jnp.where(metrics.steps > 0, metrics.loss / jnp.maximum(metrics.weight, 1), jnp.nan)
 
 
 def check_one_shape(configs: Mapping[str, ConfigDict], every: int) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dualsm.analysis import plots
+from dualsm.analysis import plots, sweep_report
 from dualsm.analysis.sweep_report import report, summary
 from dualsm.analysis.table import make_table, read_table
 from dualsm.process.errors import UserError
@@ -104,6 +104,29 @@ def cell(repetitions, alpha, loss, score=None, seed=0, status="done"):
     return {"status": status, "repetitions": repetitions, "alpha": alpha, "seed": seed} | {
         "budget_tokens": 1000, **measured
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (999, "999"), (999.6, "1k"), (1_234, "1.23k"), (999_499, "999k"), (999_936, "1M"),
+        (230_336, "230k"), (999_981_056, "1B"), (1.5e12, "1.5T"),
+    ],
+)  # fmt: skip
+def test_numbers_in_titles_have_3_digits_and_a_unit(number, text):
+    assert sweep_report._short(number) == text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "size"),
+    [
+        ([230_336, 230_336], " of 230k parameters"), ([2e6, 230_336], " of 230k to 2M parameters"),
+        ([None, 2e6], " of 2M parameters"), ([None, None], ""), ([230_336, 230_340], " of 230k parameters"),
+    ],
+)  # fmt: skip
+def test_titles_have_the_range_of_model_sizes(parameters, size):
+    table = make_table([cell(1, 1.0, 2.0) | {"parameters": count} for count in parameters])
+    assert sweep_report._cells_text(table) == f"2 runs{size}, 1k tokens each"
 
 
 def test_summary_shows_means_over_seeds_and_marks_the_best():

@@ -71,6 +71,23 @@ def test_final_training_loss_is_a_mean_over_the_last_twentieth(sweep):
     assert cell_record(workdir, "cell", VALUES)["train/causal/loss"] == np.mean([96, 97, 98, 99, 100])
 
 
+def test_final_training_loss_weights_the_log_lines_by_their_steps(sweep):
+    """With 250 steps and a line every 20, the last line covers 10; validations have lines of their own."""
+    _, workdir = sweep
+    lines = [{"step": step, "train/causal/loss": loss} for step, loss in ((220, 9.0), (240, 3.0), (250, 6.0))]
+    lines.insert(2, {"step": 245, "valid/causal/loss": 7.0})
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cell_record(workdir, "cell", VALUES)["train/causal/loss"] == pytest.approx((20 * 3 + 10 * 6) / 30)
+
+
+def test_final_training_loss_of_a_fork_starts_at_its_first_step(sweep):
+    _, workdir = sweep
+    lines = [{"step": 238, "valid/causal/loss": 7.0}]
+    lines += [{"step": step, "train/causal/loss": loss} for step, loss in ((240, 3.0), (250, 6.0))]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cell_record(workdir, "cell", VALUES)["train/causal/loss"] == pytest.approx((2 * 3 + 10 * 6) / 12)
+
+
 @pytest.mark.parametrize(
     ("mixture", "schedule", "alpha"),
     [

@@ -88,6 +88,18 @@ def test_runs_of_a_pair_equal_a_run_alone(corpus, tmp_path):
     )
 
 
+def test_the_curve_has_no_train_loss_without_an_update(corpus):
+    """The first update makes the weights overflow, and all later ones are skipped."""
+    config = run_config(corpus.folder, 1.0, 0.0, steps=8)
+    config.optimizer.learning_rate = 1e30
+    tokenizer = corpus.tokenizer()
+    rows = valid_rows(corpus.documents("valid"), 32, 16, tokenizer.special, tokenizer.token_bytes())
+    [found] = train_together({"run": config}, tokenizer.special, {"valid": rows}, ["causal"], 1, 4)
+    (first, train_loss), (second, no_loss) = found["curve"]
+    assert (first, second, found["skipped"]) == (4, 8, 7)
+    assert 5 < train_loss < 8 and np.isnan(no_loss)
+
+
 def test_schedule_equals_that_of_a_run(corpus):
     config = run_config(corpus.folder)
     for steps in (1, 7, 12, 100):
