@@ -115,6 +115,7 @@ def main(_: Sequence[str]) -> None:
             throughput.update(tokens)
             if screen:
                 screen.draw("\n\n".join(show(run.tokenizer, text) for text in tokens))
+                throughput.resume()
     shown = [show(run.tokenizer, text) for text in tokens]
     if _OUTPUT.value:  # before printing, which fails when stdout is closed
         lines = [

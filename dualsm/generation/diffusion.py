@@ -96,32 +96,40 @@ def unmask(
     params: dict,
     state: DiffusionState,
     *,
+    steps: jax.Array | int,
     sampling: SamplingParams,
     unmasking: UnmaskingParams,
     special: SpecialIds,
 ) -> DiffusionState:
-    """Runs one forward pass and unmasks at least one position of every text that has masks left."""
-    start_BxL = jnp.zeros_like(state.tokens_BxL)
-    features_BxLxD = bind(config, params).features(
-        state.tokens_BxL, start_BxL, start_BxL + state.length_B[:, None]
-    )
+    """Runs `steps` forward passes; 0 only compiles.
 
-    # Position i - 1 predicts the token at position i; the token sampled for position 0 is unused.
-    features_BxLxD = jnp.roll(features_BxLxD, 1, axis=1)
-    position_BxL = jnp.broadcast_to(jnp.arange(state.tokens_BxL.shape[1]), state.tokens_BxL.shape)
-    key_BxL = position_keys(state.key_B, position_BxL, state.forwards)
-    candidates = draw_candidates(config, params, features_BxLxD, key_BxL, sampling, unmasking, special)
+    Each pass unmasks at least one position of every text that has masks left.
+    """
 
-    masked_BxL = state.tokens_BxL == special.mask
-    masked_block_BxL = jnp.where(masked_BxL, state.block_BxL, jnp.iinfo(jnp.int32).max)
-    active_BxL = masked_BxL & (state.block_BxL == masked_block_BxL.min(1, keepdims=True))
-    quota_B = jnp.where(active_BxL, state.quota_BxL, 0).max(1)
-    chosen_BxL = choose(candidates, active_BxL, quota_B, unmasking)
-    return state._replace(
-        tokens_BxL=jnp.where(chosen_BxL, candidates.token_BxL, state.tokens_BxL),
-        quota_BxL=state.quota_BxL - active_BxL,
-        forwards=state.forwards + 1,
-    )
+    def step(_, state: DiffusionState) -> DiffusionState:
+        model = bind(config, params)  # NNX modules cannot be captured by the body of a loop
+        start_BxL = jnp.zeros_like(state.tokens_BxL)
+        end_BxL = start_BxL + state.length_B[:, None]
+        features_BxLxD = model.features(state.tokens_BxL, start_BxL, end_BxL)
+
+        # Position i - 1 predicts the token at position i; the token sampled for position 0 is unused.
+        features_BxLxD = jnp.roll(features_BxLxD, 1, axis=1)
+        position_BxL = jnp.broadcast_to(jnp.arange(state.tokens_BxL.shape[1]), state.tokens_BxL.shape)
+        key_BxL = position_keys(state.key_B, position_BxL, state.forwards)
+        candidates = draw_candidates(config, params, features_BxLxD, key_BxL, sampling, unmasking, special)
+
+        masked_BxL = state.tokens_BxL == special.mask
+        masked_block_BxL = jnp.where(masked_BxL, state.block_BxL, jnp.iinfo(jnp.int32).max)
+        active_BxL = masked_BxL & (state.block_BxL == masked_block_BxL.min(1, keepdims=True))
+        quota_B = jnp.where(active_BxL, state.quota_BxL, 0).max(1)
+        chosen_BxL = choose(candidates, active_BxL, quota_B, unmasking)
+        return state._replace(
+            tokens_BxL=jnp.where(chosen_BxL, candidates.token_BxL, state.tokens_BxL),
+            quota_BxL=state.quota_BxL - active_BxL,
+            forwards=state.forwards + 1,
+        )
+
+    return jax.lax.fori_loop(0, steps, step, state)
 
 
 def position_keys(key_B: jax.Array, position_BxL: jax.Array, forwards: jax.Array) -> jax.Array:
@@ -232,13 +240,17 @@ def infill(
         blocks = _divide_into_blocks(tokens_BxL == special.mask, unmasking)
         state = DiffusionState(tokens_BxL, length_B, *blocks, key_B[part], np.int32(0))
         state = prompt_batches.put_beside_params(params, state)
+        advance = functools.partial(
+            unmask, config, params, sampling=sampling, unmasking=unmasking, special=special
+        )
+        state = jax.block_until_ready(advance(state, steps=0))  # compiles before the first yield
         while True:
             tokens_BxL = np.asarray(state.tokens_BxL)
             texts[part] = [row[:length].tolist() for row, length in zip(tokens_BxL, length_B, strict=True)]
             yield list(texts)
             if not (tokens_BxL == special.mask).any():
                 break
-            state = unmask(config, params, state, sampling=sampling, unmasking=unmasking, special=special)
+            state = advance(state, steps=1)
 
 
 def check_texts(texts: Sequence[Sequence[int]], special: SpecialIds) -> None:

@@ -126,15 +126,21 @@ class Throughput:
         self._mode, self._mask = mode, mask
         self._drafts = counts if isinstance(counts, DraftCounts) else None
         self._passes = counts if isinstance(counts, ForwardCounts) else None
-        self._times: list[float] = []
+        self._starts: list[float] = []  # of the interval after each state
+        self._ends: list[float] = []  # of the interval before each state
         self._counts: list[list[int]] = []
         self._forwards: list[int] = []
 
     def update(self, texts: Sequence[list[int]]) -> None:
         """Records a state that `generate` yielded."""
-        self._times.append(time.perf_counter())
+        self._ends.append(time.perf_counter())
+        self._starts.append(self._ends[-1])
         self._counts.append([len(tokens) - tokens.count(self._mask) for tokens in texts])
         self._forwards.append(self._passes.forwards if self._passes else 0)
+
+    def resume(self) -> None:
+        """Excludes the time since the last `update`, such as that of drawing the texts."""
+        self._starts[-1] = time.perf_counter()
 
     @property
     def new_tokens(self) -> int:
@@ -145,14 +151,12 @@ class Throughput:
         """Returns the generated tokens per second of decoding.
 
         Excludes intervals without a new token, or without a forward pass if these are counted, such as
-        compilation and prefill, and the first interval of diffusion without a cache, which is mostly
-        compilation.
+        compilation and prefill.
         """
-        first = 1 if self._mode == "diffusion" and not self._passes and len(self._times) > 2 else 0
-        tokens_S = np.diff([sum(counts) for counts in self._counts[first:]])
-        is_decoding_S = np.diff(self._forwards[first:]) > 0 if self._passes else tokens_S > 0
-        seconds = np.diff(self._times[first:])[is_decoding_S].sum()
-        return tokens_S.sum() / max(seconds, 1e-9)
+        tokens_S = np.diff([sum(counts) for counts in self._counts])
+        is_decoding_S = np.diff(self._forwards) > 0 if self._passes else tokens_S > 0
+        seconds_S = np.subtract(self._ends[1:], self._starts[:-1])
+        return tokens_S.sum() / max(seconds_S[is_decoding_S].sum(), 1e-9)
 
     def forwards(self) -> int:
         """Returns the number of forward passes, summed over texts."""
