@@ -1,4 +1,4 @@
-"""A model of about 25 million parameters that trains on one GPU or TPU chip within hours.
+"""A model of about 27 million parameters that trains on one GPU or TPU chip within hours.
 
 python -m dualsm.prepare --input='data/*.jsonl.zst' --output=runs/text --vocab_size=16384
 python -m dualsm.train --config=configs/small.py --workdir=runs/small --config.data.path=runs/text

@@ -1,4 +1,4 @@
-"""A model small enough to sweep on two cores: 0.2M parameters, 15M tokens (65 per parameter; the paper: 68).
+"""A model small enough to sweep on two cores: 0.2M parameters, 15M tokens (65 per parameter; the paper: 73).
 
 python -m dualsm.prepare --input=text/train.jsonl.gz --valid_input=text/valid.jsonl \\
     --output=runs/english --vocab_size=512

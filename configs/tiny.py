@@ -1,4 +1,4 @@
-"""The demo: one million parameters, trained on the Python standard library in minutes on two cores.
+"""The demo: 1.4 million parameters, trained on the Python standard library in minutes on two cores.
 
 python -m dualsm.prepare --input=python-stdlib --output=runs/corpus --vocab_size=2048
 python -m dualsm.train --config=configs/tiny.py --workdir=runs/tiny

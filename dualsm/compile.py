@@ -68,7 +68,8 @@ def main(_: Sequence[str]) -> None:
         hint = f", or set {MEMORY_FRACTION[0]}" if memory["usable"] < memory["chip"] else ""
         raise UserError(
             f"does not fit: the step needs {gib(memory['total'])} GiB per chip and JAX uses at most "
-            f"{gib(memory['usable'])} GiB; lower config.per_device_batch_size{hint}"
+            f"{gib(memory['usable'])} GiB; set config.per_device_batch_size below "
+            f"{report['per_device_batch_size']}{hint}"
         )
 
 

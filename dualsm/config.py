@@ -159,8 +159,8 @@ def _check_keys(config: ConfigDict) -> None:
     defaults |= {key: value for key, value in source_defaults.items() if key in values}
     for key in values.keys() - defaults.keys():
         raise UserError(
-            f"unknown config key config.{key}; see dualsm/config_keys.py for all keys, "
-            "docs/data.md for those of sources, and docs/objectives.md for those of pairs"
+            f"unknown config key config.{key}; see dualsm/config_keys.py for the keys, docs/data.md for "
+            "those of sources, and docs/objectives.md for those of mixture, objectives and pairs"
         )
     for key, default in defaults.items():
         where = f"config.{key}"

@@ -1,4 +1,4 @@
-"""All config keys, with default, valid range and meaning."""
+"""Config keys with default, valid range and meaning; dualsm/objectives/ has those of the mixture."""
 
 from __future__ import annotations
 
@@ -191,7 +191,10 @@ KEYS = [
         "such as 1M,2M,10M; repeated words count each time.",
     ),
 
-    Key("valid.every", 100, at_least(1), "Steps between validations; the first and last step also validate."),
+    Key(
+        "valid.every", 100, at_least(1), "Steps between validations; runs also validate before the first "
+        "step and after the last.",
+    ),
     Key(
         "valid.num_sequences", 1024, at_least(0), "Maximum number of held-out sequences per source; 0: "
         "all.",

@@ -41,7 +41,9 @@ _MASK_TOKEN = flags.DEFINE_string(
     "mask_token", "", "import from huggingface: existing token to use as the mask; default: a new <mask>"
 )
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "import: config for further training; default: the paper's, with the shape of the weights"
+    "config",
+    None,
+    "import: config for further training; default: all defaults, with the weights' shape",
 )
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "export: step of the checkpoint; default: the latest")
 _PARAMETERS = flags.DEFINE_enum(

@@ -54,15 +54,22 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "sampling temperature; 0 d
 _TOP_K = flags.DEFINE_integer("top_k", 0, "number of most likely tokens to sample from; 0: all")
 _TOP_P = flags.DEFINE_float("top_p", 0.95, "minimum total probability of the tokens to sample from")
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "sampling seed; a text depends only on the seed and its own prompt", 0, 2**32 - 1
+    "seed",
+    0,
+    "sampling seed; a text depends only on the seed, its prompt and the number of equal prompts before it",
+    0,
+    2**32 - 1,
 )
 _ORDER = flags.DEFINE_enum("order", "confidence", ORDERS, "diffusion: positions to unmask first")
-_STEPS = flags.DEFINE_integer("steps", 0, "diffusion: forward passes per block; 0: one per token")
+_STEPS = flags.DEFINE_integer("steps", 0, "diffusion: unmasking passes per block; 0: one per token")
 _THRESHOLD = flags.DEFINE_float(
     "threshold", 0.0, "diffusion: unmask all tokens whose probability reaches this threshold; 0: off"
 )
 _BLOCK = flags.DEFINE_integer(
-    "block", 0, "diffusion: unmask blocks of this many tokens from left to right; 0: one block"
+    "block",
+    0,
+    "diffusion: unmask blocks of this many masked tokens (with --cache, of this many tokens of "
+    "the text) from left to right; 0: one block",
 )
 _CACHE = flags.DEFINE_bool(
     "cache", False, "diffusion: keep the keys and values of finished blocks; needs --block"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on TPU slices of a GKE cluster with xpk (pip install xpk). After a preemption the slice is replaced and
-# the run resumes automatically. After `delete`, run the same command to resume.
+# the run resumes automatically. After `stop`, run the same command to resume; after `delete`, create the cluster first.
 #
 #   export PROJECT=my-project ZONE=us-west4-a BUCKET=my-bucket CLUSTER=tpus TYPE=v5litepod-16
 #   launch/gke_xpk.sh [--dry-run] cluster

@@ -176,9 +176,12 @@ def test_per_device_batch_size_determines_accumulation_steps(
 
 def test_batch_sizes_that_cannot_be_divided():
     config, mesh = config_on(8)
-    for rows, gradient_accumulation_steps in ((12, 1), (16, 4)):
+    for rows, gradient_accumulation_steps, message in (
+        (12, 1, "must be a multiple of the 8 devices"),
+        (16, 4, "8 devices cannot share"),
+    ):
         config.batch_size, config.gradient_accumulation_steps = rows, gradient_accumulation_steps
-        with pytest.raises(UserError, match="8 devices cannot share"):
+        with pytest.raises(UserError, match=message):
             sharding.accumulation_steps(config, mesh)
 
 

@@ -166,7 +166,7 @@ def test_dead_process_ends_the_job(endless, tmp_path):
 def test_every_process_reports_a_user_error(recipe, tmp_path):
     done = launch(2, 1, f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.batch_size=7")
     assert done.returncode == 2
-    assert "error: process 0 of 2: 2 devices cannot share config.batch_size=7" in done.stderr
+    assert "error: process 0 of 2: config.batch_size=7 must be a multiple of the 2 devices" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 

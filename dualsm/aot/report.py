@@ -33,8 +33,8 @@ def compile_step(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise UserError(
-                f"does not fit ({str(error).splitlines()[0]}); lower config.per_device_batch_size, set "
-                "config.model.remat=full, or increase config.mesh.fsdp or config.mesh.tensor"
+                f"does not fit ({str(error).splitlines()[0]}); set or lower config.per_device_batch_size, "
+                "set config.model.remat=full, or increase config.mesh.fsdp or config.mesh.tensor"
             ) from error
 
 

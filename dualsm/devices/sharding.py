@@ -115,7 +115,12 @@ def accumulation_steps(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
     """
     parts = batch_devices(mesh)
     rows, rest = divmod(config.batch_size, parts)
-    if rest or not config.per_device_batch_size and rows % config.gradient_accumulation_steps:
+    if rest:
+        raise UserError(
+            f"config.batch_size={config.batch_size} must be a multiple of the {parts} devices that share it; "
+            "change it or config.mesh"
+        )
+    if not config.per_device_batch_size and rows % config.gradient_accumulation_steps:
         raise UserError(
             f"{parts} devices cannot share config.batch_size={config.batch_size} evenly with "
             f"config.gradient_accumulation_steps={config.gradient_accumulation_steps}; change one of them"

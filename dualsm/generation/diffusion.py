@@ -35,10 +35,11 @@ class UnmaskingParams:
       order: positions to unmask first: those with the highest probability of the sampled token
         ("confidence"), the largest difference between the two highest probabilities ("margin"), the lowest
         entropy ("entropy"), or random ones ("random").
-      steps: forward passes per block; 0: one per masked token.
+      steps: forward passes per block; 0: one per masked token. With a cache one more stores the block.
       threshold: if not 0, replaces the fixed number of passes: each pass unmasks all tokens whose probability
         reaches the threshold, and at least one.
-      block: number of masked positions per block; blocks are unmasked from left to right; 0: one block.
+      block: number of masked positions per block, or with a cache of positions from the start of the text;
+        blocks are unmasked from left to right; 0: one block.
     """
 
     order: str = "confidence"

@@ -54,9 +54,12 @@ def check_schedule(schedule: ml_collections.ConfigDict, steps: int) -> None:
             f"config.optimizer.schedule: warmup ({schedule.warmup_steps}), cooldown ({cooldown}) and decay "
             f"({decay}) together exceed config.steps={steps}; shorten one of them"
         )
-    if schedule.name == "infinite" and not 0 < schedule.final_fraction <= schedule.constant_fraction <= 1:
+    if schedule.name != "infinite":
+        return
+    final, constant = schedule.final_fraction, schedule.constant_fraction
+    if not 0 <= final <= constant <= 1 or constant == 0 or (decay and final == 0):
         raise UserError(
-            f"config.optimizer.schedule: final_fraction={schedule.final_fraction} and "
-            f"constant_fraction={schedule.constant_fraction} must satisfy 0 < final_fraction <= "
-            "constant_fraction <= 1 for the infinite schedule"
+            f"config.optimizer.schedule: final_fraction={final} and constant_fraction={constant} must "
+            "satisfy 0 < final_fraction <= constant_fraction <= 1 for the infinite schedule; final_fraction "
+            "may be 0 with decay_fraction=0, for a run whose forks decay"
         )

@@ -56,8 +56,8 @@ def user_message(error: BaseException) -> str | None:
         if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
             reason = text.strip().partition("\n")[0]  # the following lines list allocations
             return (
-                f"out of device memory ({reason}); in training lower "
-                "config.per_device_batch_size (or config.batch_size), set config.model.remat=full, or "
+                f"out of device memory ({reason}); in training set or lower "
+                "config.per_device_batch_size (or lower config.batch_size), set config.model.remat=full, or "
                 "shard the parameters with a larger config.mesh.fsdp"
             )
     return None

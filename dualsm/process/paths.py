@@ -43,7 +43,7 @@ def user_path(path: epath.PathLike) -> epath.Path:
         if not str(path).startswith("gs://"):
             raise UserError(
                 f"{path}: only Google Cloud Storage is supported; use gs://BUCKET/PATH (other URLs can only "
-                "be inputs of prepare)"
+                "be inputs of prepare, and hf:// also weights of convert import)"
             )
         if importlib.util.find_spec("gcsfs") is None:
             raise UserError(f"{path}: gcsfs is not installed; run pip install 'dualsm[gcs]'")

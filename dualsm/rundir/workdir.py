@@ -62,6 +62,12 @@ def _other_corpus(changes: list[str], config: ConfigDict) -> str:
     return next((path for key, path in paths.items() if key in changed), "")
 
 
+def _has_corpus(config: ConfigDict) -> bool:
+    """Returns True if a config records its corpus; weights imported without a config have none."""
+    sources = config.sources.values()
+    return bool(config.data.identity) or any(source.get("identity") for source in sources)
+
+
 def check_config_of_run(workdir: epath.Path, config: ConfigDict) -> None:
     """Raises `UserError` unless the directory is new or contains a run with the same config and corpus."""
     path = workdir / CONFIG
@@ -75,6 +81,11 @@ def check_config_of_run(workdir: epath.Path, config: ConfigDict) -> None:
                 f"{workdir} was trained in version {saved.data.order_version} of the order of documents, and "
                 f"this dualsm has version {config.data.order_version}; finish the run with the dualsm that "
                 "started it, or choose another --workdir"
+            )
+        if changes and not _has_corpus(saved):
+            raise UserError(
+                f"{workdir} contains imported weights with another config ({'; '.join(changes)}); train a "
+                f"fork of them: another --workdir with --config.start.run={workdir}"
             )
         if found := _other_corpus(changes, config):
             raise UserError(f"{workdir} was trained on another corpus than {found}; choose another --workdir")

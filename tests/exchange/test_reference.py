@@ -127,6 +127,8 @@ def test_imported_weights_can_be_trained_with_any_optimizer(bare, corpus_of_its_
     config.optimizer.name, config.start.run = "adamw", str(tmp_path / "imported")
     assert train(config, tmp_path / "fork")
     config.start.run = ""
+    with pytest.raises(UserError, match="imported weights with another config .* with --config.start.run="):
+        train(config, tmp_path / "imported")
     load(bare / "model.safetensors", "", config, tmp_path / "own")
     assert train(config, tmp_path / "own")
     fork, own = (open_run(tmp_path / name) for name in ("fork", "own"))

@@ -1,9 +1,12 @@
 """Learning-rate schedules at the boundaries of their phases."""
 
+import contextlib
+
 import pytest
 
 from dualsm.config import default_config
-from dualsm.optimizers.schedules import learning_rate
+from dualsm.optimizers.schedules import check_schedule, learning_rate
+from dualsm.process.errors import UserError
 
 
 def schedule(steps=100, **values):
@@ -50,3 +53,22 @@ def test_phases_of_infinite():
     assert {round(float(rate(step)), 6) for step in range(30, 51)} == {0.4}
     for step in (60, 75, 99):
         assert float(rate(step)) == pytest.approx(0.4 * (0.1 / 0.4) ** ((step - 50) / 50), rel=1e-5)
+
+
+def test_infinite_without_decay_stays_constant():
+    rate = schedule(name="infinite", cooldown_steps=20, constant_fraction=0.4, decay_fraction=0.0)
+    assert {round(float(rate(step)), 6) for step in range(20, 101)} == {0.4}
+
+
+@pytest.mark.parametrize(
+    ("decay", "final", "constant", "valid"),
+    [(0.0, 0.0, 0.5, True), (0.25, 0.1, 0.5, True), (0.25, 0.0, 0.5, False), (0.25, 0.6, 0.5, False)],
+)
+def test_the_decay_of_infinite_ends_above_zero(decay, final, constant, valid):
+    config = default_config().lock().optimizer
+    config.schedule.update(
+        name="infinite", decay_fraction=decay, final_fraction=final, constant_fraction=constant
+    )
+    message = "0 < final_fraction <= constant_fraction"
+    with contextlib.nullcontext() if valid else pytest.raises(UserError, match=message):
+        check_schedule(config.schedule, 100)
