@@ -30,7 +30,7 @@ def describe(
 
     Args:
       token_budget: the question.
-      answers: from `advise`.
+      answers: from `advise`, with that of the sweep first.
       sweep: path of the sweep; "" without one.
       source: the source that the question is about; None for the whole run.
       confirmed: the answer of the confirmed runs; None to leave it out.
@@ -47,10 +47,12 @@ def describe(
         )
     alphas = {advice.alpha for advice in answers} | ({confirmed.mixture.alpha} if confirmed else set())
     if len(alphas) > 1:
-        lines.append(
-            "the answers differ: each is valid for the model size and metric of its source; "
-            "run a sweep of your own models and pass it with --sweep"
+        own = (
+            f"the first is that of the models of {sweep}"
+            if sweep
+            else "run a sweep of your own models and pass it with --sweep"
         )
+        lines.append(f"the answers differ: each is valid for the model size and metric of its source; {own}")
     return "\n".join(lines)
 
 

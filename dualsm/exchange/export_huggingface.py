@@ -26,6 +26,7 @@ from dualsm.exchange.families.family_table import family_of_run
 from dualsm.exchange.families.qwen import QWEN2, QWEN3
 from dualsm.exchange.model_card import model_card
 from dualsm.exchange.sharded_files import MAX_SHARD_BYTES, write_shards
+from dualsm.exchange.shifted_masks import USE_DUALSM, check_shifted
 from dualsm.exchange.tokenizer_export import (
     exported_tokenizer,
     external_special_ids,
@@ -64,11 +65,14 @@ def export(
       A message for the user.
 
     Raises:
-      UserError: if `output` is in use or cannot be written.
+      UserError: if the masked modes of the export would be wrong, or `output` is in use or cannot be written.
     """
     run = dataclasses.replace(run, tokenizer=exported_tokenizer(run))
     source = read_source(run)
-    family = None if own_code else family_of_run(run.config.model, source.get("model_type"))
+    stock = family_of_run(run.config.model, source.get("model_type"))
+    family = None if own_code else stock
+    if family is None:
+        check_shifted(run, "leave out --own_code" if stock else USE_DUALSM)
     longest = max(source.get("max_position_embeddings", 0), run.config.seq_len)
     config = family_config(run, family, dtype, longest) if family else dualsm_config(run, dtype, longest)
     block_names = family.block_names if family else _OWN_BLOCK_NAMES

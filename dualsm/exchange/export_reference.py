@@ -7,6 +7,7 @@ from etils import epath
 
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.exchange import reference_format, token_ids
+from dualsm.exchange.shifted_masks import USE_DUALSM, check_shifted
 from dualsm.exchange.tokenizer_export import tokenizer_json
 from dualsm.exchange.weight_files import write_safetensors
 from dualsm.process.errors import UserError
@@ -21,12 +22,14 @@ def export(run: TrainedRun, output: epath.Path) -> str:
       A message for the user.
 
     Raises:
-      UserError: if the run has the plain head, which the format does not support, or `output` is in use.
+      UserError: if the run has the plain head or unshifted masked diffusion, which the format does not
+        support, or `output` is in use.
     """
     model = run.config.model
     if model.head != "projected":
         raise UserError("the reference format does not support the plain head; use --format=huggingface")
     reference_format.check_switches(model, "use --format=huggingface")
+    check_shifted(run, USE_DUALSM)
     params = token_ids.to_external(jax.device_get(run.params), run.tokenizer.external_ids_V)
     metadata = {names[0]: str(model[key]) for key, names in reference_format.SETTINGS.items()}
     metadata["vocab_size"] = str(len(params["embedding"]["embedding"]))

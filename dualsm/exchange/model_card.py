@@ -12,9 +12,11 @@ from dualsm.config import save_config
 from dualsm.data.corpus import MANIFEST
 from dualsm.exchange.tokenizer_export import exported_tokenizer, external_special_ids, special_pieces
 from dualsm.exchange.weights_source import read_source
+from dualsm.generation.generate import is_shifted
 from dualsm.objectives.pairs import Entry
 from dualsm.objectives.plan import MixturePlan, count_sequences
-from dualsm.objectives.shares import shares_by_source
+from dualsm.objectives.registry import OBJECTIVES
+from dualsm.objectives.shares import shares_by_source, trained_objectives
 from dualsm.objectives.sources import Source, trained_sources
 from dualsm.process.paths import user_path
 from dualsm.rundir.metrics import read_metrics
@@ -27,6 +29,8 @@ _MODES = {
     "prefix": "attention is bidirectional within the prompt and causal after it",
     "masked": "attention is bidirectional; the model predicts the tokens at `{mask}`",
 }
+
+_OTHER_TARGETS = ("diverse_causal", "next_all")  # objectives that predict tokens further ahead
 
 
 def model_card(run: TrainedRun, plain: bool) -> str:
@@ -66,14 +70,14 @@ def _use(run: TrainedRun, plain: bool) -> str:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         "```",
         "",
-        "Position i always predicts token i + 1, so the prediction for a masked token is the output at the "
-        f"position before it. The tokenizer prepends `{bos}`. By default it encodes special tokens in a text "
-        "as plain text.",
+        f"{_targets(run)} The tokenizer prepends `{bos}`. By default it encodes special tokens in a text as "
+        "plain text.",
     ]
-    if external_special_ids(tokenizer)["mask"] is not None:
+    if is_shifted(run) and external_special_ids(tokenizer)["mask"] is not None:
         lines += [f"For `{mask}` as the mask token, call `tokenizer(text, split_special_tokens=False)`."]
     if plain:
-        lines += ["", "The stock class supports causal attention only; for the other modes use dualsm."]
+        others = "the other modes" if is_shifted(run) else "the mode `prefix`"
+        lines += ["", f"The stock class supports causal attention only; for {others} use dualsm."]
     else:
         lines += ["", "Modes of `model(...)`; `model.generate(...)` supports all except the last:", ""]
         lines += [f'- `mode="{mode}"`: {text.format(mask=mask)}' for mode, text in _MODES.items()]
@@ -83,6 +87,29 @@ def _use(run: TrainedRun, plain: bool) -> str:
             "predict token i. With `masked_lm_shifted=True` they predict token i + 1.",
         ]
     return "\n".join(lines)
+
+
+def _targets(run: TrainedRun) -> str:
+    """Returns sentences about the token that each position predicts."""
+    others = [
+        f"with `{name}`, position i predicts {OBJECTIVES[name].predicts}"
+        for name in trained_objectives(run.config)
+        if name in _OTHER_TARGETS
+    ]
+    text = "Without mode tokens, position i" if others else "Position i"
+    if is_shifted(run):
+        text += (
+            " predicts token i + 1, so the prediction for a masked token is the output at the position "
+            "before it."
+        )
+    else:
+        text += (
+            " predicts token i + 1, but masked diffusion was trained unshifted, with token i as the target "
+            "of position i. Do not use the exported model to predict masked tokens."
+        )
+    if others:
+        text += f" A mode token in place of a document's first token changes the target: {'; '.join(others)}."
+    return text
 
 
 def _training(run: TrainedRun) -> list[tuple]:

@@ -48,6 +48,7 @@ def collect(folder: epath.PathLike) -> list[Record]:
       `acceptance/<sampling>/stderr`: its standard error over segments;
     - `infilling/accuracy`, `infilling/stderr`, `infilling/bits_per_byte`: infilling of single words;
     - `task/<task>/<mode>`: score, scaled to 0 for chance and 100 for perfect;
+    - `answer/<task>/<mode>/bits_per_byte`: bits per byte of the correct answers;
     - `task/mean/<mode>`: mean score of a cell that has a score for every task of the sweep.
 
     Unknown values are None. A cell that cannot be read has the status "damaged".

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shlex
 
+from dualsm.objectives.sources import trained_sources
+from dualsm.process.errors import UserError
+from dualsm.process.paths import is_remote
 from dualsm.sweeps.sweep_folder import Sweep
 
 
@@ -14,6 +17,9 @@ def job_list(sweep: Sweep, launcher: str, jobs: int | None = None) -> str:
       sweep: sweep with the cells to run.
       launcher: "slurm" (a batch script around `launch/slurm.sbatch`) or "tpu" (calls of `launch/tpu_vm.sh`).
       jobs: maximum number of cells that SLURM runs at the same time; None: no limit.
+
+    Raises:
+      UserError: if a TPU slice cannot read the corpora of the cells.
     """
     return _tpu_jobs(sweep) if launcher == "tpu" else _slurm_array(sweep, jobs)
 
@@ -52,7 +58,31 @@ def _tpu_jobs(sweep: Sweep) -> str:
         target = shlex.quote(str(sweep.path(cell)))
         fetches.append(f'#   gcloud storage cp -r "gs://$BUCKET/runs/{name}" {target}')
     return "\n".join(
-        ["#!/usr/bin/env bash", "set -eu", *starts]
+        ["#!/usr/bin/env bash", *_tpu_variables(sweep), *starts]
         + ["# When all runs have ended, fetch them; then repeat the sweep command without --launch:"]
         + fetches
     )
+
+
+def _tpu_variables(sweep: Sweep) -> list[str]:
+    """Returns the lines that set the variables of `launch/tpu_vm.sh` that all cells share.
+
+    Raises:
+      UserError: if the cells read several corpora that are not in a bucket; the script copies only one.
+    """
+    configs = [sweep.configs[cell.name] for cell in sweep.cells]
+    corpora = sorted({source.corpus for config in configs for source in trained_sources(config)})
+    first = "# First export PROJECT, ZONE, BUCKET, TYPE and RUNTIME (see launch/tpu_vm.sh --help)"
+    if len(corpora) == 1 and not any(config.sources for config in configs):
+        message = "export the path of the corpus in the bucket, such as corpora/hplt"
+        return [
+            f"{first}, and CORPUS, the path of the corpus in the bucket.",
+            "set -eu",
+            f"export CORPUS=${{CORPUS?{message}}}",
+        ]
+    if local := [path for path in corpora if not is_remote(path)]:
+        raise UserError(
+            f"--launch=tpu: a slice cannot read the corpus {local[0]!r}; with sources or several corpora, "
+            "use gs:// paths"
+        )
+    return [f"{first}.", "set -eu", "export CORPUS=  # each slice reads its corpora from the bucket"]

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dualsm.config import check_config, difference, valid_objectives
 from dualsm.data.corpus import Corpus
-from dualsm.evaluation.spec import EvalSpec
+from dualsm.evaluation.spec import HELD_OUT, EvalSpec
 from dualsm.objectives.sources import trained_sources
 from dualsm.process.errors import UserError
 from dualsm.process.output import write_atomically
@@ -88,7 +88,12 @@ class Sweep:
             f"--task_data={spec.task_data}", f"--modes={','.join(spec.modes)}", f"--limit={spec.limit}",
             "--baselines=",  # no column of the table has them
         ]  # fmt: skip
+        if self._scores_held_out():
+            evaluate += _data_flag(self.configs[cell.name])
         return [train, evaluate]
+
+    def _scores_held_out(self) -> bool:
+        return self.eval_spec is not None and HELD_OUT in self.eval_spec.tasks
 
     def remaining(self, cell: Cell) -> list[list[str]]:
         """Returns the commands that still have to run for a cell."""
@@ -117,8 +122,12 @@ class Sweep:
             )
         for cell in self.cells:
             self._check_cell(cell)
-        to_train = [cell for cell in self.cells if not self.outcome(cell) and not self._trained(cell)]
-        sources = (source for cell in to_train for source in trained_sources(self.configs[cell.name]))
+        reading = [
+            cell
+            for cell in self.cells
+            if not self.outcome(cell) and (self._scores_held_out() or not self._trained(cell))
+        ]
+        sources = (source for cell in reading for source in trained_sources(self.configs[cell.name]))
         for path, key in dict.fromkeys((source.corpus, source.corpus_key) for source in sources):
             Corpus(path, key)
 
@@ -240,6 +249,20 @@ class Sweep:
 
     def header(self) -> list[str]:
         return ["cell", "status", "step", *self.names(), "minutes"]
+
+
+def _data_flag(config: ConfigDict) -> list[str]:
+    """Returns the flag `--data` of `dualsm.evaluate` with the corpora of a config.
+
+    The config of a run that was trained on another machine has the paths of that machine. The flag cannot
+    express the path of a source with a comma; the evaluation then uses the paths in the config of the run.
+    """
+    sources = trained_sources(config)
+    if not config.sources:
+        return [f"--data={sources[0].corpus}"]
+    if any("," in source.corpus for source in sources):
+        return []
+    return ["--data=" + ",".join(f"{source.name}={source.corpus}" for source in sources)]
 
 
 def _is_training(record: dict) -> bool:

@@ -43,3 +43,16 @@ def test_a_share_of_tokens_that_rounds_to_zero_is_not_printed(budget, fewer):
     text = describe(question, [advise_by_rules(question.repetitions)], "")
     assert (f"train on 4,000,000 tokens, {fewer} fewer" in text) == bool(fewer)
     assert ("whole number" in text) == bool(fewer)
+
+
+def test_the_line_about_different_answers_names_the_sweep_only_if_there_is_one(table):
+    question = round_repetitions(1_000_000, 4_000_000)
+    rules = advise_by_rules(question.repetitions)
+    own = advise_by_table(table, "valid/causal/loss", question.repetitions)
+    assert own.alpha != rules.alpha
+    common = "the answers differ: each is valid for the model size and metric of its source; "
+    with_sweep = describe(question, [own, rules], "runs/sweep").splitlines()
+    assert with_sweep[-1] == common + "the first is that of the models of runs/sweep"
+    assert not any("--sweep" in line for line in with_sweep)
+    without = describe(question, [rules, own], "").splitlines()
+    assert without[-1] == common + "run a sweep of your own models and pass it with --sweep"

@@ -55,3 +55,23 @@ def test_shares_that_change_are_those_of_the_finished_steps(micro, corpus_path, 
     assert f"| unique tokens | {-(-12 * micro.batch_size * micro.seq_len // 5):,} |" in card
     card = model_card(TrainedRun(tmp_path, micro, tokenizer, 6, {}, None), plain=False)
     assert "| causal | 0.5 |" in card and "| masked_diffusion | 0.5 |" in card
+
+
+def test_targets_of_the_trained_objectives(micro, corpus_path, tmp_path):
+    tokenizer = load_tokenizer(str(corpus_path / "tokenizer.model"))
+
+    def card(**mixture):
+        micro.mixture.update(dict.fromkeys(micro.mixture, 0.0) | mixture)
+        (tmp_path / "config.json").write_text(save_config(micro))
+        return model_card(TrainedRun(tmp_path, micro, tokenizer, 12, {}, None), plain=False)
+
+    text = card(causal=0.5, masked_diffusion=0.5)
+    assert "\nPosition i predicts token i + 1, so the prediction for a masked token is" in text
+    assert "changes the target" not in text
+    text = card(causal=0.5, diverse_causal=0.25, next_all=0.25)
+    assert "\nWithout mode tokens, position i predicts token i + 1" in text
+    assert (
+        "A mode token in place of a document's first token changes the target: with `diverse_causal`, "
+        "position i predicts x_{i+d}, d drawn for each row; with `next_all`, position i predicts one of "
+        "x_{i+1} .. x_n, drawn at random."
+    ) in text

@@ -108,6 +108,14 @@ def test_unknown_keys_and_wrong_types_raise(values):
         apply(micro_config(), values)
 
 
+@pytest.mark.parametrize("key", ["objectives.causal.wieght", "pairs.mir.casual", "mixture.casual"])
+def test_the_error_of_an_unknown_key_names_the_list_of_its_section(key):
+    with pytest.raises(UserError) as caught:
+        apply(micro_config(), {key: 1.0})
+    assert str(caught.value).startswith(f"unknown config key {key!r} in the grid; ")
+    assert "docs/objectives.md for those of mixture, objectives and pairs" in str(caught.value)
+
+
 def test_alpha_is_rejected_if_every_source_has_its_own_mixture():
     config = two_sources()
     assert apply(config, {"alpha": 0.5, "sources.small.share": 0.5}).sources.small.share == 0.5
