@@ -23,9 +23,10 @@ import numpy as np
 from absl import flags
 
 from dualsm.data.batches import BatchSource, OrderedDocuments, read_batches
-from dualsm.data.corpus import MANIFEST, Corpus, sha256
+from dualsm.data.corpus import MANIFEST, Corpus
 from dualsm.data.document_lengths import index_lengths, record_count
 from dualsm.data.sequence_order import SequenceOrder
+from dualsm.data.verification import sha256
 from dualsm.process import cli
 from dualsm.process.progress import say, table
 

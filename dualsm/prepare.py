@@ -12,7 +12,7 @@ from absl import flags
 
 from dualsm.data.build import Recipe, build
 from dualsm.data.domains import FILE_DOMAIN
-from dualsm.data.inputs import FORMATS, SUFFIXES
+from dualsm.data.inputs import BABYLM_SUFFIXES, FORMATS, SUFFIXES
 from dualsm.data.recipe import DEDUPLICATE
 from dualsm.data.streams import COMPRESSIONS, SPLITS
 from dualsm.devices.chips import usable_cores
@@ -50,7 +50,8 @@ _SPLIT = flags.DEFINE_enum(
     Recipe.split,
     ["auto", *SPLITS],
     "documents of a text file: its lines, its blocks between blank lines, the whole file, or paragraphs "
-    "merged up to about 2 kB; auto: paragraphs for a single file, otherwise the whole file",
+    "merged up to about 2 kB; auto: paragraphs for a single file and for "
+    f"{', '.join(BABYLM_SUFFIXES)} files, otherwise the whole file",
 )
 _TEXT_KEY = flags.DEFINE_string(
     "text_key",
@@ -90,7 +91,8 @@ _DECONTAMINATE_WORDS = flags.DEFINE_integer(
 _MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
     "max_document_bytes",
     Recipe.max_document_bytes,
-    "drop longer documents",
+    "drop documents with more bytes of text; in JSON the limit is on the line or object with all its fields, "
+    "in .bin files on the number of token ids",
     lower_bound=1,
     upper_bound=1 << 31,
 )

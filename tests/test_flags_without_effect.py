@@ -139,8 +139,12 @@ def test_skipped_measurements_need_no_held_out_text():
     ("options", "message"),
     [
         (
+            {"vocab_size": 384, "tokenizer": "t.model", "tokenizer_bytes": 9},
+            "--tokenizer_bytes=9 has no effect with --tokenizer; pass --vocab_size=N instead of --tokenizer",
+        ),
+        (
             {"tokenizer": "t.model", "tokenizer_bytes": 9},
-            "--tokenizer_bytes=9 has no effect; pass --vocab_size=N",
+            "--tokenizer_bytes=9 has no effect with --tokenizer; pass --vocab_size=N instead of --tokenizer",
         ),
         (
             {"vocab_size": 384, "text_key": "body"},

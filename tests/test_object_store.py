@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from dualsm.data import build
 from dualsm.data.batches import BatchSource, OrderedDocuments
 from dualsm.data.corpus import Corpus
 from dualsm.data.sequence_order import SequenceOrder
-from dualsm.process import urls
+from dualsm.exchange import average_checkpoints, import_huggingface, import_reference
+from dualsm.process import output, urls
+from dualsm.process.errors import UserError
 from dualsm.process.paths import files_in, upload, user_path
 from tests.conftest import ROOT, command_env, run_command
 from tests.data.reading import read
@@ -158,6 +161,54 @@ def test_the_requests_of_a_start_do_not_depend_on_the_number_of_shards(store, js
     assert requests[24] <= requests[8] + 2, requests  # the manifest is longer
 
 
+def test_prepare_starts_over_after_an_interrupted_upload(store, jsonl, tmp_path, monkeypatch):
+    recipe = build.Recipe(input=str(jsonl), vocab_size=512, valid_fraction=0.05)
+    remote = f"{HOME}/interrupted"
+
+    def upload_some(folder, target, last):
+        for path in pathlib.Path(folder).glob("[mv]*"):  # the manifest and the files of a split
+            path.unlink()
+        upload(folder, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(output, "upload", upload_some)
+        build.build(recipe, remote, workers=1, quiet=True)
+    user_path(f"{remote}/old").write_text("of the interrupted upload")
+    assert (user_path(remote) / ".incomplete").exists()
+    build.build(recipe, remote, workers=1, quiet=True)
+    names = {path.name for path in files_in(remote)}
+    assert "manifest.json" in names and not names & {"old", ".incomplete"}
+    expected = build.build(recipe, str(tmp_path / "local"), workers=1, quiet=True)
+    assert Corpus(remote).identity == expected["identity"]
+
+    user_path(f"{remote}/.incomplete").write_text("")  # only the removal of this object was interrupted
+    assert build.build(recipe, remote, workers=1, quiet=True) == expected
+    assert {path.name for path in files_in(remote)} == names
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda source, target: import_huggingface.load(source, "", None, target),
+        lambda source, target: import_reference.load(source, "", None, target),
+        lambda source, target: average_checkpoints.write(source, [], 2, target),
+    ],
+    ids=["huggingface", "reference", "average"],
+)
+def test_convert_removes_an_interrupted_upload_before_it_checks_the_folder(store, tmp_path, write):
+    target = user_path(f"{HOME}/interrupted run")
+    for name in (".incomplete", "source.json"):
+        (target / name).write_text("")
+    with pytest.raises(UserError, match="nothing"):  # the source does not exist
+        write(tmp_path / "nothing", target)
+    assert not files_in(target)
+    (target / "config.json").write_text("")
+    with pytest.raises(UserError, match="already exists"):
+        write(tmp_path / "nothing", target)
+    (target / "config.json").unlink()
+
+
 def test_parquet_files_in_a_bucket_are_streamed(store, tmp_path, monkeypatch):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     texts = [f"text {i}" for i in range(3000)]
@@ -206,6 +257,8 @@ def test_export_import_and_average(run, tmp_path):
                 "dualsm.convert", "import", f"--format={form}", f"--weights={output}", f"--workdir={imported}"
             )
             command("dualsm.sample", f"--workdir={imported}", "--tokens=2", "--prompt=a")
+    for name in (".incomplete", "source.json"):  # of an interrupted upload
+        (user_path(HOME) / "mean" / name).write_text("")
     command("dualsm.convert", "average", f"--workdir={run}", "--last=2", f"--output={HOME}/mean")
     command("dualsm.sample", f"--workdir={HOME}/mean", "--tokens=2", "--prompt=a")
     assert (user_path(HOME) / "mean" / "config.json").exists()

@@ -27,6 +27,7 @@ from dualsm import __version__
 from dualsm.data import corpus, inputs, near_duplicates, round_trip
 from dualsm.data.bucket_files import read_bucket
 from dualsm.data.buckets import NGRAMS, Counts, Scatter
+from dualsm.data.damaged_corpus import DamagedCorpus
 from dualsm.data.decontamination import TaskNgrams
 from dualsm.data.document_lengths import index_lengths
 from dualsm.data.domains import WITHOUT_FIELDS, check_formats
@@ -36,9 +37,10 @@ from dualsm.data.sentencepiece_tokenizer import train_tokenizer
 from dualsm.data.shards import Shard, write_shards
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
+from dualsm.data.verification import sha256
 from dualsm.data.workers import worker_pool
 from dualsm.process.errors import UserError
-from dualsm.process.output import new_folder
+from dualsm.process.output import new_folder, remove_interrupted_upload
 from dualsm.process.paths import user_path
 from dualsm.process.progress import bar, say
 from dualsm.process.urls import file_name, without_queries
@@ -65,7 +67,7 @@ def build(
         (`evaluation.task_texts.read_task_texts`).
 
     Raises:
-      UserError: for invalid input, or if `output` exists and is not the same corpus.
+      UserError: for invalid input, or if `output` exists and is not the same corpus or is damaged.
     """
     recipe.check()
     if bool(recipe.decontaminate) != bool(task_texts):
@@ -103,8 +105,10 @@ def build(
     fingerprint = _fingerprint(train_files, valid_files) | (
         {"tasks_sha256": ngrams.sha256()} if ngrams else {}
     )
+    remove_interrupted_upload(target, corpus.MANIFEST)
     if target.exists():
         manifest = _existing_manifest(recipe, target, fingerprint)
+        _check_files(target)
         if not quiet:
             say(f"{target} already contains this corpus; nothing to do")
         return manifest
@@ -163,6 +167,7 @@ def _existing_manifest(recipe: Recipe, target: epath.Path, fingerprint: dict) ->
         if "vocabulary" in arguments:  # the key in earlier versions
             arguments["vocab_size"] = arguments.pop("vocabulary")
         same_recipe = defaults | arguments == dataclasses.asdict(recipe)  # earlier versions lack options
+        same_recipe &= manifest["format"] == corpus.FORMAT
         same_files = all(
             manifest.get(key, value) == value for key, value in fingerprint.items() if key != "tasks_sha256"
         )
@@ -183,6 +188,17 @@ def _existing_manifest(recipe: Recipe, target: epath.Path, fingerprint: dict) ->
             f"size from the {fingerprint['files_read']} files given now; remove it or choose another"
         )
     return manifest
+
+
+def _check_files(target: epath.Path) -> None:
+    """Raises `UserError` if files of an existing corpus are missing or damaged. Reads no shard."""
+    try:
+        corpus.Corpus(str(target)).check_small_files()
+    except DamagedCorpus as error:
+        raise UserError(
+            f"--output={target} holds a damaged copy of this corpus ({error.damage}); remove it and run the "
+            "same command again"
+        ) from error
 
 
 def _train_tokenizer(recipe: Recipe, folder: Path, buckets: int, quiet: bool) -> Tokenizer:
@@ -212,7 +228,7 @@ def _write_domains(folder: Path, names: list[str]) -> dict:
     return {
         "domains": dict(zip(domains.tolist(), count_D.tolist(), strict=True)),
         "document_domains": path.name,
-        "document_domains_sha256": corpus.sha256(path),
+        "document_domains_sha256": sha256(path),
     }
 
 
@@ -233,14 +249,14 @@ def _manifest(
         (folder / index).write_bytes(index_lengths(lengths_N).tobytes())
         keys = ["documents", "tokens", "bytes", "words"] + ["gzip_bytes"] * (split == "valid")
         splits[split] = {key: sum(entry[key] for entry in entries) for key in keys}
-        splits[split] |= {"lengths": name, "lengths_sha256": corpus.sha256(folder / name)}
-        splits[split] |= {"lengths_index": index, "lengths_index_sha256": corpus.sha256(folder / index)}
+        splits[split] |= {"lengths": name, "lengths_sha256": sha256(folder / name)}
+        splits[split] |= {"lengths_index": index, "lengths_index_sha256": sha256(folder / index)}
         splits[split]["shards"] = entries
     bytes_N = np.concatenate([shard.bytes["valid"] for shard in shards if "valid" in shard.bytes])
     (folder / "valid-bytes.int64").write_bytes(bytes_N.tobytes())
     splits["valid"] |= {
         "document_bytes": "valid-bytes.int64",
-        "document_bytes_sha256": corpus.sha256(folder / "valid-bytes.int64"),
+        "document_bytes_sha256": sha256(folder / "valid-bytes.int64"),
     }
     if recipe.domain_key:
         splits["valid"] |= _write_domains(folder, [name for shard in shards for name in shard.domains])

@@ -13,10 +13,12 @@ from concurrent import futures
 
 from etils import epath
 
+from dualsm.data.damaged_corpus import DamagedCorpus
+from dualsm.data.document_lengths import open_lengths
 from dualsm.data.documents import Documents, token_dtype
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
-from dualsm.data.verification import Verification, check_hash, sha256
+from dualsm.data.verification import Verification, check_hash
 from dualsm.process.errors import UserError
 from dualsm.process.paths import sizes_in, user_path
 
@@ -70,7 +72,8 @@ class Corpus:
 
         Raises:
           CorpusNotFound: if `path` contains no corpus.
-          UserError: if the corpus is not complete.
+          DamagedCorpus: if a file is missing, or the manifest or the size of a shard is wrong.
+          UserError: if the corpus has another format.
         """
         self.folder = user_path(path)
         self._verification: Verification | None = None
@@ -82,19 +85,17 @@ class Corpus:
                 "make a corpus with `python -m dualsm.prepare --input=... --output=...`"
             ) from error
         except ValueError as error:
-            raise UserError(f"{self.folder / MANIFEST} is not JSON ({error}); copy it again") from error
+            raise DamagedCorpus(f"{self.folder / MANIFEST} is not JSON ({error})") from error
         try:
             self._check()
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.folder / MANIFEST} is damaged ({error!r}); copy the corpus again"
-            ) from error
+            raise DamagedCorpus(f"{self.folder / MANIFEST} is damaged ({error!r})") from error
 
     def _check(self) -> None:
         if self.manifest["format"] != FORMAT:
             raise UserError(
                 f"corpus {self.folder} has format {self.manifest['format']}, but this version of dualsm "
-                f"reads format {FORMAT}; prepare the corpus again"
+                f"reads format {FORMAT}; remove the folder and prepare the corpus again"
             )
         self.vocab_size: int = _positive(self.manifest["vocabulary"])
         self.identity: str = _text(self.manifest["identity"])
@@ -106,19 +107,35 @@ class Corpus:
                 _text(split[f"{key}_sha256"])
             for name in [split[key] for key in _array_keys(split)] + [s["file"] for s in split["shards"]]:
                 if not re.fullmatch(r"\w[\w.-]*", name):
-                    raise UserError(
-                        f"{self.folder / MANIFEST} refers to {name!r}, which is outside the corpus folder; "
-                        "copy it again"
+                    raise DamagedCorpus(
+                        f"{self.folder / MANIFEST} refers to {name!r}, which is outside the corpus folder"
                     )
             for count in split.get("domains", {}).values():
                 _positive(count), _text(split["document_domains"])
             for shard in split["shards"]:
                 _text(shard["sha256"]), _positive(shard["documents"]), _positive(shard.get("records", 1))
         sizes = sizes_in(self.folder)
-        for shard in (shard for name in SPLITS for shard in self.manifest["splits"][name]["shards"]):
+        splits = [self.manifest["splits"][name] for name in SPLITS]
+        for shard in (shard for split in splits for shard in split["shards"]):
             if sizes.get(shard["file"]) != shard["size"]:
-                path = self.folder / shard["file"]
-                raise UserError(f"corpus shard {path} is missing or truncated; prepare the corpus again")
+                raise DamagedCorpus(f"corpus shard {self.folder / shard['file']} is missing or truncated")
+        for name in [TOKENIZER] + [split[key] for split in splits for key in _array_keys(split)]:
+            if name not in sizes:
+                raise DamagedCorpus(f"corpus file {self.folder / name} is missing")
+
+    def check_small_files(self) -> None:
+        """Checks the tokenizer and the files beside the shards, whose sizes were checked on opening.
+
+        Reads neither shards nor, if they have an index, the lengths of the documents: their size is checked.
+
+        Raises:
+          DamagedCorpus: if a file has changed. The message names the file.
+          BucketError: if a bucket does not answer.
+        """
+        check_hash(self.folder / TOKENIZER, self.manifest["tokenizer_sha256"])
+        for split in SPLITS:
+            self._check_arrays(split)
+            open_lengths(self.folder, self.manifest["splits"][split])
 
     def verify(self, split: str) -> None:
         """Reads every shard of a split and the lengths of its documents, and checks their hashes.
@@ -127,7 +144,7 @@ class Corpus:
         read, and also finds shards that were replaced.
 
         Raises:
-          UserError: if the hash of a file has changed. The message names the file.
+          DamagedCorpus: if the hash of a file has changed. The message names the file.
         """
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             for _ in pool.map(check_hash, *zip(*self._hashes(split).items(), strict=True)):
@@ -163,29 +180,23 @@ class Corpus:
 
     def documents(self, split: str) -> Documents:
         """Returns the documents of the split "train" or "valid"."""
+        self._check_arrays(split)
+        entry = self.manifest["splits"][split]
+        return Documents(self.folder, entry, token_dtype(self.vocab_size), self._check_verification)
+
+    def _check_arrays(self, split: str) -> None:
+        """Raises `DamagedCorpus` if a file beside the shards of a split has changed."""
         entry = self.manifest["splits"][split]
         for key in _array_keys(entry):
             if key == "lengths" and "lengths_index" in entry:
                 continue  # each group of lengths is checked when it is read
-            self._check_array(self.folder / entry[key], entry[f"{key}_sha256"])
-        return Documents(self.folder, entry, token_dtype(self.vocab_size), self._check_verification)
-
-    @staticmethod
-    def _check_array(path: epath.Path, expected: str) -> None:
-        """Raises `UserError` if a file is missing or has changed."""
-        try:
-            changed = sha256(path) != expected
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}; copy it again") from error
-        if changed:
-            raise UserError(f"{path} is damaged (its hash has changed); copy or prepare the corpus again")
+            check_hash(self.folder / entry[key], entry[f"{key}_sha256"])
 
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer of the corpus."""
         tokenizer = load_tokenizer(str(self.folder / TOKENIZER))
         if tokenizer.sha256() != self.manifest["tokenizer_sha256"]:
-            raise UserError(
-                f"{self.folder / TOKENIZER} is not the tokenizer that the corpus was prepared with; "
-                "copy the corpus again"
+            raise DamagedCorpus(
+                f"{self.folder / TOKENIZER} is not the tokenizer that the corpus was prepared with"
             )
         return tokenizer

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from etils import epath
 
+from dualsm.data.damaged_corpus import DamagedCorpus
 from dualsm.process.errors import BucketError, UserError
 from dualsm.process.paths import open_binary, read_ranges, retry, size_and_time
 
@@ -97,7 +98,8 @@ class DocumentLengths:
         """Returns the lengths of the documents in the given groups, one group after the other, int32.
 
         Raises:
-          UserError: if the file of lengths is damaged.
+          DamagedCorpus: if the file of lengths is damaged.
+          UserError: if it cannot be read.
           BucketError: if a bucket does not answer.
         """
         return np.concatenate(self._read_groups(group_K))
@@ -119,7 +121,8 @@ def open_lengths(folder: epath.Path, split: dict, group_size: int = GROUP_SIZE) 
       group_size: documents per group; that of the index.
 
     Raises:
-      UserError: if a file is missing or damaged.
+      DamagedCorpus: if a file is damaged.
+      UserError: if a file cannot be read.
       BucketError: if a bucket does not answer.
     """
     path, documents = folder / split["lengths"], sum(shard["documents"] for shard in split["shards"])
@@ -132,9 +135,9 @@ def open_lengths(folder: epath.Path, split: dict, group_size: int = GROUP_SIZE) 
             else:
                 index_Mx3 = retry(lambda: _index_file(path, group_size), path)
     except ValueError as error:
-        raise UserError(f"the index of {path} is damaged ({error}); copy the corpus again") from error
+        raise DamagedCorpus(f"the index of {path} is damaged ({error})") from error
     if (size, len(index_Mx3)) != (documents * _DTYPE.itemsize, -(-documents // group_size)):
-        raise UserError(f"{path} or its index does not match the shards; copy or prepare the corpus again")
+        raise DamagedCorpus(f"{path} or its index does not match the shards")
 
     def read_groups(group_K: Sequence[int]) -> list[np.ndarray]:
         group_bytes = group_size * _DTYPE.itemsize
@@ -143,9 +146,7 @@ def open_lengths(folder: epath.Path, split: dict, group_size: int = GROUP_SIZE) 
             contents = retry(lambda: read_ranges(path, ranges), path)
         for content, expected in zip(contents, index_Mx3[group_K, 2].tolist(), strict=True):
             if zlib.crc32(content) != expected:
-                raise UserError(
-                    f"{path} is damaged (a checksum has changed); copy or prepare the corpus again"
-                )
+                raise DamagedCorpus(f"{path} is damaged (a checksum has changed)")
         return [np.frombuffer(content, _DTYPE) for content in contents]
 
     return DocumentLengths(documents, index_Mx3, read_groups, group_size)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
+from dualsm.data.damaged_corpus import DamagedCorpus
 from dualsm.data.document_lengths import RECORD_TOKENS, open_lengths
 from dualsm.data.record_index import RecordIndex
 from dualsm.data.record_reader import RecordReader
-from dualsm.process.errors import UserError
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -48,7 +48,8 @@ class Documents:
           check: called before each read; raises `UserError` if the corpus is known to be damaged.
 
         Raises:
-          UserError: if a file is damaged, or the files do not match.
+          DamagedCorpus: if a file is damaged, or the files do not match.
+          UserError: if a file cannot be read, or a process cannot open as many files as there are shards.
         """
         self.tokens: int = split["tokens"]
         self.bytes: int = split["bytes"]
@@ -64,19 +65,14 @@ class Documents:
         shards = [folder / shard["file"] for shard in split["shards"]]
         self._records = RecordReader(shards, self._count_records(split["shards"]))
         if (self.lengths.records, self.lengths.tokens) != (len(self._records), self.tokens):
-            raise UserError(
-                f"corpus {folder}: {split['lengths']} does not match the shards; prepare the corpus again"
-            )
+            raise DamagedCorpus(f"corpus {folder}: {split['lengths']} does not match the shards")
         if self.bytes_N is not None and (len(self.bytes_N), self.bytes_N.sum()) != (len(self), self.bytes):
-            raise UserError(
-                f"corpus {folder}: {split['document_bytes']} does not match the shards; prepare it again"
-            )
+            raise DamagedCorpus(f"corpus {folder}: {split['document_bytes']} does not match the shards")
         if self.domain_N is not None:
             counts = np.bincount(self.domain_N, minlength=len(self.domains)).tolist()
             if len(self.domain_N) != len(self) or counts != list(split["domains"].values()):
-                raise UserError(
-                    f"corpus {folder}: {split['document_domains']} does not match the manifest; prepare it "
-                    "again"
+                raise DamagedCorpus(
+                    f"corpus {folder}: {split['document_domains']} does not match the manifest"
                 )
 
     def __len__(self) -> int:
@@ -98,7 +94,7 @@ class Documents:
           One array of tokens per segment.
 
         Raises:
-          UserError: if a shard is missing or damaged; the message names it.
+          DamagedCorpus: if a shard is missing or damaged; the message names it.
           BucketError: if a bucket does not answer.
         """
         self._check()

@@ -69,9 +69,10 @@ def read_blocks(
     Args:
       path: the file.
       text_key: columns of the text in a .csv, .tsv, .parquet or .arrow file.
-      max_bytes: longer documents are not read; their items are None.
-      divide: with `split="auto"`, merge the paragraphs of a text file into documents; otherwise the file is
-        one document.
+      max_bytes: longer documents are not read; their items are None, or faults in JSON. The limit is on the
+        bytes of the text, of the line or object in JSON, and on the number of ids in a .bin file.
+      divide: with `split="auto"`, merge the paragraphs of a text file into documents, as is always done for
+        files with a suffix in `inputs.BABYLM_SUFFIXES`; otherwise the file is one document.
       file_format: one of `inputs.FORMATS`; "auto": the suffix determines the format.
       split: one of `streams.SPLITS`, the documents of a text file.
       domain_key: column of the domain in a .csv, .tsv, .parquet or .arrow file.

@@ -24,7 +24,8 @@ class Recipe:
       tokenizer: tokenizer file to use instead of training one.
       tokenizer_bytes: bytes of text to train the tokenizer on.
       text_key: fields of the text in JSON, columns in CSV, Parquet and Arrow, separated by commas.
-      max_document_bytes: longer documents are dropped.
+      max_document_bytes: longer documents are dropped; bytes of the text, or in JSON of the line or object
+        with all of its fields, or token ids in Megatron-LM files.
       max_bad_fraction: maximum fraction of documents that may be unusable.
       format: format of the files; "auto": their suffixes determine it.
       decontaminate: folders or files of tasks; documents that share n-grams with their texts are dropped.
@@ -77,16 +78,18 @@ class Recipe:
         if self.near_words < 1:
             raise UserError(f"--near_words={self.near_words} must be at least 1")
         near, contaminated = self.deduplicate == "near", bool(self.decontaminate)
-        for flag, other, is_used in (
-            ("near_similarity", "deduplicate=near", near),
-            ("near_words", "deduplicate=near", near),
-            ("decontaminate_words", "decontaminate=FOLDER", contaminated),
-            ("tokenizer_bytes", "vocab_size=N", not self.tokenizer),
+        for flag, is_used, reason in (
+            ("near_similarity", near, "; pass --deduplicate=near also"),
+            ("near_words", near, "; pass --deduplicate=near also"),
+            ("decontaminate_words", contaminated, "; pass --decontaminate=FOLDER also"),
+            (
+                "tokenizer_bytes",
+                not self.tokenizer,
+                " with --tokenizer; pass --vocab_size=N instead of --tokenizer",
+            ),
         ):
             if not is_used and getattr(self, flag) != getattr(Recipe, flag):
-                raise UserError(
-                    f"--{flag}={getattr(self, flag)} has no effect; pass --{other} also, or remove it"
-                )
+                raise UserError(f"--{flag}={getattr(self, flag)} has no effect{reason}, or remove it")
         if self.decontaminate_words < 1:
             raise UserError(f"--decontaminate_words={self.decontaminate_words} must be at least 1")
         if bool(self.vocab_size) == bool(self.tokenizer):

@@ -11,6 +11,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from dualsm.data.damaged_corpus import DamagedCorpus
 from dualsm.process.errors import UserError
 from dualsm.process.paths import is_remote, retry, size_and_time
 
@@ -47,7 +48,7 @@ class RecordReader:
         """Returns the records with the given indices.
 
         Raises:
-          UserError: if a shard is missing or damaged; the message names it.
+          DamagedCorpus: if a shard is missing or damaged; the message names it.
           BucketError: if a bucket does not answer.
         """
         index_N = np.asarray(indices, np.int64)
@@ -79,9 +80,7 @@ class RecordReader:
             if _is_unreachable(path):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"corpus shard {path} is damaged or missing ({reason}); copy or prepare the corpus again"
-            ) from error
+            raise DamagedCorpus(f"corpus shard {path} is damaged or missing ({reason})") from error
 
     def _open(self, shard: int) -> ArrayRecordReader:
         """Returns the reader of a shard, which is replaced after an error."""
@@ -95,9 +94,9 @@ class RecordReader:
                 if not reader.ok():
                     reader.close()  # raises the error
                 if reader.num_records() != expected:
-                    raise UserError(
+                    raise DamagedCorpus(
                         f"corpus shard {path} is damaged (it has {reader.num_records()} records instead of "
-                        f"{expected}); copy or prepare the corpus again"
+                        f"{expected})"
                     )
                 self._readers[shard] = reader
             return reader
@@ -114,8 +113,9 @@ def _allow_open_files(count: int) -> None:
         return
     if hard < count + _OTHER_FILES:
         raise UserError(
-            f"the corpus has {count} shards, but a process may open at most {hard} files; raise the limit "
-            f"with `ulimit -Hn {count + _OTHER_FILES}` or more"
+            f"the corpus has {count} shards, but a process may open at most {hard} files; an administrator "
+            f"has to raise the hard limit of open files to {count + _OTHER_FILES} (nofile in limits.conf, "
+            "systemd LimitNOFILE, docker --ulimit nofile)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + count, hard), hard))
 

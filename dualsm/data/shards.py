@@ -18,6 +18,7 @@ from dualsm.data.document_lengths import RECORD_TOKENS, record_count
 from dualsm.data.documents import token_dtype
 from dualsm.data.tokenizer import Tokenizer
 from dualsm.data.tokenizer_file import load_tokenizer
+from dualsm.data.verification import sha256
 from dualsm.data.workers import map_in_order
 from dualsm.process.progress import bar
 
@@ -88,7 +89,7 @@ def _write_shard(folder: Path, buckets: int, bucket: int) -> Shard:
             "bytes": sum(map(len, texts)),
             "words": sum(len(text.decode("utf-8").split()) for text in texts),
             "size": path.stat().st_size,
-            "sha256": corpus.sha256(path),
+            "sha256": sha256(path),
         }
         if split == "valid":
             shard.splits[split]["gzip_bytes"] = sum(len(gzip.compress(text, 9)) for text in texts)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
+from dualsm.data.damaged_corpus import DamagedCorpus
 from dualsm.devices.chips import usable_cores
 from dualsm.process.errors import BucketError, UserError
 from dualsm.process.paths import retry
@@ -26,9 +27,12 @@ def sha256(path: epath.PathLike) -> str:
 
 
 def check_hash(path: epath.Path, expected: str) -> None:
-    """Raises `UserError`, naming the file, if its hash has changed or it cannot be read.
+    """Compares the hash of a file of a corpus with the expected one.
 
-    Raises `BucketError` if a bucket still fails after retries.
+    Raises:
+      DamagedCorpus: if the hash has changed; the message names the file.
+      UserError: if the file cannot be read.
+      BucketError: if a bucket still fails after retries.
     """
     try:
         found = retry(lambda: sha256(path), path)
@@ -39,9 +43,7 @@ def check_hash(path: epath.Path, expected: str) -> None:
             f"corpus file {path} cannot be read ({error}); check the disk, or copy the corpus again"
         ) from error
     if found != expected:
-        raise UserError(
-            f"corpus file {path} is damaged (its hash has changed); copy or prepare the corpus again"
-        )
+        raise DamagedCorpus(f"corpus file {path} is damaged (its hash has changed)")
 
 
 class Verification:

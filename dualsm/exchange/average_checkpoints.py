@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from dualsm.exchange.imported_run import write_run
+from dualsm.exchange.imported_run import check_workdir, write_run
 from dualsm.exchange.weights_source import read_source
 from dualsm.process.errors import UserError
-from dualsm.process.output import check_empty
 from dualsm.process.progress import say
 from dualsm.rundir.checkpoint_reader import checkpoint_steps
 from dualsm.rundir.trained_run import open_run
@@ -35,7 +34,7 @@ def write(workdir: epath.Path, steps: Sequence[int], last: int, output: epath.Pa
     Raises:
       UserError: if a checkpoint does not exist or `output` is in use.
     """
-    check_empty(output, "--output")
+    check_workdir(output, "--output")
     found = checkpoint_steps(workdir)
     if len(found) < last:
         raise UserError(

@@ -17,7 +17,6 @@ from dualsm.exchange.parameter_sources import Source, load_params, num_ids
 from dualsm.exchange.special_tokens import adapt_tokenizer
 from dualsm.exchange.weight_files import Weights, open_weights, read_json_object
 from dualsm.process.errors import UserError
-from dualsm.process.output import check_empty
 from dualsm.process.paths import user_path
 
 MAX_SEQ_LEN = 2048  # of a run that is imported without a config; models may allow far longer sequences
@@ -42,7 +41,7 @@ def load(
       UserError: if a file is missing or damaged, the model is not supported, weights, tokenizer and recipe do
         not match, or `workdir` is in use.
     """
-    check_empty(workdir, "--workdir")
+    imported_run.check_workdir(workdir)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"--weights={folder} has no config.json; pass a folder written by save_pretrained of transformers"
@@ -63,7 +62,7 @@ def load(
     known, notes = adapt_tokenizer(folder, path, size, mask_token)
     settings["never_predicted"] = token_ids.never_predicted(known, size)
     longest = _max_position_embeddings(content)
-    config = imported_run.fit_config(recipe, settings, known, min(longest, MAX_SEQ_LEN))
+    config = imported_run.fit_config(recipe, settings, known, min(longest, MAX_SEQ_LEN), adapted=True)
     params = load_params(weights, sources, imported_run.abstract_params(config), known.external_ids_V)
     source = {
         "format": "huggingface",

@@ -11,7 +11,6 @@ from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.exchange import imported_run, reference_format, token_ids
 from dualsm.exchange.parameter_sources import load_params, num_ids
 from dualsm.exchange.weight_files import open_weights, read_settings
-from dualsm.process.output import check_empty
 
 
 def load(path: Path, tokenizer: str, recipe: ConfigDict | None, workdir: epath.Path) -> str:
@@ -29,7 +28,7 @@ def load(path: Path, tokenizer: str, recipe: ConfigDict | None, workdir: epath.P
     Raises:
       UserError: if a file is damaged, weights, tokenizer and recipe do not match, or `workdir` is in use.
     """
-    check_empty(workdir, "--workdir")
+    imported_run.check_workdir(workdir)
     weights = open_weights(path)
     sources, dropped = reference_format.parameter_sources(weights.tensors)
     declared = read_settings(weights)

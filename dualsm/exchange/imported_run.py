@@ -17,7 +17,7 @@ from dualsm.data.tokenizer import Tokenizer
 from dualsm.devices import sharding
 from dualsm.model.transformer import init_params
 from dualsm.process.errors import UserError
-from dualsm.process.output import new_folder
+from dualsm.process.output import check_empty, new_folder, remove_interrupted_upload
 from dualsm.rundir.checkpoint import abstract
 from dualsm.rundir.weights_checkpoint import save_weights
 from dualsm.rundir.workdir import CONFIG, SOURCE
@@ -25,8 +25,18 @@ from dualsm.training.run_corpora import open_corpora
 from dualsm.training.start import complete
 
 
+def check_workdir(workdir: epath.Path, flag: str = "--workdir") -> None:
+    """Raises `UserError`, naming the flag, if `write_run` could not create the run directory."""
+    remove_interrupted_upload(workdir, last=CONFIG)
+    check_empty(workdir, flag)
+
+
 def fit_config(
-    config: ConfigDict | None, settings: dict, tokenizer: Tokenizer, seq_len: int | None = None
+    config: ConfigDict | None,
+    settings: dict,
+    tokenizer: Tokenizer,
+    seq_len: int | None = None,
+    adapted: bool = False,
 ) -> ConfigDict:
     """Returns the config of a run with imported weights.
 
@@ -35,6 +45,7 @@ def fit_config(
       settings: values of `config.model` that the weights determine, by flattened key.
       tokenizer: tokenizer of the weights.
       seq_len: sequence length of the weights, used if `config` is None.
+      adapted: True if the tokenizer differs from its file, see `special_tokens.adapt_tokenizer`.
 
     Raises:
       UserError: if the config is for a different model, or its corpus has a different tokenizer.
@@ -57,9 +68,15 @@ def fit_config(
     if config.data.path or config.sources:
         corpora = open_corpora(config)
         if corpora[0].corpus.manifest["tokenizer_sha256"] != tokenizer.sha256():
+            advice = "prepare it again with --tokenizer set to that file"
+            if adapted:
+                advice = (
+                    "import without --config first, and prepare it again with "
+                    f"--tokenizer=WORKDIR/{TOKENIZER} of that run"
+                )
             raise UserError(
-                f"the corpus {corpora[0].source.corpus} was not prepared with the tokenizer of the weights; "
-                "prepare it again with --tokenizer set to that file"
+                f"the corpus {corpora[0].source.corpus} was not prepared with the tokenizer of the "
+                f"{'imported run' if adapted else 'weights'}; {advice}"
             )
         config = complete(config, corpora)
     return config

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dualsm.data.corpus import sha256
+from dualsm.data.verification import sha256
 from dualsm.exchange.safetensors_file import SafetensorsFile, load_safetensors
 from dualsm.exchange.tensor_info import DTYPES, TensorInfo
 from dualsm.exchange.torch_file import TorchFile

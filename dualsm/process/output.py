@@ -92,7 +92,8 @@ def new_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]:
     rename is not atomic, the files are uploaded one by one and the file `last`, without which no command
     reads the folder, is written after all others. If the upload fails, the temporary folder is kept and the
     error names it. An interrupted upload leaves an object `.incomplete`, and the next call with the same
-    target deletes the leftovers. Concurrent calls with the same target in a bucket are not detected.
+    target deletes the leftovers. Callers that check the target earlier call `remove_interrupted_upload`
+    first. Concurrent calls with the same target in a bucket are not detected.
 
     Locally, also removes temporary folders of processes that died. Each process locks a file in its folder:
     a held lock means that the process is alive, also on other machines and in containers that share the
@@ -140,7 +141,7 @@ def new_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def _uploaded_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]:
     """Yields a temporary folder, which is uploaded if the block succeeds and kept if the upload fails."""
-    _remove_interrupted_upload(target, last)
+    remove_interrupted_upload(target, last)
     check_empty(target, flag)
     write_object(target / _INCOMPLETE, b"")  # the bucket must be writable before the work starts
     _remove_object(target / _INCOMPLETE)
@@ -165,8 +166,16 @@ def _remove_object(path: epath.Path) -> None:
     retry(lambda: path.unlink(missing_ok=True), path)
 
 
-def _remove_interrupted_upload(target: epath.Path, last: str) -> None:
-    if not (target / _INCOMPLETE).exists():
+def remove_interrupted_upload(target: epath.Path, last: str) -> None:
+    """Deletes the leftovers of an interrupted upload to a folder in a bucket; keeps a complete folder.
+
+    Does nothing for a local folder.
+
+    Args:
+      target: the folder.
+      last: as in `new_folder`.
+    """
+    if not is_remote(target) or not (target / _INCOMPLETE).exists():
         return
     if (target / last).exists():  # only the removal of the object was interrupted
         (target / _INCOMPLETE).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from dualsm.training.run_corpora import RunCorpus
 
 INEXACT_BYTES = (
     "the corpus does not store the sizes of its documents, so bits per byte use the bytes of the tokens; "
-    "prepare the corpus again for exact values"
+    "prepare the corpus again in another folder for exact values"
 )
 _DOCUMENTS_PER_READ = 1024
 

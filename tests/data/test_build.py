@@ -4,6 +4,8 @@ import gzip
 import json
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import time
 
@@ -344,6 +346,58 @@ def test_a_corpus_of_an_earlier_version_is_recognized_by_its_arguments(tmp_path,
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
     with pytest.raises(UserError, match="was not created by this command"):
         make(tmp_path, input=str(tmp_path / "b.jsonl"))
+
+
+def delete(path):
+    path.unlink()
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 4)
+
+
+def change(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "pattern"),
+    [
+        (delete, "train-*.array_record"), (truncate, "valid-*.array_record"), (delete, "tokenizer.model"),
+        (change, "tokenizer.model"), (truncate, "train-lengths.int32"), (delete, "valid-lengths.int32"),
+        (change, "train-lengths-index.int64"), (truncate, "valid-bytes.int64"), (delete, "valid-bytes.int64"),
+    ],
+)  # fmt: skip
+def test_a_damaged_output_is_reported_and_can_be_prepared_again(tmp_path, texts, damage, pattern):
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    make(tmp_path, input=path)
+    file = sorted((tmp_path / "corpus").glob(pattern))[0]
+    intact = file.read_bytes()
+    damage(file)
+    expected = f"--output={tmp_path}/corpus holds a damaged copy .*{file.name}.*; remove it and run the same"
+    with pytest.raises(UserError, match=expected) as error:
+        make(tmp_path, input=path)
+    assert "again, or" not in str(error.value)  # only one piece of advice
+    shutil.rmtree(tmp_path / "corpus")
+    make(tmp_path, input=path)
+    assert file.read_bytes() == intact
+
+
+def test_an_output_with_more_shards_than_open_files_is_not_damaged(tmp_path, texts, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    first = make(tmp_path, input=path)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
+    assert make(tmp_path, input=path) == first
+
+
+def test_an_output_in_another_format_is_not_kept(tmp_path, texts):
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    manifest = make(tmp_path, input=path) | {"format": 0}
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was not created by this command; remove it or choose another"):
+        make(tmp_path, input=path)
 
 
 def test_an_existing_output_prints_a_message(corpus_path, corpus, capsys):

@@ -5,6 +5,7 @@ import functools
 import json
 import operator
 import os
+import pickle
 import shutil
 import signal
 
@@ -13,6 +14,7 @@ import pytest
 from dualsm.data import record_reader, verification
 from dualsm.data.build import Recipe, build
 from dualsm.data.corpus import Corpus
+from dualsm.data.damaged_corpus import DamagedCorpus
 from dualsm.data.workers import worker_pool
 from dualsm.process import paths
 from dualsm.process.errors import BucketError, UserError
@@ -51,6 +53,25 @@ def test_a_flipped_bit_in_a_shard_is_detected(small, copy):
         except UserError:
             detected += 1
     assert detected > 50
+
+
+def test_the_advice_for_a_damaged_corpus_is_to_remove_it_first():
+    """`prepare` would not write into its folder."""
+    error = DamagedCorpus("the file is missing")
+    for copy in (error, pickle.loads(pickle.dumps(error))):
+        assert str(copy) == (
+            "the file is missing; copy the corpus again, or remove its folder and prepare it again"
+        )
+        assert copy.damage == "the file is missing"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "train-lengths.int32", "train-lengths-index.int64", "valid-bytes.int64"]
+)
+def test_a_missing_file_is_reported_at_the_start(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(DamagedCorpus, match=f"corpus file {copy / name} is missing; .*remove its folder"):
+        Corpus(str(copy))
 
 
 @pytest.mark.parametrize("part", ["record", "index"])
@@ -95,9 +116,9 @@ def test_an_unexpected_exception_of_a_verification_thread_is_raised(small, monke
     def fail(path):
         raise RuntimeError("503 of the bucket")
 
-    monkeypatch.setattr(verification, "sha256", fail)
     corpus = Corpus(str(small))
     documents = corpus.documents("train")
+    monkeypatch.setattr(verification, "sha256", fail)
     corpus.start_verification()
     with pytest.raises(RuntimeError, match="503"):
         corpus.finish_verification()

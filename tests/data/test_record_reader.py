@@ -147,7 +147,7 @@ def test_a_missing_or_truncated_shard_is_reported_at_the_start(copy, left):
         shard.unlink()
     else:
         os.truncate(shard, left)
-    with pytest.raises(UserError, match=f"corpus shard {shard} is missing or truncated"):
+    with pytest.raises(UserError, match=f"{shard} is missing or truncated; .* remove its folder"):
         Corpus(str(copy))
 
 

@@ -21,7 +21,7 @@ from dualsm.training.loop import train
 from tests.conftest import ROOT, run_command
 from tests.micro import micro_config
 
-from .conftest import VOCABULARY
+from .conftest import VOCABULARY, make_tokenizer_json
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(ROOT / ".pytest_cache" / "hf_modules")}
 torch = pytest.importorskip("torch", reason="torch is not installed (extra test-hf)")
@@ -208,6 +208,24 @@ def test_commands_import_and_export(folder, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+
+
+def test_the_advice_for_a_corpus_of_another_tokenizer_works(documents, corpus_path, jsonl, tmp_path):
+    """The import adds special tokens, so no corpus of the tokenizer in the folder can match."""
+    model, special = make_model("llama", bos_token_id=0, eos_token_id=0), ["<|endoftext|>"]
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(make_tokenizer_json(documents[:200], special))
+    load(tmp_path / "model", "", None, tmp_path / "first")
+    config = micro_config(corpus_path)
+    config.model = open_run(tmp_path / "first").config.model
+    advice = "import without --config first, and prepare it again with --tokenizer=WORKDIR/tokenizer.model"
+    with pytest.raises(UserError, match=f"{corpus_path} was not prepared .*; {advice} of that run"):
+        load(tmp_path / "model", "", config, tmp_path / "second")
+    recipe = Recipe(input=str(jsonl), tokenizer=str(tmp_path / "first" / "tokenizer.model"))
+    build(recipe, str(tmp_path / "corpus"), workers=1, quiet=True)
+    config.data.path = str(tmp_path / "corpus")
+    load(tmp_path / "model", "", config, tmp_path / "second")
+    assert open_run(tmp_path / "second").config.data.path == str(tmp_path / "corpus")
 
 
 def test_imported_model_trains_in_a_fork_and_keeps_its_family(tokenizer_json, jsonl, tmp_path):
