@@ -84,19 +84,22 @@ def _text(error: BaseException) -> str:
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 
+def configs_folder() -> Path:
+    """Returns the folder of the configs that come with dualsm: in the installed package or in the checkout."""
+    package = Path(__file__).parents[1]
+    folder = package / "configs"
+    return folder if folder.is_dir() else package.parent / "configs"
+
+
 def find_configs(argv: Sequence[str]) -> list[str]:
     """Returns the arguments with `~` and `--config=dualsm:NAME` replaced by paths.
 
-    NAME is a config in `configs/`, in the installed package or in the checkout.
+    NAME is a config in `configs_folder()`.
 
     Raises:
       UserError: if the config does not exist.
     """
-    package = Path(__file__).parents[1]
-    folder = package / "configs"
-    if not folder.is_dir():
-        folder = package.parent / "configs"
-    found = []
+    folder, found = configs_folder(), []
     for before, argument in itertools.pairwise(["", *argv]):
         flag = next((start for start in ("--config=", "-config=") if argument.startswith(start)), "")
         if flag or before in ("--config", "-config"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from dualsm.objectives.sources import trained_sources
+from dualsm.process.cli import configs_folder
 from dualsm.process.errors import UserError
 from dualsm.process.paths import is_remote
 from dualsm.sweeps.sweep_folder import Sweep
@@ -51,9 +53,11 @@ def _slurm_array(sweep: Sweep, jobs: int | None) -> str:
 def _tpu_jobs(sweep: Sweep) -> str:
     """Returns commands that train each cell on a separate TPU slice and store the run in the bucket."""
     starts, fetches = [], []
+    own = re.escape(f"{configs_folder()}/")  # an absolute path, which slices do not have
     for number, cell in enumerate(sweep.cells):
         name = f"{sweep.folder.name}-{number}"
         train = [flag for flag in sweep.commands(cell)[0][2:] if not flag.startswith("--workdir=")]
+        train = [re.sub(rf"^--config={own}(\w+)\.py", r"--config=dualsm:\1", flag) for flag in train]
         starts.append(f"NAME={shlex.quote(name)} launch/tpu_vm.sh train {shlex.join(train)}")
         target = shlex.quote(str(sweep.path(cell)))
         fetches.append(f'#   gcloud storage cp -r "gs://$BUCKET/runs/{name}" {target}')

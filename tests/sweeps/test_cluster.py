@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 
 from dualsm.evaluation.spec import EvalSpec
+from dualsm.process.cli import find_configs
 from dualsm.process.errors import UserError
 from dualsm.rundir.workdir import read_config
 from dualsm.sweeps.cluster import job_list
@@ -115,3 +116,12 @@ def test_a_missing_corpus_of_held_out_text_is_named_by_its_config_key(tmp_path):
     assert [shlex.join(command).split()[1] for command in sweep.remaining(cell)] == ["dualsm.evaluate"]
     with pytest.raises(UserError, match="config.data.path: no corpus at 'nowhere'"):
         sweep.check()
+
+
+def test_configs_of_dualsm_have_no_path_of_this_machine_in_a_list_for_tpus(tmp_path):
+    (argument,) = find_configs(["--config=dualsm:tiny:alpha=0.5"])
+    recipe = argument.removeprefix("--config=")
+    assert os.path.isabs(recipe)
+    sweep = Sweep(epath.Path(tmp_path), recipe, {}, micro_config("x"), make_cells({"steps": [12]}), None)
+    text = job_list(sweep, "tpu")
+    assert "train --config=dualsm:tiny:alpha=0.5 " in text and recipe not in text
