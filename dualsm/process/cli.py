@@ -85,7 +85,7 @@ def _text(error: BaseException) -> str:
 
 
 def configs_folder() -> Path:
-    """Returns the folder of the configs that come with dualsm: in the installed package or in the checkout."""
+    """Returns the folder of dualsm's own configs, in the installed package or in the checkout."""
     package = Path(__file__).parents[1]
     folder = package / "configs"
     return folder if folder.is_dir() else package.parent / "configs"
