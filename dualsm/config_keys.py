@@ -212,9 +212,9 @@ KEYS = [
 
 # Keys that may change when a run is resumed, because they do not change what the model learns.
 FREE_KEYS = (
-    "checkpoint", "data.prefetch_steps", "data.path", "data.num_threads", "data.verify", "log", "mesh",
-    "per_device_batch_size", "gradient_accumulation_steps", "model.attention", "model.remat",
-    "max_consecutive_skips", "valid.every", "sources.*.corpus",
+    "checkpoint", "data.prefetch_steps", "data.path", "data.num_threads", "data.verify", "log.tensorboard",
+    "log.wandb", "mesh", "per_device_batch_size", "gradient_accumulation_steps", "model.attention",
+    "model.remat", "max_consecutive_skips", "valid.every", "sources.*.corpus",
 )  # fmt: skip
 
 # Keys that a run sets if they have these values.

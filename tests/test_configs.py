@@ -140,17 +140,18 @@ def test_arguments_are_parsed_by_type():
 
 def test_only_keys_that_change_learning_prevent_a_run_from_resuming():
     a, b = default_config(), default_config()
-    b.mesh.fsdp, b.log.every, b.checkpoint.max_to_keep, b.gradient_accumulation_steps, b.data.path = (
+    b.mesh.fsdp, b.log.wandb, b.checkpoint.max_to_keep, b.gradient_accumulation_steps, b.data.path = (
         4,
-        3,
+        "project",
         9,
         2,
         "elsewhere",
     )
     b.model.remat, b.valid.every = "full", 7
     assert difference(a, b) == []
-    b.optimizer.beta2, b.model.num_layers = 0.99, 5
-    assert difference(a, b) == ["model.num_layers: 4 -> 5", "optimizer.beta2: 0.95 -> 0.99"]
+    b.optimizer.beta2, b.model.num_layers, b.log.every = 0.99, 5, 3
+    changes = ["log.every: 10 -> 3", "model.num_layers: 4 -> 5", "optimizer.beta2: 0.95 -> 0.99"]
+    assert difference(a, b) == changes
 
 
 def test_keys_that_a_run_sets_may_be_unset_when_it_resumes():

@@ -76,6 +76,8 @@ def why_not_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str | 
     kernel = KERNELS.get(platform := sharding.platform())
     if kernel is None:
         return f"no kernel for {platform}"
+    if kernel == "splash" and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return "without a mesh, XLA cannot divide the kernel between devices"  # as in generation
     obstacle = _obstacle(kernel, q_shape, k_shape)
     return obstacle and f"the kernel {obstacle}"
 

@@ -211,6 +211,11 @@ class Checkpoints:
                 f"{'retrying' if last else next_} "
                 f"(config.checkpoint.{'final_retries' if last else 'max_failed_saves'})"
             )
+            if step in self._kept_steps:
+                warn(
+                    f"step {step} is a milestone of config.checkpoint.at_words; later attempts save later "
+                    "steps, so its checkpoint will be missing"
+                )
             with contextlib.suppress(Exception):
                 self._manager.close()
             self._reopen()

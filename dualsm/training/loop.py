@@ -70,8 +70,9 @@ def train(
     config, corpora, mesh = open_job(config, workdir)
     with distributed.together():
         run = _Run(config, workdir, corpora, mesh)
+    peak = Peak(mesh.local_devices[0], mesh.size)  # processes exchange messages
     with locked_workdir(config, workdir, corpora), jax.set_mesh(mesh), profiled(profile, workdir) as profiler:
-        finished = run.go(stop, profiler)
+        finished = run.go(peak, stop, profiler)
     if finished and distributed.is_main_process():
         scored = [corpus for _, corpus in corpora] if run.scores_all else []
         say("\n" + summarize(workdir, scored, config.log.tensorboard))
@@ -104,7 +105,6 @@ class _Run:
 
         attended_J = attended_shares(config, special)
         self.flops_J = np.array([train_flops(config.model, config.seq_len, a) for a in attended_J.tolist()])
-        self.peak = Peak(mesh.local_devices[0], mesh.size)
         self.validation, self.scores_all = None, False
         if scored := configs.valid_objectives(config):
             rows = rows_by_source(corpora, config.seq_len, config.valid.num_sequences)
@@ -119,7 +119,7 @@ class _Run:
                 {name: Validation(config, scored, special, part, mesh) for name, part in rows.items()}
             )
 
-    def go(self, stop: Callable[[int], bool], profiler: Profiler) -> bool:
+    def go(self, peak: Peak, stop: Callable[[int], bool], profiler: Profiler) -> bool:
         """Trains from the newest checkpoint until the end or until `stop`; returns True at the end."""
         with contextlib.closing(Checkpoints(self.workdir, self.config.checkpoint, self.kept)) as checkpoints:
             state = checkpoints.restore(self.abstract_state)
@@ -152,7 +152,7 @@ class _Run:
                     self.plan,
                     self.schedule,
                     [order.unique for _, order in self.ordered],
-                    self.peak,
+                    peak,
                     self.flops_J,
                     writer,
                 )
@@ -166,9 +166,10 @@ class _Run:
                 )
 
     def _is_unscored(self, first: int) -> bool:
-        """Returns True if a validation is due at step `first` and has not been logged, because of a stop."""
+        """Returns True if a line is due at step `first` and has not been written, because of a stop."""
         config = self.config
-        if not self.validation or (first % config.valid.every and first != config.steps):
+        line_due = first % config.log.every == 0  # also if `valid.every` has changed since the stop
+        if not self.validation or (first % config.valid.every and first != config.steps and not line_due):
             return False
         with distributed.together():
             lines = read_metrics(self.workdir) if distributed.is_main_process() else [{"step": first}]
@@ -229,7 +230,8 @@ class _Run:
                 if (log_due or validate) and not unscored:
                     log.write(done, metrics if log_due else None, scores, progress)
                 # While updates are skipped, the weights may be the cause: keep the older checkpoints.
-                if (save or repeat) and (last or stopped or not metrics.consecutive_skips):
+                wanted = last or stopped or done in self.milestones
+                if (save or repeat) and (wanted or not metrics.consecutive_skips):
                     with clock.time("saving"):
                         if not stopped:  # a preempted job has no time to wait
                             stopped = finish_verification(self.corpora, functools.partial(stop, done))

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dualsm.devices import sharding
 from dualsm.model import attention
 from dualsm.model.attention import attend, range_mask
 from dualsm.training.loop import train
+from tests.micro import micro_config
 
 B, L, H, K = 2, 12, 3, 8
 
@@ -97,9 +99,23 @@ def test_unknown_backend_is_rejected(qkv, ranges):
     ],
 )
 def test_auto_returns_why_it_selects_xla_attention(monkeypatch, platform, length, because):
+    """Platform and number of devices are replaced, because the test has no accelerator."""
     monkeypatch.setattr("dualsm.devices.sharding.platform", lambda: platform)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     reason = attention.why_not_kernel((2, length, 4, 64), (2, length, 4, 64))
     assert reason is None if because is None else because in reason
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_splash_needs_a_mesh_on_several_devices(monkeypatch, platform):
+    """JAX cannot divide Mosaic kernels by itself. The platform is replaced, because the test has no TPU."""
+    monkeypatch.setattr("dualsm.devices.sharding.platform", lambda: platform)
+    shapes = (8, 256, 4, 64), (8, 256, 4, 64)
+    assert bool(attention.why_not_kernel(*shapes)) == (platform == "tpu")
+    mesh = micro_config().mesh
+    mesh.data = -1
+    with jax.set_mesh(sharding.make_mesh(mesh, jax.devices())):
+        assert attention.why_not_kernel(*shapes) is None
 
 
 def test_run_on_an_accelerator_warns_of_xla_attention(micro, tmp_path, monkeypatch, capsys):

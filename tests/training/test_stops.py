@@ -1,7 +1,9 @@
 """Stops during validation, lost checkpoints, delayed and repeated saves."""
 
+import json
 import shutil
 import threading
+from pathlib import Path
 
 import jax
 import pytest
@@ -25,6 +27,12 @@ def small(micro, monkeypatch):
     micro.mixture.update({"causal": 1.0, "prefix": 0.0, "masked_diffusion": 0.0})
     micro.valid.objectives, micro.checkpoint.max_to_keep = "causal", 9
     return micro
+
+
+def words_of(config, steps: float) -> str:
+    """Returns the number of words that a run reads in a number of steps."""
+    split = json.loads((Path(config.data.path) / "manifest.json").read_text())["splits"]["train"]
+    return str(int(steps * config.batch_size * config.seq_len * split["words"] / split["tokens"]))
 
 
 def learned(workdir) -> list[dict]:
@@ -54,6 +62,20 @@ def test_stop_cancels_a_validation(small, tmp_path):
     assert learned(workdir) == learned(tmp_path / "whole")
 
 
+def test_the_line_of_a_cancelled_validation_is_written_if_validations_become_rarer(small, tmp_path):
+    asked = []
+
+    def stop(step):
+        asked.append(step)
+        return asked.count(6) == 2
+
+    assert not train(small, tmp_path, stop)
+    assert read_metrics(tmp_path)[-1]["step"] == 4
+    small.valid.every = 12
+    assert train(small, tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 4, 6, 8, 10, 12]
+
+
 def test_run_with_lost_checkpoints_is_rejected(small, tmp_path):
     small.valid.objectives = ""
     assert not train(small, tmp_path, stop=lambda step: step == 4)
@@ -72,7 +94,10 @@ def test_run_with_lost_checkpoints_is_rejected(small, tmp_path):
 
 
 def test_save_delayed_by_a_skipped_update_follows_the_next_update(small, tmp_path, monkeypatch):
-    """Steps 4 and 5 are reported as skipped; the save due at step 4 is made after step 6."""
+    """Steps 4 and 5 are reported as skipped; the save due at step 4 is made after step 6.
+
+    A milestone at step 5 is saved at once, because only the checkpoint of its own step is kept for ever.
+    """
     small.valid.objectives = ""
     compile_train_step = loop.compile_train_step
 
@@ -87,8 +112,28 @@ def test_save_delayed_by_a_skipped_update_follows_the_next_update(small, tmp_pat
         return program._replace(step=step)
 
     monkeypatch.setattr(loop, "compile_train_step", make)
+    assert train(small, tmp_path / "plain")
+    assert saved(tmp_path / "plain") == [6, 8, 12]
+    small.checkpoint.at_words = words_of(small, 4.5)
+    assert train(small, tmp_path / "milestone")
+    assert saved(tmp_path / "milestone") == [5, 8, 12]
+
+
+def test_a_failed_save_of_a_milestone_is_reported(small, tmp_path, monkeypatch, capsys):
+    """The disk check is patched to fail once, after step 5."""
+    small.valid.objectives, small.checkpoint.at_words = "", words_of(small, 4.5)
+    failures, probe = [5], Checkpoints._probe
+
+    def fail(self):
+        if saved(tmp_path) == [4] and failures:
+            failures.pop()
+            raise OSError(5, "the disk is away")
+        probe(self)
+
+    monkeypatch.setattr(Checkpoints, "_probe", fail)
     assert train(small, tmp_path)
-    assert saved(tmp_path) == [6, 8, 12]
+    assert not failures and 5 not in saved(tmp_path)
+    assert "step 5 is a milestone of config.checkpoint.at_words" in capsys.readouterr().err
 
 
 def test_last_save_is_retried(small, tmp_path, monkeypatch, capsys):
