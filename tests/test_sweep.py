@@ -93,7 +93,8 @@ def test_sweep_records_failed_and_diverged_cells_and_continues(sweep):
 def test_a_loss_far_above_that_of_the_untrained_model_is_divergence(loss, diverged):
     untrained = {"step": 0, "valid/causal/loss": 6.2, "valid/prefix/loss": 6.3}
     learned = {"step": 2, "train/loss": 4.0}
-    overfitted = {"step": 4, "train/loss": loss, "valid/causal/loss": 15.0}
+    losses = {"train/loss": loss, "train/causal/loss": loss}
+    overfitted = {"step": 4, **losses, "valid/causal/loss": 15.0}
     assert bool(_divergence([untrained, learned, overfitted])) == diverged
 
 

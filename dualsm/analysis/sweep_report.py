@@ -158,7 +158,7 @@ def curves_figure(table: DataFrame, folder: epath.Path, cost: str) -> Figure:
     """Draws held-out losses over tokens or FLOPs. Raises `TooFewCells` if no cell has been validated."""
     curves = {}
     for objective in OBJECTIVES:
-        metric = f"valid/{objective}/loss"
+        metric = _held_out_metric(table, objective)
         panels = defaultdict(lambda: defaultdict(list))
         cells = drawable(table, metric)[["name", "repetitions", "alpha"]]
         for name, repetitions, alpha in cells.itertuples(index=False):
@@ -204,9 +204,16 @@ def gap_figure(table: DataFrame, folder: epath.Path) -> Figure:
     return figure
 
 
+def _held_out_metric(table: DataFrame, objective: str) -> str:
+    """Returns the column of a held-out loss; that of the averaged weights if no cell has the other one."""
+    metric, averaged = f"valid/{objective}/loss", f"valid/ema/{objective}/loss"
+    found = measures(table)
+    return averaged if averaged in found and metric not in found else metric
+
+
 def _gaps(table: DataFrame, objective: str) -> DataFrame:
     """Returns the mean gap over seeds, with one row per alpha and one column per R."""
-    held_out, training = f"valid/{objective}/loss", f"train/{objective}/loss"
+    held_out, training = _held_out_metric(table, objective), f"train/{objective}/loss"
     try:
         cells = comparable(table, held_out)
     except TooFewCells:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import jax
 from etils import epath
 
-from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.exchange import reference_format, token_ids
 from dualsm.exchange.shifted_masks import USE_DUALSM, check_shifted
-from dualsm.exchange.tokenizer_export import tokenizer_json
+from dualsm.exchange.tokenizer_export import exported_tokenizer, is_exportable, tokenizer_json
 from dualsm.exchange.weight_files import write_safetensors
 from dualsm.process.errors import UserError
 from dualsm.process.output import new_folder
@@ -17,6 +16,8 @@ from dualsm.rundir.trained_run import TrainedRun
 
 def export(run: TrainedRun, output: epath.Path) -> str:
     """Writes the weights, with the model's shape as metadata, and the tokenizer.
+
+    A standard `tokenizer.json` that has all tokens is copied.
 
     Returns:
       A message for the user.
@@ -30,12 +31,11 @@ def export(run: TrainedRun, output: epath.Path) -> str:
         raise UserError("the reference format does not support the plain head; use --format=huggingface")
     reference_format.check_switches(model, "use --format=huggingface")
     check_shifted(run, USE_DUALSM)
-    params = token_ids.to_external(jax.device_get(run.params), run.tokenizer.external_ids_V)
+    tokenizer = exported_tokenizer(run)
+    params = token_ids.to_external(jax.device_get(run.params), tokenizer.external_ids_V)
     metadata = {names[0]: str(model[key]) for key, names in reference_format.SETTINGS.items()}
     metadata["vocab_size"] = str(len(params["embedding"]["embedding"]))
-    tokenizer = run.tokenizer
-    is_json = isinstance(tokenizer, JsonTokenizer)
-    text = tokenizer.model.decode("utf-8") if is_json else tokenizer_json(tokenizer)
+    text = tokenizer.model.decode("utf-8") if is_exportable(tokenizer) else tokenizer_json(tokenizer)
     with new_folder(output, "--output", last="model.safetensors") as folder:
         write_safetensors(folder / "model.safetensors", reference_format.from_params(params), metadata)
         (folder / "tokenizer.json").write_text(text, encoding="utf-8")

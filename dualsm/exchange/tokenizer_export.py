@@ -13,6 +13,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from dualsm.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from dualsm.data.special_roles import KEY
 from dualsm.data.tokenizer import RESERVED_IDS, SPECIAL_PIECES, Tokenizer
 from dualsm.data.tokenizer_json import JsonTokenizer
 from dualsm.exchange.weights_source import read_source
@@ -40,6 +41,14 @@ def exported_tokenizer(run: TrainedRun) -> Tokenizer:
     averaged_steps = read_source(run).get("steps", ())  # a mean of checkpoints is at step 0 too
     untrained = not run.step and not any(averaged_steps)
     return tokenizer.without_added() if added and untrained else tokenizer
+
+
+def is_exportable(tokenizer: Tokenizer) -> bool:
+    """Returns True if the file of a tokenizer is a standard `tokenizer.json` with all of its tokens."""
+    if not isinstance(tokenizer, JsonTokenizer):
+        return False
+    content, loaded = json.loads(tokenizer.model), json.loads(tokenizer.file())
+    return KEY not in content and len(content.get("added_tokens") or ()) == len(loaded["added_tokens"])
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:

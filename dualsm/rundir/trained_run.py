@@ -60,7 +60,8 @@ def open_run(workdir: epath.PathLike, step: int | None = None, parameters: str =
       parameters: "last" for the weights, "ema" for their moving average.
 
     Raises:
-      UserError: if the run or the checkpoint does not exist or is damaged, or has no moving average.
+      UserError: if the run or the checkpoint does not exist or is damaged, has no moving average, or has a
+        tokenizer of another size.
     """
     workdir = user_path(workdir)
     config = read_config(workdir)
@@ -76,5 +77,11 @@ def open_run(workdir: epath.PathLike, step: int | None = None, parameters: str =
             f"parameters={parameters}: step {step} of {workdir} has no moving average of the weights "
             "(config.ema); use parameters=last"
         )
-    tokenizer = load_tokenizer(str(workdir / TOKENIZER))
+    path = workdir / TOKENIZER
+    tokenizer = load_tokenizer(str(path))
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"tokenizer {path} has {tokenizer.vocab_size} ids but the model of the run has "
+            f"{config.model.vocab_size}; restore the tokenizer file of the run"
+        )
     return TrainedRun(workdir, config, tokenizer, step, parts[field], mesh, parameters)

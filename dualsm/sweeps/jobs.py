@@ -121,11 +121,13 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
     """
     waiting: deque[Cell] = deque()
     for cell in sweep.cells:
-        outcome = sweep.outcome(cell)
+        outcome, recorded = sweep.outcome(cell), sweep.recorded(cell)
         if outcome is None:
             waiting.append(cell)
-        elif sweep.recorded(cell).get("status", "running") == "running":  # it ended on another machine
-            sweep.record(cell, outcome, None)
+        elif outcome["status"] != recorded.get("status"):
+            # A stopped cell ended on another machine, which took an unknown time.
+            is_known = recorded.get("status") != "running"
+            sweep.record(cell, outcome, recorded.get("seconds") if is_known else None)
     running: dict[int, _Job] = {}
     outcomes: dict[str, dict] = {}
     with _record_signals() as signals, StatusTable(sweep.header()) as status:

@@ -178,13 +178,14 @@ class Sweep:
         recorded = self.recorded(cell)
         if recorded.get("status") == "diverged":
             return recorded
-        records = self.records(cell)
-        if not records:
-            return None
-        if records[-1]["step"] < self.configs[cell.name].steps:
+        records, steps = self.records(cell), self.configs[cell.name].steps
+        if not records or records[-1]["step"] < steps:
             return None
         if reason := _divergence(records):
             return {"status": "diverged", "reason": reason}
+        # The run may have failed after its last log line. The checkpoints of a done cell may be deleted.
+        if recorded.get("status") != "done" and not has_checkpoint(self.path(cell), steps):
+            return None
         return {"status": "done", "reason": ""} if self._evaluated(cell) else None
 
     def _trained(self, cell: Cell) -> bool:
@@ -237,7 +238,7 @@ class Sweep:
         recorded = self.recorded(cell)
         step, steps = (records[-1]["step"] if records else 0), self.configs[cell.name].steps
         scores = [r for r in records if _is_validation(r)]
-        losses = [scores[-1].get(f"valid/{name}/loss") if scores else None for name in self.names()]
+        losses = [_held_out_loss(scores[-1], name) if scores else None for name in self.names()]
         shown = [f"{loss:.3f}" if loss is not None else "" for loss in losses]
         status = recorded.get("status", "running" if records and step < steps else "")
         seconds = recorded.get("seconds")
@@ -273,6 +274,11 @@ def _is_validation(record: dict) -> bool:
     return any(name.startswith("valid/") for name in record)
 
 
+def _held_out_loss(record: dict, objective: str) -> float | None:
+    """Returns the loss in a validation's record; that of the averaged weights if only they were scored."""
+    return record.get(f"valid/{objective}/loss", record.get(f"valid/ema/{objective}/loss"))
+
+
 def _status_records(records: list[dict]) -> list[dict]:
     """Selects the records that `Sweep.records` returns, without duplicates."""
     kinds = (_is_training, _is_validation)
@@ -283,17 +289,23 @@ def _status_records(records: list[dict]) -> list[dict]:
 def _divergence(records: list[dict]) -> str:
     """Returns the reason why a completed run counts as diverged; "" if it did not diverge.
 
-    The training loss decides: held-out losses are high after overfitting too.
+    The training losses of the objectives decide: held-out losses are high after overfitting too, and
+    `train/loss` contains the weights of the objectives.
     """
     trained = [r for r in records if _is_training(r)]
     untrained = [loss for name, loss in records[0].items() if re.fullmatch("valid/.*/loss", name)]
     if trained and "train/loss" not in trained[-1]:
         return "diverged: the last updates were all skipped because they were not finite"
-    if trained and untrained and trained[-1]["train/loss"] > 2 * max(untrained):
-        return (
-            f"diverged: the final training loss is {trained[-1]['train/loss']:.3g} nats per token, "
-            f"but the loss of the untrained model was {max(untrained):.3g}"
-        )
+    last = trained[-1] if trained else {}
+    losses = {name: loss for name, loss in last.items() if re.fullmatch("train/.*/loss", name)}
+    if losses and untrained:
+        name = max(losses, key=losses.__getitem__)
+        if losses[name] > 2 * max(untrained):
+            return (
+                f"diverged: the final training loss of {name.removeprefix('train/').removesuffix('/loss')} "
+                f"is {losses[name]:.3g} nats per token, but the loss of the untrained model was "
+                f"{max(untrained):.3g}"
+            )
     return ""
 
 

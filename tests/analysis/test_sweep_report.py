@@ -1,5 +1,7 @@
 """The report of a sweep: table, plots and text summary."""
 
+import json
+
 import pytest
 
 from dualsm.analysis import plots, sweep_report
@@ -50,6 +52,27 @@ def test_curves_of_the_report_are_over_the_cost(tmp_path, monkeypatch, cost):
     [(costs, losses)] = drawn["curves"]["causal"][1][1.0]
     assert drawn["cost"] == cost and list(costs) == [line[cost] for line in lines[1:]]
     assert list(losses) == [line["valid/causal/loss"] for line in lines[1:]]
+
+
+@pytest.mark.parametrize("parameters", ["last", "ema", "both"])
+def test_curves_and_gaps_need_losses_of_any_weights(tmp_path, monkeypatch, parameters):
+    """Those of the weights of the last step take precedence over those of the averaged weights."""
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_curves", lambda figure, curves, cost: drawn.update(curves=curves))
+    write_sweep(tmp_path, grid([1], [0, 1]))
+    for path in (tmp_path / "cells").glob("*/metrics.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            if parameters == "both":
+                line |= {name.replace("valid", "valid/ema"): 1.0 for name in line if "valid" in name}
+        if parameters == "ema":
+            lines = [{n.replace("valid", "valid/ema"): value for n, value in line.items()} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert {"loss_curves.png", "gap.png"} <= {path.name for path in report(tmp_path)}
+    [(_, losses)] = drawn["curves"]["causal"][1][1.0]
+    name = f"valid/{'ema/' * (parameters == 'ema')}causal/loss"
+    lines = read_metrics(tmp_path / "cells" / "repetitions=1,alpha=1")
+    assert list(losses) == [line[name] for line in lines[1:]]
 
 
 def test_one_number_of_repetitions_has_no_surface(tmp_path, capsys):

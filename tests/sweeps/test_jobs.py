@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import shutil
 import textwrap
 
 import pytest
 from etils import epath
 
+from dualsm.evaluation.spec import EvalSpec
 from dualsm.sweeps.cells import cell_record
 from dualsm.sweeps.grid import make_cells
 from dualsm.sweeps.jobs import run_missing
@@ -26,10 +28,11 @@ STOP = """
     time.sleep(60)  # the sweep ends this process
 """
 FAIL = "\n    raise SystemExit(1)\n"
-FINISH = """
+LOG = """
     from pathlib import Path
     Path("metrics.jsonl").write_text('{"step": 12, "train/loss": 2.0}\\n')
 """
+FINISH = f"{LOG}    Path('checkpoints/12').mkdir(parents=True)\n"
 
 
 @pytest.fixture
@@ -100,5 +103,31 @@ def test_an_unknown_time_is_blank(run):
 def test_a_stopped_cell_that_another_machine_finishes_is_done(run):
     run(SAVE + STOP)
     (run.folder / "metrics.jsonl").write_text('{"step": 12, "train/loss": 2.0}\n')
+    (run.folder / "checkpoints" / "12").mkdir()
     recorded, row = run(FAIL)  # nothing is left to run
     assert (recorded["status"], recorded["seconds"], row[-1]) == ("done", None, "")
+
+
+def test_a_cell_whose_last_save_failed_runs_again(run):
+    failed, row = run(LOG + FAIL)
+    assert failed["status"] == row[1] == "failed" and row[2] == "12/12"
+    assert run.sweep.outcome(run.cell) is None
+    (run.folder / "cell.json").unlink()  # as if a cluster had run the cell
+    assert run(FAIL)[0]["status"] == "failed"
+    assert run(FINISH)[0]["status"] == "done"
+
+
+def test_a_cell_whose_evaluation_failed_is_done_without_the_evaluation(run):
+    run.sweep.eval_spec = EvalSpec(["valid"], ["causal"])
+    assert run(FINISH + FAIL)[0]["status"] == "failed"
+    run.sweep.eval_spec = None  # the sweep command without `--tasks`
+    recorded, row = run(FAIL, MANY)  # nothing is left to run
+    assert recorded == {"status": "done", "reason": "", "seconds": MANY}
+    assert row[1] == "done"
+
+
+def test_a_done_cell_stays_done_without_its_checkpoints(run):
+    """They may be deleted to free space."""
+    done, _ = run(FINISH)
+    shutil.rmtree(run.folder / "checkpoints")
+    assert run(FAIL)[0] == done  # nothing is left to run

@@ -10,7 +10,7 @@ from dualsm.evaluation.spec import EvalSpec
 from dualsm.process import paths
 from dualsm.sweeps import jobs, sweep_folder
 from dualsm.sweeps.grid import make_cells
-from dualsm.sweeps.sweep_folder import Sweep
+from dualsm.sweeps.sweep_folder import Sweep, _divergence
 from tests.micro import micro_config
 
 
@@ -81,3 +81,40 @@ def test_a_failed_request_to_a_bucket_does_not_end_a_sweep(sweep, monkeypatch):
     sweep._rows.clear()
     failures.append(RuntimeError("503"))
     assert sweep.row(cell) == [cell.name, *[""] * (len(shown) - 1)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ({"masked_diffusion": 5.0}, ""),
+        ({"causal": 4.0, "masked_diffusion": 13.0}, "masked_diffusion"),
+        ({"causal": 4.0, "web/causal": 4.0, "code/causal": 3.0}, ""),
+        ({"causal": 8.0, "web/causal": 20.0, "code/causal": 3.0}, "web/causal"),
+        ({"mir/causal": 4.0, "mir/masked_input_causal": 5.0}, ""),
+        ({"mir/causal": 4.0, "mir/masked_input_causal": 14.0}, "mir/masked_input_causal"),
+    ],
+)
+@pytest.mark.parametrize("weight", [0.1, 8])
+def test_divergence_does_not_depend_on_the_weights_of_objectives(losses, diverged, weight):
+    """`train/loss` contains the weights; the losses of objectives and of the untrained model do not."""
+    untrained = {"step": 0, "valid/causal/loss": 6.2, "valid/masked_diffusion/loss": 6.3}
+    last = {"step": 12, "train/loss": weight * max(losses.values())}
+    last |= {f"train/{name}/loss": loss for name, loss in losses.items()}
+    reason = _divergence([untrained, last])
+    assert reason.startswith(f"diverged: the final training loss of {diverged} is" if diverged else "")
+    assert bool(reason) == bool(diverged)
+
+
+@pytest.mark.parametrize(
+    ("scores", "shown"),
+    [
+        ({"valid/ema/causal/loss": 2.5}, "2.500"),
+        ({"valid/causal/loss": 3.0, "valid/ema/causal/loss": 2.5}, "3.000"),
+        ({"valid/ema/causal/bits_per_byte": 2.5}, ""),
+    ],
+)
+def test_the_status_shows_losses_of_averaged_weights_if_only_they_are_scored(sweep, scores, shown):
+    sweep, cell = sweep
+    with (sweep.path(cell) / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 12, **scores}) + "\n")
+    assert dict(zip(sweep.header(), sweep.row(cell), strict=True))["causal"] == shown
