@@ -40,7 +40,7 @@ from dualsm.data.tokenizer_file import load_tokenizer
 from dualsm.data.verification import sha256
 from dualsm.data.workers import worker_pool
 from dualsm.process.errors import UserError
-from dualsm.process.output import new_folder, remove_interrupted_upload
+from dualsm.process.output import is_empty_folder, new_folder, remove_interrupted_upload
 from dualsm.process.paths import user_path
 from dualsm.process.progress import bar, say
 from dualsm.process.urls import file_name, without_queries
@@ -60,7 +60,8 @@ def build(
 
     Args:
       recipe: the input and its processing.
-      output: folder to create. An existing corpus of the same recipe and files is kept.
+      output: folder to create; may exist if it is empty. An existing corpus of the same recipe and files is
+        kept.
       workers: number of processes; 1: only this process.
       quiet: show no progress bars and no messages.
       task_texts: texts of tasks by the names of their files, with `recipe.decontaminate`
@@ -106,7 +107,7 @@ def build(
         {"tasks_sha256": ngrams.sha256()} if ngrams else {}
     )
     remove_interrupted_upload(target, corpus.MANIFEST)
-    if target.exists():
+    if target.exists() and not is_empty_folder(target):
         manifest = _existing_manifest(recipe, target, fingerprint)
         _check_files(target)
         if not quiet:
@@ -155,7 +156,7 @@ def _fingerprint(train_files: list[str], valid_files: list[str]) -> dict:
 
 
 def _existing_manifest(recipe: Recipe, target: epath.Path, fingerprint: dict) -> dict:
-    """Returns the manifest in `target`. Raises `UserError` if the recipe or the input files differ."""
+    """Returns the manifest in `target`. Raises `UserError` if the recipe or its files differ."""
     try:
         manifest = json.loads((target / corpus.MANIFEST).read_text())
         defaults = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name != "input"}
@@ -187,7 +188,20 @@ def _existing_manifest(recipe: Recipe, target: epath.Path, fingerprint: dict) ->
             f"--output={target} was created from {manifest['files_read']} input files that differ in name or "
             f"size from the {fingerprint['files_read']} files given now; remove it or choose another"
         )
+    if recipe.tokenizer and _has_changed(recipe.tokenizer, manifest.get("tokenizer_sha256")):
+        raise UserError(
+            f"--output={target} was created with another tokenizer, but --tokenizer={recipe.tokenizer} has "
+            "changed since; remove it or choose another"
+        )
     return manifest
+
+
+def _has_changed(path: str, expected: str | None) -> bool:
+    """Returns True if a file can be read and its hash differs from the expected one, if that is known."""
+    try:
+        return expected is not None and sha256(user_path(path)) != expected
+    except OSError:
+        return False
 
 
 def _check_files(target: epath.Path) -> None:

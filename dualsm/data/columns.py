@@ -45,7 +45,7 @@ def read_columns(
             consumed = min(remaining, round(size * fraction))
             remaining -= consumed
             texts = _texts([_as_bytes(column, values) for column, values in columns], max_bytes)
-            yield _label(texts, domain_key, domains) if domains is not None else texts, consumed
+            yield _label(texts, _domains(domain_key, domains)) if domains is not None else texts, consumed
     except pyarrow.ArrowException as error:
         raise UserError(f"cannot read {name}: {error}") from error
     except _NotText as error:
@@ -91,15 +91,22 @@ def _texts(columns: list, max_bytes: int) -> list[bytes | None]:
     return texts
 
 
-def _label(texts: list[bytes | None], name: str, domains) -> list[bytes | Labeled | None]:
-    """Adds the domain of each row to its text."""
+def _domains(name: str, values) -> list[str | None]:
+    """Converts a column of text or numbers to strings, with lone surrogates for invalid UTF-8 as in CSV."""
     import pyarrow
 
     try:
-        values = domains.cast(pyarrow.string()).to_pylist()
+        if not (pyarrow.types.is_binary(values.type) or pyarrow.types.is_large_binary(values.type)):
+            values = values.cast(pyarrow.string())
     except pyarrow.ArrowNotImplementedError as error:
         raise UserError(f"--domain_key={name}: the column is not text ({error}); choose another") from error
-    return [None if text is None else Labeled(text, value) for text, value in zip(texts, values, strict=True)]
+    domains = _as_bytes(name, values).to_pylist()
+    return [None if domain is None else domain.decode("utf-8", "surrogateescape") for domain in domains]
+
+
+def _label(texts: list[bytes | None], domains: list[str | None]) -> list[Labeled | None]:
+    """Adds the domain of each row to its text."""
+    return [None if text is None else Labeled(text, name) for text, name in zip(texts, domains, strict=True)]
 
 
 def _value(value, max_bytes: int) -> bytes | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from dualsm.data import streams
 from dualsm.data.corpus import MANIFEST
 from dualsm.process.errors import UserError
-from dualsm.process.paths import files_in, glob_in_bucket, is_remote, user_path
+from dualsm.process.paths import files_in, glob_in_bucket, is_hidden, is_remote, user_path
 from dualsm.process.progress import say
 from dualsm.process.urls import (
     file_name,
@@ -54,15 +54,16 @@ def find_inputs(
     Args:
       pattern: `python-stdlib`, or comma-separated paths, URLs and globs (`**` matches any number of
         directories). A directory, also one that a glob matches, is a dataset saved by Hugging Face
-        `datasets`, or stands for the files in it and in its subdirectories, except hidden files, corpora and
-        files without a suffix in `SUFFIXES`. A local path that exists is never interpreted as a glob or a
-        list.
+        `datasets`, or stands for the files in it and in its subdirectories, also those that are symbolic
+        links, except hidden files, corpora and files without a suffix in `SUFFIXES`. A local path that exists
+        is never interpreted as a glob or a list.
       flag: name of the flag, for error messages.
       file_format: one of `FORMATS`; unless it is "auto", files may have any suffix.
       quiet: do not say which files of a directory are ignored.
 
     Raises:
-      UserError: if a part of the pattern matches no file, or a file has an unknown suffix.
+      UserError: if a part of the pattern matches no file, a file has an unknown suffix, or a directory cannot
+        be read.
     """
     if pattern == PYTHON_STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -215,7 +216,7 @@ def _find_in_folder(paths: list[str], folder: str, flag: str, file_format: str, 
         raise UserError(f"{flag}: {folder} contains several splits; pass one of them, such as {folder}/train")
     if "state.json" in path_of:
         return _saved_dataset(path_of["state.json"], folder, flag)
-    hidden = [name for name in path_of if any(part.startswith((".", "~")) for part in name.split("/"))]
+    hidden = [name for name in path_of if any(map(is_hidden, name.split("/")))]
     for name in hidden:
         del path_of[name]
     manifests = [name for name in path_of if posixpath.basename(name) == MANIFEST]

@@ -114,10 +114,16 @@ class SequenceOrder:
         self.num_sequences = -(-budget // seq_len)
         self._lengths, self._seq_len, self._seed = lengths, seq_len, seed
         if lengths.tokens < self.unique:
+            too_few = f"the corpus has {lengths.tokens:,} training tokens, but "
+            if lengths.tokens < seq_len:  # more repetitions would exceed the number of sequences
+                raise UserError(
+                    f"{too_few}a sequence has config.seq_len={seq_len:,}; lower config.seq_len to "
+                    f"{lengths.tokens:,} or less, or prepare more text"
+                )
             raise UserError(
-                f"the corpus has {lengths.tokens:,} training tokens, but the run needs {self.unique:,} "
-                f"unique tokens ({budget:,} tokens / {repetitions} repetitions); raise config.repetitions to "
-                f"{-(-budget // max(lengths.tokens, 1))} or more, lower config.steps, or prepare more text"
+                f"{too_few}the run needs {self.unique:,} unique tokens ({budget:,} tokens / {repetitions} "
+                f"repetitions); raise config.repetitions to {-(-budget // lengths.tokens)} or more, lower "
+                "config.steps, or prepare more text"
             )
         groups = int(np.searchsorted(lengths.token_ends_M, self.unique)) + 1
         before = int(lengths.token_ends_M[groups - 2]) if groups > 1 else 0

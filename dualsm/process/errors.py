@@ -22,6 +22,7 @@ _ADVICE = dict.fromkeys((
     errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH,
 ), _NETWORK) | {
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EBUSY: "the path is a mount point or in use; choose another",
     errno.ELOOP: "remove the symbolic links that point at each other",
     errno.EMFILE: "allow more open files per process with `ulimit -n`",
     errno.ENFILE: "this machine has too many open files; end other programs",

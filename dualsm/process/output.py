@@ -17,7 +17,7 @@ from typing import IO
 from etils import epath
 
 from dualsm.process.errors import BucketError, UserError
-from dualsm.process.paths import files_in, is_remote, retry, upload, user_path, write_object
+from dualsm.process.paths import files_in, is_remote, real_path, retry, upload, user_path, write_object
 
 _LOCK = ".lock"
 _INCOMPLETE = ".incomplete"  # object in a folder of a bucket that is being uploaded
@@ -90,52 +90,64 @@ def new_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]:
 
     A local `target` is complete or does not exist: the temporary folder is renamed. In a bucket, where a
     rename is not atomic, the files are uploaded one by one and the file `last`, without which no command
-    reads the folder, is written after all others. If the upload fails, the temporary folder is kept and the
-    error names it. An interrupted upload leaves an object `.incomplete`, and the next call with the same
-    target deletes the leftovers. Callers that check the target earlier call `remove_interrupted_upload`
-    first. Concurrent calls with the same target in a bucket are not detected.
+    reads the folder, is written after all others. If the rename or the upload fails, the temporary folder is
+    kept and the error names it. An interrupted upload leaves an object `.incomplete`, and the next call with
+    the same target deletes the leftovers. Callers that check the target earlier call
+    `remove_interrupted_upload` first. Concurrent calls with the same target in a bucket are not detected.
+
+    If `target` is a symbolic link, the folder that the link names is created.
 
     Locally, also removes temporary folders of processes that died. Each process locks a file in its folder:
     a held lock means that the process is alive, also on other machines and in containers that share the
     disk. On file systems without locks no folder is removed.
 
     Args:
-      target: folder to create; may exist if it is empty.
+      target: folder to create; may exist if it is empty and not a mount point.
       flag: flag that sets the folder, for messages.
       last: name of the file that makes a folder in a bucket complete.
 
     Raises:
-      UserError: if `target` is not empty, at the start or at the end, or cannot be created.
-      OSError: if the block, the final rename or the upload raises it.
+      UserError: if `target` is not empty, at the start or at the end, is a mount point, or cannot be created.
+      OSError: if the block or the upload raises it.
     """
     if is_remote(target):
         with _uploaded_folder(target, flag, last) as folder:
             yield folder
         return
     target = Path(target).absolute()
-    prefix = f".{target.name}.partial-"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for lock in target.parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
+        with contextlib.suppress(FileNotFoundError):
+            target.stat()  # raises for symbolic links that point at each other, which `real_path` ignores
+        folder = Path(real_path(target))  # a folder cannot be renamed to a symbolic link
+        prefix = f".{folder.name}.partial-"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for lock in folder.parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
             _remove_if_abandoned(lock)
         check_empty(target, flag)
-        partial = target.parent / f"{prefix}{secrets.token_hex(4)}"
+        partial = folder.parent / f"{prefix}{secrets.token_hex(4)}"
         partial.mkdir()
     except OSError as error:
         raise UserError(
             f"{flag}={target} cannot be created ({error.strerror or error}); choose another"
         ) from error
+    is_kept = False
     try:
         # The file gets its name only once it is locked, or another process would remove the folder.
         with open(partial / f"{_LOCK}.new", "w") as file:
             try_lock(file)
             (partial / f"{_LOCK}.new").rename(partial / _LOCK)
             yield partial
-            (partial / _LOCK).unlink()
-            check_empty(target, flag)
-            partial.rename(target)  # over an empty folder
+            _check_unused(target, flag)
+            try:
+                (partial / _LOCK).unlink()  # also keeps later calls from removing a folder that is kept
+                partial.rename(folder)  # over an empty folder
+            except OSError as error:
+                is_kept = True
+                reason = f"{error.strerror or error}; the complete folder is {partial}, rename it"
+                raise UserError(f"{flag}={target} cannot be created: {reason}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not is_kept:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -145,7 +157,7 @@ def _uploaded_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]
     check_empty(target, flag)
     write_object(target / _INCOMPLETE, b"")  # the bucket must be writable before the work starts
     _remove_object(target / _INCOMPLETE)
-    folder, kept = Path(tempfile.mkdtemp(prefix="dualsm-")), False
+    folder, is_kept = Path(tempfile.mkdtemp(prefix="dualsm-")), False
     try:
         yield folder
         check_empty(target, flag)
@@ -153,12 +165,12 @@ def _uploaded_folder(target: epath.Path, flag: str, last: str) -> Iterator[Path]
             write_object(target / _INCOMPLETE, b"")
             upload(folder, target, last)
         except OSError as error:
-            kept = True
+            is_kept = True
             reason = f"{error.strerror or error}; the complete folder is in {folder}, copy it to the bucket"
             raise BucketError(errno.EIO, reason, str(target)) from error
         _remove_object(target / _INCOMPLETE)
     finally:
-        if not kept:
+        if not is_kept:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -201,16 +213,29 @@ def try_lock(file: IO) -> bool | None:
 
 
 def check_empty(target: epath.PathLike, flag: str) -> None:
-    """Raises `UserError`, naming the flag, unless the folder is empty or does not exist."""
+    """Raises `UserError`, naming the flag, unless `new_folder` can create or replace the folder.
+
+    The folder must be empty or not exist. It must not be a mount point, which cannot be replaced.
+    """
     target = user_path(target)
-    if target.exists() and not (target.is_dir() and _is_empty(target)):
+    if not is_remote(target) and os.path.ismount(real_path(target)):
+        raise UserError(f"{flag}={target} is a mount point; name a folder in it")
+    _check_unused(target, flag)
+
+
+def _check_unused(target: epath.PathLike, flag: str) -> None:
+    target = user_path(target)
+    if target.exists() and not is_empty_folder(target):
         raise UserError(f"{flag}={target} already exists; remove it or choose another")
 
 
-def _is_empty(folder: epath.Path) -> bool:
-    if is_remote(folder):
-        return not any(folder.iterdir())
-    return not os.listdir(folder)  # `epath.Path.iterdir` omits files such as "notes~"
+def is_empty_folder(path: epath.Path) -> bool:
+    """Returns True for an existing folder without files and subfolders."""
+    if not path.is_dir():
+        return False
+    if is_remote(path):
+        return not any(path.iterdir())
+    return not os.listdir(path)  # `epath.Path.iterdir` omits files such as "notes~"
 
 
 def _remove_if_abandoned(lock: Path) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import heapq
 import importlib.util
 import io
 import os
-import pathlib
 import random
 import re
 import shutil
@@ -28,6 +28,7 @@ from dualsm.process.errors import BucketError, UserError
 
 _SCHEME = re.compile("[a-z0-9]+://")
 _LIKE_URI = re.compile("/(gs|s3|az|hf)(/|$)")
+_UNREADABLE = ("lost+found",)  # folders of file systems, readable by root only
 _T = TypeVar("_T")
 _ATTEMPTS = 6  # per operation on a bucket, with pauses of about 1, 2, 4, ... seconds
 _THREADS = 16  # hide the latency of a bucket
@@ -64,6 +65,11 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else user_path(os.path.join(os.getcwd(), path))
 
 
+def real_path(path: epath.PathLike) -> epath.Path:
+    """Returns the absolute path of a local file or folder, without symbolic links."""
+    return user_path(os.path.realpath(path))
+
+
 @functools.cache
 def _set_up_gcsfs() -> None:
     import fsspec.config
@@ -86,13 +92,72 @@ def size_and_time(path: epath.PathLike) -> tuple[int, ...]:
 
 
 def files_in(folder: epath.PathLike) -> list[epath.Path]:
-    """Returns the files in a folder and its subfolders, sorted."""
+    """Returns the files in a folder and its subfolders, sorted.
+
+    Local subfolders may be symbolic links. Files in a folder that several links lead to are returned once.
+    Links in hidden folders are not followed, and hidden folders that cannot be read are skipped.
+
+    Raises:
+      UserError: if a local folder cannot be read.
+    """
     folder = user_path(folder)
     if is_remote(folder):
         found = [f"gs://{name}" for name in _bucket_file_system().find(str(folder))]
     else:
-        found = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
+        found = _local_files_in(str(folder))
     return sorted(map(epath.Path, found))
+
+
+def is_hidden(name: str) -> bool:
+    """Returns True for the name of a hidden file or folder, or of a backup."""
+    return name.startswith((".", "~"))
+
+
+def _local_files_in(folder: str) -> list[str]:
+    """Returns the files in a local folder and its subfolders; see `files_in`.
+
+    Of the paths of a folder, those without links are preferred, so that links do not change other paths.
+    Paths with hidden folders come last, because callers ignore the files in them.
+    """
+    found, visited = [], set()
+    waiting = [(False, False, folder)]  # hidden, linked, path; the smallest is visited first
+    while waiting:
+        hidden, linked, path = heapq.heappop(waiting)
+        if (real := os.path.realpath(path)) in visited:
+            continue
+        visited.add(real)
+        try:
+            files, folders = _list_folder(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            if hidden or os.path.basename(path) in _UNREADABLE:
+                continue
+            raise UserError(
+                f"cannot read the folder {error.filename} ({error.strerror}); check its permissions"
+            ) from error
+        found += files
+        for entry in folders:
+            if not (hidden and entry.is_symlink()):
+                order = hidden or is_hidden(entry.name), linked or entry.is_symlink()
+                heapq.heappush(waiting, (*order, entry.path))
+    return found
+
+
+def _list_folder(path: str) -> tuple[list[str], list[os.DirEntry]]:
+    """Returns the files and the subfolders of a local folder, without links that point at each other."""
+    files, folders = [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                if entry.is_file():
+                    files.append(entry.path)
+                elif entry.is_dir():
+                    folders.append(entry)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+    return files, folders
 
 
 def sizes_in(folder: epath.PathLike) -> dict[str, int]:

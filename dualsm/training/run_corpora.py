@@ -96,7 +96,7 @@ def order_documents(
     for (source, corpus), sequences in zip(corpora, plan.source_sequences(config.steps), strict=True):
         documents, budget = corpus.documents("train"), sequences * config.seq_len
         if source.name:
-            _check_source(source, sequences, budget, documents.tokens)
+            _check_source(source, sequences, config.seq_len, documents.tokens)
         order = SequenceOrder(
             documents.lengths,
             budget,
@@ -109,8 +109,9 @@ def order_documents(
     return ordered
 
 
-def _check_source(source: Source, sequences: int, budget: int, available: int) -> None:
+def _check_source(source: Source, sequences: int, seq_len: int, available: int) -> None:
     """Raises `UserError` if a source in `config.sources` has too few sequences or tokens."""
+    budget = sequences * seq_len
     if not sequences:
         raise UserError(f"{source.key}.share gives the source no sequence; raise it or config.steps")
     if source.repetitions > sequences:
@@ -126,6 +127,12 @@ def _check_source(source: Source, sequences: int, budget: int, available: int) -
     unique = source.unique(budget)
     if unique <= available:
         return
+    too_few = f"{source.key}: the corpus {source.corpus} has {available:,} training tokens, but "
+    if source.repetitions and available < seq_len:  # more repetitions would exceed the number of sequences
+        raise UserError(
+            f"{too_few}a sequence has config.seq_len={seq_len:,}; lower config.seq_len to {available:,} or "
+            f"less, set its unique_tokens to {available:,} in place of repetitions, or prepare more text"
+        )
     if source.repetitions:
         cause = f"{budget:,} tokens / {source.repetitions} repetitions"
         remedy = (
@@ -134,6 +141,5 @@ def _check_source(source: Source, sequences: int, budget: int, available: int) -
     else:
         cause, remedy = "its unique_tokens", f"lower them to {available:,} or less"
     raise UserError(
-        f"{source.key}: the corpus {source.corpus} has {available:,} training tokens, but the source needs "
-        f"{unique:,} unique tokens ({cause}); {remedy}, or prepare more text"
+        f"{too_few}the source needs {unique:,} unique tokens ({cause}); {remedy}, or prepare more text"
     )

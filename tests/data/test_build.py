@@ -316,6 +316,29 @@ def test_an_existing_output_is_kept_if_the_recipe_is_the_same(tmp_path, texts):
         make(tmp_path, input=path, vocab_size=512)
 
 
+def test_an_existing_output_raises_if_the_tokenizer_file_has_changed(tmp_path, texts):
+    make(tmp_path, "first", input=write_lines(tmp_path / "a.jsonl", texts))
+    make(tmp_path, "second", input=write_lines(tmp_path / "b.jsonl", texts[:90]))
+    path = tmp_path / "tokenizer.model"
+    shutil.copy(tmp_path / "first" / "tokenizer.model", path)
+    recipe = {"input": str(tmp_path / "a.jsonl"), "tokenizer": str(path), "vocab_size": 0}
+    manifest = make(tmp_path, **recipe)
+    assert make(tmp_path, **recipe) == manifest
+    shutil.copy(tmp_path / "second" / "tokenizer.model", path)
+    with pytest.raises(UserError, match="another tokenizer, but --tokenizer=.*model has changed since"):
+        make(tmp_path, **recipe)
+    path.unlink()  # the corpus contains its tokenizer
+    assert make(tmp_path, **recipe) == manifest
+
+
+def test_a_corpus_is_written_to_an_empty_folder_behind_a_link(tmp_path, texts):
+    (tmp_path / "empty").mkdir()
+    os.symlink("empty", tmp_path / "link")
+    manifest = make(tmp_path, "link", input=write_lines(tmp_path / "a.jsonl", texts))
+    assert Corpus(str(tmp_path / "empty")).identity == manifest["identity"]
+    assert make(tmp_path, "link", input=str(tmp_path / "a.jsonl")) == json.loads(json.dumps(manifest))
+
+
 def test_an_existing_output_raises_if_the_input_files_have_changed(tmp_path, texts):
     """Files are compared by name and size, not by folder."""
     folders = [tmp_path / "text", tmp_path / "moved"]

@@ -114,6 +114,31 @@ def test_domains_of_columns(tmp_path, corpus_path, suffix):
         make(tmp_path, corpus_path, "other", input=str(path), domain_key="kind")
 
 
+@pytest.mark.parametrize("form", ["string", "large_string", "binary", "dictionary", "csv"])
+def test_invalid_utf8_in_domains_is_replaced(tmp_path, corpus_path, form):
+    """Columns of Parquet give the same domains as CSV."""
+    texts, raw = [f"held-out text {i}" for i in range(3)], [b"caf\xe9", "café".encode(), None]
+    if form == "csv":
+        path = tmp_path / "a.csv"
+        rows = [(name or b"") + b"," + text.encode() for name, text in zip(raw, texts, strict=True)]
+        path.write_bytes(b"\n".join([b"source,text", *rows]))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        path, names = tmp_path / "a.parquet", pyarrow.array(raw, pyarrow.binary())
+        if form == "large_string":
+            names = names.cast(pyarrow.large_binary()).view(pyarrow.large_string())
+        elif form != "binary":
+            names = names.view(pyarrow.string())
+        names = names.dictionary_encode() if form == "dictionary" else names
+        parquet.write_table(pyarrow.table({"text": texts, "source": names}), path)
+    train = write(tmp_path / "train.jsonl", [{"text": "to train on"}])
+    make(tmp_path, corpus_path, input=train, valid_input=str(path), domain_key="source")
+    expected = dict(zip(texts, ["caf?", "café", "(none)"], strict=True))
+    assert domains_by_text(tmp_path / "corpus") == expected
+
+
 def test_file_names_as_domains(tmp_path, corpus_path, documents):
     for i, name in enumerate(("childes", "bnc_spoken")):
         (tmp_path / f"{name}.dev").write_text("\n\n".join(documents[50 * i : 50 * i + 50]))

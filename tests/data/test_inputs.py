@@ -1,5 +1,6 @@
 """Input patterns: paths, globs and saved datasets."""
 
+import errno
 import json
 import os
 
@@ -71,6 +72,56 @@ def test_a_folder_stands_for_its_input_files(tmp_path, capsys):
     (empty / "README.md").write_text("text")
     with pytest.raises(UserError, match="contains no files with the suffixes .jsonl"):
         inputs.find_inputs(str(empty))
+
+
+def write_inputs(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": name}))
+
+
+def test_folders_behind_links_are_input(tmp_path, monkeypatch):
+    """Each folder is read once, under its own path if that is in the input and not hidden."""
+    write_inputs(tmp_path, "data/1.jsonl", "data/en/a.jsonl", "data/.store/h.jsonl", "elsewhere/deep/e.jsonl")
+    links = {
+        "part2": "../elsewhere",
+        "part3": "../elsewhere/deep",
+        "aa": "en",
+        "loop": ".",
+        "self": "self",
+        "nowhere": "x",
+        "visible": ".store",
+        ".store/out": "../../elsewhere",
+        "en/up": "../..",
+    }
+    for name, target in links.items():
+        os.symlink(target, tmp_path / "data" / name)
+    monkeypatch.chdir(tmp_path)
+    # The link data/en/up sorts before data/part2, and leads to elsewhere/ as well.
+    expected = ["1.jsonl", "en/a.jsonl", "en/up/elsewhere/deep/e.jsonl", "visible/h.jsonl"]
+    assert inputs.find_inputs("data") == [f"data/{name}" for name in expected]
+    os.unlink("data/en/up")
+    expected = ["1.jsonl", "en/a.jsonl", "part2/deep/e.jsonl", "visible/h.jsonl"]
+    for pattern in ("data", f"{tmp_path}/data/", "da*"):
+        assert [os.path.relpath(path, "data") for path in inputs.find_inputs(pattern)] == expected
+
+
+def test_an_unreadable_folder_is_one_line(tmp_path, monkeypatch):
+    write_inputs(tmp_path, "data/1.jsonl", "data/part2/a.jsonl", "data/.hidden/a.jsonl")
+    write_inputs(tmp_path, "data/lost+found/a.jsonl")
+    scandir, unreadable = os.scandir, {".hidden", "lost+found"}
+
+    def refuse(path):  # root can read every folder
+        if os.path.basename(path) in unreadable:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(inputs.find_inputs(str(tmp_path / "data"))) == 2
+    unreadable.add("part2")
+    expected = f"^cannot read the folder {tmp_path}/data/part2 .Permission denied.; check its permissions$"
+    with pytest.raises(UserError, match=expected):
+        inputs.find_inputs(str(tmp_path / "data"))
 
 
 @pytest.mark.parametrize("folder", [".", "./", "data", "data/", "../{here}", "~"])

@@ -278,3 +278,17 @@ def test_only_windows_in_use_are_read():
 def test_a_corpus_that_is_too_small_raises_with_both_sizes():
     with pytest.raises(UserError, match=rf"{LENGTHS.sum():,} training tokens.*needs 10,000 unique"):
         order(20_000, 2)
+
+
+def test_a_corpus_with_fewer_tokens_than_a_sequence_raises_with_advice_that_works():
+    """Repetitions are at most the number of sequences, so that more repetitions would not help."""
+    lengths = np.array([60, 40], np.int32)
+    with pytest.raises(
+        UserError,
+        match="the corpus has 100 training tokens, but a sequence has config.seq_len=256; lower "
+        "config.seq_len to 100 or less, or prepare more text",
+    ):
+        order(40 * 256, lengths=lengths, seq_len=256)
+    with pytest.raises(UserError, match="raise config.repetitions to 40 or more"):
+        order(40 * 100, lengths=lengths, seq_len=100)
+    assert order(40 * 100, 40, lengths=lengths, seq_len=100).unique == 100
