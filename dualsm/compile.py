@@ -22,6 +22,7 @@ from dualsm.aot.absent import absent_devices
 from dualsm.aot.hlo import analyze
 from dualsm.aot.report import (
     MEMORY_FRACTION,
+    TO_SAVE_MEMORY,
     as_text,
     block_fraction,
     compile_step,
@@ -68,8 +69,7 @@ def main(_: Sequence[str]) -> None:
         hint = f", or set {MEMORY_FRACTION[0]}" if memory["usable"] < memory["chip"] else ""
         raise UserError(
             f"does not fit: the step needs {gib(memory['total'])} GiB per chip and JAX uses at most "
-            f"{gib(memory['usable'])} GiB; set config.per_device_batch_size below "
-            f"{report['per_device_batch_size']}{hint}"
+            f"{gib(memory['usable'])} GiB; {TO_SAVE_MEMORY}{hint}"
         )
 
 

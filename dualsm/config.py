@@ -27,7 +27,7 @@ from dualsm.objectives.shares import check_mixture
 from dualsm.objectives.sources import check_sources, default_source_options
 from dualsm.optimizers.optimizer import check_optimizer
 from dualsm.optimizers.schedules import check_schedule
-from dualsm.process.errors import UserError
+from dualsm.process.errors import WHERE_KEYS_ARE_LISTED, UserError
 
 
 class OldVersion(UserError):
@@ -158,10 +158,7 @@ def _check_keys(config: ConfigDict) -> None:
     source_defaults = _source_defaults(config)
     defaults |= {key: value for key, value in source_defaults.items() if key in values}
     for key in values.keys() - defaults.keys():
-        raise UserError(
-            f"unknown config key config.{key}; see dualsm/config_keys.py for the keys, docs/data.md for "
-            "those of sources, and docs/objectives.md for those of mixture, objectives and pairs"
-        )
+        raise UserError(f"unknown config key config.{key}; {WHERE_KEYS_ARE_LISTED}")
     for key, default in defaults.items():
         where = f"config.{key}"
         if key not in values:

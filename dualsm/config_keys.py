@@ -192,8 +192,8 @@ KEYS = [
     ),
 
     Key(
-        "valid.every", 100, at_least(1), "Steps between validations; runs also validate before the first "
-        "step and after the last.",
+        "valid.every", 100, at_least(1), "Steps between validations; new runs also validate before their "
+        "first step, and all runs after their last.",
     ),
     Key(
         "valid.num_sequences", 1024, at_least(0), "Maximum number of held-out sequences per source; 0: "

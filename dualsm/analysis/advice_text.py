@@ -30,7 +30,7 @@ def describe(
 
     Args:
       token_budget: the question.
-      answers: from `advise`, with that of the sweep first.
+      answers: from `advise`; the answer of the sweep comes first.
       sweep: path of the sweep; "" without one.
       source: the source that the question is about; None for the whole run.
       confirmed: the answer of the confirmed runs; None to leave it out.
@@ -48,7 +48,7 @@ def describe(
     alphas = {advice.alpha for advice in answers} | ({confirmed.mixture.alpha} if confirmed else set())
     if len(alphas) > 1:
         own = (
-            f"the first is that of the models of {sweep}"
+            f"the first answer is from {sweep}"
             if sweep
             else "run a sweep of your own models and pass it with --sweep"
         )

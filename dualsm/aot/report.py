@@ -19,6 +19,10 @@ from dualsm.process.progress import table
 from dualsm.training.program import CompiledTrainStep, activation_bytes, attended_share, batch_shapes
 
 MEMORY_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new and old name in JAX
+TO_SAVE_MEMORY = (
+    "set or lower config.per_device_batch_size, set config.model.remat=full, or increase config.mesh.fsdp or "
+    "config.mesh.tensor"
+)
 
 
 def compile_step(
@@ -32,10 +36,7 @@ def compile_step(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise UserError(
-                f"does not fit ({str(error).splitlines()[0]}); set or lower config.per_device_batch_size, "
-                "set config.model.remat=full, or increase config.mesh.fsdp or config.mesh.tensor"
-            ) from error
+            raise UserError(f"does not fit ({str(error).splitlines()[0]}); {TO_SAVE_MEMORY}") from error
 
 
 def block_fraction(config: ConfigDict, platform: str) -> float:

@@ -109,7 +109,8 @@ def peak_flops(device: jax.Device) -> float:
     if listed := listed_flops(device.device_kind):
         return listed
     if device.platform == "cpu":  # CPU devices share the cores, also those of several processes
-        cores = shared_cores(distributed.gather(json.dumps(_host_cores())).values())
+        processes = distributed.gather(json.dumps(_host_cores()))
+        cores = shared_cores(map(json.loads, processes.values()))
         return measured_flops(device, per_core=True) * cores / jax.device_count()
     return measured_flops(device, 4096, jnp.bfloat16)
 
@@ -155,18 +156,18 @@ def measured_flops(
 
 def usable_cores() -> float:
     """Returns the number of cores that CPU affinity and the container's quota allow."""
-    return shared_cores([json.dumps(_host_cores())])
+    return shared_cores([_host_cores()])
 
 
-def shared_cores(processes: Iterable[str]) -> float:
+def shared_cores(processes: Iterable[tuple[str, list[int], float]]) -> float:
     """Returns the number of cores that processes may use together; each core of a host counts once.
 
     Args:
-      processes: `_host_cores` of each process, as JSON.
+      processes: `_host_cores` of each process.
     """
     cores: dict[str, set[int]] = {}
     limits: dict[str, float] = {}
-    for host, allowed, quota in map(json.loads, processes):
+    for host, allowed, quota in processes:
         cores[host] = cores.get(host, set()).union(allowed)
         limits[host] = max(limits.get(host, 0), quota)
     return sum(min(len(cores[host]), limits[host]) for host in cores)

@@ -14,7 +14,7 @@ from etils import epath
 from dualsm.data.text import foreign_encoding, likely_encoding, parse_json, without_bom
 from dualsm.evaluation.task_formats import TASKS, Question
 from dualsm.process.errors import UserError
-from dualsm.process.paths import files_in, open_binary, user_path
+from dualsm.process.paths import files_in, is_hidden, open_binary, user_path
 
 _MAX_LINE_BYTES = 16 << 20
 _MAX_NAMED_FILES = 4
@@ -106,8 +106,7 @@ def task_files(name: str, folder: epath.PathLike, flag: str = "--task_data") -> 
     paths = [
         path
         for path in files_in(inside)
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith((".", "~")) for part in path.relative_to(inside).parts)
+        if path.suffix.lower() in suffixes and not any(map(is_hidden, path.relative_to(inside).parts))
     ]
     if not paths:
         raise UserError(f"{flag}={folder} contains neither {name}.jsonl nor {name}/*{' or '.join(suffixes)}")

@@ -7,7 +7,7 @@ from etils import epath
 
 from dualsm.exchange import reference_format, token_ids
 from dualsm.exchange.shifted_masks import USE_DUALSM, check_shifted
-from dualsm.exchange.tokenizer_export import exported_tokenizer, is_exportable, tokenizer_json
+from dualsm.exchange.tokenizer_export import exported_tokenizer, has_standard_file, tokenizer_json
 from dualsm.exchange.weight_files import write_safetensors
 from dualsm.process.errors import UserError
 from dualsm.process.output import new_folder
@@ -35,7 +35,7 @@ def export(run: TrainedRun, output: epath.Path) -> str:
     params = token_ids.to_external(jax.device_get(run.params), tokenizer.external_ids_V)
     metadata = {names[0]: str(model[key]) for key, names in reference_format.SETTINGS.items()}
     metadata["vocab_size"] = str(len(params["embedding"]["embedding"]))
-    text = tokenizer.model.decode("utf-8") if is_exportable(tokenizer) else tokenizer_json(tokenizer)
+    text = tokenizer.model.decode("utf-8") if has_standard_file(tokenizer) else tokenizer_json(tokenizer)
     with new_folder(output, "--output", last="model.safetensors") as folder:
         write_safetensors(folder / "model.safetensors", reference_format.from_params(params), metadata)
         (folder / "tokenizer.json").write_text(text, encoding="utf-8")

@@ -62,7 +62,7 @@ def load(
     known, notes = adapt_tokenizer(folder, path, size, mask_token)
     settings["never_predicted"] = token_ids.never_predicted(known, size)
     longest = _max_position_embeddings(content)
-    config = imported_run.fit_config(recipe, settings, known, min(longest, MAX_SEQ_LEN), adapted=True)
+    config = imported_run.fit_config(recipe, settings, known, min(longest, MAX_SEQ_LEN), adapted=bool(notes))
     params = load_params(weights, sources, imported_run.abstract_params(config), known.external_ids_V)
     source = {
         "format": "huggingface",

@@ -43,7 +43,7 @@ def exported_tokenizer(run: TrainedRun) -> Tokenizer:
     return tokenizer.without_added() if added and untrained else tokenizer
 
 
-def is_exportable(tokenizer: Tokenizer) -> bool:
+def has_standard_file(tokenizer: Tokenizer) -> bool:
     """Returns True if the file of a tokenizer is a standard `tokenizer.json` with all of its tokens."""
     if not isinstance(tokenizer, JsonTokenizer):
         return False

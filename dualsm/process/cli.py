@@ -15,14 +15,16 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from dualsm.process.errors import BROKEN_PIPE, UserError, exit_status, is_broken_stdout, user_message
+from dualsm.process.errors import (
+    BROKEN_PIPE,
+    WHERE_KEYS_ARE_LISTED,
+    UserError,
+    exit_status,
+    is_broken_stdout,
+    user_message,
+)
 from dualsm.process.memory import keep_freed_memory, may_use_accelerator
 from dualsm.process.progress import escape_unprintable, warn
-
-UNKNOWN_KEY = (
-    "see dualsm/config_keys.py for the keys, and docs/objectives.md for those of mixture, objectives and "
-    "pairs; sources, and pairs other than mir and nemotron, exist only if the config file adds them"
-)
 
 flags.disclaim_key_flags()  # flags of `DEFINE_path` belong to the calling command
 
@@ -64,7 +66,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         if where := _raised_by_config(error):
             return fail(f"{type(error).__name__}: {_text(error)} ({where})")
         if isinstance(error, (AttributeError, LookupError)):  # raised by ml_collections for an unknown key
-            return fail(f"unknown config key on the command line: {_text(error)} ({UNKNOWN_KEY})")
+            return fail(f"unknown config key on the command line: {_text(error)} ({WHERE_KEYS_ARE_LISTED})")
         return fail(f"{type(error).__name__} on the command line: {_text(error)}")
 
 

@@ -9,6 +9,11 @@ import traceback
 
 # Operating system errors that a user can fix.
 _DISK = "check free space, permissions and the disk, or choose another folder"
+WHERE_KEYS_ARE_LISTED = (
+    "see dualsm/config_keys.py for the keys, docs/objectives.md for those of mixture, objectives and pairs, "
+    "docs/data.md for those of sources; sources, and pairs other than mir and nemotron, exist only if the "
+    "config file adds them"
+)
 _BUCKET = (
     "check the name of the bucket or URL, your access to it and the network, and run the same command again"
 )
@@ -57,8 +62,8 @@ def user_message(error: BaseException) -> str | None:
         if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
             reason = text.strip().partition("\n")[0]  # the following lines list allocations
             return (
-                f"out of device memory ({reason}); in training set or lower "
-                "config.per_device_batch_size (or lower config.batch_size), set config.model.remat=full, or "
+                f"out of device memory ({reason}); to train, set or lower "
+                "config.per_device_batch_size, lower config.batch_size, set config.model.remat=full, or "
                 "shard the parameters with a larger config.mesh.fsdp"
             )
     return None

@@ -145,7 +145,7 @@ def _local_files_in(folder: str) -> list[str]:
 
 
 def _list_folder(path: str) -> tuple[list[str], list[os.DirEntry]]:
-    """Returns the files and the subfolders of a local folder, without links that point at each other."""
+    """Returns the files and the subfolders of a local folder, without links that lead nowhere."""
     files, folders = [], []
     with os.scandir(path) as entries:
         for entry in entries:
@@ -155,7 +155,7 @@ def _list_folder(path: str) -> tuple[list[str], list[os.DirEntry]]:
                 elif entry.is_dir():
                     folders.append(entry)
             except OSError as error:
-                if error.errno != errno.ELOOP:
+                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                     raise
     return files, folders
 

@@ -211,7 +211,7 @@ class Checkpoints:
                 f"{'retrying' if last else next_} "
                 f"(config.checkpoint.{'final_retries' if last else 'max_failed_saves'})"
             )
-            if step in self._kept_steps:
+            if step in self._kept_steps and not last:
                 warn(
                     f"step {step} is a milestone of config.checkpoint.at_words; later attempts save later "
                     "steps, so its checkpoint will be missing"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from etils import epath
 
 from dualsm.process.errors import UserError
-from dualsm.process.paths import absolute, is_remote, retry, user_path
+from dualsm.process.paths import absolute, is_remote, user_path
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest_checkpoint"  # file with the step of the newest intact checkpoint; reveals lost checkpoints
@@ -24,7 +24,7 @@ def has_checkpoint(workdir: epath.PathLike, step: int) -> bool:
     """
     folder = checkpoints_folder(workdir) / str(step)
     if is_remote(folder):
-        return retry((folder / _COMMITTED).exists, folder)
+        return (folder / _COMMITTED).exists()
     return folder.is_dir()
 
 

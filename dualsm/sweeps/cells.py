@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from dualsm.config import default_config, load_config
@@ -240,14 +241,11 @@ def _loss_columns(workdir: epath.Path, record: Record) -> Record:
 
 def _steps_covered(records: list[Record]) -> dict[int, int]:
     """Returns the number of steps that the training losses of each log line are a mean over, by its step."""
-    covered, previous = {}, 0
-    for index, record in enumerate(records):
-        step, is_training = record["step"], any(name.startswith("train/") for name in record)
-        if is_training:
-            covered[step] = step - previous
-        if is_training or index == 0:  # a fork starts at the step of its first validation
-            previous = step
-    return covered
+    steps = [record["step"] for record in records if any(name.startswith("train/") for name in record)]
+    validated = records[0]["step"] if records else 0  # a fork starts at the step of its first validation
+    if steps and validated == steps[0]:  # without validation, assume that the first two lines cover the same
+        validated = max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0
+    return dict(zip(steps, np.maximum(np.diff([validated, *steps]), 1).tolist(), strict=True))
 
 
 def _add_task_means(records: list[Record]) -> None:

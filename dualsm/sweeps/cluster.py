@@ -62,7 +62,7 @@ def _tpu_jobs(sweep: Sweep) -> str:
         target = shlex.quote(str(sweep.path(cell)))
         fetches.append(f'#   gcloud storage cp -r "gs://$BUCKET/runs/{name}" {target}')
     return "\n".join(
-        ["#!/usr/bin/env bash", *_tpu_variables(sweep), *starts]
+        ["#!/usr/bin/env bash", "set -eu", *_tpu_variables(sweep), *starts]
         + ["# When all runs have ended, fetch them; then repeat the sweep command without --launch:"]
         + fetches
     )
@@ -76,17 +76,17 @@ def _tpu_variables(sweep: Sweep) -> list[str]:
     """
     configs = [sweep.configs[cell.name] for cell in sweep.cells]
     corpora = sorted({source.corpus for config in configs for source in trained_sources(config)})
+    local = [path for path in corpora if not is_remote(path)]
     first = "# First export PROJECT, ZONE, BUCKET, TYPE and RUNTIME (see launch/tpu_vm.sh --help)"
-    if len(corpora) == 1 and not any(config.sources for config in configs):
-        message = "export the path of the corpus in the bucket, such as corpora/hplt"
-        return [
-            f"{first}, and CORPUS, the path of the corpus in the bucket.",
-            "set -eu",
-            f"export CORPUS=${{CORPUS?{message}}}",
-        ]
-    if local := [path for path in corpora if not is_remote(path)]:
+    if not local:
+        return [f"{first}.", "export CORPUS=  # each slice reads its corpora from the bucket"]
+    if len(corpora) > 1 or any(config.sources for config in configs):
         raise UserError(
             f"--launch=tpu: a slice cannot read the corpus {local[0]!r}; with sources or several corpora, "
             "use gs:// paths"
         )
-    return [f"{first}.", "set -eu", "export CORPUS=  # each slice reads its corpora from the bucket"]
+    message = "export the path of the corpus in the bucket, such as corpora/hplt"
+    return [
+        f"{first}, and CORPUS, the path of the corpus in the bucket.",
+        f"export CORPUS=${{CORPUS?{message}}}",
+    ]

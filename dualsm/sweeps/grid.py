@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 
 from dualsm.config import set_alpha
 from dualsm.objectives.sources import trained_sources
-from dualsm.process.cli import UNKNOWN_KEY
-from dualsm.process.errors import UserError
+from dualsm.process.errors import WHERE_KEYS_ARE_LISTED, UserError
 
 Value = int | float | str
 ALPHA = "alpha"  # shorthand for the mixture {causal: alpha, masked_diffusion: 1 - alpha}
@@ -163,7 +162,7 @@ def apply(config: ConfigDict, values: Mapping[str, Value]) -> ConfigDict:
         for folder in folders:
             section = section.get(folder) if isinstance(section, ConfigDict) else None
         if not isinstance(section, ConfigDict) or name not in section:
-            raise UserError(f"unknown config key {key!r} in the grid; {UNKNOWN_KEY}")
+            raise UserError(f"unknown config key {key!r} in the grid; {WHERE_KEYS_ARE_LISTED}")
         try:
             section[name] = value
         except TypeError as error:

@@ -70,7 +70,7 @@ class _Job:
         self._record(self.outcome)
         return True
 
-    def stopped(self) -> None:
+    def record_stop(self) -> None:
         """Records the time of a cell whose process a signal has ended; the cell still has to run."""
         self.publish_log()
         with contextlib.suppress(OSError):  # the time is then unknown
@@ -150,7 +150,7 @@ def run_missing(sweep: Sweep, jobs: int) -> dict[str, dict]:
             _end([job.process for job in running.values()], signals)
             for job in running.values():
                 if not job.outcome:
-                    job.stopped()
+                    job.record_stop()
     return outcomes
 
 

@@ -89,7 +89,7 @@ class Sweep:
             "--baselines=",  # no column of the table has them
         ]  # fmt: skip
         if self._scores_held_out():
-            evaluate += _data_flag(self.configs[cell.name])
+            evaluate += _data_flags(self.configs[cell.name])
         return [train, evaluate]
 
     def _scores_held_out(self) -> bool:
@@ -190,7 +190,10 @@ class Sweep:
 
     def _trained(self, cell: Cell) -> bool:
         """Returns True if a cell's last log line and last checkpoint exist."""
-        records, steps = retry(lambda: self.records(cell), self.folder), self.configs[cell.name].steps
+        return retry(lambda: self._has_last_checkpoint(cell), self.folder)
+
+    def _has_last_checkpoint(self, cell: Cell) -> bool:
+        records, steps = self.records(cell), self.configs[cell.name].steps
         if not records or records[-1]["step"] < steps:
             return False
         return has_checkpoint(self.path(cell), steps)
@@ -252,7 +255,7 @@ class Sweep:
         return ["cell", "status", "step", *self.names(), "minutes"]
 
 
-def _data_flag(config: ConfigDict) -> list[str]:
+def _data_flags(config: ConfigDict) -> list[str]:
     """Returns the flag `--data` of `dualsm.evaluate` with the corpora of a config.
 
     The config of a run that was trained on another machine has the paths of that machine. The flag cannot

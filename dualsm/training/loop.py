@@ -137,7 +137,7 @@ class _Run:
                 say(f"{start} at step {first} of {self.config.steps}")
             if distributed.is_main_process():
                 warn_without_kernel(self.config)
-            unscored = resumed and self._is_unscored(first)
+            unscored = resumed and self._lacks_line(first)
             if first == self.config.steps and not unscored:
                 return True
             writer = NoMetrics()
@@ -165,7 +165,7 @@ class _Run:
                     state, first, checkpoints, log, stop, profiler
                 )
 
-    def _is_unscored(self, first: int) -> bool:
+    def _lacks_line(self, first: int) -> bool:
         """Returns True if a line is due at step `first` and has not been written, because of a stop."""
         config = self.config
         line_due = first % config.log.every == 0  # also if `valid.every` has changed since the stop
@@ -200,7 +200,7 @@ class _Run:
             for done in range(first + 1, config.steps + 1):
                 # Wait here, so that the duration of `next(batches)` is the time in which devices are idle.
                 jax.block_until_ready(metrics)
-                log.computed()
+                log.end_interval()
                 self._check_step(metrics, done - 1, checkpoints)
                 with clock.time("waiting"):
                     batch = next(batches)

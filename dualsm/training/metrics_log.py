@@ -55,7 +55,7 @@ class MetricsLog:
         """Leaves the line of a step to the next `flush`."""
         self._deferred = (step, metrics)
 
-    def computed(self) -> None:
+    def end_interval(self) -> None:
         """Ends the interval of the deferred line, if there is one; called when its step has been computed."""
         if self._deferred:
             self._interval = self.clock.interval()

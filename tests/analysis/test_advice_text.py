@@ -52,7 +52,7 @@ def test_the_line_about_different_answers_names_the_sweep_only_if_there_is_one(t
     assert own.alpha != rules.alpha
     common = "the answers differ: each is valid for the model size and metric of its source; "
     with_sweep = describe(question, [own, rules], "runs/sweep").splitlines()
-    assert with_sweep[-1] == common + "the first is that of the models of runs/sweep"
+    assert with_sweep[-1] == common + "the first answer is from runs/sweep"
     assert not any("--sweep" in line for line in with_sweep)
     without = describe(question, [rules, own], "").splitlines()
     assert without[-1] == common + "run a sweep of your own models and pass it with --sweep"

@@ -88,6 +88,7 @@ def test_folders_behind_links_are_input(tmp_path, monkeypatch):
         "part3": "../elsewhere/deep",
         "aa": "en",
         "loop": ".",
+        "through": "1.jsonl/x",
         "self": "self",
         "nowhere": "x",
         "visible": ".store",

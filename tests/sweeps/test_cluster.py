@@ -74,6 +74,7 @@ def test_several_corpora_on_tpus_are_read_from_the_bucket(tmp_path):
     for config, axes in (
         (two_sources("gs://b/small", "gs://b/large"), {"steps": [12]}),
         (micro_config(), {"data.path": ["gs://b/small", "gs://b/large"]}),
+        (micro_config("gs://b/small"), {"steps": [12]}),
     ):
         done = run_list(job_list(make_sweep(tmp_path, config, axes), "tpu"), CORPUS="corpora/hplt")
         assert done.returncode == 0, done.stderr

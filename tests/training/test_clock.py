@@ -70,7 +70,7 @@ def run(corpus_path, tmp_path_factory):
 
 def test_intervals_are_contiguous(run):
     assert len(run.lines) == 6
-    assert sum(run.seconds[1:]) == pytest.approx(run.computed[-1] - run.computed[0], abs=DELAY)
+    assert sum(run.seconds[1:]) == pytest.approx(run.computed[-1] - run.computed[0], abs=2 * DELAY)
 
 
 def test_every_line_has_the_time_of_its_step_and_of_writing_the_line_before(run):
