@@ -137,7 +137,7 @@ def test_a_failed_save_of_a_milestone_is_reported(small, tmp_path, monkeypatch, 
 
 
 def test_last_save_is_retried(small, tmp_path, monkeypatch, capsys):
-    """The disk check is patched to fail twice during the last save, a milestone, with `max_failed_saves` 0."""
+    """The disk check is patched to fail twice during the last save (a milestone), `max_failed_saves` is 0."""
     small.checkpoint.at_words = words_of(small, 11.5)
     small.valid.objectives, small.checkpoint.max_failed_saves, small.checkpoint.final_retries = "", 0, 2
     failures, probe, pauses = [12, 12], Checkpoints._probe, []
