@@ -224,7 +224,7 @@ def document_lists(documents: DocumentSums) -> dict[str, list]:
 
 
 def domain_entries(documents: DocumentSums, name: str) -> dict[str, dict]:
-    """Returns the entry of each domain, in alphabetical order; none if no token was masked in it."""
+    """Returns the entries of the domains with scored tokens, in alphabetical order."""
     parts = {}
     for domain in np.unique(documents.domain_N).tolist():
         is_member_N = documents.domain_N == domain
