@@ -190,8 +190,8 @@ def _existing_manifest(recipe: Recipe, target: epath.Path, fingerprint: dict) ->
         )
     if recipe.tokenizer and _has_changed(recipe.tokenizer, manifest.get("tokenizer_sha256")):
         raise UserError(
-            f"--output={target} was created before --tokenizer={recipe.tokenizer} changed; remove it or choose "
-            "another"
+            f"--output={target} was created before --tokenizer={recipe.tokenizer} changed; remove it or "
+            "choose another"
         )
     return manifest
 
