@@ -251,7 +251,7 @@ def test_disk_failure_is_one_line_and_ends_the_job(recipe):
     [
         (UserError("config.steps=0"), ": config.steps=0", 2),
         (OSError(errno.ENOSPC, "No space left on device"), "check free space", 2),
-        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 7 bytes.\nWho"), "7 bytes.\\); in training", 2),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 7 bytes.\nWho"), "7 bytes.\\); to train, ", 2),
         (
             JaxRuntimeError("UNAVAILABLE: Task is gone\nDetails"),
             "lost the other processes .*Task is gone\\)$",
