@@ -30,6 +30,7 @@ from dualsm.analysis.advice import (
 from dualsm.analysis.advice_text import describe, describe_sources
 from dualsm.analysis.confirmed import Confirmed, answer
 from dualsm.analysis.methods import read_methods
+from dualsm.analysis.sizes import read_sizes
 from dualsm.analysis.small_share import price_at
 from dualsm.process import cli
 from dualsm.process.errors import UserError
@@ -129,6 +130,7 @@ def _as_dict(token_budget: TokenBudget, answers: Sequence[Advice], confirmed: Co
     if confirmed:
         content["confirmed"] = _plain(confirmed)
         content["methods"] = _plain(read_methods())
+        content["sizes"] = [size._asdict() for size in read_sizes()]
         content["small_share"] = _plain(price_at(confirmed.repetitions))
     return content
 

@@ -87,3 +87,5 @@ def test_installed_package_contains_the_configs(tmp_path):
     # The command found the config: it fails later, because the corpus is missing.
     assert "config.data.path: no corpus at 'runs/corpus'" in process.stderr, process.stderr
     assert (built / "dualsm" / "exchange" / "remote" / "modeling_dualsm.py").exists()
+    data = [{path.name for path in (root / "dualsm").rglob("*.csv")} for root in (ROOT, built)]
+    assert data[0] == data[1] != set()

@@ -18,6 +18,7 @@ from dualsm.analysis.advice import (
 )
 from dualsm.analysis.advice_text import describe
 from dualsm.analysis.confirmed import answer, describe_confirmed
+from dualsm.analysis.sizes import read_sizes
 from dualsm.analysis.table import load, make_table, read_table, write_table
 from dualsm.config import add_source, check_config
 from dualsm.process.errors import UserError
@@ -303,6 +304,7 @@ def test_the_confirmed_runs_answer_without_a_sweep(tmp_path):
     found = answer(round_repetitions(1e6, 1.28e8))
     assert content["confirmed"] == as_json(found)
     assert content["methods"]["causal dropout"]["dropout"] == 0.1
+    assert content["sizes"] == [size._asdict() for size in read_sizes()]
     assert content["small_share"] is None
     assert "\n".join(describe_confirmed(found)) in text
     assert CONFIRMED in text and UNKNOWN_SIZE in text and "left out" not in text

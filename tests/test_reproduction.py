@@ -19,9 +19,9 @@ from dualsm.sweeps.grid import parse_value
 FOLDER = Path(__file__).parents[1] / "docs" / "reproduction"
 README = FOLDER.parents[1] / "README.md"
 # Numbers with a decimal point that the template may have: settings, the expectations of the protocol, a link.
-SETTINGS = {"0.01", "0.02", "0.1", "0.995", "1.0", "2512.14549"}
+SETTINGS = {"0.01", "0.02", "0.1", "0.995", "2512.14549"}
 EXPECTED = {"0.2", "0.15", "0.05", "0.03"}
-FROM_SETTINGS = {"finer_decay", "parameters", "budget", "unique_128", "unique_32"}
+FROM_SETTINGS = {"finer_decay", "largest", "parameters", "budget", "unique_128", "unique_32"}
 FROM_THE_PAPER = {"rule_128", "rule_32_weighted", "rule_128_weighted"}
 pd = pytest.importorskip("pandas")
 
@@ -119,7 +119,8 @@ def changed(tables, rng):
     ]  # fmt: skip
     confirmed += [others.assign(corpus=corpus, seed=seed) for corpus in "BC" for seed in (1, 2)]
     confirmed = losses(pd.concat(confirmed))
-    sizes = confirmed[(confirmed.seed == 1) & (confirmed.causal_weight == 1)].assign(size="61k")
+    sizes = confirmed[(confirmed.seed == 1) & (confirmed.causal_weight == 1)]
+    sizes = [losses(sizes.assign(size=size)) for size in ("61k", "1.0M")]
     repeated = losses(confirmed[(confirmed.recipe == "plain") & (confirmed.causal_weight == 1)])
     explored = [
         losses(tuned[(tuned.recipe == "plain") & (tuned.R == 128) & (tuned.length == 1)]).assign(
@@ -133,7 +134,7 @@ def changed(tables, rng):
     plain = tuned[(tuned.recipe == "plain") & (tuned.R == 128)].assign(stage="explore", recipe="rate")
     rates = [plain[plain.alpha < 1], *(plain[plain.alpha == 1].assign(corpus=c, seed=1) for c in "BC")]
     repeated = repeated[(repeated.alpha < 1) | (repeated.length < 1)]
-    runs = pd.concat([tuned, confirmed, losses(sizes), explored, *map(losses, rates)], ignore_index=True)
+    runs = pd.concat([tuned, confirmed, *sizes, explored, *map(losses, rates)], ignore_index=True)
     runs = runs.assign(skipped=rng.integers(0, 2, len(runs)))
     runs.loc[0, "test_causal"] = np.nan
     earlier = losses(tables.earlier[(tables.earlier.repetitions != 16) | (tables.earlier.steps == 230)])
@@ -166,10 +167,10 @@ def test_other_tables_give_another_page(modules, tables, values):
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf, 9.0])
 def test_runs_that_diverged_are_counted(modules, tables, loss):
-    runs, here = tables.runs.copy(), tables.runs.weight_decay == 0.1
+    runs, here = tables.runs.copy(), (tables.runs.weight_decay == 0.1) | (tables.runs["size"] != "230k")
     runs.loc[here, "test_causal"] = loss
-    assert modules.numbers.count_runs(runs)["num_diverged"] == str(here.sum())
-    assert modules.numbers.count_runs(tables.runs)["num_diverged"] == "0"
+    assert modules.numbers.count_runs(runs, tables.repeated)["num_diverged"] == str(here.sum())
+    assert modules.numbers.count_runs(tables.runs, tables.repeated)["num_diverged"] == "0"
 
 
 def test_the_readme_has_the_numbers_of_the_page(modules, tables, values):
@@ -181,11 +182,12 @@ def test_the_readme_has_the_numbers_of_the_page(modules, tables, values):
         f"{ratio} causal sequences for one of masked diffusion",
         f"Lines are means of {values['replicates_128']} runs on three corpora (dashed: two runs)",
         f"the best of {values['num_decays']} weight decays unless stated",
-        f"The causal runs with weight decay {values['finer_decay']} were added after the study "
-        f"({values['finer_runs']} runs)",
+        f"The causal runs with weight decay {values['finer_decay']} were added after the study",
         f"With learning rate 0.02, stopping early reaches {values['rate_stop']}; the remaining difference",
         f"are {values['masked_causal_dropout']} and {values['masked_mir']} "
         f"(mixture {values['masked_mixture']})",
+        f"With {values['largest']} parameters (R = 128, not tuned) the mixture's causal loss differs by "
+        f"{values['largest_compute']} from the full causal run's and by {values['largest_stop']} from",
         f"With {values['unique_32']} unique tokens (R = 32), causal losses are indistinguishable",
         f"Models of {values['parameters']} parameters train on {values['unique_128']} unique tokens",
         f"({values['num_gpu']} runs of {values['parameters']} parameters)",
@@ -209,6 +211,8 @@ def test_claims_in_words_hold(modules, tables):
         masked = [modules.selection.over_corpora(found)[0] for found in losses]
         assert masked == sorted(masked)
     tuned = runs[runs.stage == "tune"]
+    smallest = chosen.best("plain", 128, chosen.alphas(128)[0], "full")
+    assert smallest["weight_decay"] == tuned[tuned.R == 128].weight_decay.min()
     short, full = tuned[tuned.length <= 1 / 8], tuned[tuned.length == 1]
     overfit = full[(full.R == 128) & (full.alpha >= 3 / 4) & (full.weight_decay <= 0.5)]
     assert (short.ema_dev_causal > short.dev_causal).mean() > 0.9  # EMA harms short runs
@@ -265,12 +269,23 @@ def test_claims_in_words_hold(modules, tables):
 
 
 def test_claims_about_sizes_hold(modules, tables):
-    """A sentence of the page without a number."""
-    table = modules.tables.sizes_table(tables.runs, tables.repeated)
-    changes = [
-        cell.split(", ") for line in table.splitlines()[2:] for cell in line.strip("| ").split(" | ")[2:]
+    """Sentences of the page without a number."""
+    changes = modules.tables.size_changes(tables.runs, tables.repeated)
+    assert list(changes) == ["61k", "230k", "1.0M"]
+    assert all(len(found) == 2 for size in ("61k", "230k") for found in changes[size].values())
+    compute, _, stop = changes["1.0M"].values()
+    repeated = abs(modules.numbers.repeated_changes(tables.runs, tables.repeated)).max()
+    assert len(compute) == len(stop) == 2 and min(stop) > -repeated  # not better
+    tuned = changes.pop("230k")["equal compute"]
+    for size in changes.values():
+        assert max(tuned) < min(size["equal compute"]) and max(size["equal compute"]) < 0
+    averaged = modules.tables.size_changes(tables.runs, tables.repeated, "ema_test_causal")["1.0M"]
+    assert min(averaged["equal compute"]) < 0 < max(averaged["equal compute"])  # not clearly better
+    largest = tables.runs[
+        (tables.runs["size"] == "1.0M") & (tables.runs.alpha < 1) & (tables.runs.corpus == "B")
     ]
-    assert len(changes) == 6 and all(float(change) < 0 for pair in changes for change in pair)
+    lengths = largest.set_index("length").dev_causal
+    assert set(lengths.index) == {0.25, 0.5, 1.0} and lengths.idxmin() == 1.0  # methods.md
 
 
 def test_claims_about_options_of_the_optimizer_hold(modules, tables):
@@ -456,6 +471,7 @@ def test_the_tables_of_recommend_are_what_the_tables_give(modules, tables):
     page = modules.page
     assert modules.tables.confirmed_csv(tables.runs) == page.CONFIRMED.read_text()
     assert modules.tables.methods_csv(tables.runs, tables.repeated) == page.METHODS.read_text()
+    assert modules.tables.sizes_csv(tables.runs, tables.repeated) == page.SIZES.read_text()
     assert modules.tables.DROPOUT == modules.study.DROPOUT
     assert (FOLDER / "table.csv").read_bytes() == SHIPPED.read_bytes()
 
@@ -508,23 +524,20 @@ def test_numbers_of_runs_in_words_are_those_of_the_tables(modules, tables):
 
 def test_the_protocol_states_the_runs_that_were_made(modules, tables):
     """Counts, deviations and every later addition, which the commit before the runs did not have."""
-    runs, text = tables.runs, words((FOLDER / "protocol.md").read_text())
+    study, runs, text = modules.study, tables.runs, words((FOLDER / "protocol.md").read_text())
     assert f"## What was run {len(runs)} runs have been made" in text
     assert "None diverged and none skipped an update" in text
-    counts = modules.numbers.count_runs(runs)
+    counts = modules.numbers.count_runs(runs, tables.repeated)
     assert (counts["num_diverged"], counts["num_skipped"]) == ("0", "0")
     confirmed = runs[runs.stage == "confirm"]
-    assert set(confirmed.recipe) == {"plain"} and set(runs["size"]) == {"230k", "61k"}
-    sizes = runs[runs["size"] == "61k"]
-    cells = sizes.groupby(["stage", "alpha", "length"]).corpus.agg("".join)
+    assert set(confirmed.recipe) == {"plain"} and set(runs["size"]) == set(study.SIZES)
+    others = runs[runs["size"] != "230k"]
+    cells = others[others.stage != "explore"].groupby(["stage", "alpha", "length"]).corpus.agg("".join)
+    settings = [(0.75, 1.0), (1.0, 0.25), (1.0, 1.0)]
     assert cells.to_dict() == {
-        ("size 61k", 0.75, 1.0): "BC",
-        ("size 61k", 1.0, 0.25): "BC",
-        ("size 61k", 1.0, 1.0): "BC",
-        ("explore", 1.0, 1.0): "BC",
+        (f"size {size}", *setting): "BC" for size in ("61k", "1.0M") for setting in settings
     }
     assert words(modules.tables.added_table(runs)) in text
-    study = modules.study
     results = study.read_results(FOLDER)
     explored = [result["run"] for result in results if result["stage"] == "explore"]
     planned = study.exploring(study.choose(results))
@@ -569,6 +582,23 @@ def test_commands_in_the_protocol_train_the_runs_of_the_study(modules, tables):
             expected = study.settings_of(row, Path("runs/study"))
             expected.model.remat = config.model.remat  # the same numbers
             assert difference(config, expected, free=()) == [] and config == expected
+
+
+def test_flags_in_the_protocol_are_those_of_the_other_sizes(modules):
+    study, text = modules.study, (FOLDER / "protocol.md").read_text()
+    rows = re.findall(
+        r"^\| ([\w.]+) \| ([\d,]+) \| `(--config\.model\S+(?: --\S+)*)` \|$", text, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == [size for size in study.SIZES if size != "230k"]
+    for size, steps, flags in rows:
+        config, other = (
+            study.settings_of(study.cell("plain", 128, 0.75, 1.0, 1, "B", 1, name), Path("runs/study"))
+            for name in ("230k", size)
+        )
+        pairs = dict(flag.removeprefix("--config.").split("=", 1) for flag in flags.split())
+        config.update_from_flattened_dict({key: parse_value(value) for key, value in pairs.items()})
+        config.steps = int(steps.replace(",", ""))
+        assert config == other
 
 
 def test_flags_in_the_protocol_are_those_of_the_other_recipes(modules, tables):

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 from page_numbers import Tables, method_values, page_values, read_tables
 from page_plots import plot_curves, plot_lengths
-from page_tables import checkpoints_table, confirm_table, confirmed_csv, methods_csv
+from page_tables import checkpoints_table, confirm_table, confirmed_csv, methods_csv, sizes_csv
 from selection import LOSS, MASKED, Chosen, Replicates
 
 FOLDER = Path(__file__).parent
@@ -27,7 +27,7 @@ PAGE, AVERAGED = FOLDER.parent / "reproduction.md", FOLDER / "averaged_weights.m
 EVERY_METHOD = FOLDER / "methods.md"
 TEMPLATE, METHODS_TEMPLATE = FOLDER / "page.template.md", FOLDER / "methods.template.md"
 ANALYSIS = FOLDER.parents[1] / "dualsm" / "analysis"
-CONFIRMED, METHODS = ANALYSIS / "confirmed.csv", ANALYSIS / "methods.csv"
+CONFIRMED, METHODS, SIZES = (ANALYSIS / f"{name}.csv" for name in ("confirmed", "methods", "sizes"))
 
 
 def main() -> None:
@@ -39,6 +39,7 @@ def main() -> None:
     EVERY_METHOD.write_text(methods_page(tables))
     CONFIRMED.write_text(confirmed_csv(runs))
     METHODS.write_text(methods_csv(runs, tables.repeated))
+    SIZES.write_text(sizes_csv(runs, tables.repeated))
     plot_curves(tables.curves, runs, FOLDER / "curves.png")
     plot_lengths(runs, FOLDER / "lengths.png")
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import pandas as pd
 from document_losses import domains_table, error_over_units, infilling_table
 from page_tables import (
     BUDGET,
+    LARGEST,
     OPTIONS,
     PARAMETERS,
     added_runs,
@@ -23,6 +23,7 @@ from page_tables import (
     decay_table,
     every_method_table,
     gpu_replicates,
+    largest_table,
     method_cells,
     method_names,
     method_replicates,
@@ -30,6 +31,7 @@ from page_tables import (
     pm,
     share,
     signed,
+    size_changes,
     sizes_table,
 )
 from selection import CELL, DIVERGED, LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
@@ -86,14 +88,14 @@ def page_values(tables: Tables) -> dict[str, str]:
     runs, earlier = tables.runs, _Earlier(tables)
     chosen, replicates = Chosen(runs), Replicates(runs)
     values = (
-        count_runs(runs)
+        count_runs(runs, tables.repeated)
         | _tuning(runs, chosen)
         | _methods(tables, chosen)
         | _finer_decay(tables, chosen)
         | _learning_rate(tables, chosen)
         | earlier.values()
     )
-    values["sizes"] = sizes_table(runs, tables.repeated)
+    values |= _sizes(tables)
     for R in (128, 32):
         values |= _contrasts(R, chosen, replicates)
         values[f"unique_{R}"] = f"{BUDGET // R:,}"
@@ -116,8 +118,10 @@ def page_values(tables: Tables) -> dict[str, str]:
 CONTRASTS = ((128, "full"), (128, "stop"), (32, "full"))
 
 
-def count_runs(runs: pd.DataFrame) -> dict[str, str]:
+def count_runs(runs: pd.DataFrame, repeated: pd.DataFrame) -> dict[str, str]:
     """Returns the numbers of runs."""
+    every = pd.concat([runs, repeated])
+    diverged = ~(every[["dev_causal", LOSS]] < DIVERGED).all(axis=1)  # NaN is a divergence
     is_other = runs["size"] != "230k"
     num_runs, num_added, runs = len(runs), len(added_runs(runs)), runs[~is_other]
     explore = runs.stage == "explore"
@@ -125,7 +129,6 @@ def count_runs(runs: pd.DataFrame) -> dict[str, str]:
     weighted = confirm & (runs.causal_weight == 2)
     plain, other = runs.recipe == "plain", confirm & (runs.recipe != "plain")
     by_cell = runs[confirm & plain & (runs.R == 128)].groupby(CELL)
-    diverged = ~(runs[["dev_causal", LOSS]] < DIVERGED).all(axis=1)  # NaN is a divergence
     return {
         "parameters": f"{PARAMETERS['230k']:,}",
         "budget": f"{BUDGET / 1e6:.2f}M",
@@ -140,7 +143,7 @@ def count_runs(runs: pd.DataFrame) -> dict[str, str]:
         "num_explore": str(explore.sum()),
         "num_added": str(num_added),
         "num_diverged": str(diverged.sum()),
-        "num_skipped": str((runs.skipped > 0).sum()),
+        "num_skipped": str((every.skipped > 0).sum()),
         "replicates_128": word(by_cell.size().min()),
     }
 
@@ -171,11 +174,8 @@ def _contrasts(R: int, chosen: Chosen, replicates: Replicates) -> dict[str, str]
     best = min(cells, key=lambda cell: over_corpora(replicates.values(cell, LOSS))[0])
     alike = [cell for cell in cells if cell == best or _alike(replicates.difference(cell, best, LOSS))]
     values[f"best_{R}"] = " or ".join(share(cell["alpha"]) for cell in alike)
-    low, high = cells[0], [cell for cell in cells if cell["alpha"] < 1][-1]
-    for name, cell in (("lowest", low), ("highest", high)):
-        values[f"{name}_{R}"] = share(cell["alpha"])
-        values[f"{name}_{R}_masked"] = f"{over_corpora(replicates.values(cell, MASKED))[0]:.1f}"
-    values[f"highest_{R}_masked_share"] = f"{1 - high['alpha']:.0%}"
+    highest = max(cell["alpha"] for cell in cells if cell["alpha"] < 1)
+    values[f"highest_{R}_masked_share"] = f"{1 - highest:.0%}"
     return values
 
 
@@ -188,12 +188,6 @@ def _tuning(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
     """Returns the values about the weight decays, lengths and losses of the tuning runs."""
     tuned = runs[runs.stage == "tune"]
     decays = sorted(tuned[tuned.R == 128].weight_decay.unique())
-    best = {a: chosen.best("plain", 128, a, "full")["weight_decay"] for a in chosen.alphas(128)}
-    parts = []
-    for decay, group in itertools.groupby(best, best.get):
-        first, *others = group
-        low = " (the lowest value tried)" if decay == decays[0] else ""
-        parts.append(f"{decay:g}{low} {'from ' if others else 'at '}{share(first)}{' on' if others else ''}")
     steps = [
         np.abs(np.diff(tuned[(tuned.R == R) & (tuned.alpha == alpha)].pivot(
             index="weight_decay", columns="length", values="dev_causal"), axis=axis)).max(initial=0)
@@ -205,9 +199,8 @@ def _tuning(runs: pd.DataFrame, chosen: Chosen) -> dict[str, str]:
     ratios = np.concatenate([np.divide(grid[1:], grid[:-1]) for grid in grids])
     return {
         "num_decays": word(len(decays)),
-        "best_decays": ", ".join(parts),
         "highest_decay": f"{decays[-1]:g}",
-        "causal_decay": f"{best[1.0]:g}",
+        "causal_decay": f"{chosen.best('plain', 128, 1.0, 'full')['weight_decay']:g}",
         "step_factors": span(ratios, ".2g"),
         "largest_step": f"{np.nanmax(steps):.0f}",
         "num_cells": span(tuned.groupby(["R", "alpha"]).size(), "d"),
@@ -266,6 +259,23 @@ def _learning_rate(tables: Tables, chosen: Chosen) -> dict[str, str]:
     }
 
 
+def _sizes(tables: Tables) -> dict[str, str]:
+    """Returns the table of sizes, and the contrasts of the largest."""
+    contrasts = size_changes(tables.runs, tables.repeated)[LARGEST]
+    return {
+        "sizes": sizes_table(tables.runs, tables.repeated),
+        "largest": f"{PARAMETERS[LARGEST]:,}",
+        "largest_compute": span(contrasts["equal compute"], "+.3f"),
+        "largest_stop": span(contrasts["best stops"], "+.3f"),
+    }
+
+
+def _largest_ema(tables: Tables) -> str:
+    """Returns the contrast of the largest size at equal compute with averaged weights, over corpora."""
+    contrasts = size_changes(tables.runs, tables.repeated, f"ema_{LOSS}")[LARGEST]
+    return span(contrasts["equal compute"], "+.3f")
+
+
 def _methods(tables: Tables, chosen: Chosen) -> dict[str, str]:
     """Returns the losses of other methods in the text below their table."""
     cells, replicates = method_cells(chosen), method_replicates(tables.runs, tables.repeated)
@@ -317,6 +327,9 @@ def method_values(tables: Tables) -> dict[str, str]:
     return {
         "table": every_method_table(runs, tables.repeated),
         "decays": decay_table(runs),
+        "largest": f"{PARAMETERS[LARGEST]:,}",
+        "largest_table": largest_table(runs),
+        "largest_ema": _largest_ema(tables),
         "tasks": scores_table(tables.tasks, names),
         "domains": domains_table(tables.documents, names),
         **{

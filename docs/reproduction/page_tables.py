@@ -11,10 +11,12 @@ from selection import LOSS, MASKED, Chosen, Replicates, by_corpus, over_corpora
 
 from dualsm.analysis.confirmed import ConfirmedCell
 from dualsm.analysis.methods import ConfirmedMethod
+from dualsm.analysis.sizes import SizeContrast
 
 BATCH_TOKENS = 64 * 128
 BUDGET = 1840 * BATCH_TOKENS  # of a full run with 230k parameters
 PARAMETERS = {"61k": 61_088, "230k": 230_336, "1.0M": 1_001_088}  # by size
+LARGEST = "1.0M"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -53,28 +55,71 @@ def contrast_cells(chosen: Chosen, R: int, kind: str) -> tuple[dict, dict]:
     return chosen.mixture(R, kind), chosen.best("plain", R, 1.0, kind)
 
 
-def sizes_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
-    """Returns the contrasts of R = 128 by size, for each corpus and seed that the other sizes have."""
+SIZE_CONTRASTS = ("equal compute", "causal weight decay", "best stops")
+
+
+def size_changes(
+    runs: pd.DataFrame, repeated: pd.DataFrame, column: str = LOSS
+) -> dict[str, dict[str, list[float]]]:
+    """Returns mixture minus causal loss at R = 128 by size and contrast, on the corpora of the other sizes.
+
+    A contrast is empty for a size that was not trained with its settings.
+    """
     chosen, plain = Chosen(runs), runs[runs.recipe == "plain"]
     others = plain[plain["size"] != "230k"]
     keys = sorted(set(zip(others.corpus, others.seed, strict=True)))
     replicates, on_cpu = Replicates(plain), Replicates(pd.concat([plain, repeated]))
     mixture, causal = contrast_cells(chosen, 128, "full")
-    finer = causal | {"weight_decay": FINER_DECAY}
-    contrasts = {
-        "equal compute": (replicates, mixture, causal),
-        f"causal weight decay {FINER_DECAY:g}": (on_cpu, mixture, finer),
-        "best stops": (replicates, *contrast_cells(chosen, 128, "stop")),
-    }
-    rows = [["parameters", "tokens", *contrasts]]
-    for size, steps in plain.groupby("size").steps.max().sort_values().items():
-        row = [f"{PARAMETERS[size]:,}", f"{steps * BATCH_TOKENS / 1e6:.1f}M"]
-        for found, *cells in contrasts.values():
-            one, other = (found.values(cell | {"size": size}, LOSS) for cell in cells)
-            changes = [one[key] - other[key] for key in keys if key in one and key in other]
-            row.append(", ".join(f"{x:+.3f}" for x in changes))
-        rows.append(row)
+    contrasts = (
+        (replicates, mixture, causal),
+        (on_cpu, mixture, causal | {"weight_decay": FINER_DECAY}),
+        (replicates, *contrast_cells(chosen, 128, "stop")),
+    )
+    changes = {}
+    for size in plain.groupby("size").steps.max().sort_values().index:
+        changes[size] = {}
+        for name, (found, *cells) in zip(SIZE_CONTRASTS, contrasts, strict=True):
+            one, other = (found.values(cell | {"size": size}, column) for cell in cells)
+            changes[size][name] = [one[key] - other[key] for key in keys if key in one and key in other]
+    return changes
+
+
+def size_tokens(runs: pd.DataFrame) -> dict[str, int]:
+    """Returns the tokens of a full run of each size."""
+    return (runs[runs.recipe == "plain"].groupby("size").steps.max() * BATCH_TOKENS).to_dict()
+
+
+def sizes_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
+    """Returns the table of `size_changes`."""
+    tokens, compute, finer, stop = size_tokens(runs), *SIZE_CONTRASTS
+    rows = [["parameters", "tokens", compute, f"{finer} {FINER_DECAY:g}", stop]]
+    for size, contrasts in size_changes(runs, repeated).items():
+        cells = [", ".join(f"{x:+.3f}" for x in changes) or "not run" for changes in contrasts.values()]
+        rows.append([f"{PARAMETERS[size]:,}", f"{tokens[size] / 1e6:.1f}M", *cells])
     return markdown(rows)
+
+
+def largest_table(runs: pd.DataFrame) -> str:
+    """Returns the losses of the largest models on corpus B with every setting."""
+    found = runs[(runs["size"] == LARGEST) & (runs.corpus == "B")]
+    rows = [["recipe", "weight decay", "length", "causal loss", "masked loss", "causal, EMA", "causal, dev"]]
+    columns = [LOSS, MASKED, f"ema_{LOSS}", "dev_causal"]
+    for cell in found.sort_values(["alpha", "length", "weight_decay"]).to_dict("records"):
+        setting = (describe_recipe(cell), f"{cell['weight_decay']:g}", share(cell["length"]))
+        rows.append([*setting, *(f"{cell[column]:.3f}" for column in columns)])
+    return markdown(rows)
+
+
+def sizes_csv(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:
+    """Returns the table of `dualsm.analysis.sizes`, without sizes that lack a run."""
+    tokens, rows = size_tokens(runs), []
+    for size, contrasts in size_changes(runs, repeated).items():
+        compute, _, stop = contrasts.values()
+        if not len(compute) == len(stop) > 0:
+            continue
+        limits = [f"{limit(changes):.3f}" for changes in (compute, stop) for limit in (min, max)]
+        rows.append([128, PARAMETERS[size], tokens[size], len(compute), *limits])
+    return csv_text(SizeContrast._fields, rows)
 
 
 def readme_table(runs: pd.DataFrame, repeated: pd.DataFrame) -> str:

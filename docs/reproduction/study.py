@@ -49,6 +49,8 @@ MORE = {
     ("mir+dropout", 1.0): ((0.5, 1.0, 2.0), 1 / 2),
 }
 FINER_DECAYS = {1.0: (1.4, 1.7), 15 / 16: (1.4,), 3 / 4: (0.7, 1.4)}  # by alpha
+# Alpha, weight decay and length of runs of the size 1.0M on corpus B.
+LARGER = ((1.0, 0.5, 1 / 4), (3 / 4, 1.0, 1 / 4), (3 / 4, 1.0, 1 / 2))
 OPTIMIZER_RECIPES = ("linear", "exempt", "adamw")  # of the best mixture
 ADAMW_RATE = 0.003  # of the recipe "adamw"; Muon has 0.01
 HIGH_RATE = 0.02  # learning rate of the recipe "rate"; the others have 0.01
@@ -160,8 +162,8 @@ def exploring(chosen: dict) -> list[dict]:
     finer = cell("plain", 128, 1.0, FINER_DECAYS[1.0][0], 1, "A", 0)
     confirmed = [finer, stop, *(mixture | {"recipe": recipe} for recipe in OPTIMIZER_RECIPES)]
     runs += [run | {"corpus": c, "seed": seed} for run in confirmed for c, seed in REPLICATES]
-    others = [finer | {"size": size} for size in SIZES if size != "230k"]
-    return runs + [run | {"corpus": corpus, "seed": 1} for run in others for corpus in "BC"]
+    runs += [finer | {"size": "61k", "corpus": corpus, "seed": 1} for corpus in "BC"]
+    return runs + [cell("plain", 128, *setting, "B", 1, "1.0M") for setting in LARGER]
 
 
 def choose(results: list[dict]) -> dict[str, dict]:

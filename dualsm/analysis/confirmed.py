@@ -20,6 +20,7 @@ from scipy.special import stdtrit
 from dualsm.analysis.advice import NamedSource, TokenBudget, mixture_flags
 from dualsm.analysis.methods import ConfirmedMethod, read_methods
 from dualsm.analysis.scales import NEGLIGIBLE_DOUBLINGS, doublings_outside, fraction
+from dualsm.analysis.sizes import read_sizes
 from dualsm.analysis.small_share import describe_small_share, price_at
 
 TABLE = Path(__file__).with_name("confirmed.csv")  # written by docs/reproduction/page.py
@@ -177,9 +178,10 @@ def describe_confirmed(found: Confirmed, source: NamedSource | None = None) -> l
     if "parameters" not in found.outside:
         lines.append("    size not given: set --parameters for its distance from the size of these models")
     lines += _describe_methods()
+    lines += _describe_sizes(best.parameters)
     if price := price_at(found.repetitions):
         lines.append(describe_small_share(price))
-    lines.append("    other model sizes and learning rates: see docs/reproduction.md")
+    lines.append("    other learning rates: see docs/reproduction.md")
     return lines
 
 
@@ -205,6 +207,24 @@ def _describe_methods() -> list[str]:
             stop = f"{fraction(method.length)} of the tokens, {method.compute:g} x the compute of a full run"
         setting = f"{dropout}weight decay {method.weight_decay:g}, {stop}"
         lines.append(f"        {name}, {setting}: {_losses(method)}; change {change}")
+    return lines
+
+
+def _describe_sizes(tuned: int) -> list[str]:
+    """Returns lines about models of several sizes with the settings of models with `tuned` parameters."""
+    sizes = read_sizes()
+    first = sizes[0]
+    lines = [
+        f"    by size (R = {first.repetitions}, with the best settings for {tuned:,} parameters), causal "
+        "loss of the mixture minus that of causal rows only, lowest to highest:"
+    ]
+    for size in sizes:
+        compute = f"{size.compute_lowest:+.3f} to {size.compute_highest:+.3f}"
+        stop = f"{size.stop_lowest:+.3f} to {size.stop_highest:+.3f}"
+        lines.append(
+            f"        {size.parameters:,} parameters, {size.budget_tokens:,} tokens, {size.corpora} corpora: "
+            f"{compute} at equal compute, {stop} each at its best stop"
+        )
     return lines
 
 

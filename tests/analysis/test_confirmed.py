@@ -11,6 +11,7 @@ from dualsm.analysis.confirmed import (
     read_confirmed,
 )
 from dualsm.analysis.methods import read_methods
+from dualsm.analysis.sizes import read_sizes
 
 
 def cell(repetitions, alpha, length, causal, masked, roles):
@@ -115,3 +116,15 @@ def test_other_methods_are_stated_from_the_table():
         stated = [f"{loss:.3f} ± {half_interval(error, method.corpora):.3f}" for loss, error in losses]
         change = half_interval(method.causal_change_error, method.corpora)
         assert line.endswith(f"{' and '.join(stated)}; change {method.causal_change:+.3f} ± {change:.3f}")
+
+
+def test_every_size_is_stated_from_the_table():
+    sizes, lines = read_sizes(), describe_confirmed(answer(round_repetitions(1e6, 128e6)))
+    (start,) = (i for i, line in enumerate(lines) if line.startswith("    by size (R = 128, "))
+    assert [size.parameters for size in sizes] == [61_088, 230_336, 1_001_088]
+    for size, line in zip(sizes, lines[start + 1 : start + 4], strict=True):
+        assert line.strip() == (
+            f"{size.parameters:,} parameters, {size.budget_tokens:,} tokens, {size.corpora} corpora: "
+            f"{size.compute_lowest:+.3f} to {size.compute_highest:+.3f} at equal compute, "
+            f"{size.stop_lowest:+.3f} to {size.stop_highest:+.3f} each at its best stop"
+        )
