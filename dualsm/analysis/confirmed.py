@@ -10,7 +10,6 @@ out.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +19,12 @@ from scipy.special import stdtrit
 from dualsm.analysis.advice import NamedSource, TokenBudget, mixture_flags
 from dualsm.analysis.methods import ConfirmedMethod, read_methods
 from dualsm.analysis.scales import NEGLIGIBLE_DOUBLINGS, doublings_outside, fraction
+from dualsm.analysis.shipped_rows import read_rows
 from dualsm.analysis.sizes import read_sizes
 from dualsm.analysis.small_share import describe_small_share, price_at
 
 TABLE = Path(__file__).with_name("confirmed.csv")  # written by docs/reproduction/page.py
 INTERVAL = 0.8  # probability that a stated interval contains the expected value
-_INTEGERS = (
-    "repetitions", "unique_tokens", "budget_tokens", "parameters", "replicates", "diverged", "corpora",
-    "paired_corpora",
-)  # fmt: skip
 
 
 class ConfirmedCell(NamedTuple):
@@ -97,12 +93,7 @@ class Confirmed(NamedTuple):
 
 def read_confirmed(path: Path = TABLE) -> list[ConfirmedCell]:
     """Returns all cells of the table."""
-    types = dict.fromkeys(ConfirmedCell._fields, float) | dict.fromkeys(_INTEGERS, int) | {"roles": str}
-    with path.open(newline="") as file:
-        return [
-            ConfirmedCell(**{name: types[name](text) for name, text in row.items()})
-            for row in csv.DictReader(file)
-        ]
+    return read_rows(path, ConfirmedCell)
 
 
 def half_interval(error: float, corpora: int) -> float:

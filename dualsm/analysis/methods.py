@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import NamedTuple
 
+from dualsm.analysis.shipped_rows import read_rows
+
 TABLE = Path(__file__).with_name("methods.csv")  # written by docs/reproduction/page.py
-_INTEGERS = ("repetitions", "replicates", "corpora")
 
 
 class ConfirmedMethod(NamedTuple):
@@ -51,7 +51,4 @@ class ConfirmedMethod(NamedTuple):
 
 def read_methods(path: Path = TABLE) -> dict[str, ConfirmedMethod]:
     """Returns the rows of the table by method."""
-    types = dict.fromkeys(ConfirmedMethod._fields, float) | dict.fromkeys(_INTEGERS, int) | {"method": str}
-    with path.open(newline="") as file:
-        rows = [{name: types[name](text) for name, text in row.items()} for row in csv.DictReader(file)]
-    return {row["method"]: ConfirmedMethod(**row) for row in rows}
+    return {row.method: row for row in read_rows(path, ConfirmedMethod)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import NamedTuple
 
+from dualsm.analysis.shipped_rows import read_rows
+
 TABLE = Path(__file__).with_name("sizes.csv")  # written by docs/reproduction/page.py
-_INTEGERS = ("repetitions", "parameters", "budget_tokens", "corpora")
 
 
 class SizeContrast(NamedTuple):
@@ -35,9 +35,4 @@ class SizeContrast(NamedTuple):
 
 def read_sizes(path: Path = TABLE) -> list[SizeContrast]:
     """Returns the rows of the table by increasing size."""
-    types = dict.fromkeys(SizeContrast._fields, float) | dict.fromkeys(_INTEGERS, int)
-    with path.open(newline="") as file:
-        return [
-            SizeContrast(**{name: types[name](text) for name, text in row.items()})
-            for row in csv.DictReader(file)
-        ]
+    return read_rows(path, SizeContrast)
